@@ -1,0 +1,102 @@
+"""Decoder blocks: finding them, recording what they are called with, and running one again by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .linears import find_linears
+
+Batch = Tensor | Mapping[str, Tensor]
+
+
+def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The decoder blocks by name: children, with linear layers, of the outermost ``ModuleList``s.
+
+    A model without such a list is one block, itself.
+    """
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    blocks = {
+        f"{name}.{index}": block
+        for name in outermost
+        for index, block in model.get_submodule(name).named_children()
+        if find_linears(block)
+    }
+    return blocks or {"": model}
+
+
+def full_name(block: str, local: str) -> str:
+    """The model-wide name of the module that a block knows as ``local``."""
+    return f"{block}.{local}" if block else local
+
+
+def run_model(model: nn.Module, batch: Batch) -> Any:
+    """One forward pass without a cache: ``batch`` is token ids [B, T], or the keyword arguments of ``forward``."""
+    inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        return model(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False)
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """The arguments a block was called with, kept so that it can be run again alone."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def replay(self, block: nn.Module, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """Runs ``block`` on copies of the recorded arguments, floating-point ones as ``dtype``; its output tensors."""
+
+        def fresh(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return value.to(dtype, copy=True) if dtype and value.is_floating_point() else value.clone()
+
+        with torch.no_grad():
+            output = block(*tree_map(fresh, self.args), **tree_map(fresh, self.kwargs))
+        return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def record_calls(model: nn.Module, blocks: Mapping[str, nn.Module], batch: Batch) -> dict[str, BlockCall]:
+    """Runs the model once and records the first call of each block; a block that was never called is left out."""
+    calls: dict[str, BlockCall] = {}
+    handles = []
+    for name, block in blocks.items():
+
+        def record(_module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+            calls.setdefault(name, BlockCall(*tree_map(_detached, (args, kwargs))))
+
+        handles.append(block.register_forward_pre_hook(record, with_kwargs=True))
+    try:
+        run_model(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def probe_batch(batch: Batch, rows: int = 2, tokens: int = 12) -> Batch:
+    """The first few tokens of a batch: enough to see how a block is wired, cheap enough to run hundreds of times."""
+    if isinstance(batch, Tensor):
+        return batch[:rows, :tokens]
+    return {name: value[:rows, :tokens] if value.dim() >= 2 else value for name, value in batch.items()}
+
+
+def tied_modules(model: nn.Module) -> set[str]:
+    """Names of modules whose parameters are used under more than one name: folding into one would change another."""
+    owners: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), set()).add(name.rpartition(".")[0])
+    return {name for names in owners.values() if len(names) > 1 for name in names}
+
+
+def _detached(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+

@@ -1,0 +1,62 @@
+"""Calibration: the largest magnitude that each input channel of each linear layer takes on real data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import Batch, run_model
+from .errors import SmoothQuantError
+from .linears import Linear
+
+
+def calibrate(model: nn.Module, linears: Mapping[str, Linear], batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """Runs the model over the batches and keeps a running absmax per input channel: O(features) memory.
+
+    Args:
+        model: the causal LM, in floating point.
+        linears: the layers to watch, by name.
+        batches: token ids [B, T] or forward arguments; any iterable, consumed once.
+
+    Returns:
+        fp32 absmax [K] for each layer that ran, in the order in which the layers ran.
+
+    Raises:
+        SmoothQuantError: there is no batch, or a layer received a NaN or an infinity.
+    """
+    absmax: dict[str, Tensor] = {}
+    handles = []
+    for name, linear in linears.items():
+
+        def watch(_module: nn.Module, args: Any, name: str = name) -> None:
+            x = args[0].detach()
+            seen = x.reshape(-1, x.shape[-1]).abs().amax(dim=0).float()
+            absmax[name] = torch.maximum(absmax[name], seen) if name in absmax else seen
+
+        handles.append(linear.register_forward_pre_hook(watch))
+    count = 0
+    try:
+        for batch in batches:
+            run_model(model, batch)
+            count += 1
+            check_finite(absmax, count)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if count == 0:
+        raise SmoothQuantError("there is no calibration batch; pass at least one batch of token ids [B, T]")
+    return absmax
+
+
+def check_finite(absmax: Mapping[str, Tensor], batch: int) -> None:
+    """Raises SmoothQuantError naming the first layer, in running order, that was fed a NaN or an infinity."""
+    for name, channels in absmax.items():
+        bad = (~torch.isfinite(channels)).nonzero().flatten().tolist()
+        if bad:
+            raise SmoothQuantError(
+                f"the input of {name} is not finite in {len(bad)} of {channels.numel()} channels "
+                f"(first: {bad[0]}) in calibration batch {batch}; the model overflows in its dtype or is damaged"
+            )

@@ -1,0 +1,58 @@
+"""Conversion: quantizes the weights and puts 8-bit modules in the place of the linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .linears import Linear, weight_nk
+from .modules import W8A8Linear
+from .scheme import QMAX, Scheme
+
+
+def convert_(model: nn.Module, names: Iterable[str], absmax: Mapping[str, Tensor], scheme: Scheme) -> None:
+    """Replaces the named linear layers of ``model`` by ``W8A8Linear``, one at a time, freeing each float weight.
+
+    Args:
+        model: the causal LM, smoothed or not.
+        names: the layers to convert.
+        absmax: fp32 [K] per layer: its calibrated (and smoothed) input. Layers that share an input have the same
+            absmax and so the same static scale, as fused kernels and other engines require of q/k/v and gate/up.
+        scheme: what to convert to.
+    """
+    for name in names:
+        linear: Linear = model.get_submodule(name)  # type: ignore[assignment]
+        model.set_submodule(name, quantize_linear(linear, absmax.get(name), scheme))
+
+
+def quantize_linear(linear: Linear, absmax: Tensor | None, scheme: Scheme) -> W8A8Linear:
+    """An 8-bit copy of a linear layer, ready to run; ``absmax`` [K] is needed for static activations only."""
+    weight = weight_nk(linear)
+    out_features, in_features = weight.shape
+    module = W8A8Linear(in_features, out_features, False, scheme, device="meta")
+    module.weight, module.weight_scale = quantize_weight(weight, scheme)
+    if scheme.is_static:
+        assert absmax is not None
+        module.input_scale = static_scale(absmax, scheme.dtype).to(weight.device)
+    if linear.bias is not None:
+        module.bias = linear.bias.detach().clone()
+    module.prepack_()
+    return module
+
+
+def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Rounds a weight [N, K] to nearest: 8-bit [N, K] and its fp32 scale, [N, 1] per channel or [1] per tensor."""
+    if scheme.weight == "channel":
+        quantized, scale = ops.quantize_per_token(weight.contiguous(), scheme.dtype)
+        return quantized, scale[:, None]
+    scale = static_scale(weight.abs().amax().float(), scheme.dtype)
+    return ops.quantize_static(weight.contiguous(), scale, scheme.dtype), scale
+
+
+def static_scale(absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 [1]: absmax / QMAX over the whole tensor, 1 if that is zero."""
+    scale = absmax.max().float().reshape(1) / QMAX[dtype]
+    return torch.where(scale > 0, scale, torch.ones_like(scale))

@@ -1,0 +1,141 @@
+"""The linear layers of a model: what counts as one, how to look at its weight, which ones a recipe quantizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .errors import SmoothQuantError
+from .scheme import Recipe
+
+Linear = nn.Linear | Conv1D
+
+# Configuration keys that hold the number of experts; a linear with that many outputs chooses among them.
+EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """True for ``nn.Linear``, GPT-2's ``Conv1D``, and subclasses that compute just what ``nn.Linear`` computes."""
+    if type(module) in (nn.Linear, Conv1D):
+        return True
+    return isinstance(module, nn.Linear) and _computes_linear(module)
+
+
+def _computes_linear(module: nn.Linear) -> bool:
+    x = torch.linspace(-1, 1, 2 * module.in_features, device=module.weight.device, dtype=module.weight.dtype)
+    try:
+        with torch.no_grad():
+            x = x.reshape(2, -1)
+            return torch.allclose(module(x), nn.functional.linear(x, module.weight, module.bias), equal_nan=True)
+    except (RuntimeError, TypeError):
+        return False
+
+
+def find_linears(module: nn.Module) -> dict[str, Linear]:
+    """All linear layers below ``module`` by name, in the order of registration, shared ones once."""
+    return {name: child for name, child in module.named_modules() if is_linear(child)}  # type: ignore[misc]
+
+
+def weight_nk(linear: Linear) -> Tensor:
+    """The weight as [N out, K in]; a view, so that in-place changes reach the layer (``Conv1D`` stores [K, N])."""
+    weight = linear.weight.detach()
+    return weight.t() if isinstance(linear, Conv1D) else weight
+
+
+@dataclass
+class Selection:
+    """Which linear layers will run in 8 bits, and why the others will not.
+
+    Attributes:
+        linears: the layers to quantize, by name.
+        skipped: the reason for each layer left in floating point, by name.
+    """
+
+    linears: dict[str, Linear] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def select_linears(model: nn.Module, recipe: Recipe) -> Selection:
+    """Applies a recipe's patterns and the defaults (output embedding and routers stay in floating point).
+
+    Patterns are shell globs matched against the whole module name or any run of whole name parts
+    (``down_proj``, ``layers.0.*``, ``*.self_attn.*``).
+
+    Raises:
+        SmoothQuantError: a pattern matches nothing, or nothing is left to quantize.
+    """
+    linears = find_linears(model)
+    for option, patterns in (("skip", recipe.skip), ("only", recipe.only)):
+        for pattern in patterns:
+            if not any(_matches(name, pattern) for name in linears):
+                raise SmoothQuantError(
+                    f"--{option} pattern {pattern!r} matches no linear layer; names look like {_examples(linears)}"
+                )
+    reasons = _default_skips(model, linears)
+    selection = Selection(skipped=_unsupported_weights(model))
+    for name, linear in linears.items():
+        if any(_matches(name, pattern) for pattern in recipe.skip):
+            selection.skipped[name] = "skipped by pattern"
+        elif recipe.only and not any(_matches(name, pattern) for pattern in recipe.only):
+            selection.skipped[name] = "not among the patterns of --only"
+        elif name in reasons:
+            selection.skipped[name] = reasons[name]
+        else:
+            selection.linears[name] = linear
+    if not selection.linears:
+        kinds = sorted({type(module).__name__ for module in model.modules() if not list(module.children())})
+        raise SmoothQuantError(
+            f"{type(model).__name__} has no linear layer to quantize"
+            + (f" that the patterns leave over, of {len(linears)}" if linears else f"; its leaf modules are {kinds}")
+        )
+    return selection
+
+
+def check_finite_weights(linears: dict[str, Linear]) -> None:
+    """Raises SmoothQuantError naming the first layer whose weight or bias holds a NaN or an infinity."""
+    for name, linear in linears.items():
+        for kind, tensor in (("weight", linear.weight), ("bias", linear.bias)):
+            if tensor is not None and not torch.isfinite(tensor.detach().sum(dtype=torch.float64)):
+                bad = int((~torch.isfinite(tensor.detach())).sum())
+                raise SmoothQuantError(
+                    f"{name}.{kind} holds {bad} non-finite values of {tensor.numel()}; the model is damaged, "
+                    f"or leave the layer out with --skip {name!r}"
+                )
+
+
+def _matches(name: str, pattern: str) -> bool:
+    parts = name.split(".")
+    runs = (".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1))
+    return any(fnmatchcase(run, pattern) for run in runs)
+
+
+def _examples(linears: dict[str, Linear]) -> str:
+    names = list(linears)
+    return ", ".join(dict.fromkeys((names[0], names[len(names) // 2], names[-1]))) if names else "nothing here"
+
+
+def _unsupported_weights(model: nn.Module) -> dict[str, str]:
+    """Modules whose weights are products in disguise (fused experts, convolutions), so that none is left out silently."""
+    return {
+        name: f"{type(module).__name__} is not a linear layer"
+        for name, module in model.named_modules()
+        if any(parameter.dim() > 2 for parameter in module.parameters(recurse=False))
+    }
+
+
+def _default_skips(model: nn.Module, linears: dict[str, Linear]) -> dict[str, str]:
+    reasons: dict[str, str] = {}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    config = getattr(model, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    counts = {getattr(text_config, key, None) for key in EXPERT_COUNT_KEYS} - {None, 0, 1}
+    for name, linear in linears.items():
+        if linear is head:
+            reasons[name] = "output embedding"
+        elif weight_nk(linear).shape[0] in counts:
+            reasons[name] = "expert router"
+    return reasons

@@ -1,0 +1,112 @@
+"""The modules that take the place of a model's linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .scheme import Scheme
+
+
+class W8A8Linear(nn.Module):
+    """A linear layer with 8-bit weights and 8-bit activations: ``y = x @ (weight * weight_scale).T + bias``.
+
+    The weight is stored as torch stores it, [N, K], until ``prepack_`` reorders it for the CPU kernels; the state dict
+    always shows [N, K]. Scales stay fp32 whatever dtype the model is cast to, and the 8-bit weight is never cast.
+
+    Attributes:
+        weight: 8-bit [N, K], or packed (see ``torch.ops.sq.prepack_weight``).
+        weight_scale: fp32 [N, 1] (per channel) or [1] (per tensor).
+        input_scale: fp32 [1] with static activations, else ``None`` (a scale per token, measured at run time).
+        bias: floating point [N], or ``None``.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    input_scale: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        scheme: Scheme,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Makes an uninitialized layer; ``dtype`` is the bias's, ``device`` may be ``"meta"``."""
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.scheme = scheme
+        scale_shape = (out_features, 1) if scheme.weight == "channel" else (1,)
+        float32 = {"dtype": torch.float32, "device": device}
+        self.register_buffer("weight", torch.empty(out_features, in_features, dtype=scheme.dtype, device=device))
+        self.register_buffer("weight_scale", torch.empty(scale_shape, **float32))
+        self.register_buffer("input_scale", torch.empty(1, **float32) if scheme.is_static else None)
+        self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N] in the dtype of ``x``."""
+        return ops.w8a8_linear(x, self.weight, self.weight_scale, self.bias, self.input_scale)
+
+    @property
+    def is_packed(self) -> bool:
+        return self.weight.dim() != 2
+
+    def prepack_(self) -> None:
+        """Reorders the weight for the CPU kernels, in place of the plain one. Does nothing off the CPU."""
+        if self.is_packed or self.weight.device.type != "cpu":
+            return
+        self.weight = ops.prepack_weight(self.weight)
+        self.weight_scale = self.weight_scale.expand(self.out_features, 1).contiguous()
+
+    def plain_weight(self) -> Tensor:
+        """The weight as [N, K], 8 bits, whether or not it is packed."""
+        return ops.unpack_weight(self.weight, self.out_features, self.in_features) if self.is_packed else self.weight
+
+    def _unpack_(self) -> None:
+        if self.is_packed:
+            self.weight = self.plain_weight()
+            if self.scheme.weight == "tensor":
+                self.weight_scale = self.weight_scale[0].clone()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> W8A8Linear:
+        # Casts (.half(), .to(bfloat16)) are for the bias alone: scales are fp32 and the weight is 8 bits by contract.
+        # The packed layout is the CPU kernels' own: a move off the CPU unpacks, a move back to it packs.
+        source, target = self.weight.device, fn(self.weight_scale).device
+        if target.type != "cpu":
+            self._unpack_()
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                moved = fn(buffer)
+                keeps_dtype = name != "bias" and moved.dtype != buffer.dtype
+                self._buffers[name] = buffer.to(moved.device) if keeps_dtype else moved
+        if source.type not in ("cpu", "meta"):
+            self.prepack_()
+        return self
+
+    def _unpack_(self) -> None:
+        if self.is_packed:
+            self.weight, self.weight_scale = self.plain_weight(), self._plain_scale()
+
+    def _plain_scale(self) -> Tensor:
+        """The weight's scale as checkpoints store it; packing spreads a per-tensor scale over the channels."""
+        return self.weight_scale[0].clone() if self.is_packed and self.scheme.weight == "tensor" else self.weight_scale
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.is_packed:
+            destination[prefix + "weight"] = self.plain_weight()
+            destination[prefix + "weight_scale"] = self._plain_scale()
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"scheme={self.scheme.name}, packed={self.is_packed}"
+        )

@@ -1,0 +1,234 @@
+"""Smoothing: chooses s for each group, proves that the fold preserves the function, and folds it into the weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import Batch, BlockCall, find_blocks, probe_batch, record_calls
+from .discover import Group
+from .linears import Linear, is_linear, weight_nk
+
+# The proof runs in a raised dtype, but norms, rotary embeddings and softmax of most models compute in fp32 whatever
+# their input: a few dozen fp32 roundings is what two runs of the same function may differ by.
+PROOF_TOLERANCE = 64 * torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
+class SmoothedGroup:
+    """What smoothing did to one group.
+
+    Attributes:
+        producer: name of the norm or linear layer whose output was divided by s.
+        kind: ``"norm"`` or ``"linear"``.
+        consumers: names of the linear layers whose columns were multiplied by s.
+        alpha: the migration strength used.
+        outlier_before: largest channel absmax of the consumers' input over the median one, before smoothing.
+        outlier_after: the same, after.
+    """
+
+    producer: str
+    kind: str
+    consumers: tuple[str, ...]
+    alpha: float
+    outlier_before: float
+    outlier_after: float
+
+
+@dataclass
+class Smoothing:
+    """The groups that were smoothed, and why the others were not."""
+
+    groups: list[SmoothedGroup] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def smoothing_scale(x_absmax: Tensor, w_absmax: Tensor, alpha: float) -> Tensor:
+    """s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) (SmoothQuant, Xiao et al. 2022, eq. 4).
+
+    Args:
+        x_absmax: fp32 [C], calibrated absmax of each channel of the consumers' input.
+        w_absmax: fp32 [C], absmax of the consumers' weight columns for that channel.
+        alpha: migration strength in [0, 1].
+
+    Returns:
+        fp32 [C], finite and positive; 1 where a channel is dead in the activations or in the weights.
+    """
+    s = x_absmax.float() ** alpha / w_absmax.float() ** (1.0 - alpha)
+    usable = torch.isfinite(s) & (s > 0) & (x_absmax > 0) & (w_absmax > 0)
+    return torch.where(usable, s, 1.0)
+
+
+def smooth_(
+    model: nn.Module,
+    groups: Iterable[Group],
+    absmax: dict[str, Tensor],
+    batch: Batch,
+    alpha: float,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> Smoothing:
+    """Folds smoothing into ``model`` in place, group by group, and updates ``absmax`` to the smoothed activations.
+
+    Each fold is first made on a copy of its decoder block in a raised dtype (fp64 for fp32, fp32 for 16 bits). If that
+    changes the block's output, the group is left as it was and reported.
+
+    Args:
+        model: the causal LM, in floating point.
+        groups: what ``discover`` found.
+        absmax: calibrated absmax [K] of each layer to be quantized; groups that feed none of them are left alone.
+        batch: token ids [B, T] for the proof; the first few tokens are used.
+        alpha: migration strength in [0, 1].
+        progress: wraps the iterable of blocks.
+    """
+    result = Smoothing()
+    members: dict[str, list[Group]] = {}
+    for group in groups:
+        if any(name in absmax for name in group.consumers):
+            members.setdefault(group.block, []).append(group)
+    blocks = find_blocks(model)
+    calls = record_calls(model, {name: blocks[name] for name in members}, probe_batch(batch))
+    for name in progress(list(members)):
+        proof = Proof(blocks[name], calls[name], name)
+        # Folding v -> o changes the rows of v that the norm's own scale is chosen by: linear producers go first.
+        for group in sorted(members[name], key=lambda group: group.kind != "linear"):
+            _smooth_group_(model, group, absmax, alpha, proof, result)
+    return result
+
+
+class Proof:
+    """A copy of one block in a raised dtype, on which folds are tried before they reach the model."""
+
+    def __init__(self, block: nn.Module, call: BlockCall, name: str) -> None:
+        own = next(parameter.dtype for parameter in block.parameters() if parameter.is_floating_point())
+        self.prefix = f"{name}." if name else ""
+        self.call = call
+        self._raise_to(torch.float64 if own == torch.float32 else torch.float32, block)
+
+    def _raise_to(self, dtype: torch.dtype, block: nn.Module) -> None:
+        self.dtype = dtype
+        self.block = copy.deepcopy(block).to(dtype)
+        try:
+            self.expected = self._run()
+        except RuntimeError:
+            if dtype != torch.float64:
+                raise
+            self._raise_to(torch.float32, block)  # some kernels (grouped products of experts) have no fp64
+
+    def try_fold(self, group: Group, s: Tensor) -> str:
+        """Folds the copy; if its output changes, undoes that and says by how much, else returns ''."""
+        producer, consumers = group_modules(self.block, group, self.prefix)
+        before = {parameter: parameter.detach().clone() for parameter in _parameters(producer, consumers)}
+        fold_(producer, consumers, group, s)
+        error = max((_relative_error(a, b) for a, b in zip(self.expected, self._run(), strict=True)), default=0.0)
+        if error <= PROOF_TOLERANCE:
+            return ""
+        for parameter, value in before.items():
+            parameter.data.copy_(value)
+        return f"folding it changes the block's output by {error:.1e} (relative), so it was undone"
+
+    def _run(self) -> list[Tensor]:
+        return self.call.replay(self.block, self.dtype)
+
+
+def fold_(producer: nn.Module, consumers: Mapping[str, Linear], group: Group, s: Tensor) -> None:
+    """Divides the producer's output channels by s [C] and multiplies the consumers' columns by it, in place.
+
+    A norm's weight is rounded to its dtype, and in 16 bits that changes a whole channel: the consumers are multiplied
+    by what the norm was really divided by.
+    """
+    if is_linear(producer):
+        rows = weight_nk(producer)  # type: ignore[arg-type]
+        rows.copy_(_wide(rows) / s.to(rows.device)[:, None])
+    else:
+        weight = producer.weight.detach()  # type: ignore[union-attr]
+        before = _wide(weight) + group.norm_offset
+        weight.copy_(before / s.to(weight.device) - group.norm_offset)
+        divided_by = (before / (_wide(weight) + group.norm_offset)).to(s)
+        s = torch.where(torch.isfinite(divided_by) & (divided_by > 0), divided_by, s)
+    if getattr(producer, "bias", None) is not None:
+        bias = producer.bias.detach()  # type: ignore[union-attr]
+        bias.copy_(_wide(bias) / s.to(bias.device))
+    for name, linear in consumers.items():
+        columns = weight_nk(linear)
+        columns.copy_(_wide(columns) * gather_scale(s, group.consumers[name]).to(columns.device))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """At least fp32, so that a scale is applied with one rounding, to the tensor's own dtype."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def gather_scale(s: Tensor, channel_map: Tensor) -> Tensor:
+    """s [C] as seen by a consumer's input channels [K]: s[channel_map], 1 where the map says -1."""
+    return torch.where(channel_map >= 0, s[channel_map.clamp(min=0)], 1.0)
+
+
+def group_modules(root: nn.Module, group: Group, prefix: str = "") -> tuple[nn.Module, dict[str, Linear]]:
+    """The producer, and the consumers by model-wide name, looked up below ``root``, whose own name is ``prefix``."""
+    consumers = {name: root.get_submodule(name.removeprefix(prefix)) for name in group.consumers}
+    return root.get_submodule(group.producer.removeprefix(prefix)), consumers  # type: ignore[return-value]
+
+
+def outlier_ratio(absmax: Tensor) -> float:
+    """Largest channel absmax over the median one: what a per-token or per-tensor scale has to bridge."""
+    return float(absmax.max() / absmax.median().clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def _smooth_group_(
+    model: nn.Module, group: Group, absmax: dict[str, Tensor], alpha: float, proof: Proof, result: Smoothing
+) -> None:
+    producer, consumers = group_modules(model, group)
+    channels = weight_nk(producer).shape[0] if is_linear(producer) else producer.weight.numel()  # type: ignore
+    x_absmax, w_absmax = torch.zeros(channels), torch.zeros(channels)
+    watched = [name for name in consumers if name in absmax]
+    for name in watched:
+        _scatter_max_(x_absmax, group.consumers[name], absmax[name].cpu())
+        _scatter_max_(w_absmax, group.consumers[name], weight_nk(consumers[name]).abs().amax(dim=0).float().cpu())
+    s = smoothing_scale(x_absmax, w_absmax, alpha)
+    failure = proof.try_fold(group, s) or _overflow(producer, consumers, group, s)
+    if failure:
+        result.failed[group.producer] = failure
+        return
+    fold_(producer, consumers, group, s)
+    before = max(outlier_ratio(absmax[name]) for name in watched)
+    for name in watched:
+        absmax[name] = absmax[name] / gather_scale(s, group.consumers[name]).to(absmax[name])
+    after = max(outlier_ratio(absmax[name]) for name in watched)
+    result.groups.append(SmoothedGroup(group.producer, group.kind, tuple(consumers), alpha, before, after))
+
+
+def _overflow(producer: nn.Module, consumers: Mapping[str, Linear], group: Group, s: Tensor) -> str:
+    """Says which weight the fold would push beyond its dtype's range (it happens in float16), or ''."""
+    for name, linear in consumers.items():
+        largest = weight_nk(linear).abs().amax(dim=0).double().cpu() * gather_scale(s, group.consumers[name]).double()
+        if float(largest.max()) > torch.finfo(linear.weight.dtype).max:
+            return f"folding it overflows {name}.weight in {linear.weight.dtype}"
+    for parameter in _parameters(producer, {}):
+        if float((parameter.detach().double().cpu().flatten(1 if parameter.dim() > 1 else 0).abs().max() / s.min())) > (
+            torch.finfo(parameter.dtype).max
+        ):
+            return f"folding it overflows {group.producer} in {parameter.dtype}"
+    return ""
+
+
+def _parameters(producer: nn.Module, consumers: Mapping[str, Linear]) -> list[nn.Parameter]:
+    modules = [producer, *consumers.values()]
+    return [parameter for module in modules for parameter in module.parameters(recurse=False)]
+
+
+def _scatter_max_(target: Tensor, channel_map: Tensor, values: Tensor) -> None:
+    mapped = channel_map >= 0
+    target.scatter_reduce_(0, channel_map[mapped], values[mapped], "amax")
+
+
+def _relative_error(expected: Tensor, actual: Tensor) -> float:
+    if not expected.is_floating_point():
+        return 0.0 if torch.equal(expected, actual) else float("inf")
+    scale = float(expected.double().norm())
+    error = float((expected.double() - actual.double()).norm())
+    return error / scale if scale > 0 else error
