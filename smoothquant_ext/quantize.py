@@ -73,7 +73,7 @@ def quantize(
 
     selection = select_linears(model, recipe)
     check_finite_weights(selection.linears)
-    first, batches = _peek(batches.split(1) if isinstance(batches, Tensor) else batches)
+    first, batches = _peek(list(batches.split(1)) if isinstance(batches, Tensor) and len(batches) else batches)
 
     absmax = calibrate(model, selection.linears, bar(batches, "Calibrating"))
     for name in [name for name in selection.linears if name not in absmax]:
@@ -84,7 +84,7 @@ def quantize(
     if recipe.smooth:
         discovery = discover(model, first, lambda blocks: bar(blocks, "Finding smoothing groups"))
         smoothing = smooth_(
-            model, discovery.groups, absmax, first, recipe.migration, lambda blocks: bar(blocks, "Smoothing")
+            model, discovery.groups, absmax, first, recipe, lambda blocks: bar(blocks, "Smoothing")
         )
 
     convert_(model, bar(list(selection.linears), "Quantizing weights"), absmax, scheme)

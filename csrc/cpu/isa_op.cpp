@@ -1,0 +1,32 @@
+// What the CPU ops run on; none of these takes a tensor, so that they have no device.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/stableivalue_conversions.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "kernels/cpu_features.h"
+
+namespace sq {
+namespace {
+
+std::string cpu_isa() { return isa_name(current_isa()); }
+
+std::string cpu_isa_why_not(std::string name) {
+  for (Isa isa : kIsas) {
+    if (name == isa_name(isa)) return why_not(isa);
+  }
+  throw std::runtime_error("cpu_isa_why_not: there is no instruction set '" + name + "'");
+}
+
+void set_cpu_isa(std::string name) { set_isa(name); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sq, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("cpu_isa_why_not", TORCH_BOX(&cpu_isa_why_not));
+  m.impl("_set_cpu_isa", TORCH_BOX(&set_cpu_isa));
+}
+
+}  // namespace sq

@@ -1,0 +1,106 @@
+#include "cpu_features.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace sq {
+namespace {
+
+#if defined(__x86_64__)
+struct Cpuid {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+
+  explicit Cpuid(unsigned leaf) { __get_cpuid_count(leaf, 0, &eax, &ebx, &ecx, &edx); }
+};
+
+bool bit(unsigned word, int index) { return (word >> index & 1) != 0; }
+
+// Whether the operating system saves these parts of the register file (XCR0) on a context switch.
+bool saves_state(unsigned long long parts) {
+  if (!bit(Cpuid(1).ecx, 27)) return false;  // OSXSAVE
+  unsigned low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return ((static_cast<unsigned long long>(high) << 32 | low) & parts) == parts;
+}
+
+std::string why_no_avx512_vnni() {
+  const Cpuid one(1), seven(7);
+  const bool avx512 = bit(seven.ebx, 16) && bit(seven.ebx, 17) && bit(seven.ebx, 30) && bit(seven.ebx, 31);  // F DQ BW VL
+  if (!avx512 || !bit(seven.ecx, 11)) return "this CPU has no AVX512-VNNI";
+  if (!bit(one.ecx, 12) || !bit(one.ecx, 29)) return "this CPU has no FMA or F16C";
+  constexpr unsigned long long kZmm = 0xe6;  // SSE, AVX, opmask, both halves of the zmm registers
+  return saves_state(kZmm) ? "" : "the operating system does not save AVX512 registers";
+}
+
+std::string why_no_amx() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  if (std::string reason = why_no_avx512_vnni(); !reason.empty()) return reason;
+  const Cpuid seven(7);
+  if (!bit(seven.edx, 24) || !bit(seven.edx, 25)) return "this CPU has no AMX-INT8";
+  constexpr unsigned long long kTiles = 0x60000;
+  if (!saves_state(kTiles)) return "the operating system does not save AMX tiles";
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0 ? "" : "Linux does not permit AMX to this process";
+#else
+  return "AMX is supported on Linux only";
+#endif
+}
+#else
+std::string why_no_avx512_vnni() { return "this is not an x86-64 CPU"; }
+std::string why_no_amx() { return "this is not an x86-64 CPU"; }
+#endif
+
+Isa usable_isa(const std::string& name) {
+  std::string names;
+  for (Isa isa : kIsas) {
+    if (name == isa_name(isa)) {
+      if (why_not(isa).empty()) return isa;
+      throw std::runtime_error("SMOOTHQUANT_CPU_ISA asks for " + name + ", but " + why_not(isa));
+    }
+    names += std::string(names.empty() ? "" : ", ") + isa_name(isa);
+  }
+  throw std::runtime_error("SMOOTHQUANT_CPU_ISA is '" + name + "', expected one of " + names);
+}
+
+Isa first_isa() {
+  if (const char* forced = std::getenv("SMOOTHQUANT_CPU_ISA"); forced != nullptr && *forced != '\0') {
+    return usable_isa(forced);
+  }
+  Isa best = Isa::kPortable;
+  for (Isa isa : kIsas) {
+    if (why_not(isa).empty()) best = isa;
+  }
+  return best;
+}
+
+std::atomic<Isa>& selected() {
+  static std::atomic<Isa> isa{first_isa()};
+  return isa;
+}
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+  constexpr const char* kNames[] = {"portable", "avx512vnni", "amx"};
+  return kNames[static_cast<int>(isa)];
+}
+
+const std::string& why_not(Isa isa) {
+  static const std::string reasons[] = {"", why_no_avx512_vnni(), why_no_amx()};
+  return reasons[static_cast<int>(isa)];
+}
+
+Isa current_isa() { return selected().load(std::memory_order_relaxed); }
+
+void set_isa(const std::string& name) { selected().store(usable_isa(name), std::memory_order_relaxed); }
+
+}  // namespace sq

@@ -1,0 +1,25 @@
+// Which instruction set the kernels use: the best one of this CPU, or the one that SMOOTHQUANT_CPU_ISA or a test names.
+#pragma once
+
+#include <string>
+
+namespace sq {
+
+enum class Isa { kPortable, kAvx512Vnni, kAmx };  // in rising order of preference
+
+constexpr Isa kIsas[] = {Isa::kPortable, Isa::kAvx512Vnni, Isa::kAmx};
+
+// "portable", "avx512vnni", "amx"
+const char* isa_name(Isa isa);
+
+// Why this machine cannot run the kernels of `isa`; empty where it can. The first call asks Linux for leave to use the
+// tile registers of AMX.
+const std::string& why_not(Isa isa);
+
+// The ISA in use. Throws std::runtime_error if SMOOTHQUANT_CPU_ISA names none, or one that this machine cannot run.
+Isa current_isa();
+
+// Makes the named ISA the one in use, for the whole process. Throws as current_isa() does.
+void set_isa(const std::string& name);
+
+}  // namespace sq

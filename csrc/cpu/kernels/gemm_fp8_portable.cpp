@@ -1,0 +1,57 @@
+// FP8 product for any CPU: both operands are decoded through a table of 256 values, products and sums are fp32.
+#include "epilogue.h"
+#include "gemm.h"
+
+namespace sq {
+namespace {
+
+struct DecodeTable {
+  float values[256];
+};
+
+DecodeTable make_table(float (*decode)(uint8_t)) {
+  DecodeTable table;
+  for (int i = 0; i < 256; ++i) table.values[i] = decode(static_cast<uint8_t>(i));
+  return table;
+}
+
+const float* decode_table(DType dtype) {
+  static const DecodeTable e4m3 = make_table(float8_e4m3_to_float);
+  static const DecodeTable e5m2 = make_table(float8_e5m2_to_float);
+  return dtype == DType::kFloat8E5M2 ? e5m2.values : e4m3.values;
+}
+
+}  // namespace
+
+void gemm_fp8_portable(const GemmArgs& args, Range rows, Range panels) {
+  constexpr int64_t kRows = 32;   // sums kept for this many rows at a time: 8 KB
+  constexpr int64_t kDepth = 64;  // values of k decoded at a time: 16 KB
+  const float* a_table = decode_table(args.a_dtype);
+  const float* b_table = decode_table(args.b_dtype);
+  for (int64_t p = panels.begin; p < panels.end; ++p) {
+    const uint8_t* panel = args.b + p * panel_bytes(args.k);
+    const int64_t columns = args.n - p * kPanel < kPanel ? args.n - p * kPanel : kPanel;
+    for (int64_t first = rows.begin; first < rows.end; first += kRows) {
+      const int64_t count = rows.end - first < kRows ? rows.end - first : kRows;
+      float sums[kRows][kPanel] = {};
+      for (int64_t k0 = 0; k0 < args.k; k0 += kDepth) {
+        const int64_t depth = args.k - k0 < kDepth ? args.k - k0 : kDepth;
+        float b[kDepth][kPanel];
+        for (int64_t k = 0; k < depth; ++k) {
+          const uint8_t* source = panel + (k0 + k) / 4 * 4 * kPanel + (k0 + k) % 4;
+          for (int64_t n = 0; n < kPanel; ++n) b[k][n] = b_table[source[4 * n]];
+        }
+        for (int64_t r = 0; r < count; ++r) {
+          const uint8_t* a = args.a + (first + r) * args.a_stride + k0;
+          for (int64_t k = 0; k < depth; ++k) {
+            const float value = a_table[a[k]];
+            for (int64_t n = 0; n < kPanel; ++n) sums[r][n] += value * b[k][n];
+          }
+        }
+      }
+      for (int64_t r = 0; r < count; ++r) store_row(args, first + r, p * kPanel, columns, sums[r]);
+    }
+  }
+}
+
+}  // namespace sq

@@ -1,0 +1,20 @@
+// The kernels of each instruction set, in one table.
+#pragma once
+
+#include "cpu_features.h"
+#include "gemm.h"
+#include "quantize.h"
+
+namespace sq {
+
+struct Kernels {
+  QuantizeRows quantize_rows;
+  GemmRange gemm_int8;
+  GemmRange gemm_fp8;
+};
+
+const Kernels& kernels_of(Isa isa);
+
+inline const Kernels& current_kernels() { return kernels_of(current_isa()); }
+
+}  // namespace sq

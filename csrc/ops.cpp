@@ -1,0 +1,23 @@
+// Every op of torch.ops.sq. M: tokens, K: input features, N: output features. Shapes, dtypes and numerics are documented
+// on the Python wrappers in smoothquant_ext/ops.py; implementations are in cpu/ and cuda/.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(sq, m) {
+  // Quantize activations.
+  m.def("quantize_per_token(Tensor x, ScalarType dtype, Tensor? smooth=None) -> (Tensor, Tensor)");
+  m.def("quantize_static(Tensor x, Tensor scale, ScalarType dtype) -> Tensor");
+
+  // 8-bit matrix products.
+  m.def("prepack_weight(Tensor b) -> Tensor");
+  m.def(
+      "w8a8_gemm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? bias=None, "
+      "ScalarType out_dtype=bfloat16) -> Tensor");
+  m.def(
+      "w8a8_linear(Tensor x, Tensor b, Tensor b_scale, Tensor? bias=None, Tensor? a_scale=None, Tensor? smooth=None, "
+      "ScalarType? out_dtype=None) -> Tensor");
+
+  // Which CPU instruction set runs. why_not is empty for one that can run; _set_cpu_isa is for tests and benchmarks.
+  m.def("cpu_isa() -> str");
+  m.def("cpu_isa_why_not(str isa) -> str");
+  m.def("_set_cpu_isa(str isa) -> ()");
+}

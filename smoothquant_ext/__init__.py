@@ -1,0 +1,63 @@
+"""W8A8 for PyTorch: SmoothQuant with real INT8 and FP8 kernels."""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .checkpoint import load, save
+    from .errors import SmoothQuantError
+    from .evaluate import evaluate
+    from .modules import W8A8Linear
+    from .ops import info
+    from .quantize import quantize
+    from .scheme import SCHEMES, Recipe, Scheme
+
+# Imported when first used: transformers takes seconds, and `smoothquant --help` should not.
+_HOME = {
+    "SCHEMES": "scheme",
+    "Recipe": "scheme",
+    "Scheme": "scheme",
+    "SmoothQuantError": "errors",
+    "W8A8Linear": "modules",
+    "evaluate": "evaluate",
+    "info": "ops",
+    "load": "checkpoint",
+    "quantize": "quantize",
+    "save": "checkpoint",
+}
+
+__all__ = [
+    "SCHEMES",
+    "Recipe",
+    "Scheme",
+    "SmoothQuantError",
+    "W8A8Linear",
+    "evaluate",
+    "info",
+    "load",
+    "quantize",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """Keeps ``smoothquant_ext.quantize`` the function: importing the module of that name would bind it here."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _HOME or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

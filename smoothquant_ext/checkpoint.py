@@ -1,0 +1,268 @@
+"""Saving and loading W8A8 models as Hugging Face directories: open formats, no pickle, nothing half-written."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from . import assemble
+from .errors import SmoothQuantError
+from .formats import Format, choose_format, parse_quantization_config, quantization_config
+from .hf import first_line, plain_tensors, quiet_transformers, to_checkpoint_modules, to_checkpoint_tensors
+from .modules import W8A8Linear
+from .staging import check_free_space, check_place, replace_directory
+from .stored import CONFIG, COPY_AGAIN, INDEX, read_config
+
+# What a save may leave in a directory, tokenizer files included. Anything else belongs to somebody.
+_OUR_SUFFIXES = (".json", ".safetensors", ".jinja", ".txt", ".model")
+_OUR_DIRECTORIES = ("additional_chat_templates",)
+_PRODUCER = {"format": "pt", "producer": "smoothquant-ext"}
+
+
+def check_destination(directory: str | os.PathLike[str]) -> Path:
+    """The resolved directory, if ``save`` may write there; call it before any long work.
+
+    It may be absent, empty, or hold a W8A8 checkpoint and nothing else, which ``save`` replaces as a whole.
+
+    Raises:
+        SmoothQuantError: it is a file, holds something else, or its place is not writable.
+    """
+    target = Path(directory).resolve()
+    if target.exists():
+        if not target.is_dir():
+            raise SmoothQuantError(f"{target} is a file; name a directory to save to")
+        for entry in sorted(target.iterdir()):
+            ours = entry.suffix in _OUR_SUFFIXES if entry.is_file() else entry.name in _OUR_DIRECTORIES
+            if not ours:
+                raise SmoothQuantError(f"{target} already holds {entry.name}; choose an empty or a new directory")
+        if any(target.iterdir()):
+            _check_replaceable(target)
+    check_place(target)
+    return target
+
+
+def _check_replaceable(target: Path) -> None:
+    try:
+        parse_quantization_config(read_config(target)["quantization_config"], str(target / CONFIG))
+    except (SmoothQuantError, KeyError):
+        raise SmoothQuantError(
+            f"{target} already holds something that is not a W8A8 checkpoint; choose an empty or a new directory"
+        ) from None
+
+
+def save(
+    model: PreTrainedModel,
+    directory: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    format: str | None = None,  # noqa: A002
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Writes a quantized model as a Hugging Face directory that other engines also load.
+
+    A killed save leaves the previous directory or none. Files: config.json with the quantization_config, safetensors
+    (with an index when there are several), generation_config.json, the tokenizer and its chat template.
+
+    Args:
+        model: a transformers causal LM holding ``W8A8Linear`` layers, on any device.
+        directory: where to; absent, empty, or a W8A8 checkpoint, which is replaced.
+        tokenizer: saved along when given.
+        format: ``"compressed-tensors"`` (vLLM, SGLang, transformers) or ``"lmdeploy"``; ``None`` is the former, except
+            for FP8 e5m2, which only LMDeploy's format can store.
+        max_shard_size: bytes per safetensors file, as a number or like ``"5GB"``.
+
+    Raises:
+        SmoothQuantError: nothing is quantized, the format cannot store the scheme, a scale is not positive and finite,
+            or the directory cannot be written.
+    """
+    target = check_destination(directory)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, W8A8Linear)}
+    if not layers:
+        raise SmoothQuantError(f"{type(model).__name__} has no quantized layer; call quantize on it before saving")
+    fmt = choose_format(format, [layer.scheme for layer in layers.values()])
+    for name, layer in layers.items():
+        _check_scales(name, layer)
+    with quiet_transformers():
+        tensors = _Tensors(model, layers, fmt)
+        shards = _split(tensors.sizes, max_shard_size)
+        check_free_space(target, sum(tensors.sizes.values()))
+        with replace_directory(target) as staging:
+            try:
+                for file, names in shards.filename_to_tensors.items():
+                    save_file({name: tensors.read(name) for name in names}, staging / file, metadata=_PRODUCER)
+            except SafetensorError as error:
+                raise SmoothQuantError(
+                    f"{target} could not be written: {first_line(error)}; free some space there or choose another place"
+                ) from error
+            if shards.is_sharded:
+                index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+                (staging / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            _write_configs(model, quantization_config(fmt, tensors.schemes, tensors.ignore), staging)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(staging)
+
+
+class _Tensors:
+    """The tensors of a checkpoint by name: their sizes now, their contents one at a time when asked.
+
+    Packed weights are unpacked on the way to the file, so a save needs the memory of one shard.
+
+    Attributes:
+        sizes: bytes of each tensor.
+        schemes: scheme of each quantized layer, by its name in the checkpoint.
+        ignore: names of the layers that other tools take for linear ones and that stay in floating point.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: Mapping[str, W8A8Linear], fmt: Format) -> None:
+        self.sizes: dict[str, int] = {}
+        self._readers: dict[str, Callable[[], Tensor]] = {}
+        plain = to_checkpoint_tensors(model, plain_tensors(model, besides=W8A8Linear))
+        for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
+            plain.pop(name, None)
+        for name, tensor in plain.items():
+            if tensor.is_meta:
+                raise SmoothQuantError(f"{name} is offloaded to disk; load the model without offloading to save it")
+            self._add(name, tensor.nbytes, partial(torch.Tensor.detach, tensor))
+        modules = dict(model.named_modules())
+        linears = [path for path, module in modules.items() if isinstance(module, nn.Linear | Conv1D)]
+        embeddings = [path for path, module in modules.items() if isinstance(module, nn.Embedding)]
+        names = to_checkpoint_modules(model, [*layers, *linears, *embeddings])
+        for path, layer in layers.items():
+            for suffix, tensor in _small_tensors(layer, fmt).items():
+                self._add(f"{names[path]}.{suffix}", tensor.nbytes, partial(torch.Tensor.detach, tensor))
+            size = layer.out_features * layer.in_features * layer.scheme.dtype.itemsize
+            self._add(f"{names[path]}.weight", size, layer.plain_weight)
+        self.schemes = {names[path]: layer.scheme for path, layer in layers.items()}
+        # Routers and the experts that transformers fuses are no nn.Linear here, but are linear layers to vLLM.
+        matrices = {name for name, tensor in plain.items() if tensor.dim() == 2 and name.endswith(".weight")}
+        others = {name.removesuffix(".weight") for name in matrices} - {names[path] for path in (*linears, *embeddings)}
+        self.ignore = [names[path] for path in linears] + sorted(others)
+
+    def _add(self, name: str, size: int, reader: Callable[[], Tensor]) -> None:
+        self.sizes[name] = size
+        self._readers[name] = reader
+
+    def read(self, name: str) -> Tensor:
+        """The tensor on the CPU, contiguous, in a storage of its own (safetensors refuses shared ones)."""
+        tensor = self._readers[name]().cpu().contiguous()
+        return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _small_tensors(layer: W8A8Linear, fmt: Format) -> dict[str, Tensor]:
+    """Scales and bias of a layer, named and shaped as the format wants them, whether or not the layer is packed."""
+    scale = layer.weight_scale.reshape(-1, 1)
+    if layer.scheme.weight == "channel" or fmt.name == "lmdeploy":
+        scale = scale.expand(layer.out_features, 1)
+    else:
+        scale = scale[0]
+    tensors = {fmt.weight_scale: scale, fmt.input_scale: layer.input_scale, "bias": layer.bias}
+    return {suffix: tensor for suffix, tensor in tensors.items() if suffix is not None and tensor is not None}
+
+
+def _check_scales(name: str, layer: W8A8Linear) -> None:
+    for kind, scale in (("weight_scale", layer.weight_scale), ("input_scale", layer.input_scale)):
+        if scale is not None and not bool((scale.isfinite() & (scale > 0)).all()):
+            raise SmoothQuantError(
+                f"{name}.{kind} is not positive and finite everywhere; the layer was quantized from damaged weights or "
+                "activations, quantize the model again"
+            )
+
+
+def _split(sizes: Mapping[str, int], max_shard_size: int | str) -> StateDictSplit:
+    try:
+        return split_state_dict_into_shards_factory(
+            dict(sizes),
+            get_storage_size=lambda size: size,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError as error:
+        raise SmoothQuantError(f"max_shard_size {max_shard_size!r} is not a size like '5GB'") from error
+
+
+def _write_configs(model: PreTrainedModel, quantization: dict[str, Any], directory: Path) -> None:
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.quantization_config = quantization
+    if isinstance(model.get_output_embeddings(), W8A8Linear):
+        config.tie_word_embeddings = False  # its 8-bit weight is its own now
+    config.to_json_file(directory / CONFIG)
+    if model.can_generate():
+        # Not save_pretrained: it refuses settings that many published models have (a temperature without sampling).
+        model.generation_config.to_json_file(directory / "generation_config.json")
+
+
+def load(
+    directory: str | os.PathLike[str],
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """Loads a W8A8 checkpoint, ours or another tool's, ready to run on 8-bit kernels.
+
+    The 8-bit weights go from the files into ``W8A8Linear`` modules; the float weights never exist.
+
+    Args:
+        directory: a Hugging Face directory in compressed-tensors or LMDeploy format, safetensors only.
+        device: where to, the CPU by default.
+        dtype: of everything that is not quantized; ``None`` takes what the checkpoint says.
+
+    Returns:
+        The model in evaluation mode, without gradients.
+
+    Raises:
+        SmoothQuantError: the checkpoint is incomplete, damaged, inconsistent, or not W8A8.
+    """
+    path = Path(directory)
+    raw = read_config(path)
+    with quiet_transformers():
+        try:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            config.quantization_config = {"quant_method": assemble.METHOD, "directory": str(path)}
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path,
+                config=config,
+                dtype=dtype or "auto",
+                device_map=None if device is None else {"": torch.device(device)},
+                trust_remote_code=False,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # reported below, with names
+                output_loading_info=True,
+            )
+        except SmoothQuantError:
+            raise
+        except Exception as error:  # whatever transformers raises for a configuration it cannot build
+            raise SmoothQuantError(f"{path}: transformers cannot load this model ({first_line(error)})") from error
+    _check_loaded(path, info)
+    # From here on it is an ordinary module: it may be cast, moved and saved like any other.
+    model.hf_quantizer.remove_quantization_config(model)
+    model.config.quantization_config = raw["quantization_config"]
+    return model.eval().requires_grad_(False)
+
+
+def _check_loaded(path: Path, info: Mapping[str, Any]) -> None:
+    for name, stored, expected in sorted(info["mismatched_keys"]):
+        raise SmoothQuantError(
+            f"{path}: {name} is {list(stored)}, but config.json makes it {list(expected)}; {COPY_AGAIN}"
+        )
+    for name in sorted(info["missing_keys"]):
+        raise SmoothQuantError(f"{path} lacks the tensor {name}, which config.json calls for; {COPY_AGAIN}")
+    unexpected = sorted(name for name in info["unexpected_keys"] if not name.endswith("_zero_point"))
+    if unexpected:
+        warnings.warn(
+            f"{path}: ignored {len(unexpected)} tensors that the model has no place for, such as {unexpected[0]}",
+            stacklevel=3,
+        )

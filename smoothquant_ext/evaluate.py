@@ -1,0 +1,324 @@
+"""How good, how fast and how large a model is: perplexity, agreement with a reference, tokens per second, bytes."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from .errors import SmoothQuantError
+from .modules import W8A8Linear
+
+CHUNK = 64
+"""Rows of logits that are raised to fp32 at a time: a copy of all of them would double the memory of evaluation."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model does on a text. Every ``*_error`` is the standard error over windows, ``None`` for one window.
+
+    Attributes:
+        tokens: how many tokens were predicted: all of each window but its first.
+        perplexity: exp of the mean negative log likelihood per token.
+        change: perplexity relative to the reference's, minus 1; its error is that of the pairwise difference.
+        kl: mean KL(reference || model) per token, in nats.
+        top1: share of the positions at which model and reference find the same token likeliest.
+
+    The last three are ``None`` without a reference.
+    """
+
+    tokens: int
+    perplexity: float
+    perplexity_error: float | None = None
+    change: float | None = None
+    change_error: float | None = None
+    kl: float | None = None
+    kl_error: float | None = None
+    top1: float | None = None
+    top1_error: float | None = None
+
+
+def evaluate(
+    model: nn.Module, windows: Tensor, reference: nn.Module | None = None, progress: bool = False
+) -> Evaluation:
+    """Perplexity of a causal LM on windows of tokens and, with a reference model, how closely it follows that one.
+
+    Args:
+        model: a transformers causal LM.
+        windows: int64 [samples, T], T >= 2, as ``token_windows`` gives them.
+        reference: the model to compare with, usually the original in floating point.
+        progress: whether to show a progress bar on stderr.
+
+    Raises:
+        SmoothQuantError: windows of a wrong shape or with tokens the model does not know, models with different
+            vocabularies, a NaN in the logits.
+    """
+    return evaluate_all({"the model": model}, windows, reference, progress)["the model"]
+
+
+def evaluate_all(
+    models: Mapping[str, nn.Module], windows: Tensor, reference: nn.Module | None = None, progress: bool = False
+) -> dict[str, Evaluation]:
+    """``evaluate`` for several models on the same windows; the reference runs once per window, and may be among them.
+
+    No more than one window's logits of the reference and of one model are held at a time.
+    """
+    _check_windows(models if reference is None else {"the reference": reference, **models}, windows)
+    tallies = {name: Tally() for name in models}
+    console = Console(stderr=True)
+    for window in track(windows.split(1), "Evaluating".ljust(24), console=console, disable=not progress):
+        _evaluate_window(models, window, reference, tallies)
+    positions = windows.shape[1] - 1
+    return {name: tally.result(positions) for name, tally in tallies.items()}
+
+
+def _evaluate_window(
+    models: Mapping[str, nn.Module], window: Tensor, reference: nn.Module | None, tallies: dict[str, Tally]
+) -> None:
+    """Adds one window [1, T] to the tallies. A function of its own, so that its logits are gone when the next begins."""
+    expected = None if reference is None else _logits(reference, window)
+    for name, model in models.items():
+        logits = expected if expected is not None and model is reference else _logits(model, window)
+        if expected is not None and logits.shape != expected.shape:
+            raise SmoothQuantError(
+                f"{name} has a vocabulary of {logits.shape[-1]} and the reference one of {expected.shape[-1]}: "
+                "compare a model with the one it was made from"
+            )
+        tally = tallies[name]
+        tally.add(window, logits, expected)
+        if not math.isfinite(tally.nll[-1]):
+            index = len(tally.nll) - 1
+            raise SmoothQuantError(f"{name} gives logits that are not finite on window {index}: it is damaged")
+        del logits  # before the next model makes its own
+
+
+@dataclass
+class Tally:
+    """Means per window of what is measured per token."""
+
+    nll: list[float] = field(default_factory=list)
+    reference_nll: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    top1: list[float] = field(default_factory=list)
+
+    def add(self, window: Tensor, logits: Tensor, expected: Tensor | None) -> None:
+        """Adds one window: token ids [1, T], the model's logits [T - 1, V] and the reference's, if any."""
+        targets = window[0, 1:].to(logits.device)
+        count = targets.numel()
+        nll, reference_nll, kl, top1 = 0.0, 0.0, 0.0, 0
+        for start in range(0, count, CHUNK):
+            part = slice(start, start + CHUNK)
+            label = targets[part, None]
+            log_q = torch.log_softmax(logits[part].float(), dim=-1)
+            nll -= float(log_q.gather(1, label).sum(dtype=torch.float64))
+            if expected is None:
+                continue
+            log_p = torch.log_softmax(expected[part].to(logits.device).float(), dim=-1)
+            reference_nll -= float(log_p.gather(1, label).sum(dtype=torch.float64))
+            # p log(p / q) is 0 where p is: some models mask unused tokens with -inf.
+            terms = (log_p.exp() * (log_p - log_q)).masked_fill_(log_p == -math.inf, 0.0)
+            kl += float(terms.sum(dtype=torch.float64))
+            top1 += int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
+        self.nll.append(nll / count)
+        if expected is not None:
+            self.reference_nll.append(reference_nll / count)
+            self.kl.append(kl / count)
+            self.top1.append(top1 / count)
+
+    def result(self, positions: int) -> Evaluation:
+        """Means over all windows, of ``positions`` predicted tokens each."""
+        nll, nll_error = _mean_and_error(self.nll)
+        perplexity = math.exp(nll)
+        tokens = positions * len(self.nll)
+        if not self.kl:
+            return Evaluation(tokens, perplexity, _times(perplexity, nll_error))
+        difference, difference_error = _mean_and_error(
+            [own - reference for own, reference in zip(self.nll, self.reference_nll, strict=True)]
+        )
+        return Evaluation(
+            tokens,
+            perplexity,
+            _times(perplexity, nll_error),
+            math.expm1(difference),
+            _times(math.exp(difference), difference_error),
+            *_mean_and_error(self.kl),
+            *_mean_and_error(self.top1),
+        )
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds per round for a prompt of ``prompt`` tokens and for ``generated`` tokens after it."""
+
+    prompt: int
+    generated: int
+    prefill_seconds: tuple[float, ...]
+    decode_seconds: tuple[float, ...]
+
+    @property
+    def prefill(self) -> float:
+        """Tokens per second, median over rounds."""
+        return self.prompt / statistics.median(self.prefill_seconds)
+
+    @property
+    def decode(self) -> float:
+        """Tokens per second, median over rounds."""
+        return self.generated / statistics.median(self.decode_seconds)
+
+
+def measure_speed(
+    models: Mapping[str, nn.Module], prefill: int = 512, decode: int = 32, rounds: int = 5, progress: bool = False
+) -> dict[str, Speed]:
+    """Times causal LMs as ``generate`` runs them: a prompt with logits of its last token only, then token by token.
+
+    The models take turns, in an order that rotates from round to round, so that a disturbance of the machine meets
+    them all. One more round runs first and is thrown away. torch's thread count is left as it is.
+
+    Args:
+        models: transformers causal LMs by name, on any device.
+        prefill: tokens of the prompt, batch 1.
+        decode: tokens generated after it with a key-value cache, batch 1.
+        rounds: how many rounds to take the median of.
+        progress: whether to show a progress bar on stderr.
+
+    Raises:
+        SmoothQuantError: a number below 1, or more tokens than a model has positions for.
+    """
+    for what, number in (("prefill", prefill), ("decode", decode), ("rounds", rounds)):
+        if number < 1:
+            raise SmoothQuantError(f"{what} is {number}, expected at least 1")
+    for name, model in models.items():
+        positions = getattr(_text_config(model), "max_position_embeddings", None)
+        if positions is not None and prefill + decode > positions:
+            raise SmoothQuantError(
+                f"{name} has {positions} positions, fewer than {prefill} + {decode} tokens: ask for a shorter prompt"
+            )
+    names = list(models)
+    prefill_seconds: dict[str, list[float]] = {name: [] for name in names}
+    decode_seconds: dict[str, list[float]] = {name: [] for name in names}
+    turns = track(range(rounds + 1), "Measuring speed".ljust(24), console=Console(stderr=True), disable=not progress)
+    for turn in turns:
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            first, rest = _time_generation(models[name], prefill, decode)
+            if turn > 0:
+                prefill_seconds[name].append(first)
+                decode_seconds[name].append(rest)
+    return {name: Speed(prefill, decode, tuple(prefill_seconds[name]), tuple(decode_seconds[name])) for name in names}
+
+
+@dataclass(frozen=True)
+class ModelBytes:
+    """Bytes of a model's weights: of its decoder blocks, and of everything."""
+
+    decoder: int
+    total: int
+
+
+def model_bytes(model: nn.Module) -> ModelBytes:
+    """What the weights of a model take in a checkpoint: parameters and persistent buffers, tied ones once.
+
+    8-bit layers count as they are stored, [N, K] and scales, whether or not they are packed for the CPU in memory.
+    """
+    seen: set[int] = set()
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    decoder = total = 0
+    for name, module in model.named_modules():
+        size = _own_bytes(module, seen)
+        total += size
+        if any(name.startswith(f"{block_list}.") for block_list in lists):
+            decoder += size
+    return ModelBytes(decoder, total)
+
+
+def _own_bytes(module: nn.Module, seen: set[int]) -> int:
+    buffers = {k: v for k, v in module.named_buffers(recurse=False) if k not in module._non_persistent_buffers_set}
+    if isinstance(module, W8A8Linear):
+        del buffers["weight"], buffers["weight_scale"]
+        scales = module.out_features if module.scheme.weight == "channel" else 1
+        stored = module.in_features * module.out_features * module.scheme.dtype.itemsize + 4 * scales
+    else:
+        stored = 0
+    for tensor in [*module.parameters(recurse=False), *buffers.values()]:
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            stored += tensor.nbytes
+    return stored
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, window: Tensor) -> Tensor:
+    """Logits [T - 1, V] that predict tokens 1 .. T - 1 of a window [1, T]."""
+    logits: Tensor = model(input_ids=window.to(_device(model)), use_cache=False).logits
+    return logits[0, :-1]
+
+
+@torch.no_grad()
+def _time_generation(model: nn.Module, prefill: int, decode: int) -> tuple[float, float]:
+    """Seconds for the prompt, and for the tokens after it."""
+    device = _device(model)
+    vocabulary = _embedding_rows(model) or 2
+    prompt = torch.randint(vocabulary, (1, prefill), generator=torch.Generator().manual_seed(0)).to(device)
+    last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
+    options: dict[str, Any] = {"use_cache": True} | ({"logits_to_keep": 1} if last_only else {})
+
+    start = _now(device)
+    output = model(input_ids=prompt, **options)
+    token = output.logits[:, -1:].argmax(-1)
+    middle = _now(device)
+    for _ in range(decode):
+        output = model(input_ids=token, past_key_values=output.past_key_values, **options)
+        token = output.logits[:, -1:].argmax(-1)
+    return middle - start, _now(device) - middle
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _check_windows(models: Mapping[str, nn.Module], windows: Tensor) -> None:
+    if windows.dim() != 2 or windows.shape[0] < 1 or windows.shape[1] < 2 or windows.is_floating_point():
+        raise SmoothQuantError(
+            f"windows are {windows.dtype} {list(windows.shape)}, expected token ids [samples, T] with T of 2 at least"
+        )
+    for name, model in models.items():
+        rows = _embedding_rows(model)
+        if rows is not None and not 0 <= int(windows.min()) <= int(windows.max()) < rows:
+            raise SmoothQuantError(
+                f"the windows hold token {int(windows.max())} and {name} has a vocabulary of {rows}: "
+                "use the tokenizer that belongs to the model"
+            )
+
+
+def _embedding_rows(model: nn.Module) -> int | None:
+    find = getattr(model, "get_input_embeddings", None)
+    rows: int | None = getattr(find() if find else None, "num_embeddings", None)
+    return rows
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _mean_and_error(values: list[float]) -> tuple[float, float | None]:
+    mean = math.fsum(values) / len(values)
+    return mean, statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def _times(factor: float, error: float | None) -> float | None:
+    return None if error is None else factor * error

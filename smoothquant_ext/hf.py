@@ -1,0 +1,94 @@
+"""What we need of transformers beyond its public functions: where its names, its output and its errors are tamed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.utils import logging
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keeps transformers' warnings for ourselves to say better, and its progress bars for terminals."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def first_line(error: BaseException) -> str:
+    """The part of a library's exception that fits in a sentence."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".:")
+
+
+def plain_tensors(model: nn.Module, besides: type[nn.Module]) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, without those of ``besides`` modules, each storage once.
+
+    Of tied tensors the one that ``from_pretrained`` ties the others to is kept.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    named: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, besides):
+            continue
+        own = {**module._parameters, **module._buffers}
+        for name, tensor in own.items():
+            if tensor is not None and name not in module._non_persistent_buffers_set:
+                named[f"{prefix}.{name}" if prefix else name] = tensor.detach()
+    kept: dict[str, Tensor] = {}
+    seen = set()
+    for name in sorted(named, key=lambda name: name in tied):
+        tensor = named[name]
+        identity = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() == 0 or tensor.is_meta or identity not in seen:
+            kept[name] = tensor
+            seen.add(identity)
+    return kept
+
+
+def to_checkpoint_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Renames, splits and merges tensors from how transformers holds them to how checkpoints store them."""
+    converted: dict[str, Tensor] = revert_weight_conversion(model, dict(tensors))
+    return converted
+
+
+def to_checkpoint_modules(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """The names that checkpoints use for the linear layers ``names`` of a model."""
+    markers = {name: torch.empty(0, device="meta") for name in names}
+    stored = to_checkpoint_tensors(model, {f"{name}.weight": marker for name, marker in markers.items()})
+    by_identity = {id(marker): name.removesuffix(".weight") for name, marker in stored.items()}
+    return {name: by_identity.get(id(marker), name) for name, marker in markers.items()}
+
+
+def to_model_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """The names that a model has for tensors of a checkpoint; tensors that are split or merged keep theirs."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state = model.state_dict()
+    renamed = {}
+    for name in names:
+        target, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if target not in state and name in state:
+            target, _ = rename_source_key(name, [], [], model.base_model_prefix, state)
+        renamed[name] = target
+    return renamed

@@ -1,0 +1,128 @@
+"""Loading whatever a user may name as a model: a directory, a hub id, a GGUF file, or a W8A8 checkpoint of either."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import socket
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import torch
+from huggingface_hub import constants, snapshot_download
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from . import checkpoint
+from .errors import SmoothQuantError
+from .hf import first_line, quiet_transformers
+from .stored import read_config
+
+CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+
+
+def load_model(
+    source: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a causal LM and its tokenizer.
+
+    Args:
+        source: a directory as ``save_pretrained`` or ``smoothquant_ext.save`` writes it, the path of a .gguf file
+            (dequantized), or the id of a model on the Hugging Face hub.
+        dtype: of the floating-point weights; ``None`` takes the checkpoint's own, for GGUF float32.
+        device: where to, the CPU by default.
+
+    Returns:
+        The model in evaluation mode, with ``W8A8Linear`` layers if the source is a W8A8 checkpoint, and the tokenizer.
+
+    Raises:
+        SmoothQuantError: there is no such model, transformers cannot load it, or it has no tokenizer.
+    """
+    path = Path(source)
+    with quiet_transformers():
+        if path.suffix.lower() == ".gguf":
+            return _load_gguf(path, dtype or torch.float32, device)
+        if path.is_dir():
+            quantized = read_config(path).get("quantization_config") is not None
+            return _load(path, quantized, dtype, device)
+        if path.exists():
+            raise SmoothQuantError(f"{path} is neither a directory nor a .gguf file; name a model's directory")
+        return _load_from_hub(str(source), dtype, device)
+
+
+def _load(
+    source: Path | str,
+    quantized: bool,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    **kwargs: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    tokenizer = _call(f"{source} has no tokenizer that transformers can load", AutoTokenizer, source, **kwargs)
+    if quantized:
+        return checkpoint.load(source, device, dtype), tokenizer
+    model = _call(
+        f"{source}: transformers cannot load this model",
+        AutoModelForCausalLM,
+        source,
+        dtype=dtype or "auto",
+        device_map=None if device is None else {"": torch.device(device)},
+        **kwargs,
+    )
+    return model.eval(), tokenizer
+
+
+def _load_gguf(
+    path: Path, dtype: torch.dtype, device: torch.device | str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if not path.is_file():
+        raise SmoothQuantError(f"{path} does not exist; name an existing .gguf file")
+    if importlib.util.find_spec("gguf") is None:
+        raise SmoothQuantError(f"{path} needs the package gguf to be read; install smoothquant-ext[gguf]")
+    model, tokenizer = _load(path.parent, False, dtype, device, gguf_file=path.name)
+    # The weights were dequantized while loading: to everything that follows this is a float model.
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
+    return model, tokenizer
+
+
+def _load_from_hub(
+    name: str, dtype: torch.dtype | None, device: torch.device | str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    absent = f"{name} is neither a directory here nor a model on the hub"
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise SmoothQuantError(f"{absent}; name a directory, a .gguf file or a hub id like 'namespace/name'")
+    # Without a network the hub's client would retry for half a minute; what it downloaded before still counts.
+    offline = _is_offline()
+    config = _call(f"{absent} that can be reached", AutoConfig, name, local_files_only=offline)
+    if getattr(config, "quantization_config", None) is None:
+        return _load(name, False, dtype, device, local_files_only=offline)
+    try:
+        directory = snapshot_download(name, allow_patterns=CHECKPOINT_FILES, local_files_only=offline)
+    except (OSError, ValueError) as error:
+        raise SmoothQuantError(f"{name} cannot be downloaded from the hub ({first_line(error)})") from error
+    return _load(Path(directory), True, dtype, device)
+
+
+def _is_offline() -> bool:
+    """True if the hub's name does not resolve; behind a proxy, which resolves names itself, the answer is unknown."""
+    endpoint = urlsplit(constants.ENDPOINT)
+    if endpoint.scheme in getproxies() or endpoint.hostname is None:
+        return False
+    try:
+        socket.getaddrinfo(endpoint.hostname, None)
+    except OSError:
+        return True
+    return False
+
+
+def _call(problem: str, auto_class: Any, source: Path | str, **kwargs: Any) -> Any:
+    """``auto_class.from_pretrained``, whose exceptions of every kind become one sentence."""
+    try:
+        return auto_class.from_pretrained(source, trust_remote_code=False, **kwargs)
+    except Exception as error:
+        raise SmoothQuantError(f"{problem} ({first_line(error)})") from error

@@ -1,0 +1,106 @@
+"""The oracle of every op in plain torch: what ``torch.ops.sq`` computes, written for reading.
+
+Every function has the contract of its namesake in ``ops`` and shares no code with the kernels. INT8 results agree with the
+kernels bit for bit; FP8 products agree within the rounding of fp32 sums.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .scheme import QMAX
+
+PANEL = 64
+"""Columns in one panel of a packed weight, and what K is padded to."""
+
+
+def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Saturates and rounds fp32 values to an 8-bit dtype, half to even. NaN becomes 0 in INT8 and stays NaN in fp8."""
+    if dtype == torch.int8:
+        values = torch.nan_to_num(values, nan=0.0, posinf=QMAX[dtype], neginf=-QMAX[dtype]).round()
+    return values.clamp(-QMAX[dtype], QMAX[dtype]).to(dtype)
+
+
+def _smoothed(x: Tensor, smooth: Tensor | None) -> Tensor:
+    return x.float() if smooth is None else x.float() / smooth.reshape(-1)
+
+
+def quantize_per_token(x: Tensor, dtype: torch.dtype, smooth: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See ``ops.quantize_per_token``."""
+    values = _smoothed(x, smooth)
+    absmax = values.abs().amax(-1, keepdim=True) if x.shape[-1] else values.new_zeros(*x.shape[:-1], 1)
+    finite = values.isfinite().all(-1, keepdim=True)
+    qmax = torch.tensor(QMAX[dtype], dtype=torch.float32)
+    scale = torch.where(absmax == 0, 1.0, absmax / qmax)
+    # qmax / absmax overflows for subnormal rows; the largest float keeps their zeros from becoming 0 * inf.
+    multiplier = torch.where(absmax == 0, 1.0, (qmax / absmax).clamp(max=torch.finfo(torch.float32).max))
+    q = _cast(torch.where(finite, values * multiplier, 0.0), dtype)
+    return q, torch.where(finite, scale, torch.nan).squeeze(-1)
+
+
+def quantize_static(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """See ``ops.quantize_static``."""
+    return _cast(x.float() * (1.0 / scale.reshape(())), dtype)
+
+
+def prepack_weight(b: Tensor) -> Tensor:
+    """See ``ops.prepack_weight``."""
+    n, k = b.shape
+    panels, rows4 = -(-n // PANEL), -(-k // PANEL) * PANEL // 4
+    padded = torch.zeros(panels * PANEL, rows4 * 4, dtype=torch.int8)
+    padded[:n, :k] = b.view(torch.int8)
+    packed = torch.zeros(panels, rows4 + 1, PANEL, 4, dtype=torch.int8)
+    packed[:, :rows4] = padded.view(panels, PANEL, rows4, 4).transpose(1, 2)
+    if b.dtype == torch.int8:
+        column_sums = padded.sum(1, dtype=torch.int32).view(panels, PANEL, 1)
+        packed[:, rows4] = column_sums.view(torch.int8)
+    return packed.view(b.dtype)
+
+
+def unpack_weight(packed: Tensor, out_features: int, in_features: int) -> Tensor:
+    """See ``ops.unpack_weight``."""
+    panels, rows4 = packed.shape[0], packed.shape[1] - 1
+    plain = packed.view(torch.int8)[:, :rows4].transpose(1, 2).reshape(panels * PANEL, rows4 * 4)
+    return plain[:out_features, :in_features].contiguous().view(packed.dtype)
+
+
+def w8a8_gemm(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """See ``ops.w8a8_gemm``. Products and sums are fp64: exact for INT8, as K * 127 * 127 < 2^53."""
+    if b.dim() == 4:
+        b = unpack_weight(b, b_scale.numel(), a.shape[-1])
+    a_scale = a_scale.reshape(()) if a_scale.numel() == 1 else a_scale.reshape(*a.shape[:-1], 1)
+    b_scale = b_scale.reshape(()) if b_scale.numel() == 1 else b_scale.reshape(-1)
+    # The first rounding of the INT8 kernels is int32 -> fp32, the same as fp64 -> fp32 of that integer.
+    sums = (a.float().double() @ b.float().double().T).float()
+    y = sums * (a_scale * b_scale)
+    if bias is not None:
+        y = y + bias.float().reshape(-1)
+    return y.to(out_dtype)
+
+
+def w8a8_linear(
+    x: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    bias: Tensor | None = None,
+    a_scale: Tensor | None = None,
+    smooth: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """See ``ops.w8a8_linear``."""
+    if a_scale is None:
+        q, scale = quantize_per_token(x, b.dtype, smooth)
+    else:
+        values = _smoothed(x, smooth)
+        finite = values.isfinite().all(-1)
+        q = quantize_static(torch.where(finite.unsqueeze(-1), values, 0.0), a_scale, b.dtype)
+        scale = torch.where(finite, a_scale.reshape(()), torch.nan)
+    return w8a8_gemm(q, b, scale, b_scale, bias, out_dtype or x.dtype)

@@ -1,0 +1,185 @@
+"""Tables for people: models side by side, and what a run of ``quantize`` did."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from .evaluate import Evaluation, ModelBytes, Speed
+from .quantize import Report
+from .smooth import SmoothedGroup
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All that was measured of one model; the first of several is what the others are compared with."""
+
+    name: str
+    evaluation: Evaluation
+    size: ModelBytes
+    speed: Speed | None = None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a comparison: its heading, its cell given a model and the first one, the cell's standard error."""
+
+    heading: str
+    cell: Callable[[Measured, Measured], str]
+    error: Callable[[Evaluation], str] = lambda _: ""
+
+
+COLUMNS = (
+    Column("perplexity", lambda own, _: f"{own.evaluation.perplexity:.3f}"),
+    Column(
+        "change %",
+        lambda own, _: _number(own.evaluation.change, "+.2f", 100),
+        lambda evaluation: _error(evaluation.change_error, ".2f", 100),
+    ),
+    Column("KL", lambda own, _: _number(own.evaluation.kl, ".4f"), lambda own: _error(own.kl_error, ".4f")),
+    Column(
+        "top-1 %",
+        lambda own, _: _number(own.evaluation.top1, ".1f", 100),
+        lambda own: _error(own.top1_error, ".1f", 100),
+    ),
+    Column("size MB", lambda own, _: f"{own.size.total / 1e6:.1f}"),
+    Column("decoder", lambda own, first: f"{own.size.decoder / first.size.decoder:.3f}x"),
+    Column("prefill tok/s", lambda own, _: f"{own.speed.prefill:.0f}" if own.speed else "–"),
+    Column("decode tok/s", lambda own, _: f"{own.speed.decode:.1f}" if own.speed else "–"),
+)
+WIDE = 110  # columns of a terminal that has room for standard errors
+
+
+def comparison_table(models: Sequence[Measured], title: str = "", errors: bool = False) -> Table:
+    """Models side by side, a row each; sizes of the decoder blocks are relative to the first model's."""
+    table = Table(title=title or None, box=box.SIMPLE, padding=(0, 1), pad_edge=False, collapse_padding=True)
+    table.add_column("model")
+    for column in COLUMNS:
+        table.add_column(column.heading.replace(" ", "\n"), justify="right", no_wrap=True)
+    for cells in _comparison_cells(models, errors):
+        table.add_row(*cells)
+    return table
+
+
+def comparison_markdown(models: Sequence[Measured]) -> str:
+    """The same as a markdown table, with standard errors."""
+    lines = [["model", *(column.heading for column in COLUMNS)], ["---", *("---:" for _ in COLUMNS)]]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines + _comparison_cells(models, errors=True))
+
+
+def _comparison_cells(models: Sequence[Measured], errors: bool) -> list[list[str]]:
+    return [
+        [model.name]
+        + [
+            column.cell(model, models[0])
+            + (column.error(model.evaluation) if errors and model is not models[0] else "")
+            for column in COLUMNS
+        ]
+        for model in models
+    ]
+
+
+def measured_dict(model: Measured) -> dict[str, Any]:
+    """The same as plain numbers, for JSON."""
+    speed = model.speed
+    return {
+        "name": model.name,
+        **asdict(model.evaluation),
+        "decoder_bytes": model.size.decoder,
+        "total_bytes": model.size.total,
+        "prefill_tokens_per_second": speed.prefill if speed else None,
+        "decode_tokens_per_second": speed.decode if speed else None,
+        "speed": asdict(speed) if speed else None,
+    }
+
+
+def legend() -> Text:
+    """What the columns of a comparison mean."""
+    return Text(
+        "change: of perplexity, against the first model on the same windows. KL: how far the predictions drift from "
+        "the first model's, nats a token. top-1: how often both find the same token likeliest. ±: standard error over "
+        "windows. decoder: bytes of the decoder blocks, relative to the first model.",
+        style="dim",
+    )
+
+
+def render_report(report: Report) -> Group:
+    """What ``quantize`` did, alike layers of different blocks on one line."""
+    recipe = report.recipe
+    took = sum(report.seconds.values())
+    parts: list[Any] = [
+        Text(f"{len(report.quantized)} linear layers run in {recipe.resolved_scheme.name} ({took:.0f} s)", style="bold")
+    ]
+    if report.groups:
+        parts.append(_groups_table(report.groups))
+    for heading, reasons in (
+        ("Not smoothed, because", report.failed),
+        ("Left in floating point, because", report.skipped),
+    ):
+        parts += [Text(f"{heading} {reason}: {names}") for reason, names in _by_reason(reasons).items()]
+    if recipe.smooth and report.unsmoothed:
+        parts.append(Text(f"In 8 bits without smoothing: {_collapse(report.unsmoothed)}"))
+    return Group(*parts)
+
+
+def _groups_table(groups: Iterable[SmoothedGroup]) -> Table:
+    alike: dict[tuple[str, float], list[SmoothedGroup]] = {}
+    for group in groups:
+        readers = ", ".join(dict.fromkeys(_last(name) for name in group.consumers))
+        alike.setdefault((f"{_last(group.producer)} → {readers}", group.alpha), []).append(group)
+    table = Table(
+        title="Smoothed: largest input channel over the median one, worst block",
+        box=box.SIMPLE,
+        pad_edge=False,
+        title_justify="left",
+    )
+    table.add_column("from → into")
+    for heading in ("groups", "alpha", "before", "after"):
+        table.add_column(heading, justify="right")
+    for (fold, alpha), members in alike.items():
+        before = max(group.outlier_before for group in members)
+        after = max(group.outlier_after for group in members)
+        table.add_row(fold, str(len(members)), f"{alpha:g}", f"{before:.1f}", f"{after:.1f}")
+    return table
+
+
+def _by_reason(reasons: Mapping[str, str]) -> dict[str, str]:
+    """Reason -> the names it holds for. Reasons that differ in block numbers or amounts count as one."""
+    names: dict[str, list[str]] = {}
+    wording: dict[str, str] = {}
+    for name, reason in reasons.items():
+        key = re.sub(r"\d[\d.e+-]*", "*", reason)
+        wording.setdefault(key, reason)
+        names.setdefault(key, []).append(name)
+    return {wording[key]: _collapse(members) for key, members in names.items()}
+
+
+def _collapse(names: Iterable[str]) -> str:
+    counts: dict[str, int] = {}
+    for name in names:
+        counts[_pattern(name)] = counts.get(_pattern(name), 0) + 1
+    return ", ".join(f"{pattern} ({count})" if "*" in pattern else pattern for pattern, count in counts.items())
+
+
+def _pattern(name: str) -> str:
+    """The name with the numbers of blocks and experts as ``*``, as ``--skip`` takes it."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _number(value: float | None, spec: str, factor: float = 1) -> str:
+    return "–" if value is None else format(factor * value, spec)
+
+
+def _error(value: float | None, spec: str, factor: float = 1) -> str:
+    return "" if value is None else f" ±{format(factor * value, spec)}"
