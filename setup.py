@@ -80,7 +80,7 @@ def cpu_extension() -> Extension:
         "smoothquant_ext._C",
         sources("*.cpp", "cpu/*.cpp", "cpu/kernels/*.cpp"),
         depends=headers(),
-        include_dirs=[str(CSRC)],
+        include_dirs=[str(ROOT / CSRC)],
         library_dirs=[str(TORCH_DIR / "lib")],
         libraries=["torch_cpu"],
         extra_compile_args=[*read_flags("cxx", "torch"), "-isystem", str(TORCH_DIR / "include")],
@@ -163,7 +163,7 @@ def cuda_extension() -> Extension:
         CUDA_EXTENSION,
         sources("cuda/*.cpp", "kernels/*.cu"),
         depends=headers(),
-        include_dirs=[str(CSRC)],
+        include_dirs=[str(ROOT / CSRC)],
         library_dirs=[str(TORCH_DIR / "lib"), str(cuda_home / "lib64")],
         libraries=["torch_cpu", "cudart_static", "rt", "pthread", "dl"],
         extra_compile_args={

@@ -16,8 +16,10 @@ STABLE_TORCH_LIBRARY(sq, m) {
       "w8a8_linear(Tensor x, Tensor b, Tensor b_scale, Tensor? bias=None, Tensor? a_scale=None, Tensor? smooth=None, "
       "ScalarType? out_dtype=None) -> Tensor");
 
-  // Which CPU instruction set runs. why_not is empty for one that can run; _set_cpu_isa is for tests and benchmarks.
+  // Which CPU instruction set and kernels run: cpu_isa_why_not is empty for one that can; the families of cpu_kernel are
+  // quantize, pack, gemm_int8 and gemm_fp8; _set_cpu_isa is for tests and benchmarks.
   m.def("cpu_isa() -> str");
+  m.def("cpu_kernel(str family) -> str");
   m.def("cpu_isa_why_not(str isa) -> str");
   m.def("_set_cpu_isa(str isa) -> ()");
 }

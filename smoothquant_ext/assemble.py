@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import SmoothQuantError
 from .hf import to_model_names
-from .linears import Linear, is_linear, weight_nk
+from .linears import Linear, weight_nk
 from .modules import W8A8Linear
 from .stored import COPY_AGAIN, StoredLayer, read_checkpoint
 
@@ -66,10 +67,9 @@ class W8A8Quantizer(HfQuantizer):
         fmt = self.stored.layout.fmt
         for layer in model.modules():
             if isinstance(layer, W8A8Linear):
-                per_channel = layer.scheme.weight == "channel"
-                scale = layer._buffers.pop(fmt.weight_scale)
-                assert scale is not None
-                layer.register_buffer("weight_scale", scale.float().reshape((-1, 1) if per_channel else (1,)))
+                shape = (-1, 1) if layer.scheme.weight == "channel" else (1,)
+                scale = getattr(layer, fmt.weight_scale)
+                _rename_buffer(layer, fmt.weight_scale, "weight_scale", scale.float().reshape(shape))
                 if layer.input_scale is not None:
                     layer.input_scale = layer.input_scale.float().reshape(1)
                 layer.prepack_()
@@ -83,7 +83,7 @@ class W8A8Quantizer(HfQuantizer):
             module = model.get_submodule(path)
         except AttributeError:
             return None
-        return module if is_linear(module) else None
+        return module if isinstance(module, nn.Linear | Conv1D) else None
 
     def _check_fits(self, name: str, stored: StoredLayer, linear: Linear) -> None:
         shape = [stored.out_features, stored.in_features]
@@ -127,11 +127,10 @@ class W8A8Quantizer(HfQuantizer):
             device=meta,
             dtype=linear.weight.dtype,
         )
-        del layer._buffers["weight_scale"]
-        fmt = self.stored.layout.fmt
-        layer.register_buffer(fmt.weight_scale, torch.empty(stored.weight_scale_shape, device=meta))
+        scale = torch.empty(stored.weight_scale_shape, dtype=torch.float32, device=meta)
+        _rename_buffer(layer, "weight_scale", self.stored.layout.fmt.weight_scale, scale)
         if stored.input_scale_shape is not None:
-            layer.input_scale = torch.empty(stored.input_scale_shape, device=meta)
+            layer.input_scale = torch.empty(stored.input_scale_shape, dtype=torch.float32, device=meta)
         return layer
 
     def is_serializable(self) -> bool:
@@ -144,3 +143,10 @@ class W8A8Quantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _rename_buffer(module: nn.Module, name: str, new_name: str, value: Tensor) -> None:
+    """Replaces a buffer by another of a new name, in the same place of the state dict."""
+    buffers = [(new_name, value) if key == name else (key, buffer) for key, buffer in module._buffers.items()]
+    module._buffers.clear()
+    module._buffers.update(buffers)

@@ -99,4 +99,3 @@ def tied_modules(model: nn.Module) -> set[str]:
 
 def _detached(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
-

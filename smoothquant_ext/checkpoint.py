@@ -30,7 +30,6 @@ from .stored import CONFIG, COPY_AGAIN, INDEX, read_config
 # What a save may leave in a directory, tokenizer files included. Anything else belongs to somebody.
 _OUR_SUFFIXES = (".json", ".safetensors", ".jinja", ".txt", ".model")
 _OUR_DIRECTORIES = ("additional_chat_templates",)
-_PRODUCER = {"format": "pt", "producer": "smoothquant-ext"}
 
 
 def check_destination(directory: str | os.PathLike[str]) -> Path:
@@ -102,7 +101,7 @@ def save(
         with replace_directory(target) as staging:
             try:
                 for file, names in shards.filename_to_tensors.items():
-                    save_file({name: tensors.read(name) for name in names}, staging / file, metadata=_PRODUCER)
+                    save_file({name: tensors.read(name) for name in names}, staging / file, metadata={"format": "pt"})
             except SafetensorError as error:
                 raise SmoothQuantError(
                     f"{target} could not be written: {first_line(error)}; free some space there or choose another place"
@@ -122,7 +121,7 @@ class _Tensors:
 
     Attributes:
         sizes: bytes of each tensor.
-        schemes: scheme of each quantized layer, by its name in the checkpoint.
+        schemes: scheme of each quantized layer, by its name in the checkpoint and in transformers.
         ignore: names of the layers that other tools take for linear ones and that stay in floating point.
     """
 
@@ -145,11 +144,12 @@ class _Tensors:
                 self._add(f"{names[path]}.{suffix}", tensor.nbytes, partial(torch.Tensor.detach, tensor))
             size = layer.out_features * layer.in_features * layer.scheme.dtype.itemsize
             self._add(f"{names[path]}.weight", size, layer.plain_weight)
-        self.schemes = {names[path]: layer.scheme for path, layer in layers.items()}
+        # transformers compares with its own names, other engines with those of the checkpoint.
+        self.schemes = {name: layer.scheme for path, layer in layers.items() for name in (names[path], path)}
         # Routers and the experts that transformers fuses are no nn.Linear here, but are linear layers to vLLM.
         matrices = {name for name, tensor in plain.items() if tensor.dim() == 2 and name.endswith(".weight")}
         others = {name.removesuffix(".weight") for name in matrices} - {names[path] for path in (*linears, *embeddings)}
-        self.ignore = [names[path] for path in linears] + sorted(others)
+        self.ignore = list(dict.fromkeys([*(names[path] for path in linears), *linears, *sorted(others)]))
 
     def _add(self, name: str, size: int, reader: Callable[[], Tensor]) -> None:
         self.sizes[name] = size

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .linears import Linear, weight_nk
+from .linears import Linear, as_linear, weight_nk
 from .modules import W8A8Linear
 from .scheme import QMAX, Scheme
 
@@ -24,7 +24,7 @@ def convert_(model: nn.Module, names: Iterable[str], absmax: Mapping[str, Tensor
         scheme: what to convert to.
     """
     for name in names:
-        linear: Linear = model.get_submodule(name)  # type: ignore[assignment]
+        linear = as_linear(model.get_submodule(name))
         model.set_submodule(name, quantize_linear(linear, absmax.get(name), scheme))
 
 

@@ -21,13 +21,14 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .blocks import Batch, BlockCall, find_blocks, full_name, probe_batch, record_calls, tied_modules
-from .linears import Linear, find_linears, is_linear, weight_nk
+from .linears import find_linears, is_linear, output_width, values_of, weight_nk
 
 DIGIT_BASE = 16  # exponents are +-1 .. +-8: distinct, never 0 ("not this producer's"), far from fp16's limits
 SMALLEST_CHUNK = 16  # a packed projection is split no finer than this when looking for its homogeneous part
@@ -146,9 +147,9 @@ class BlockProber:
         return [name for name in seen if full_name(self.name, name) not in self.tied]
 
     def _consumers_of(self, producer: str) -> tuple[dict[str, Tensor], str]:
-        """Channel maps of the linear layers that can undo a scaling of ``producer``; and why not, if they could almost."""
+        """Channel maps of the linear layers that can undo a scaling of ``producer``; or why these cannot."""
         module = self.block.get_submodule(producer)
-        channels = weight_nk(module).shape[0] if is_linear(module) else module.weight.numel()  # type: ignore[arg-type]
+        channels = output_width(module)
         baseline, output = self._run(producer, torch.zeros(channels, dtype=torch.int64))
         everything = torch.ones(channels, dtype=torch.bool)
         maps = self._channel_maps(producer, everything, baseline)
@@ -185,7 +186,10 @@ class BlockProber:
                 mask = torch.zeros(channels, dtype=torch.bool)
                 mask[start:stop] = True
                 tries += 1
-                if any(weight_nk(self.linears[name]).shape[1] == width for name in self._channel_maps(producer, mask, baseline)):
+                if any(
+                    weight_nk(self.linears[name]).shape[1] == width
+                    for name in self._channel_maps(producer, mask, baseline)
+                ):
                     found |= mask
                 elif stop - start >= 2 * SMALLEST_CHUNK:
                     pieces += _chunks(start, stop, (stop - start + 1) // 2)
@@ -232,7 +236,7 @@ class BlockProber:
             started = True
             return self._noise_like(output) * factor.to(output)
 
-        def observe(_module: nn.Module, args: Any, name: str) -> Any:
+        def observe(name: str, _module: nn.Module, args: Any) -> Any:
             if not started:
                 return None
             x = args[0]
@@ -245,7 +249,7 @@ class BlockProber:
 
         handles = [self.block.get_submodule(producer).register_forward_hook(replace)]
         for name, linear in self.linears.items():
-            handles.append(linear.register_forward_pre_hook(lambda m, a, name=name: observe(m, a, name)))  # type: ignore[misc]
+            handles.append(linear.register_forward_pre_hook(partial(observe, name)))
         try:
             output = self.call.replay(self.block, self.dtype)
         finally:
@@ -266,15 +270,16 @@ def norm_offset(norm: nn.Module) -> float | None:
 
     Found by running a copy of the norm with its weight set to 0, to 1 and to noise.
     """
+    weight = values_of(norm, "weight")
+    assert weight is not None
+    size, device = weight.numel(), weight.device
     generator = torch.Generator().manual_seed(0)
-    size = norm.weight.numel()  # type: ignore[operator, union-attr]
-    device = norm.weight.device  # type: ignore[union-attr]
     x = torch.randn(4, size, generator=generator).to(device)
     fixed = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in norm.named_parameters(recurse=False)}
 
-    def response(weight: Tensor) -> Tensor:
+    def response(values: Tensor) -> Tensor:
         with torch.no_grad():
-            output = torch.func.functional_call(norm, {**fixed, "weight": weight.to(device)}, (x,))
+            output: Tensor = torch.func.functional_call(norm, {**fixed, "weight": values.to(device)}, (x,))
         return output.float()
 
     try:

@@ -84,7 +84,7 @@ def evaluate_all(
 def _evaluate_window(
     models: Mapping[str, nn.Module], window: Tensor, reference: nn.Module | None, tallies: dict[str, Tally]
 ) -> None:
-    """Adds one window [1, T] to the tallies. A function of its own, so that its logits are gone when the next begins."""
+    """Adds one window [1, T] to the tallies; a function of its own, so that its logits are gone before the next."""
     expected = None if reference is None else _logits(reference, window)
     for name, model in models.items():
         logits = expected if expected is not None and model is reference else _logits(model, window)
@@ -95,9 +95,12 @@ def _evaluate_window(
             )
         tally = tallies[name]
         tally.add(window, logits, expected)
-        if not math.isfinite(tally.nll[-1]):
-            index = len(tally.nll) - 1
-            raise SmoothQuantError(f"{name} gives logits that are not finite on window {index}: it is damaged")
+        for culprit, nll in ((name, tally.nll), ("the reference", tally.reference_nll)):
+            if nll and not math.isfinite(nll[-1]):
+                raise SmoothQuantError(
+                    f"{culprit} gives logits that are not finite on window {len(nll) - 1}: "
+                    "it is damaged, or overflows in its dtype"
+                )
         del logits  # before the next model makes its own
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,10 @@ from transformers.pytorch_utils import Conv1D
 from .errors import SmoothQuantError
 from .scheme import Recipe
 
-Linear = nn.Linear | Conv1D
+if TYPE_CHECKING:
+    Linear: TypeAlias = nn.Linear  # what is used of a Conv1D, it has too
+else:
+    Linear = nn.Linear | Conv1D
 
 # Configuration keys that hold the number of experts; a linear with that many outputs chooses among them.
 EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -37,12 +41,30 @@ def _computes_linear(module: nn.Linear) -> bool:
 
 def find_linears(module: nn.Module) -> dict[str, Linear]:
     """All linear layers below ``module`` by name, in the order of registration, shared ones once."""
-    return {name: child for name, child in module.named_modules() if is_linear(child)}  # type: ignore[misc]
+    return {name: as_linear(child) for name, child in module.named_modules() if is_linear(child)}
+
+
+def as_linear(module: nn.Module) -> Linear:
+    """The same module, for the type checker."""
+    return cast(Linear, module)
+
+
+def values_of(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter's values without its graph, sharing its memory; ``None`` where the module has none of that name."""
+    value = getattr(module, name, None)
+    return value.detach() if isinstance(value, Tensor) else None
+
+
+def output_width(module: nn.Module) -> int:
+    """Channels of the output of a linear layer or of a norm with a weight."""
+    weight = weight_nk(as_linear(module)) if is_linear(module) else values_of(module, "weight")
+    assert weight is not None
+    return weight.shape[0]
 
 
 def weight_nk(linear: Linear) -> Tensor:
     """The weight as [N out, K in]; a view, so that in-place changes reach the layer (``Conv1D`` stores [K, N])."""
-    weight = linear.weight.detach()
+    weight: Tensor = linear.weight.detach()
     return weight.t() if isinstance(linear, Conv1D) else weight
 
 
@@ -119,7 +141,7 @@ def _examples(linears: dict[str, Linear]) -> str:
 
 
 def _unsupported_weights(model: nn.Module) -> dict[str, str]:
-    """Modules whose weights are products in disguise (fused experts, convolutions), so that none is left out silently."""
+    """Modules with weights of more dimensions (fused experts, convolutions), so that none is left out silently."""
     return {
         name: f"{type(module).__name__} is not a linear layer"
         for name, module in model.named_modules()
@@ -129,9 +151,11 @@ def _unsupported_weights(model: nn.Module) -> dict[str, str]:
 
 def _default_skips(model: nn.Module, linears: dict[str, Linear]) -> dict[str, str]:
     reasons: dict[str, str] = {}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = find_head() if find_head else None
     config = getattr(model, "config", None)
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    find_text = getattr(config, "get_text_config", None)
+    text_config = find_text() if find_text else config
     counts = {getattr(text_config, key, None) for key in EXPERT_COUNT_KEYS} - {None, 0, 1}
     for name, linear in linears.items():
         if linear is head:

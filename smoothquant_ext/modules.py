@@ -45,10 +45,10 @@ class W8A8Linear(nn.Module):
         self.out_features = out_features
         self.scheme = scheme
         scale_shape = (out_features, 1) if scheme.weight == "channel" else (1,)
-        float32 = {"dtype": torch.float32, "device": device}
         self.register_buffer("weight", torch.empty(out_features, in_features, dtype=scheme.dtype, device=device))
-        self.register_buffer("weight_scale", torch.empty(scale_shape, **float32))
-        self.register_buffer("input_scale", torch.empty(1, **float32) if scheme.is_static else None)
+        self.register_buffer("weight_scale", torch.empty(scale_shape, dtype=torch.float32, device=device))
+        input_scale = torch.empty(1, dtype=torch.float32, device=device) if scheme.is_static else None
+        self.register_buffer("input_scale", input_scale)
         self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,12 +69,6 @@ class W8A8Linear(nn.Module):
     def plain_weight(self) -> Tensor:
         """The weight as [N, K], 8 bits, whether or not it is packed."""
         return ops.unpack_weight(self.weight, self.out_features, self.in_features) if self.is_packed else self.weight
-
-    def _unpack_(self) -> None:
-        if self.is_packed:
-            self.weight = self.plain_weight()
-            if self.scheme.weight == "tensor":
-                self.weight_scale = self.weight_scale[0].clone()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> W8A8Linear:
         # Casts (.half(), .to(bfloat16)) are for the bias alone: scales are fp32 and the weight is 8 bits by contract.

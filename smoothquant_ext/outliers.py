@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -20,6 +19,7 @@ from .calibrate import calibrate
 from .discover import discover
 from .errors import SmoothQuantError
 from .linears import select_linears
+from .report import name_pattern
 from .scheme import Recipe
 from .smooth import outlier_ratio, smooth_
 
@@ -55,7 +55,7 @@ class LayerInput:
     @property
     def label(self) -> str:
         """What the input is called in tables: the layers' last names, numbers (of experts) left out."""
-        names = [re.sub(r"\d+", "*", name) for name in self.linears]
+        names = [name_pattern(name) for name in self.linears]
         shared = names[0].rpartition(".")[0]
         last = [name.rpartition(".")[2] for name in names]
         return ", ".join(dict.fromkeys(last)) if "*" not in shared else f"{shared}.{'/'.join(dict.fromkeys(last))}"

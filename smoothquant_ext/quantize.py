@@ -83,9 +83,7 @@ def quantize(
     discovery, smoothing = Discovery(), Smoothing()
     if recipe.smooth:
         discovery = discover(model, first, lambda blocks: bar(blocks, "Finding smoothing groups"))
-        smoothing = smooth_(
-            model, discovery.groups, absmax, first, recipe, lambda blocks: bar(blocks, "Smoothing")
-        )
+        smoothing = smooth_(model, discovery.groups, absmax, first, recipe, lambda blocks: bar(blocks, "Smoothing"))
 
     convert_(model, bar(list(selection.linears), "Quantizing weights"), absmax, scheme)
 

@@ -59,7 +59,8 @@ WIDE = 110  # columns of a terminal that has room for standard errors
 
 def comparison_table(models: Sequence[Measured], title: str = "", errors: bool = False) -> Table:
     """Models side by side, a row each; sizes of the decoder blocks are relative to the first model's."""
-    table = Table(title=title or None, box=box.SIMPLE, padding=(0, 1), pad_edge=False, collapse_padding=True)
+    padding = (0, 1) if errors else (0, 0)  # all of it fits 80 characters
+    table = Table(title=title or None, box=box.SIMPLE, padding=padding, show_edge=False, title_justify="left")
     table.add_column("model")
     for column in COLUMNS:
         table.add_column(column.heading.replace(" ", "\n"), justify="right", no_wrap=True)
@@ -164,12 +165,12 @@ def _by_reason(reasons: Mapping[str, str]) -> dict[str, str]:
 def _collapse(names: Iterable[str]) -> str:
     counts: dict[str, int] = {}
     for name in names:
-        counts[_pattern(name)] = counts.get(_pattern(name), 0) + 1
+        counts[name_pattern(name)] = counts.get(name_pattern(name), 0) + 1
     return ", ".join(f"{pattern} ({count})" if "*" in pattern else pattern for pattern, count in counts.items())
 
 
-def _pattern(name: str) -> str:
-    """The name with the numbers of blocks and experts as ``*``, as ``--skip`` takes it."""
+def name_pattern(name: str) -> str:
+    """A module's name with the numbers of blocks and experts as ``*``, as ``--skip`` takes it."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 

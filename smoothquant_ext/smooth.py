@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .blocks import Batch, BlockCall, find_blocks, probe_batch, record_calls
 from .discover import Group
-from .linears import Linear, is_linear, weight_nk
+from .linears import Linear, as_linear, is_linear, output_width, values_of, weight_nk
 from .scheme import Recipe, Scheme
 
 # The proof runs in a raised dtype, but norms, rotary embeddings and softmax of most models compute in fp32 whatever
@@ -156,16 +156,17 @@ def fold_(producer: nn.Module, consumers: Mapping[str, Linear], group: Group, s:
     by what the norm was really divided by.
     """
     if is_linear(producer):
-        rows = weight_nk(producer)  # type: ignore[arg-type]
+        rows = weight_nk(as_linear(producer))
         rows.copy_(_wide(rows) / s.to(rows.device)[:, None])
     else:
-        weight = producer.weight.detach()  # type: ignore[union-attr]
+        weight = values_of(producer, "weight")
+        assert weight is not None
         before = _wide(weight) + group.norm_offset
         weight.copy_(before / s.to(weight.device) - group.norm_offset)
         divided_by = (before / (_wide(weight) + group.norm_offset)).to(s)
         s = torch.where(torch.isfinite(divided_by) & (divided_by > 0), divided_by, s)
-    if getattr(producer, "bias", None) is not None:
-        bias = producer.bias.detach()  # type: ignore[union-attr]
+    bias = values_of(producer, "bias")
+    if bias is not None:
         bias.copy_(_wide(bias) / s.to(bias.device))
     for name, linear in consumers.items():
         columns = weight_nk(linear)
@@ -184,8 +185,8 @@ def gather_scale(s: Tensor, channel_map: Tensor) -> Tensor:
 
 def group_modules(root: nn.Module, group: Group, prefix: str = "") -> tuple[nn.Module, dict[str, Linear]]:
     """The producer, and the consumers by model-wide name, looked up below ``root``, whose own name is ``prefix``."""
-    consumers = {name: root.get_submodule(name.removeprefix(prefix)) for name in group.consumers}
-    return root.get_submodule(group.producer.removeprefix(prefix)), consumers  # type: ignore[return-value]
+    consumers = {name: as_linear(root.get_submodule(name.removeprefix(prefix))) for name in group.consumers}
+    return root.get_submodule(group.producer.removeprefix(prefix)), consumers
 
 
 def outlier_ratio(absmax: Tensor) -> float:
@@ -197,7 +198,7 @@ def _smooth_group_(
     model: nn.Module, group: Group, absmax: dict[str, Tensor], recipe: Recipe, proof: Proof, result: Smoothing
 ) -> None:
     producer, consumers = group_modules(model, group)
-    channels = weight_nk(producer).shape[0] if is_linear(producer) else producer.weight.numel()  # type: ignore
+    channels = output_width(producer)
     x_absmax, w_absmax = torch.zeros(channels), torch.zeros(channels)
     watched = [name for name in consumers if name in absmax]
     for name in watched:
@@ -219,15 +220,20 @@ def _smooth_group_(
 
 def _overflow(producer: nn.Module, consumers: Mapping[str, Linear], group: Group, s: Tensor) -> str:
     """Says which weight the fold would push beyond its dtype's range (it happens in float16), or ''."""
+    folded = []
     for name, linear in consumers.items():
-        largest = weight_nk(linear).abs().amax(dim=0).double().cpu() * gather_scale(s, group.consumers[name]).double()
-        if float(largest.max()) > torch.finfo(linear.weight.dtype).max:
-            return f"folding it overflows {name}.weight in {linear.weight.dtype}"
-    for parameter in _parameters(producer, {}):
-        if float((parameter.detach().double().cpu().flatten(1 if parameter.dim() > 1 else 0).abs().max() / s.min())) > (
-            torch.finfo(parameter.dtype).max
-        ):
-            return f"folding it overflows {group.producer} in {parameter.dtype}"
+        columns = weight_nk(linear).abs().amax(dim=0)
+        folded.append((f"{name}.weight", columns, gather_scale(s, group.consumers[name])))
+    for kind in ("weight", "bias"):
+        values = (
+            weight_nk(as_linear(producer)) if kind == "weight" and is_linear(producer) else values_of(producer, kind)
+        )
+        if values is not None:
+            rows = values.abs().reshape(s.numel(), -1).amax(dim=1)
+            folded.append((f"{group.producer}.{kind}", rows, 1 / s))
+    for name, magnitude, factor in folded:
+        if float((magnitude.cpu().double() * factor.double()).max()) > torch.finfo(magnitude.dtype).max:
+            return f"folding it overflows {name} in {str(magnitude.dtype).removeprefix('torch.')}"
     return ""
 
 

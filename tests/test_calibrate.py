@@ -54,7 +54,8 @@ def test_a_non_finite_activation_is_named_with_the_first_layer_it_reaches(value:
     with torch.no_grad():
         model.model.layers[1].post_attention_layernorm.weight[5] = value
     with pytest.raises(
-        SmoothQuantError, match=r"input of model.layers.1.mlp.(gate|up)_proj is not finite in 1 of 64 channels .*first: 5"
+        SmoothQuantError,
+        match=r"input of model.layers.1.mlp.(gate|up)_proj is not finite in 1 of 64 channels .*first: 5",
     ):
         calibrate(model, find_linears(model), [tiny.token_ids()])
     assert not any(module._forward_pre_hooks for module in model.modules())

@@ -27,6 +27,7 @@ from smoothquant_ext.scheme import SCHEMES
 
 IDS = tiny.token_ids()
 COMPRESSED = [scheme.name for scheme in SCHEMES.values() if scheme.dtype != torch.float8_e5m2]
+WARNS_THAT_THE_DIRECTORY_DECIDES = "ignore:You passed `quantization_config` or equivalent parameters"
 DYNAMIC = [scheme.name for scheme in SCHEMES.values() if not scheme.is_static]
 
 
@@ -177,7 +178,7 @@ def test_names_are_those_of_the_hub(tmp_path: Path) -> None:
     # transformers calls GPT-NeoX's output embedding lm_head and fuses Mixtral's experts; checkpoints and vLLM do not.
     checkpoint.save(quantized("gpt_neox"), tmp_path / "neox")
     assert "embed_out.weight" in load_file(tmp_path / "neox" / "model.safetensors")
-    assert config_of(tmp_path / "neox")["quantization_config"]["ignore"] == ["embed_out"]
+    assert config_of(tmp_path / "neox")["quantization_config"]["ignore"] == ["embed_out", "lm_head"]
 
     checkpoint.save(quantized("mixtral"), tmp_path / "mixtral")
     ignore = config_of(tmp_path / "mixtral")["quantization_config"]["ignore"]
@@ -188,13 +189,13 @@ def test_names_are_those_of_the_hub(tmp_path: Path) -> None:
 
 def test_shards(tmp_path: Path) -> None:
     model = quantized("llama")
-    checkpoint.save(model, tmp_path / "model", max_shard_size="20KB")
+    checkpoint.save(model, tmp_path / "model", max_shard_size="30KB")
     files = sorted(path.name for path in (tmp_path / "model").glob("*.safetensors"))
     assert len(files) > 3
     index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
     assert sorted(set(index["weight_map"].values())) == files
     sizes = {file: sum(t.nbytes for t in load_file(tmp_path / "model" / file).values()) for file in files}
-    assert max(sizes.values()) <= 20_000
+    assert max(sizes.values()) <= 30_000
     assert index["metadata"]["total_size"] == sum(sizes.values())
     assert_same_model(checkpoint.load(tmp_path / "model"), model)
     with pytest.raises(SmoothQuantError, match="max_shard_size 'large' is not a size like '5GB'"):
@@ -235,7 +236,10 @@ def test_dtype_of_the_rest(tmp_path: Path) -> None:
     dtypes = (layer.weight.dtype, layer.weight_scale.dtype, layer.input_scale.dtype, layer.bias.dtype)
     assert dtypes == (torch.int8, torch.float32, torch.float32, torch.bfloat16)
     assert loaded.model.embed_tokens.weight.dtype == loaded.dtype == torch.bfloat16
-    assert torch.equal(logits(loaded), logits(model.to(torch.bfloat16)))
+    for module in model.modules():  # not model.to: it would round the rotary frequencies as well
+        if isinstance(module, W8A8Linear | nn.Embedding | nn.Linear) or hasattr(module, "variance_epsilon"):
+            module.to(torch.bfloat16)
+    assert torch.equal(logits(loaded), logits(model))
     checkpoint.save(loaded, tmp_path / "half")
     assert config_of(tmp_path / "half")["dtype"] == "bfloat16"
     assert checkpoint.load(tmp_path / "half").dtype == torch.bfloat16
@@ -287,6 +291,7 @@ class FloatsOfShapes(TorchDispatchMode):
         return result
 
 
+@pytest.mark.filterwarnings(WARNS_THAT_THE_DIRECTORY_DECIDES)
 def test_float_weights_never_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint.save(quantized("llama", vocab_size=97), tmp_path / "model")
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # a dispatch mode sees one thread
@@ -302,6 +307,7 @@ def test_float_weights_never_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert seen.floats  # it would have noticed
 
 
+@pytest.mark.filterwarnings(WARNS_THAT_THE_DIRECTORY_DECIDES)
 @pytest.mark.parametrize("scheme", COMPRESSED)
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "opt", "gpt_neox"])
 def test_plain_transformers_reads_the_same_weights(model_type: str, scheme: str, tmp_path: Path) -> None:
@@ -317,11 +323,11 @@ def test_plain_transformers_reads_the_same_weights(model_type: str, scheme: str,
     for name, parameter in reference.state_dict().items():
         assert torch.equal(plain.state_dict()[name], parameter), name
     assert torch.equal(logits(plain), logits(reference))
-    # Left in 8 bits it also rounds the activations, as we do, on a grid that differs in the last step (it divides by
-    # 127.5): so it is nearer to us than the unquantized activations are, or as near.
+    # Left in 8 bits it rounds the activations too, on a grid whose steps are 0.4 % from ours: the error it makes is
+    # another one, but as large. Twice leaves room for chance; a wrong scale or a wrong layer would be far outside.
     rounded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    ours = logits(model)
-    assert (logits(rounded) - ours).norm() < 1.5 * (logits(reference) - ours).norm()
+    error, ours = (logits(rounded) - logits(reference)).norm(), (logits(model) - logits(reference)).norm()
+    assert ours / 2 < error < ours * 2
 
 
 def test_nothing_to_save(tmp_path: Path) -> None:

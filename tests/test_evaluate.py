@@ -140,6 +140,8 @@ def test_logits_that_are_not_finite_are_an_error():
     broken[1][4] = math.nan
     with pytest.raises(SmoothQuantError, match="quantized gives logits that are not finite on window 1"):
         evaluate_all({"quantized": Scripted(*broken)}, token_ids(2, 9))
+    with pytest.raises(SmoothQuantError, match="the reference gives logits that are not finite on window 1"):
+        evaluate(Scripted(*random_logits(2, 9)), token_ids(2, 9), reference=Scripted(*broken))
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,9 @@ def test_batches_may_be_a_tensor_a_list_or_a_generator() -> None:
     assert torch.equal(outputs[0], outputs[2])
 
 
-@pytest.mark.parametrize("batches", [[], torch.empty(0, 8, dtype=torch.int64), iter(())], ids=["list", "tensor", "iterator"])
+@pytest.mark.parametrize(
+    "batches", [[], torch.empty(0, 8, dtype=torch.int64), iter(())], ids=["list", "tensor", "iterator"]
+)
 def test_no_calibration_data(batches: object) -> None:
     model = tiny.build("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -77,7 +77,7 @@ def test_function_is_preserved_in_16_bits_within_rounding(dtype: torch.dtype) ->
     before = logits(model, ids)
     smoothing = smooth_(model, groups, absmax, ids, Recipe(alpha=0.5))
     assert not smoothing.failed
-    # Each weight is rounded once more; an error of eps / 2 in every factor of a dozen layers adds up like a random walk.
+    # Each weight is rounded once more: eps / 2 in every factor of a dozen layers, which add up like a random walk.
     assert relative_error(before, logits(model, ids)) < 12 * torch.finfo(dtype).eps
 
 

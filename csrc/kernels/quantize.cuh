@@ -5,7 +5,8 @@
 //   absmax = max |v| over the row
 //   scale  = absmax / QMAX
 //   q      = round(clamp(v * min(QMAX / absmax, FLT_MAX)))     the min keeps rows of subnormals from inf * 0
-// A row of zeros has scale 1 and q = 0; a row with a non-finite v has scale NaN and q = 0, and no other row sees it.
+// A row of zeros has scale 1 and q = 0, in FP8 with the signs of its zeros. A row with a non-finite v has scale NaN and
+// q = 0, and no other row sees it.
 //
 // One block takes one row and its threads take groups of 8 neighbouring elements, so that x is read once and stays in
 // registers between the maximum and the rounding. Bytes moved: rows * columns * (sizeof(T) + 1) + 4 * rows, plus smooth
@@ -28,7 +29,7 @@ struct RowConfig {
 
 // As few groups a thread as the row allows, so that short rows use few threads and long ones all of them.
 constexpr RowConfig row_config(int64_t columns) {
-  const int64_t groups = (columns + kGroup - 1) / kGroup;
+  const int64_t groups = columns > 0 ? (columns + kGroup - 1) / kGroup : 1;
   if (groups <= kMaxThreads) return {static_cast<int>((groups + 31) / 32 * 32), 1};
   for (int kept = 2; kept <= 8; kept *= 2) {
     if (groups <= static_cast<int64_t>(kept) * kMaxThreads) return {kMaxThreads, kept};
@@ -113,12 +114,12 @@ __device__ __forceinline__ uint32_t block_max(uint32_t value) {
 
 struct RowScale {
   float scale;
-  float inverse;  // 0 where the whole row becomes 0
+  float inverse;  // 0 where the row is not finite
 };
 
 template <typename Q>
 SQ_DEVICE RowScale row_scale(uint32_t absmax_bits) {
-  if (absmax_bits == 0) return {1.0f, 0.0f};
+  if (absmax_bits == 0) return {1.0f, 1.0f};
   if (absmax_bits >= kFloatInfinity) return {float_from_bits(0x7fc00000u), 0.0f};
   const float absmax = float_from_bits(absmax_bits);
   const float inverse = Q::kMax / absmax;
@@ -133,7 +134,7 @@ SQ_DEVICE Group<uint8_t> quantize_group(const float (&values)[kGroup], float inv
   return group;
 }
 
-// The same where an inverse of 0 means q = 0 even for infinities, NaN and, in FP8, -0.
+// The same, but all 0 in a row that is not finite.
 template <typename Q>
 SQ_DEVICE Group<uint8_t> quantize_row_group(const float (&values)[kGroup], float inverse) {
   return inverse == 0.0f ? Group<uint8_t>{} : quantize_group<Q>(values, inverse);

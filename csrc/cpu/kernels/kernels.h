@@ -8,8 +8,11 @@
 namespace sq {
 
 struct Kernels {
+  const char* quantize_name;
   QuantizeRows quantize_rows;
+  const char* gemm_int8_name;
   GemmRange gemm_int8;
+  const char* gemm_fp8_name;
   GemmRange gemm_fp8;
 };
 
