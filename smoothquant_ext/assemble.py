@@ -7,6 +7,7 @@ files straight into the modules. This quantizer swaps in empty 8-bit layers, so 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,17 @@ METHOD = "smoothquant_ext"
 
 @register_quantization_config(METHOD)
 class W8A8Config(QuantizationConfigMixin):
-    """Tells the quantizer which directory is being loaded; it never reaches a file."""
+    """Tells the quantizer what is being loaded; it never reaches a file.
 
-    def __init__(self, directory: str, quant_method: str = METHOD) -> None:
+    Attributes:
+        directory: the checkpoint's.
+        infer_dtype: whether neither the caller nor the configuration names a dtype for what is not quantized.
+    """
+
+    def __init__(self, directory: str, infer_dtype: bool, quant_method: str = METHOD) -> None:
         self.quant_method = quant_method
         self.directory = directory
+        self.infer_dtype = infer_dtype
 
 
 @register_quantizer(METHOD)
@@ -45,6 +52,10 @@ class W8A8Quantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.stored = read_checkpoint(Path(quantization_config.directory))
 
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        # Left alone, transformers would take the dtype of the first tensor, which may be an FP8 weight or a scale.
+        return self.stored.float_dtype if self.quantization_config.infer_dtype else dtype
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         optional = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
         stored = {
@@ -52,14 +63,18 @@ class W8A8Quantizer(HfQuantizer):
             for name, layer in self.stored.layers.items()
             if not any(re.search(pattern, f"{name}.weight") for pattern in optional)
         }
-        for name, path in self._module_paths(model, list(stored)).items():
-            linear = self._linear_at(model, path)
+        self._check_shapes(model)
+        for name, path, linear in list(self._linears(model, stored)):
             if linear is None:
                 raise SmoothQuantError(
                     f"{self.stored.directory}: {name} is quantized, but {type(model).__name__} has no linear layer "
                     "there (experts that transformers fuses are not supported)"
                 )
-            self._check_fits(name, stored[name], linear)
+            if linear.bias is not None and not stored[name].bias:
+                raise SmoothQuantError(
+                    f"{self.stored.directory}: {name}.bias is missing, but config.json makes the layer have one; "
+                    f"{COPY_AGAIN}"
+                )
             model.set_submodule(path, self._empty_layer(stored[name], linear))
         self._check_complete(model)
 
@@ -72,31 +87,28 @@ class W8A8Quantizer(HfQuantizer):
                 _rename_buffer(layer, fmt.weight_scale, "weight_scale", scale.float().reshape(shape))
                 if layer.input_scale is not None:
                     layer.input_scale = layer.input_scale.float().reshape(1)
-                layer.prepack_()
 
-    def _module_paths(self, model: PreTrainedModel, names: list[str]) -> dict[str, str]:
-        renamed = to_model_names(model, [f"{name}.weight" for name in names])
-        return {name: renamed[f"{name}.weight"].removesuffix(".weight") for name in names}
+    def _linears(self, model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple[str, str, Linear | None]]:
+        """Name in the checkpoint, path in the model, and the linear layer that is there, if any."""
+        modules = dict(model.named_modules())
+        for key, renamed in to_model_names(model, [f"{name}.weight" for name in names]).items():
+            path = (renamed or "").removesuffix(".weight")
+            module = modules.get(path)
+            yield key.removesuffix(".weight"), path, module if isinstance(module, nn.Linear | Conv1D) else None
 
-    def _linear_at(self, model: nn.Module, path: str) -> Linear | None:
-        try:
-            module = model.get_submodule(path)
-        except AttributeError:
-            return None
-        return module if isinstance(module, nn.Linear | Conv1D) else None
-
-    def _check_fits(self, name: str, stored: StoredLayer, linear: Linear) -> None:
-        shape = [stored.out_features, stored.in_features]
-        expected = list(weight_nk(linear).shape)
-        if shape != expected:
-            raise SmoothQuantError(
-                f"{self.stored.directory}: {name}.weight is {shape}, but config.json makes it {expected}; {COPY_AGAIN}"
-            )
-        if linear.bias is not None and not stored.bias:
-            raise SmoothQuantError(
-                f"{self.stored.directory}: {name}.bias is missing, but config.json makes the layer have one; "
-                f"{COPY_AGAIN}"
-            )
+    def _check_shapes(self, model: PreTrainedModel) -> None:
+        """Refuses tensors that do not fit the model; older versions of transformers would put them in all the same."""
+        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        for _, path, linear in self._linears(model, self.stored.layers):
+            if linear is not None:
+                expected[f"{path}.weight"] = weight_nk(linear).shape  # Conv1D holds the transpose of what is stored
+        for name, renamed in to_model_names(model, self.stored.tensors).items():
+            shape = list(self.stored.tensors[name].shape)
+            if renamed in expected and shape != list(expected[renamed]):
+                raise SmoothQuantError(
+                    f"{self.stored.directory}: {name} is {shape}, but config.json makes it {list(expected[renamed])}; "
+                    f"{COPY_AGAIN}"
+                )
 
     def _check_complete(self, model: PreTrainedModel) -> None:
         """Refuses float weights of layers that the configuration says are quantized."""
@@ -109,8 +121,8 @@ class W8A8Quantizer(HfQuantizer):
             if name.endswith(".weight") and len(tensor.shape) == 2
         ]
         targeted = [name for name in floats if name not in self.stored.layers and layout.scheme_of(name) is not None]
-        for name, path in self._module_paths(model, targeted).items():
-            if self._linear_at(model, path) is not None:
+        for name, _, linear in self._linears(model, targeted):
+            if linear is not None:
                 raise SmoothQuantError(
                     f"{self.stored.directory}: config.json says {name} is quantized, but its weight is "
                     f"{self.stored.tensors[name + '.weight'].dtype} without a scale; {COPY_AGAIN}"

@@ -7,6 +7,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,22 @@ from .staging import check_free_space, check_place, replace_directory
 from .stored import CONFIG, COPY_AGAIN, INDEX, read_config
 
 # What a save may leave in a directory, tokenizer files included. Anything else belongs to somebody.
-_OUR_SUFFIXES = (".json", ".safetensors", ".jinja", ".txt", ".model")
-_OUR_DIRECTORIES = ("additional_chat_templates",)
+_OUR_FILES = (
+    CONFIG,
+    "generation_config.json",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    INDEX,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template.*",
+    "additional_chat_templates",
+)
 
 
 def check_destination(directory: str | os.PathLike[str]) -> Path:
@@ -45,8 +60,7 @@ def check_destination(directory: str | os.PathLike[str]) -> Path:
         if not target.is_dir():
             raise SmoothQuantError(f"{target} is a file; name a directory to save to")
         for entry in sorted(target.iterdir()):
-            ours = entry.suffix in _OUR_SUFFIXES if entry.is_file() else entry.name in _OUR_DIRECTORIES
-            if not ours:
+            if not any(fnmatchcase(entry.name, pattern) for pattern in _OUR_FILES):
                 raise SmoothQuantError(f"{target} already holds {entry.name}; choose an empty or a new directory")
         if any(target.iterdir()):
             _check_replaceable(target)
@@ -231,15 +245,17 @@ def load(
     with quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-            config.quantization_config = {"quant_method": assemble.METHOD, "directory": str(path)}
+            config.quantization_config = {
+                "quant_method": assemble.METHOD,
+                "directory": str(path),
+                "infer_dtype": dtype is None and getattr(config, "dtype", None) is None,
+            }
             model, info = AutoModelForCausalLM.from_pretrained(
                 path,
                 config=config,
                 dtype=dtype or "auto",
-                device_map=None if device is None else {"": torch.device(device)},
                 trust_remote_code=False,
                 use_safetensors=True,
-                ignore_mismatched_sizes=True,  # reported below, with names
                 output_loading_info=True,
             )
         except SmoothQuantError:
@@ -250,14 +266,16 @@ def load(
     # From here on it is an ordinary module: it may be cast, moved and saved like any other.
     model.hf_quantizer.remove_quantization_config(model)
     model.config.quantization_config = raw["quantization_config"]
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    if device is not None and torch.device(device).type != "cpu":
+        return model.to(device)
+    for module in model.modules():
+        if isinstance(module, W8A8Linear):
+            module.prepack_()  # one at a time: each frees its plain weight
+    return model
 
 
 def _check_loaded(path: Path, info: Mapping[str, Any]) -> None:
-    for name, stored, expected in sorted(info["mismatched_keys"]):
-        raise SmoothQuantError(
-            f"{path}: {name} is {list(stored)}, but config.json makes it {list(expected)}; {COPY_AGAIN}"
-        )
     for name in sorted(info["missing_keys"]):
         raise SmoothQuantError(f"{path} lacks the tensor {name}, which config.json calls for; {COPY_AGAIN}")
     unexpected = sorted(name for name in info["unexpected_keys"] if not name.endswith("_zero_point"))

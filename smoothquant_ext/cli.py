@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -186,7 +186,8 @@ def quantize(
     files = sum(file.stat().st_size for file in output.glob("*.safetensors"))
     out.print(f"Saved to {output}: {files / 1e6:.1f} MB of weights, {time.perf_counter() - start:.0f} s in all.")
     out.print("What to run next:", style="bold")
-    out.print(f"  smoothquant compare {_quoted(model)} {_quoted(output)}", soft_wrap=True, highlight=False)
+    text = "" if calib == CALIBRATION_TEXT else f" --text {_quoted(calib)}"
+    out.print(f"  smoothquant compare {_quoted(model)} {_quoted(output)}{text}", soft_wrap=True, highlight=False)
     out.print(f'  smoothquant generate {_quoted(output)} "Once upon a time"', soft_wrap=True, highlight=False)
 
 
@@ -347,8 +348,13 @@ def info() -> None:
     Example: [bold]smoothquant info[/bold]
     """
     from . import ops
+    from .report import info_table
 
-    out.print(ops.info())
+    try:
+        rows = ops.info()
+    except RuntimeError as error:  # an instruction set that is not there was asked for
+        raise SmoothQuantError(str(error).splitlines()[0]) from error
+    out.print(info_table(rows))
 
 
 def main() -> None:
@@ -358,7 +364,8 @@ def main() -> None:
 
 def _load(source: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """A model ready to run and its tokenizer."""
-    with _step(f"Loading {source}"):
+    # transformers draws bars of its own when it downloads or dequantizes.
+    with _step(f"Loading {source}", spinner=Path(source).is_dir()):
         from .models import load_model
 
         return load_model(source, dtype)
@@ -403,10 +410,12 @@ def _choice(option: str, value: str, allowed: tuple[str, ...]) -> str | None:
 
 
 @contextmanager
-def _step(what: str) -> Iterator[None]:
+def _step(what: str, spinner: bool = True) -> Iterator[None]:
     """Says on stderr what is going on, and how long it took."""
     start = time.perf_counter()
-    with err.status(escape(what)):
+    if not spinner:
+        err.print(f"{escape(what)} ...", soft_wrap=True, highlight=False)
+    with err.status(escape(what)) if spinner else nullcontext():
         yield
     err.print(f"{escape(what)} [dim]({time.perf_counter() - start:.1f} s)[/dim]", soft_wrap=True, highlight=False)
 

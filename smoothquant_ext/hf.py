@@ -79,16 +79,16 @@ def to_checkpoint_modules(model: PreTrainedModel, names: Iterable[str]) -> dict[
     return {name: by_identity.get(id(marker), name) for name, marker in markers.items()}
 
 
-def to_model_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """The names that a model has for tensors of a checkpoint; tensors that are split or merged keep theirs."""
+def to_model_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str | None]:
+    """The names that a model has for tensors of a checkpoint, ``None`` for those it splits or merges with others."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     state = model.state_dict()
-    renamed = {}
+    renamed: dict[str, str | None] = {}
     for name in names:
-        target, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        target, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if target not in state and name in state:
-            target, _ = rename_source_key(name, [], [], model.base_model_prefix, state)
-        renamed[name] = target
+            target, converter = rename_source_key(name, [], [], model.base_model_prefix, state)
+        renamed[name] = target if converter is None else None
     return renamed

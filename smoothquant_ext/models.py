@@ -48,31 +48,29 @@ def load_model(
             return _load_gguf(path, dtype or torch.float32, device)
         if path.is_dir():
             quantized = read_config(path).get("quantization_config") is not None
-            return _load(path, quantized, dtype, device)
+            return _load(str(path), path, quantized, dtype, device)
         if path.exists():
             raise SmoothQuantError(f"{path} is neither a directory nor a .gguf file; name a model's directory")
         return _load_from_hub(str(source), dtype, device)
 
 
 def _load(
+    name: str,
     source: Path | str,
     quantized: bool,
     dtype: torch.dtype | None,
     device: torch.device | str | None,
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    tokenizer = _call(f"{source} has no tokenizer that transformers can load", AutoTokenizer, source, **kwargs)
+    unloadable = f"{name}: transformers cannot load this model"
+    _call(
+        unloadable, AutoConfig, source, **kwargs
+    )  # first of all: the tokenizer would complain about it beside the point
+    tokenizer = _call(f"{name} has no tokenizer that transformers can load", AutoTokenizer, source, **kwargs)
     if quantized:
         return checkpoint.load(source, device, dtype), tokenizer
-    model = _call(
-        f"{source}: transformers cannot load this model",
-        AutoModelForCausalLM,
-        source,
-        dtype=dtype or "auto",
-        device_map=None if device is None else {"": torch.device(device)},
-        **kwargs,
-    )
-    return model.eval(), tokenizer
+    model = _call(unloadable, AutoModelForCausalLM, source, dtype=dtype or "auto", **kwargs)
+    return model.eval().to(device), tokenizer
 
 
 def _load_gguf(
@@ -80,9 +78,10 @@ def _load_gguf(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not path.is_file():
         raise SmoothQuantError(f"{path} does not exist; name an existing .gguf file")
-    if importlib.util.find_spec("gguf") is None:
-        raise SmoothQuantError(f"{path} needs the package gguf to be read; install smoothquant-ext[gguf]")
-    model, tokenizer = _load(path.parent, False, dtype, device, gguf_file=path.name)
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise SmoothQuantError(f"{path} needs the package {package} to be read; install smoothquant-ext[gguf]")
+    model, tokenizer = _load(str(path), path.parent, False, dtype, device, gguf_file=path.name)
     # The weights were dequantized while loading: to everything that follows this is a float model.
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
@@ -100,12 +99,12 @@ def _load_from_hub(
     offline = _is_offline()
     config = _call(f"{absent} that can be reached", AutoConfig, name, local_files_only=offline)
     if getattr(config, "quantization_config", None) is None:
-        return _load(name, False, dtype, device, local_files_only=offline)
+        return _load(name, name, False, dtype, device, local_files_only=offline)
     try:
         directory = snapshot_download(name, allow_patterns=CHECKPOINT_FILES, local_files_only=offline)
     except (OSError, ValueError) as error:
         raise SmoothQuantError(f"{name} cannot be downloaded from the hub ({first_line(error)})") from error
-    return _load(Path(directory), True, dtype, device)
+    return _load(name, Path(directory), True, dtype, device)
 
 
 def _is_offline() -> bool:

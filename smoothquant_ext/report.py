@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .evaluate import Evaluation, ModelBytes, Speed
+from .ops import OpInfo
 from .quantize import Report
 from .smooth import SmoothedGroup
 
@@ -109,6 +110,16 @@ def legend() -> Text:
         "windows. decoder: bytes of the decoder blocks, relative to the first model.",
         style="dim",
     )
+
+
+def info_table(rows: Sequence[OpInfo]) -> Table:
+    """What ``ops.info`` says."""
+    table = Table(box=box.SIMPLE, show_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("op", "device", "backend", "why not a better one"):
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(row.op, row.device, row.backend, row.reason)
+    return table
 
 
 def render_report(report: Report) -> Group:

@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import SmoothQuantError
@@ -59,8 +59,9 @@ def replace_directory(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for leftover in _siblings(target, FILLING):
-            with suppress(BlockingIOError), _locked(leftover):  # blocked: another process is saving right now
-                shutil.rmtree(leftover, ignore_errors=True)
+            with _locked(leftover) as abandoned:
+                if abandoned:
+                    shutil.rmtree(leftover, ignore_errors=True)
         staging.mkdir()
         with _locked(staging):
             yield staging
@@ -94,12 +95,19 @@ def _siblings(target: Path, purpose: str) -> Iterator[Path]:
 
 
 @contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Holds the lock that tells others the directory is in use; it vanishes with the process, however that ends."""
+def _locked(directory: Path) -> Iterator[bool]:
+    """Holds the lock that tells others the directory is in use; it vanishes with the process, however that ends.
+
+    Yields whether it could be had: not while another process holds it, nor on file systems that have no locks.
+    """
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
     finally:
         os.close(descriptor)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ COPY_AGAIN = "copy or download the checkpoint again"
 
 # safetensors' names of the dtypes that matter here.
 _EIGHT_BIT = {torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,12 @@ class StoredCheckpoint:
     layout: Layout
     tensors: Mapping[str, StoredTensor]
     layers: Mapping[str, StoredLayer]
+
+    @property
+    def float_dtype(self) -> torch.dtype:
+        """Of the largest tensor that is not quantized, usually the embedding."""
+        floats = [tensor for tensor in self.tensors.values() if tensor.dtype in _FLOATS]
+        return _FLOATS[max(floats, key=lambda tensor: math.prod(tensor.shape)).dtype]
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -116,7 +116,11 @@ def change(path: str, value: Any) -> dict[str, Any]:
     """A valid INT8 configuration with one value changed; ``path`` may start inside the only group."""
     config = ct_config()
     *parents, last = path.split(".")
-    place = config["config_groups"]["group_0"] if parents or path in ("output_activations", "targets", "weights") else config
+    place = (
+        config["config_groups"]["group_0"]
+        if parents or path in ("output_activations", "targets", "weights")
+        else config
+    )
     for parent in parents:
         place = place[parent]
     place[last] = value
@@ -151,7 +155,10 @@ def change(path: str, value: Any) -> dict[str, Any]:
         (change("input_activations.strategy", "group"), "dynamic activation scales per group"),
         (change("input_activations.dynamic", False), "static activation scales per token"),
         (change("input_activations.dynamic", "local"), "activation scales per token"),
-        (change("output_activations", {"num_bits": 8}), "quantizes weights and input_activations and output_activations"),
+        (
+            change("output_activations", {"num_bits": 8}),
+            "quantizes weights and input_activations and output_activations",
+        ),
     ],
 )
 def test_what_is_not_w8a8_is_named(config: Any, message: str) -> None:

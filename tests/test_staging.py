@@ -95,9 +95,13 @@ def test_killed_at_any_line_leaves_the_old_directory_or_none(tmp_path: Path, pre
 
 
 def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), replace_directory(tmp_path / "model") as directory:
-        (directory / "a").write_text("half")
-        raise KeyboardInterrupt
+    def interrupted() -> None:
+        with replace_directory(tmp_path / "model") as directory:
+            (directory / "a").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -110,6 +114,18 @@ def test_a_save_that_is_still_running_is_left_alone(tmp_path: Path) -> None:
         assert (first / "a").read_text() == "first"
     assert (target / "a").read_text() == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_file_systems_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*arguments: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    unknown = tmp_path / ".model.saving-0123"  # abandoned or in use: it cannot be known, so it stays
+    unknown.mkdir()
+    with replace_directory(tmp_path / "model") as directory:
+        (directory / "a").write_text("a")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [unknown.name, "model"]
 
 
 def test_names_with_glob_characters(tmp_path: Path) -> None:
@@ -146,9 +162,9 @@ def test_a_failing_rename_puts_the_old_directory_back(tmp_path: Path, monkeypatc
         return rename(self, to)
 
     monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(SmoothQuantError, match=r"model could not be written: Invalid cross-device link"):
-        with replace_directory(target) as directory:
-            (directory / "a").write_text("new")
+    refused = pytest.raises(SmoothQuantError, match=r"model could not be written: Invalid cross-device link")
+    with refused, replace_directory(target) as directory:
+        (directory / "a").write_text("new")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert (target / "a").read_text() == "old"
 
@@ -168,9 +184,9 @@ def test_places_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_unwritable_parent_is_one_sentence() -> None:
-    with pytest.raises(SmoothQuantError, match="/proc/nowhere/model could not be written"):
-        with replace_directory(Path("/proc/nowhere/model")):
-            raise AssertionError("not reached")
+    refused = pytest.raises(SmoothQuantError, match="/proc/nowhere/model could not be written")
+    with refused, replace_directory(Path("/proc/nowhere/model")):
+        raise AssertionError("not reached")
 
 
 def test_free_space(tmp_path: Path) -> None:

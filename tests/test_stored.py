@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from test_checkpoint import assert_same_model, layers_of, logits, quantized
@@ -61,7 +62,11 @@ def remove(suffix: str) -> Change:
 DAMAGED_TENSORS = {
     "scale missing": ("static", remove("weight_scale"), "up_proj.weight is I8 but .*up_proj.weight_scale is missing"),
     "weight missing": ("static", remove("weight"), "up_proj.weight_scale is stored but .*up_proj.weight is missing"),
-    "input scale missing": ("static", remove("input_scale"), "activations are static but .*up_proj.input_scale is missing"),
+    "input scale missing": (
+        "static",
+        remove("input_scale"),
+        "activations are static but .*up_proj.input_scale is missing",
+    ),
     "scale of the wrong shape": (
         "static",
         assign(weight_scale=torch.ones(64, 1)),
@@ -102,7 +107,11 @@ DAMAGED_TENSORS = {
         assign(weight=torch.ones(112, 32, dtype=torch.int8)),
         r"up_proj\.weight is \[112, 32\], but config\.json makes it \[112, 64\]",
     ),
-    "bias of the wrong shape": ("dynamic", assign(bias=torch.ones(3)), r"up_proj\.bias is F32 \[3\], expected a float \[112\]"),
+    "bias of the wrong shape": (
+        "dynamic",
+        assign(bias=torch.ones(3)),
+        r"up_proj\.bias is F32 \[3\], expected a float \[112\]",
+    ),
     "bias missing": (
         "dynamic",
         lambda tensors: tensors.pop("model.layers.1.self_attn.q_proj.bias"),
@@ -117,7 +126,11 @@ DAMAGED_TENSORS = {
     "a layer too many": (
         "dynamic",
         lambda tensors: tensors.update(
-            {name.replace("layers.0", "layers.7"): value.clone() for name, value in tensors.items() if "layers.0" in name}
+            {
+                name.replace("layers.0", "layers.7"): value.clone()
+                for name, value in tensors.items()
+                if "layers.0" in name
+            }
         ),
         "layers.7.* is quantized, but Qwen2ForCausalLM has no linear layer there",
     ),
@@ -144,7 +157,10 @@ def set_quantization(key: str, value: object) -> Callable[[dict[str, Any]], Any]
 DAMAGED_CONFIGS = {
     "not quantized": (lambda config: config.pop("quantization_config"), "is not quantized; run it through"),
     "another method": (set_quantization("quant_method", "gptq"), "quantized with 'gptq', which is not W8A8"),
-    "ignored layer": (set_quantization("ignore", ["lm_head", UP]), "up_proj is quantized but config.json says it is not"),
+    "ignored layer": (
+        set_quantization("ignore", ["lm_head", UP]),
+        "up_proj is quantized but config.json says it is not",
+    ),
     "head not ignored": (set_quantization("ignore", []), "says lm_head is quantized, but its weight is F32"),
     "static by mistake": (
         lambda config: config["quantization_config"]["config_groups"]["group_0"]["input_activations"].update(
@@ -152,8 +168,14 @@ DAMAGED_CONFIGS = {
         ),
         "activations are static but .*input_scale is missing",
     ),
-    "unknown architecture": (lambda config: config.update(model_type="qwen99"), "transformers cannot load this model .*qwen99"),
-    "not a causal LM": (lambda config: config.update(model_type="vit"), "transformers cannot load this model .*ViTConfig"),
+    "unknown architecture": (
+        lambda config: config.update(model_type="qwen99"),
+        "transformers cannot load this model .*qwen99",
+    ),
+    "not a causal LM": (
+        lambda config: config.update(model_type="vit"),
+        "transformers cannot load this model .*ViTConfig",
+    ),
 }
 
 
@@ -191,7 +213,11 @@ def test_damaged_files(copies: Callable[[str], Path], tmp_path: Path) -> None:
     (directory / "pytorch_model.bin").touch()
     refuses(directory, r"has only the pickled pytorch_model\.bin")
 
-    for text, message in (("{", "cannot be read as JSON"), ("[]", "holds list, expected a JSON object"), ("\xff", "JSON")):
+    for text, message in (
+        ("{", "cannot be read as JSON"),
+        ("[]", "holds list, expected a JSON object"),
+        ("\xff", "JSON"),
+    ):
         (directory / "config.json").write_text(text, encoding="latin-1")
         refuses(directory, rf"config\.json {message}" if text != "\xff" else message)
 
@@ -203,7 +229,9 @@ def test_damaged_shards(copies: Callable[[str], Path]) -> None:
     shard = directory / index["weight_map"]["model.norm.weight"]
 
     renamed = shard.rename(shard.with_suffix(".gone"))
-    with pytest.raises(SmoothQuantError, match=rf"{shard.name} is missing, though model\.safetensors\.index\.json names it"):
+    with pytest.raises(
+        SmoothQuantError, match=rf"{shard.name} is missing, though model\.safetensors\.index\.json names it"
+    ):
         checkpoint.load(directory)
     renamed.rename(shard)
 
@@ -245,7 +273,9 @@ def test_what_other_tools_store(copies: Callable[[str], Path]) -> None:
 
 def test_lmdeploy_scales_without_a_second_dimension(copies: Callable[[str], Path]) -> None:
     directory = copies("lmdeploy")
-    change_tensors(directory, lambda tensors: tensors.update({k: v.flatten() for k, v in tensors.items() if ".scale" in k}))
+    change_tensors(
+        directory, lambda tensors: tensors.update({k: v.flatten() for k, v in tensors.items() if ".scale" in k})
+    )
     change_config(directory, lambda config: config.update(quantization_config={"quant_method": "smooth_quant"}))
     assert_same_model(checkpoint.load(directory), quantized("qwen2", "int8"))
 
@@ -272,10 +302,29 @@ def test_a_weight_scale_per_tensor_with_dynamic_activations(copies: Callable[[st
     assert torch.equal(logits(checkpoint.load(tmp_path / "again")), logits(model))
 
 
+def test_a_configuration_without_a_dtype(copies: Callable[[str], Path]) -> None:
+    directory = copies("dynamic")
+    change_config(directory, lambda config: config.pop("dtype"))
+    floats = (torch.float32, torch.bfloat16)
+    for dtype in floats:
+        change_tensors(
+            directory,
+            lambda tensors, dtype=dtype: tensors.update(
+                {k: v.to(dtype) for k, v in tensors.items() if v.dtype in floats and not k.endswith("scale")}
+            ),
+        )
+        loaded = checkpoint.load(directory)
+        assert loaded.dtype == loaded.config.dtype == loaded.model.embed_tokens.weight.dtype == dtype
+        assert {layer.weight_scale.dtype for layer in layers_of(loaded).values()} == {torch.float32}
+    assert checkpoint.load(directory, dtype=torch.float16).dtype == torch.float16
+
+
 def test_superfluous_tensors_are_mentioned(copies: Callable[[str], Path]) -> None:
     directory = copies("dynamic")
     change_tensors(directory, lambda tensors: tensors.update({"model.layers.9.extra": torch.ones(2)}))
-    with pytest.warns(UserWarning, match=r"ignored 1 tensors that the model has no place for, such as model\.layers\.9\.extra"):
+    with pytest.warns(
+        UserWarning, match=r"ignored 1 tensors that the model has no place for, such as model\.layers\.9\.extra"
+    ):
         checkpoint.load(directory)
 
 
@@ -285,3 +334,47 @@ def test_headers_describe_the_layers(pristine: dict[str, Path]) -> None:
     assert (layer.out_features, layer.in_features, layer.bias) == (32, 64, True)
     assert (layer.weight_scale_shape, layer.input_scale_shape) == ((32, 1), (1,))
     assert len(stored.layers) == 14
+
+
+@pytest.mark.parametrize("activation", ["token", "tensor"])
+@pytest.mark.parametrize("kind", ["int", "float"])
+def test_what_compressed_tensors_itself_writes(kind: str, activation: str, tmp_path: Path) -> None:
+    """The library quantizes, runs and stores a model on its own; ours loads the result and computes the same."""
+    ct = pytest.importorskip("compressed_tensors.quantization")
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    per_tensor = (kind, activation) == ("float", "tensor")
+    weights = ct.QuantizationArgs(num_bits=8, type=kind, strategy="tensor" if per_tensor else "channel")
+    inputs = ct.QuantizationArgs(num_bits=8, type=kind, strategy=activation, dynamic=activation == "token")
+    scheme = ct.QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)
+    model = tiny.build("llama")
+    float_logits = logits(model)
+    ct.apply_quantization_config(
+        model,
+        ct.QuantizationConfig(config_groups={"all": scheme}, ignore=["re:.*lm_head"], format=f"{kind}-quantized"),
+    )
+    for module in model.modules():
+        if hasattr(module, "quantization_scheme"):
+            dims = (0, 1) if per_tensor else (1,)
+            low, high = (edge(module.weight.detach(), dims, True) for edge in (torch.amin, torch.amax))
+            scale, _ = calculate_qparams(low, high, weights)
+            module.weight_scale.data.copy_(scale.reshape(module.weight_scale.shape))
+            if activation == "tensor":
+                module.input_scale.data.fill_(0.05)
+            module.quantization_status = ct.QuantizationStatus.FROZEN
+    theirs = logits(model)
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(tmp_path / "model")
+    compressor.update_config(tmp_path / "model")
+
+    loaded = checkpoint.load(tmp_path / "model")
+    assert len(layers_of(loaded)) == 14
+    difference, rounding = (logits(loaded) - theirs).norm(), (theirs - float_logits).norm()
+    if (kind, activation) == ("int", "token"):
+        # Its dynamic INT8 grid has 127.5 steps to our 127: the errors are different ones, but as large.
+        assert difference < 2 * rounding
+    else:
+        # The same grid: only codes that flip where two fp32 sums differ in their last bit.
+        assert difference < 0.1 * rounding

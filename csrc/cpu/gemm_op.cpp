@@ -35,7 +35,7 @@ struct ScratchPlan {
 
   explicit ScratchPlan(const GemmShape& shape) {
     a_stride = padded_k(shape.k) + kRowPad;
-    scale_offset = Scratch::align(shape.m * a_stride);
+    scale_offset = Scratch::align(padded_rows(shape.m) * a_stride);
     weight_offset = scale_offset + Scratch::align(shape.m * static_cast<int64_t>(sizeof(float)));
     bytes = weight_offset + (shape.is_packed ? 0 : panel_count(shape.n) * panel_bytes(shape.k));
   }

