@@ -76,7 +76,7 @@ comma := ,
 stop = { echo "smoothquant-ext: $(1)" >&2; exit 1; }
 
 $(STAMPS)/venv:
-	@command -v $(PYTHON) >/dev/null || $(call stop,there is no $(PYTHON); install Python 3.10 or newer$(comma) or set PYTHON=.)
+	@command -v $(PYTHON) >/dev/null || $(call stop,there is no $(PYTHON); install Python 3.10 or newer$(comma) or set PYTHON= to one.)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 	    || $(call stop,$$($(PYTHON) --version) is too old; install Python 3.10 or newer and set PYTHON= to it.)
 	@$(PYTHON) -c 'import venv$(comma) ensurepip' 2>/dev/null \

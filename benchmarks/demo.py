@@ -189,13 +189,13 @@ Check = tuple[bool, str]
 def products_check(model: Any, window: torch.Tensor) -> list[Check]:
     """Whether one forward pass multiplies in 8 bits in every quantized layer, and in floating point in none."""
     products = profile_products(model, window)
-    layers, calls = len(products.eight_bit), sum(products.eight_bit.values())
-    passed = layers > 0 and not products.float_inside and all(count == 1 for count in products.eight_bit.values())
-    found = f"found {products.float_inside}" if products.float_inside else "none in floating point"
-    elsewhere = ", ".join(f"{count} {op}" for op, count in products.float_outside.items()) or "none"
+    ran = ", ".join(f"{count} {op}" for op, count in products.eight_bit.items())
+    passed = products.eight_bit.total() > 0 and not products.float_inside and not products.float_elsewhere
+    found = f"found {products.float_inside or dict(products.float_elsewhere)}" if not passed else "none"
+    kept = ", ".join(products.float_linears)
     what = (
-        f"{layers} quantized layers made {calls} 8-bit matrix products in one forward pass, {found} "
-        f"(outside of them, as in the output embedding: {elsewhere})"
+        f"{products.quantized} quantized layers ran as {ran} in one forward pass; "
+        f"matrix products in floating point, besides {kept} and fused attention: {found}"
     )
     return [(passed, what)]
 

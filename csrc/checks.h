@@ -113,6 +113,16 @@ inline void check_activation(const char* op, const Tensor& x) {
   SQ_CHECK(x.dim() >= 1, op, ": x has no dimensions, expected [..., K]");
 }
 
+// gate and up [..., K]: the two halves of a gated activation.
+inline void check_gate_and_up(const char* op, const Tensor& gate, const Tensor& up) {
+  check_float(op, "gate", gate.scalar_type());
+  SQ_CHECK(gate.scalar_type() == up.scalar_type(), op, ": gate is ", dtype_text(gate.scalar_type()), " and up is ",
+           dtype_text(up.scalar_type()), ", expected the same dtype");
+  check_same_device(op, "up", up, "gate", gate);
+  SQ_CHECK(shape_text(gate) == shape_text(up), op, ": gate has shape ", shape_text(gate), " and up ", shape_text(up),
+           ", expected the same shape");
+}
+
 inline void check_smooth(const char* op, const OptionalTensor& smooth, const Tensor& x) {
   if (!smooth.has_value()) return;
   const int64_t k = x.size(x.dim() - 1);

@@ -16,8 +16,14 @@ STABLE_TORCH_LIBRARY(sq, m) {
       "w8a8_linear(Tensor x, Tensor b, Tensor b_scale, Tensor? bias=None, Tensor? a_scale=None, Tensor? smooth=None, "
       "ScalarType? out_dtype=None) -> Tensor");
 
+  // Neighbours of the products, in one pass.
+  m.def(
+      "silu_mul_w8a8_linear(Tensor gate, Tensor up, Tensor b, Tensor b_scale, Tensor? bias=None, Tensor? a_scale=None, "
+      "ScalarType? out_dtype=None) -> Tensor");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, float offset=0.0) -> Tensor");
+
   // Which CPU instruction set and kernels run: cpu_isa_why_not is empty for one that can; the families of cpu_kernel are
-  // quantize, pack, gemm_int8 and gemm_fp8; _set_cpu_isa is for tests and benchmarks.
+  // quantize, pack, gemm_int8, gemm_fp8 and rows; _set_cpu_isa is for tests and benchmarks.
   m.def("cpu_isa() -> str");
   m.def("cpu_kernel(str family) -> str");
   m.def("cpu_isa_why_not(str isa) -> str");

@@ -59,6 +59,8 @@ def check_destination(directory: str | os.PathLike[str]) -> Path:
     if target.exists():
         if not target.is_dir():
             raise SmoothQuantError(f"{target} is a file; name a directory to save to")
+        if not os.access(target, os.R_OK | os.W_OK | os.X_OK):
+            raise SmoothQuantError(f"{target} is not readable and writable; choose an empty or a new directory")
         for entry in sorted(target.iterdir()):
             if not any(fnmatchcase(entry.name, pattern) for pattern in _OUR_FILES):
                 raise SmoothQuantError(f"{target} already holds {entry.name}; choose an empty or a new directory")

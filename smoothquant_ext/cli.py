@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from typer.core import TyperGroup
 
+from .console import Commands, err, out, step
 from .errors import SmoothQuantError
 
 if TYPE_CHECKING:
@@ -28,23 +25,6 @@ CALIBRATION_TEXT = "Salesforce/wikitext/wikitext-2-raw-v1:train"
 TEST_TEXT = "Salesforce/wikitext/wikitext-2-raw-v1:test"
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 FORMATS = ("auto", "compressed-tensors", "lmdeploy")
-
-out = Console()
-err = Console(stderr=True)
-
-
-class Commands(TyperGroup):
-    """Says bad input in one red sentence, and warnings in one yellow one."""
-
-    def invoke(self, ctx: Any) -> Any:
-        with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
-            try:
-                return super().invoke(ctx)
-            except SmoothQuantError as error:
-                err.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
-                raise typer.Exit(2) from error
-
 
 app = typer.Typer(
     cls=Commands,
@@ -179,7 +159,7 @@ def quantize(
     windows = _windows(tokenizer, calib, samples, seqlen, seed)
     quantize_(network, windows, recipe)
     network.to(_stored_dtype(network.dtype, stored))
-    with _step(f"Saving to {output}"):
+    with step(f"Saving to {output}"):
         checkpoint.save(network, output, tokenizer, chosen.name)
 
     out.print(render_report(network.smoothquant_report))
@@ -365,14 +345,14 @@ def main() -> None:
 def _load(source: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """A model ready to run and its tokenizer."""
     # transformers draws bars of its own when it downloads or dequantizes.
-    with _step(f"Loading {source}", spinner=Path(source).is_dir()):
+    with step(f"Loading {source}", spinner=Path(source).is_dir()):
         from .models import load_model
 
         return load_model(source, dtype)
 
 
 def _windows(tokenizer: Any, text: str, samples: int, seqlen: int, seed: int) -> Tensor:
-    with _step(f"Reading {text}"):
+    with step(f"Reading {text}"):
         from .text import token_windows
 
         return token_windows(tokenizer, text, samples, seqlen, seed)
@@ -391,6 +371,9 @@ def _show(models: list[Measured], as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps([measured_dict(model) for model in models], indent=2) + "\n")
         return
+    short = [replace(model, name=Path(model.name).name) for model in models]
+    if len({model.name for model in short}) == len(models):
+        models = short
     out.print(comparison_table(models, errors=out.width >= WIDE))
     if len(models) > 1:
         out.print(legend())
@@ -409,22 +392,5 @@ def _choice(option: str, value: str, allowed: tuple[str, ...]) -> str | None:
     return None if value == "auto" else value
 
 
-@contextmanager
-def _step(what: str, spinner: bool = True) -> Iterator[None]:
-    """Says on stderr what is going on, and how long it took."""
-    start = time.perf_counter()
-    if not spinner:
-        err.print(f"{escape(what)} ...", soft_wrap=True, highlight=False)
-    with err.status(escape(what)) if spinner else nullcontext():
-        yield
-    err.print(f"{escape(what)} [dim]({time.perf_counter() - start:.1f} s)[/dim]", soft_wrap=True, highlight=False)
-
-
-def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    err.print(f"[yellow]warning:[/yellow] {escape(str(message))}", soft_wrap=True, highlight=False)
-
-
 def _quoted(argument: object) -> str:
-    import shlex
-
     return shlex.quote(str(argument))

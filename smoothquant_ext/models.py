@@ -63,13 +63,14 @@ def _load(
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     unloadable = f"{name}: transformers cannot load this model"
-    _call(
-        unloadable, AutoConfig, source, **kwargs
-    )  # first of all: the tokenizer would complain about it beside the point
-    tokenizer = _call(f"{name} has no tokenizer that transformers can load", AutoTokenizer, source, **kwargs)
+    # The configuration comes first, or the tokenizer would complain about it beside the point; and it is handed on,
+    # because a GGUF file takes seconds to parse.
+    config = _call(unloadable, AutoConfig, source, **kwargs)
+    no_tokenizer = f"{name} has no tokenizer that transformers can load"
+    tokenizer = _call(no_tokenizer, AutoTokenizer, source, config=config, **kwargs)
     if quantized:
         return checkpoint.load(source, device, dtype), tokenizer
-    model = _call(unloadable, AutoModelForCausalLM, source, dtype=dtype or "auto", **kwargs)
+    model = _call(unloadable, AutoModelForCausalLM, source, config=config, dtype=dtype or "auto", **kwargs)
     return model.eval().to(device), tokenizer
 
 

@@ -23,6 +23,8 @@ __all__ = [
     "prepack_weight",
     "quantize_per_token",
     "quantize_static",
+    "rms_norm",
+    "silu_mul_w8a8_linear",
     "unpack_weight",
     "w8a8_gemm",
     "w8a8_linear",
@@ -189,6 +191,60 @@ def w8a8_linear(
     return y
 
 
+def silu_mul_w8a8_linear(
+    gate: Tensor,
+    up: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    bias: Tensor | None = None,
+    a_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The second half of a gated MLP in one call: ``w8a8_linear(silu(gate) * up, b, ...)``.
+
+    ``gate / (1 + exp(-gate)) * up`` is computed in fp32 and goes to the quantizer unrounded; exp has an error under 2 ulp and
+    is the same on every CPU.
+
+    Args:
+        gate: fp32, bf16 or fp16 [..., K].
+        up: the same dtype and shape.
+        b: int8, float8_e4m3fn or float8_e5m2 [N, K], or packed.
+        b_scale: fp32, 1 or N elements, any shape; N elements when ``b`` is packed.
+        bias: fp32, bf16 or fp16 [N], or ``None``.
+        a_scale: fp32, one element, or ``None`` for a scale per row.
+        out_dtype: fp32, bf16 or fp16; ``None`` is the dtype of ``gate``.
+
+    Returns:
+        y, of ``out_dtype`` [..., N].
+
+    Raises:
+        RuntimeError: for dtypes, shapes or devices that do not fit, or an INT8 K above 133144.
+    """
+    y: Tensor = torch.ops.sq.silu_mul_w8a8_linear.default(gate, up, b, b_scale, bias, a_scale, out_dtype)
+    return y
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """Root-mean-square norm over the last dimension: ``x / sqrt(mean(x * x) + eps) * (offset + weight)``.
+
+    Computed in fp32, rounded once. ``offset`` is 1 for models that store their weight less 1 (Gemma).
+
+    Args:
+        x: fp32, bf16 or fp16 [..., K].
+        weight: fp32, bf16 or fp16 [K].
+        eps: added to the mean of the squares.
+        offset: added to the weight.
+
+    Returns:
+        y, of the dtype and shape of ``x``.
+
+    Raises:
+        RuntimeError: for another dtype, or a weight that does not have K elements.
+    """
+    y: Tensor = torch.ops.sq.rms_norm.default(x, weight, eps, offset)
+    return y
+
+
 # --- fake kernels: shapes and dtypes alone, symbolic sizes stay symbolic ----------------------------------------------
 
 
@@ -247,6 +303,26 @@ def _(
     return x.new_empty((*x.shape[:-1], _out_features(b, b_scale)), dtype=out_dtype or x.dtype)
 
 
+@torch.library.register_fake("sq::silu_mul_w8a8_linear")
+def _(
+    gate: Tensor,
+    up: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    bias: Tensor | None = None,
+    a_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    _check_devices("silu_mul_w8a8_linear", "gate", gate, up=up, b=b, b_scale=b_scale, bias=bias, a_scale=a_scale)
+    return gate.new_empty((*gate.shape[:-1], _out_features(b, b_scale)), dtype=out_dtype or gate.dtype)
+
+
+@torch.library.register_fake("sq::rms_norm")
+def _(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    _check_devices("rms_norm", "x", x, weight=weight)
+    return x.new_empty(x.shape)
+
+
 # --- what will run here ---------------------------------------------------------------------------------------------
 
 
@@ -270,6 +346,8 @@ _OPS = (
     ("w8a8_gemm, fp8", "gemm_fp8"),
     ("w8a8_linear, int8", "gemm_int8"),
     ("w8a8_linear, fp8", "gemm_fp8"),
+    ("silu_mul_w8a8_linear", "rows"),
+    ("rms_norm", "rows"),
 )
 
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from .linears import is_linear
 from .modules import W8A8Linear
 
 FLOAT_PRODUCTS = frozenset(
     f"aten::{op}" for op in ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "linear", "matmul", "einsum", "_scaled_mm")
 ) | {"mkldnn::_linear_pointwise", "aten::mkldnn_linear", "aten::_addmm_activation"}
-EIGHT_BIT_PRODUCTS = frozenset({"sq::w8a8_linear", "sq::w8a8_gemm"})
-_SCOPE = "W8A8Linear "
+_QUANTIZED, _FLOAT = "W8A8Linear ", "float linear "
 
 
 @dataclass
@@ -27,14 +27,18 @@ class ProductProfile:
     """The matrix products of one forward pass.
 
     Attributes:
-        eight_bit: how many calls of an 8-bit product each quantized layer made, by layer name.
-        float_inside: the floating-point products executed inside quantized layers, by layer name; empty if all is well.
-        float_outside: the floating-point products elsewhere (output embedding, attention, rotary embedding).
+        quantized: how many 8-bit layers the model has.
+        eight_bit: calls of each 8-bit product, by the op's name; a fused op may run outside its layer's own forward.
+        float_inside: floating-point products executed inside 8-bit layers, by layer; empty if all is well.
+        float_linears: linear layers that the model keeps in floating point and that ran (the output embedding).
+        float_elsewhere: floating-point products in no linear layer at all, by name: attention, when it is not fused.
     """
 
+    quantized: int = 0
     eight_bit: Counter[str] = field(default_factory=Counter)
     float_inside: dict[str, list[str]] = field(default_factory=dict)
-    float_outside: Counter[str] = field(default_factory=Counter)
+    float_linears: list[str] = field(default_factory=list)
+    float_elsewhere: Counter[str] = field(default_factory=Counter)
 
 
 @torch.no_grad()
@@ -43,27 +47,28 @@ def profile_products(model: nn.Module, tokens: Tensor) -> ProductProfile:
     tokens = tokens.to(next(model.parameters()).device)
     with _scopes(model), _quiet_profiler(), profile(activities=[ProfilerActivity.CPU]) as recorded:
         model(input_ids=tokens, use_cache=False)
-    result = ProductProfile()
+    result = ProductProfile(quantized=sum(isinstance(module, W8A8Linear) for module in model.modules()))
     for event in recorded.events() or ():
         if event.cpu_parent is None:
-            _sort(event, None, result)
+            _sort(event, "", result)
     return result
 
 
 @contextmanager
 def _scopes(model: nn.Module) -> Iterator[None]:
-    """Marks in the profile where each quantized layer begins and ends."""
+    """Marks in the profile where each linear layer begins and ends."""
     handles = []
     for name, module in model.named_modules():
-        if not isinstance(module, W8A8Linear):
+        if not (isinstance(module, W8A8Linear) or is_linear(module)):
             continue
-        open_scopes: list[Any] = []
+        label = (_QUANTIZED if isinstance(module, W8A8Linear) else _FLOAT) + name
+        scopes: list[Any] = []
 
-        def enter(_module: nn.Module, _args: Any, name: str = name, scopes: list[Any] = open_scopes) -> None:
-            scopes.append(record_function(_SCOPE + name))
+        def enter(_module: nn.Module, _args: Any, label: str = label, scopes: list[Any] = scopes) -> None:
+            scopes.append(record_function(label))
             scopes[-1].__enter__()
 
-        def leave(_module: nn.Module, _args: Any, _output: Any, scopes: list[Any] = open_scopes) -> None:
+        def leave(_module: nn.Module, _args: Any, _output: Any, scopes: list[Any] = scopes) -> None:
             scopes.pop().__exit__(None, None, None)
 
         handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
@@ -88,17 +93,20 @@ def _quiet_profiler() -> Iterator[None]:
             os.environ["KINETO_LOG_LEVEL"] = before
 
 
-def _sort(event: Any, layer: str | None, result: ProductProfile) -> None:
-    if event.name.startswith(_SCOPE):
-        layer = event.name.removeprefix(_SCOPE)
-        result.eight_bit[layer] += 0
-    elif layer is not None and event.name in EIGHT_BIT_PRODUCTS:
-        result.eight_bit[layer] += 1
-    elif event.name in FLOAT_PRODUCTS:
-        if layer is None:
-            result.float_outside[event.name] += 1
-        else:
-            result.float_inside.setdefault(layer, []).append(event.name)
+def _sort(event: Any, scope: str, result: ProductProfile) -> None:
+    """Counts an event and what it calls, given the label of the linear layer it runs in, or ''."""
+    name = event.name
+    if name.startswith((_QUANTIZED, _FLOAT)):
+        scope = name
+        if name.startswith(_FLOAT):
+            result.float_linears.append(name.removeprefix(_FLOAT))
+    elif name.startswith("sq::") and "w8a8" in name:
+        result.eight_bit[name] += 1
+    elif name in FLOAT_PRODUCTS:
+        if scope.startswith(_QUANTIZED):
+            result.float_inside.setdefault(scope.removeprefix(_QUANTIZED), []).append(name)
+        elif not scope:
+            result.float_elsewhere[name] += 1
         return  # aten::linear is made of aten::addmm: count it once
     for child in event.cpu_children:
-        _sort(child, layer, result)
+        _sort(child, scope, result)

@@ -104,3 +104,49 @@ def w8a8_linear(
         q = quantize_static(torch.where(finite.unsqueeze(-1), values, 0.0), a_scale, b.dtype)
         scale = torch.where(finite, a_scale.reshape(()), torch.nan)
     return w8a8_gemm(q, b, scale, b_scale, bias, out_dtype or x.dtype)
+
+
+LANES = 16
+"""Partial sums of ``rms_norm``, added pairwise at the end."""
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """See ``ops.rms_norm``. The order of the sum is the kernels' own: lane k % 16 takes element k."""
+    k = x.shape[-1]
+    squares = torch.nn.functional.pad(x.float().square(), (0, -k % LANES))
+    lanes = squares.new_zeros(*x.shape[:-1], LANES)
+    for part in squares.split(LANES, dim=-1):
+        lanes = lanes + part
+    half = LANES // 2
+    while half:
+        lanes = lanes[..., :half] + lanes[..., half : 2 * half]
+        half //= 2
+    mean = lanes / float(k) + torch.tensor(eps, dtype=torch.float32)
+    gain = 1.0 / mean.double().sqrt().float()  # torch's fp32 square root is not always the nearest one
+    return (x.float() * gain * (weight.float().reshape(-1) + offset)).to(x.dtype)
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """fp32 ``gate / (1 + exp(-gate)) * up`` with the kernels' exponential: Cephes' polynomial, one rounding a step."""
+    x = (-gate.float()).clamp(-87.0, 88.0)
+    n = (x * 1.44269504088896341).round()
+    r = x - n * 0.693359375 - n * -2.12194440e-4
+    p = torch.full_like(r, 1.9875691500e-4)
+    for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = p * r + coefficient
+    p = p * (r * r) + r + 1.0
+    exponential = p * torch.exp2(n)
+    return gate.float() / (1.0 + exponential) * up.float()
+
+
+def silu_mul_w8a8_linear(
+    gate: Tensor,
+    up: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    bias: Tensor | None = None,
+    a_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """See ``ops.silu_mul_w8a8_linear``."""
+    return w8a8_linear(silu_mul(gate, up), b, b_scale, bias, a_scale, out_dtype=out_dtype or gate.dtype)

@@ -62,7 +62,7 @@ def comparison_table(models: Sequence[Measured], title: str = "", errors: bool =
     """Models side by side, a row each; sizes of the decoder blocks are relative to the first model's."""
     padding = (0, 1) if errors else (0, 0)  # all of it fits 80 characters
     table = Table(title=title or None, box=box.SIMPLE, padding=padding, show_edge=False, title_justify="left")
-    table.add_column("model")
+    table.add_column("model", overflow="fold")
     for column in COLUMNS:
         table.add_column(column.heading.replace(" ", "\n"), justify="right", no_wrap=True)
     for cells in _comparison_cells(models, errors):

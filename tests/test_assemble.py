@@ -1,4 +1,4 @@
-"""What loading puts together: 8-bit layers straight from the file, and what plain transformers makes of the same file."""
+"""What loading puts together: 8-bit layers straight from the file; and what plain transformers makes of the file."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import re
 import struct
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import amplify_outliers, build, token_ids
+from tiny_text import some_text, write_tiny_model
 from torch import Tensor, nn
 
 from smoothquant_ext import SCHEMES, Recipe, W8A8Linear, load, quantize, reference, save
@@ -112,21 +114,44 @@ def test_smoothing_is_what_saves_a_model_with_outliers(scheme):
 def test_a_profile_tells_8_bit_products_from_floating_point_ones():
     model = quantize(llama_with_outliers(), CALIBRATION, Recipe(skip=("layers.0.mlp.down_proj",)), progress=False)
     products = profile_products(model, TEST[:1])
-    assert len(products.eight_bit) == 13
-    assert set(products.eight_bit.values()) == {1}
+    assert products.quantized == 13
+    assert products.eight_bit.total() == 13
     assert products.float_inside == {}
-    assert products.float_outside["aten::linear"] == 2  # the skipped layer and the output embedding
+    assert products.float_linears == ["model.layers.0.mlp.down_proj", "lm_head"]
+    assert products.float_elsewhere == {}
+    assert demo.products_check(model, TEST[:1])[0][0]
 
     class Cheat(W8A8Linear):
         def forward(self, x: Tensor) -> Tensor:
             return x @ (self.plain_weight().to(x.dtype) * self.weight_scale.to(x.dtype)).t()
 
-    layer = model.model.layers[1].self_attn.o_proj
-    layer.__class__ = Cheat
+    model.model.layers[1].self_attn.o_proj.__class__ = Cheat
     products = profile_products(model, TEST[:1])
     assert list(products.float_inside) == ["model.layers.1.self_attn.o_proj"]
-    assert products.eight_bit["model.layers.1.self_attn.o_proj"] == 0
-    assert demo.products_check(model, TEST[:1])[0][0] is False
+    assert products.eight_bit.total() == 12
+    assert not demo.products_check(model, TEST[:1])[0][0]
+
+
+def test_a_profile_finds_floating_point_products_outside_of_every_layer():
+    model = quantize(llama_with_outliers(), CALIBRATION, progress=False)
+    model.set_attn_implementation("eager")
+    products = profile_products(model, TEST[:1])
+    assert products.float_inside == {}
+    assert products.float_elsewhere.total() >= 2 * 2  # scores and values, in each of two layers
+    assert not demo.products_check(model, TEST[:1])[0][0]
+
+
+def test_the_example_of_the_readme_runs(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "any.txt").write_text(some_text(5_000))
+    write_tiny_model(tmp_path / "model")
+    for name, here in (("HuggingFaceTB/SmolLM2-135M-Instruct", "model"), ("any_text.txt", "any.txt")):
+        assert f'"{name}"' in code
+        code = code.replace(name, str(tmp_path / here))
+    code = code.replace('"smol-w8a8"', repr(str(tmp_path / "w8a8"))).replace("samples=128, seqlen=512", "8, 32")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["model"].generate(TEST[:1, :8], max_new_tokens=4, do_sample=False).shape[1] > 8
 
 
 # --- SmolLM2-135M ---------------------------------------------------------------------------------------------------
@@ -205,7 +230,7 @@ def test_smollm_multiplies_in_8_bits_only(smollm):
     for model in smollm.models.values():
         passed, what = demo.products_check(model, smollm.test[:1, :32])[0]
         assert passed, what
-        assert what.startswith("210 quantized layers made 210 8-bit")
+        assert what.startswith("210 quantized layers ran")
 
 
 @real

@@ -22,8 +22,7 @@ void parallel_pack(const Tensor& b, uint8_t* packed) {
 Tensor prepack_weight_cpu(const Tensor& b_in) {
   check_plain_weight("prepack_weight", b_in);
   const Tensor b = as_contiguous(b_in);
-  const int64_t shape[] = {panel_count(b.size(0)), padded_k(b.size(1)) / 4 + 1, kPanel, 4};
-  Tensor packed = torch::stable::new_empty(b, {shape, 4});
+  Tensor packed = empty_cpu({panel_count(b.size(0)), padded_k(b.size(1)) / 4 + 1, kPanel, 4}, b.scalar_type());
   parallel_pack(b, static_cast<uint8_t*>(packed.mutable_data_ptr()));
   return packed;
 }
@@ -75,8 +74,11 @@ void parallel_copy(const Tensor& a, const GemmShape& shape, uint8_t flip, int64_
   const int64_t grain = div_up(kPackGrain, std::max<int64_t>(1, k));
   if (shape.m == 0) return;
   torch::stable::parallel_for(0, shape.m, grain, [&](int64_t begin, int64_t end) {
+    const uint8_t mask = flip;  // a copy: writes to target could change what the lambda refers to
     for (int64_t row = begin; row < end; ++row) {
-      for (int64_t i = 0; i < k; ++i) target[row * stride + i] = source[row * k + i] ^ flip;
+      const uint8_t* from = source + row * k;
+      uint8_t* to = target + row * stride;
+      for (int64_t i = 0, count = k; i < count; ++i) to[i] = from[i] ^ mask;
     }
   });
 }
@@ -92,7 +94,7 @@ Tensor w8a8_gemm_cpu(const Tensor& a_in, const Tensor& b_in, const Tensor& a_sca
   const Tensor a = as_contiguous(a_in), b = as_contiguous(b_in);
   const Tensor a_scale = as_contiguous(a_scale_in), b_scale = as_contiguous(b_scale_in);
   const OptionalTensor bias = as_contiguous(bias_in);
-  Tensor y = torch::stable::new_empty(a, replace_last(a, shape.n), out_dtype);
+  Tensor y = empty_cpu(replace_last(a, shape.n), out_dtype);
 
   const ScratchPlan plan(shape);
   Scratch scratch(plan.bytes);
@@ -106,21 +108,20 @@ Tensor w8a8_gemm_cpu(const Tensor& a_in, const Tensor& b_in, const Tensor& a_sca
   return y;
 }
 
-Tensor w8a8_linear_cpu(const Tensor& x_in, const Tensor& b_in, const Tensor& b_scale_in, const OptionalTensor& bias_in,
-                       const OptionalTensor& a_scale, const OptionalTensor& smooth_in,
-                       std::optional<ScalarType> out_dtype) {
-  constexpr const char* kOp = "w8a8_linear";
-  check_activation(kOp, x_in);
-  const GemmShape shape = check_gemm(kOp, "x", x_in, b_in, b_scale_in, bias_in);
-  check_smooth(kOp, smooth_in, x_in);
+// What the linear ops share: they differ in how the rows of the activation come about. quantize_rows(args, m) is given
+// everything but the source, and fills q and scale.
+template <class QuantizeRowsOf>
+Tensor linear_cpu(const char* op, const GemmShape& shape, const Tensor& x, const Tensor& b_in, const Tensor& b_scale_in,
+                  const OptionalTensor& bias_in, const OptionalTensor& a_scale, std::optional<ScalarType> out_dtype,
+                  const QuantizeRowsOf& quantize_rows) {
   if (a_scale.has_value()) {
-    check_same_device(kOp, "a_scale", *a_scale, "x", x_in);
-    check_static_scale(kOp, "a_scale", *a_scale);
+    check_same_device(op, "a_scale", *a_scale, "x", x);
+    check_static_scale(op, "a_scale", *a_scale);
   }
-  check_float(kOp, "out_dtype", out_dtype.value_or(x_in.scalar_type()));
-  const Tensor x = as_contiguous(x_in), b = as_contiguous(b_in), b_scale = as_contiguous(b_scale_in);
-  const OptionalTensor bias = as_contiguous(bias_in), smooth = as_contiguous(smooth_in);
-  Tensor y = torch::stable::new_empty(x, replace_last(x, shape.n), out_dtype.value_or(x.scalar_type()));
+  check_float(op, "out_dtype", out_dtype.value_or(x.scalar_type()));
+  const Tensor b = as_contiguous(b_in), b_scale = as_contiguous(b_scale_in);
+  const OptionalTensor bias = as_contiguous(bias_in);
+  Tensor y = empty_cpu(replace_last(x, shape.n), out_dtype.value_or(x.scalar_type()));
 
   const ScratchPlan plan(shape);
   Scratch scratch(plan.bytes);
@@ -128,16 +129,13 @@ Tensor w8a8_linear_cpu(const Tensor& x_in, const Tensor& b_in, const Tensor& b_s
   auto* scales = reinterpret_cast<float*>(scratch.data() + plan.scale_offset);
   QuantizeArgs quantize{};
   quantize.k = shape.k;
-  quantize.x = x.const_data_ptr();
-  quantize.x_dtype = kernel_dtype(x.scalar_type());
-  quantize.smooth = pointer<float>(smooth);
   quantize.q = scratch.data();
   quantize.q_stride = plan.a_stride;
   quantize.q_dtype = args.b_dtype;
   quantize.flip = args.b_dtype == DType::kInt8 ? kOffset : 0;
   quantize.scale = scales;
-  quantize.static_scale = a_scale.has_value() ? static_scale_value(kOp, "a_scale", *a_scale) : 0.0f;
-  parallel_quantize(current_kernels().quantize_rows, quantize, shape.m);
+  quantize.static_scale = a_scale.has_value() ? static_scale_value(op, "a_scale", *a_scale) : 0.0f;
+  quantize_rows(quantize, shape.m);
 
   args.a = scratch.data();
   args.a_dtype = args.b_dtype;
@@ -147,12 +145,47 @@ Tensor w8a8_linear_cpu(const Tensor& x_in, const Tensor& b_in, const Tensor& b_s
   return y;
 }
 
+Tensor w8a8_linear_cpu(const Tensor& x_in, const Tensor& b, const Tensor& b_scale, const OptionalTensor& bias,
+                       const OptionalTensor& a_scale, const OptionalTensor& smooth_in,
+                       std::optional<ScalarType> out_dtype) {
+  constexpr const char* kOp = "w8a8_linear";
+  check_activation(kOp, x_in);
+  const GemmShape shape = check_gemm(kOp, "x", x_in, b, b_scale, bias);
+  check_smooth(kOp, smooth_in, x_in);
+  const Tensor x = as_contiguous(x_in);
+  const OptionalTensor smooth = as_contiguous(smooth_in);
+  return linear_cpu(kOp, shape, x, b, b_scale, bias, a_scale, out_dtype, [&](QuantizeArgs args, int64_t m) {
+    args.x = x.const_data_ptr();
+    args.x_dtype = kernel_dtype(x.scalar_type());
+    args.smooth = pointer<float>(smooth);
+    parallel_quantize(current_kernels().quantize_rows, args, m);
+  });
+}
+
+Tensor silu_mul_w8a8_linear_cpu(const Tensor& gate_in, const Tensor& up_in, const Tensor& b, const Tensor& b_scale,
+                                const OptionalTensor& bias, const OptionalTensor& a_scale,
+                                std::optional<ScalarType> out_dtype) {
+  constexpr const char* kOp = "silu_mul_w8a8_linear";
+  check_gate_and_up(kOp, gate_in, up_in);
+  const GemmShape shape = check_gemm(kOp, "gate", gate_in, b, b_scale, bias);
+  const Tensor gate = as_contiguous(gate_in), up = as_contiguous(up_in);
+  return linear_cpu(kOp, shape, gate, b, b_scale, bias, a_scale, out_dtype, [&](const QuantizeArgs& args, int64_t m) {
+    SiluMulArgs silu{};
+    silu.k = args.k;
+    silu.gate = gate.const_data_ptr();
+    silu.up = up.const_data_ptr();
+    silu.dtype = kernel_dtype(gate.scalar_type());
+    parallel_silu_mul_quantize(current_kernels(), silu, args, m);
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sq, CPU, m) {
   m.impl("prepack_weight", TORCH_BOX(&prepack_weight_cpu));
   m.impl("w8a8_gemm", TORCH_BOX(&w8a8_gemm_cpu));
   m.impl("w8a8_linear", TORCH_BOX(&w8a8_linear_cpu));
+  m.impl("silu_mul_w8a8_linear", TORCH_BOX(&silu_mul_w8a8_linear_cpu));
 }
 
 }  // namespace sq

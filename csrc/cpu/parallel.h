@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "kernels/gemm.h"
-#include "kernels/quantize.h"
+#include "kernels/kernels.h"
+#include "scratch.h"
 
 namespace sq {
 
@@ -20,6 +20,36 @@ inline void parallel_quantize(QuantizeRows quantize, const QuantizeArgs& args, i
   if (rows == 0) return;
   const int64_t grain = std::max<int64_t>(1, kQuantizeGrain / std::max<int64_t>(1, args.k));
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { quantize(args, {begin, end}); });
+}
+
+// silu(gate) * up to 8 bits, a few rows at a time, so that the fp32 values between stay in cache.
+inline void parallel_silu_mul_quantize(const Kernels& kernels, const SiluMulArgs& silu, const QuantizeArgs& quantize,
+                                       int64_t rows) {
+  if (rows == 0 || silu.k == 0) return parallel_quantize(kernels.quantize_rows, quantize, rows);
+  constexpr int64_t kBlockElements = 16 * 1024;
+  const int64_t block = std::max<int64_t>(1, kBlockElements / silu.k);
+  const int64_t grain = std::max<int64_t>(1, kQuantizeGrain / 4 / silu.k);
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    Scratch values(std::min(block, end - begin) * silu.k * static_cast<int64_t>(sizeof(float)));
+    SiluMulArgs source = silu;
+    source.v = reinterpret_cast<float*>(values.data());
+    QuantizeArgs target = quantize;
+    target.x = values.data();
+    target.x_dtype = DType::kFloat32;
+    for (int64_t row = begin; row < end; row += block) {
+      const int64_t last = std::min(end, row + block);
+      kernels.silu_mul_rows(source, {row, last});
+      target.q = quantize.q + row * quantize.q_stride;
+      target.scale = quantize.scale + row;
+      kernels.quantize_rows(target, {0, last - row});
+    }
+  });
+}
+
+inline void parallel_rms_norm(RmsNormRows rms_norm, const RmsNormArgs& args, int64_t rows) {
+  if (rows == 0 || args.k == 0) return;
+  const int64_t grain = std::max<int64_t>(1, kQuantizeGrain / args.k);
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { rms_norm(args, {begin, end}); });
 }
 
 // Rows of a that are worth keeping in L2 while the panels go by.

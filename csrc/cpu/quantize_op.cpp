@@ -17,8 +17,10 @@ std::tuple<Tensor, Tensor> quantize_per_token_cpu(const Tensor& x_in, ScalarType
   check_smooth(kOp, smooth_in, x_in);
   const Tensor x = as_contiguous(x_in);
   const OptionalTensor smooth = as_contiguous(smooth_in);
-  Tensor q = torch::stable::new_empty(x, x.sizes(), dtype);
-  Tensor scale = torch::stable::new_empty(x, replace_last(x, -1), ScalarType::Float);
+  Tensor q = empty_cpu(shape_of(x), dtype);
+  std::vector<int64_t> rows_shape = shape_of(x);
+  rows_shape.pop_back();
+  Tensor scale = empty_cpu(rows_shape, ScalarType::Float);
 
   QuantizeArgs args{};
   args.k = x.size(x.dim() - 1);
@@ -40,7 +42,7 @@ Tensor quantize_static_cpu(const Tensor& x_in, const Tensor& scale, ScalarType d
   check_same_device(kOp, "scale", scale, "x", x_in);
   check_static_scale(kOp, "scale", scale);
   const Tensor x = as_contiguous(x_in);
-  Tensor q = torch::stable::new_empty(x, x.sizes(), dtype);
+  Tensor q = empty_cpu(shape_of(x), dtype);
 
   QuantizeArgs args{};
   args.k = x.size(x.dim() - 1);

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -47,12 +48,31 @@ const T* pointer(const OptionalTensor& tensor) {
   return tensor.has_value() ? pointer<T>(*tensor) : nullptr;
 }
 
-// The shape of x without its last dimension, and with `last` instead when that is not negative.
+inline std::vector<int64_t> shape_of(const Tensor& x) {
+  const auto sizes = x.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
+// The shape of x [..., K] with `last` in place of K.
 inline std::vector<int64_t> replace_last(const Tensor& x, int64_t last) {
-  std::vector<int64_t> shape;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) shape.push_back(x.size(i));
-  if (last >= 0) shape.push_back(last);
+  std::vector<int64_t> shape = shape_of(x);
+  shape.back() = last;
   return shape;
+}
+
+// A new contiguous CPU tensor. This goes past the dispatcher, which would take longer than a small product.
+inline Tensor empty_cpu(const std::vector<int64_t>& shape, ScalarType dtype) {
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (size_t i = shape.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(1, shape[i]);
+  }
+  const auto dtype_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                                                         dtype_code, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
 // The value of a static scale, which on the CPU can be looked at.

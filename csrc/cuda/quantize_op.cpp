@@ -12,16 +12,6 @@
 namespace sq {
 namespace {
 
-InputType input_type(ScalarType dtype) {
-  if (dtype == ScalarType::BFloat16) return InputType::kBFloat16;
-  return dtype == ScalarType::Half ? InputType::kFloat16 : InputType::kFloat32;
-}
-
-QuantizedType quantized_type(ScalarType dtype) {
-  if (dtype == ScalarType::Float8_e4m3fn) return QuantizedType::kE4M3;
-  return dtype == ScalarType::Float8_e5m2 ? QuantizedType::kE5M2 : QuantizedType::kInt8;
-}
-
 std::tuple<Tensor, Tensor> quantize_per_token_cuda(const Tensor& x_in, ScalarType dtype,
                                                    const OptionalTensor& smooth_in) {
   constexpr const char* kOp = "quantize_per_token";
@@ -42,8 +32,8 @@ std::tuple<Tensor, Tensor> quantize_per_token_cuda(const Tensor& x_in, ScalarTyp
   job.scale = static_cast<float*>(scale.mutable_data_ptr());
   job.rows = row_count(x);
   job.columns = x.size(x.dim() - 1);
-  job.input = input_type(x.scalar_type());
-  job.quantized = quantized_type(dtype);
+  job.x_dtype = kernel_dtype(x.scalar_type());
+  job.q_dtype = kernel_dtype(dtype);
   SQ_CHECK(job.rows <= kMaxBlocks, kOp, ": x has ", job.rows, " rows, expected at most ", kMaxBlocks);
   launch_quantize_per_token(job, current_stream(x));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -66,8 +56,8 @@ Tensor quantize_static_cuda(const Tensor& x_in, const Tensor& scale, ScalarType 
   job.scale = pointer<float>(scale);
   job.q = static_cast<uint8_t*>(q.mutable_data_ptr());
   job.count = x.numel();
-  job.input = input_type(x.scalar_type());
-  job.quantized = quantized_type(dtype);
+  job.x_dtype = kernel_dtype(x.scalar_type());
+  job.q_dtype = kernel_dtype(dtype);
   launch_quantize_static(job, current_stream(x));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return q;

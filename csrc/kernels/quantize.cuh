@@ -5,8 +5,7 @@
 //   absmax = max |v| over the row
 //   scale  = absmax / QMAX
 //   q      = round(clamp(v * min(QMAX / absmax, FLT_MAX)))     the min keeps rows of subnormals from inf * 0
-// A row of zeros has scale 1 and q = 0, in FP8 with the signs of its zeros. A row with a non-finite v has scale NaN and
-// q = 0, and no other row sees it.
+// A row of zeros has scale 1 and q = 0. A row with a non-finite v has scale NaN and q = 0, and no other row sees it.
 //
 // One block takes one row and its threads take groups of 8 neighbouring elements, so that x is read once and stays in
 // registers between the maximum and the rounding. Bytes moved: rows * columns * (sizeof(T) + 1) + 4 * rows, plus smooth
@@ -15,7 +14,8 @@
 // Static: q = round(clamp(x * (1 / scale))), 1 / scale one fp32 division. NaN gives 0 in INT8 and NaN in FP8.
 #pragma once
 
-#include "kernels/scalar_types.cuh"
+#include "cpu/kernels/row_scale.h"
+#include "kernels/round.cuh"
 
 namespace sq {
 
@@ -55,7 +55,8 @@ bool can_move_groups(const T* x, const float* smooth, const uint8_t* q, int64_t 
 
 // values = x[first, first + kGroup), with `fill` past `end`.
 template <typename T>
-SQ_DEVICE void load_group(float (&values)[kGroup], const T* x, int64_t first, int64_t end, bool wide, float fill) {
+SQ_HOST_DEVICE inline void load_group(float (&values)[kGroup], const T* x, int64_t first, int64_t end, bool wide,
+                                      float fill) {
   if (wide && first < end) {
     const Group<T> group = *reinterpret_cast<const Group<T>*>(x + first);
     SQ_UNROLL
@@ -66,7 +67,7 @@ SQ_DEVICE void load_group(float (&values)[kGroup], const T* x, int64_t first, in
   for (int i = 0; i < kGroup; ++i) values[i] = first + i < end ? to_float(x[first + i]) : fill;
 }
 
-SQ_DEVICE void store_group(uint8_t* q, const Group<uint8_t>& group, int64_t first, int64_t end, bool wide) {
+SQ_HOST_DEVICE inline void store_group(uint8_t* q, const Group<uint8_t>& group, int64_t first, int64_t end, bool wide) {
   if (wide && first < end) {
     *reinterpret_cast<Group<uint8_t>*>(q + first) = group;
     return;
@@ -79,8 +80,8 @@ SQ_DEVICE void store_group(uint8_t* q, const Group<uint8_t>& group, int64_t firs
 
 // The row's values after smoothing.
 template <typename T>
-SQ_DEVICE void load_smoothed(float (&values)[kGroup], const T* row, const float* smooth, int64_t first, int64_t end,
-                             bool wide) {
+SQ_HOST_DEVICE inline void load_smoothed(float (&values)[kGroup], const T* row, const float* smooth, int64_t first,
+                                         int64_t end, bool wide) {
   load_group(values, row, first, end, wide, 0.0f);
   if (smooth == nullptr) return;
   float divisors[kGroup];
@@ -90,10 +91,10 @@ SQ_DEVICE void load_smoothed(float (&values)[kGroup], const T* row, const float*
 }
 
 // Magnitudes are compared as bits: the order of the finite ones is kept, infinity is above them and NaN above infinity.
-SQ_DEVICE uint32_t max_magnitude(uint32_t so_far, const float (&values)[kGroup]) {
+SQ_HOST_DEVICE inline uint32_t max_magnitude(uint32_t so_far, const float (&values)[kGroup]) {
   SQ_UNROLL
   for (int i = 0; i < kGroup; ++i) {
-    const uint32_t magnitude = bits_of(values[i]) & 0x7fffffffu;
+    const uint32_t magnitude = float_bits(values[i]) & ~kFloatSign;
     so_far = magnitude > so_far ? magnitude : so_far;
   }
   return so_far;
@@ -112,36 +113,22 @@ __device__ __forceinline__ uint32_t block_max(uint32_t value) {
   return value;
 }
 
-struct RowScale {
-  float scale;
-  float inverse;  // 0 where the row is not finite
-};
-
-template <typename Q>
-SQ_DEVICE RowScale row_scale(uint32_t absmax_bits) {
-  if (absmax_bits == 0) return {1.0f, 1.0f};
-  if (absmax_bits >= kFloatInfinity) return {float_from_bits(0x7fc00000u), 0.0f};
-  const float absmax = float_from_bits(absmax_bits);
-  const float inverse = Q::kMax / absmax;
-  return {absmax / Q::kMax, inverse < kFloatMax ? inverse : kFloatMax};
-}
-
-template <typename Q>
-SQ_DEVICE Group<uint8_t> quantize_group(const float (&values)[kGroup], float inverse) {
+template <DType kQ>
+SQ_HOST_DEVICE inline Group<uint8_t> quantize_group(const float (&values)[kGroup], float multiplier) {
   Group<uint8_t> group;
   SQ_UNROLL
-  for (int i = 0; i < kGroup; ++i) group.at[i] = Q::round_from(values[i] * inverse);
+  for (int i = 0; i < kGroup; ++i) group.at[i] = round_to<kQ>(values[i] * multiplier);
   return group;
 }
 
-// The same, but all 0 in a row that is not finite.
-template <typename Q>
-SQ_DEVICE Group<uint8_t> quantize_row_group(const float (&values)[kGroup], float inverse) {
-  return inverse == 0.0f ? Group<uint8_t>{} : quantize_group<Q>(values, inverse);
+// The same, but a multiplier of 0 means q = 0 for infinities, NaN and the -0 of FP8 too.
+template <DType kQ>
+SQ_HOST_DEVICE inline Group<uint8_t> quantize_row_group(const float (&values)[kGroup], float multiplier) {
+  return multiplier == 0.0f ? Group<uint8_t>{} : quantize_group<kQ>(values, multiplier);
 }
 
 // Grid: a block per row; threads and kGroups from row_config(columns); wide: can_move_groups of x, smooth and q.
-template <typename T, typename Q, int kGroups>
+template <typename T, DType kQ, int kGroups>
 __global__ void __launch_bounds__(kMaxThreads)
     quantize_per_token_kernel(const T* x, const float* smooth, uint8_t* q, float* scale, int64_t columns, bool wide) {
   const T* row = x + blockIdx.x * columns;
@@ -157,11 +144,11 @@ __global__ void __launch_bounds__(kMaxThreads)
       load_smoothed(values[g], row, smooth, begin + g * step, columns, wide);
       magnitude = max_magnitude(magnitude, values[g]);
     }
-    const RowScale result = row_scale<Q>(block_max(magnitude));
+    const RowScale result = per_token_scale(block_max(magnitude), quantized_max(kQ));
     if (threadIdx.x == 0) scale[blockIdx.x] = result.scale;
     SQ_UNROLL
     for (int g = 0; g < kGroups; ++g) {
-      store_group(q_row, quantize_row_group<Q>(values[g], result.inverse), begin + g * step, columns, wide);
+      store_group(q_row, quantize_row_group<kQ>(values[g], result.multiplier), begin + g * step, columns, wide);
     }
   } else {
     float values[kGroup];
@@ -169,17 +156,17 @@ __global__ void __launch_bounds__(kMaxThreads)
       load_smoothed(values, row, smooth, first, columns, wide);
       magnitude = max_magnitude(magnitude, values);
     }
-    const RowScale result = row_scale<Q>(block_max(magnitude));
+    const RowScale result = per_token_scale(block_max(magnitude), quantized_max(kQ));
     if (threadIdx.x == 0) scale[blockIdx.x] = result.scale;
     for (int64_t first = begin; first < columns; first += step) {
       load_smoothed(values, row, smooth, first, columns, wide);
-      store_group(q_row, quantize_row_group<Q>(values, result.inverse), first, columns, wide);
+      store_group(q_row, quantize_row_group<kQ>(values, result.multiplier), first, columns, wide);
     }
   }
 }
 
 // Any grid and block: the threads step over x together. wide: x and q are aligned to groups.
-template <typename T, typename Q>
+template <typename T, DType kQ>
 __global__ void __launch_bounds__(kMaxThreads)
     quantize_static_kernel(const T* x, const float* scale, uint8_t* q, int64_t count, bool wide) {
   const float inverse = 1.0f / *scale;
@@ -188,7 +175,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   float values[kGroup];
   for (int64_t first = begin; first < count; first += step) {
     load_group(values, x, first, count, wide && first + kGroup <= count, 0.0f);
-    store_group(q, quantize_group<Q>(values, inverse), first, count, wide && first + kGroup <= count);
+    store_group(q, quantize_group<kQ>(values, inverse), first, count, wide && first + kGroup <= count);
   }
 }
 

@@ -3,10 +3,9 @@
 
 #include <cstdint>
 
-namespace sq {
+#include "cpu/kernels/dtypes.h"
 
-enum class InputType { kFloat32, kBFloat16, kFloat16 };
-enum class QuantizedType { kInt8, kE4M3, kE5M2 };
+namespace sq {
 
 struct QuantizePerToken {
   const void* x;        // [rows, columns], contiguous
@@ -15,8 +14,8 @@ struct QuantizePerToken {
   float* scale;         // [rows]
   int64_t rows;         // at most 2^31 - 1
   int64_t columns;
-  InputType input;
-  QuantizedType quantized;
+  DType x_dtype;  // fp32, bf16 or fp16
+  DType q_dtype;  // int8 or fp8
 };
 
 struct QuantizeStatic {
@@ -24,8 +23,8 @@ struct QuantizeStatic {
   const float* scale;  // one element
   uint8_t* q;          // [count]
   int64_t count;
-  InputType input;
-  QuantizedType quantized;
+  DType x_dtype;  // fp32, bf16 or fp16
+  DType q_dtype;  // int8 or fp8
 };
 
 // `stream` is a cudaStream_t. Errors of the launch are left to cudaGetLastError.

@@ -1,9 +1,15 @@
 // Element types of the kernels, and the bits of the narrow formats <-> fp32: round to nearest even, bit for bit as
-// torch's .to(dtype). Free of branches, so that loops over them vectorize.
+// torch's .to(dtype). Free of branches, so that loops over them vectorize; the CUDA kernels use them too.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+
+#ifdef __CUDACC__
+#define SQ_HOST_DEVICE __host__ __device__
+#else
+#define SQ_HOST_DEVICE
+#endif
 
 namespace sq {
 
@@ -20,43 +26,49 @@ struct Float16 {
 constexpr uint32_t kFloatSign = 0x80000000;
 constexpr uint32_t kFloatInf = 0x7f800000;
 
-inline uint32_t float_bits(float value) {
+SQ_HOST_DEVICE inline uint32_t float_bits(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
 
-inline float float_from_bits(uint32_t bits) {
+SQ_HOST_DEVICE inline float float_from_bits(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
 
 // The largest magnitude that quantization produces.
-inline float quantized_max(DType dtype) {
+SQ_HOST_DEVICE constexpr float quantized_max(DType dtype) {
   return dtype == DType::kFloat8E4M3 ? 448.0f : dtype == DType::kFloat8E5M2 ? 57344.0f : 127.0f;
 }
 
-inline float to_float(float value) { return value; }
+SQ_HOST_DEVICE inline float to_float(float value) {
+  return value;
+}
 
-inline float to_float(BFloat16 value) { return float_from_bits(static_cast<uint32_t>(value.bits) << 16); }
+SQ_HOST_DEVICE inline float to_float(BFloat16 value) {
+  return float_from_bits(static_cast<uint32_t>(value.bits) << 16);
+}
 
-inline float to_float(Float16 value) {
+SQ_HOST_DEVICE inline float to_float(Float16 value) {
   const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fff) << 13;
   const float finite = float_from_bits(magnitude) * 0x1p112f;  // moves the exponent's bias, of subnormals too
   const uint32_t special = magnitude >= 0x0f800000 ? kFloatInf : 0;
   return float_from_bits(float_bits(finite) | special | static_cast<uint32_t>(value.bits & 0x8000) << 16);
 }
 
-inline void from_float(float value, float* target) { *target = value; }
+SQ_HOST_DEVICE inline void from_float(float value, float* target) {
+  *target = value;
+}
 
-inline void from_float(float value, BFloat16* target) {
+SQ_HOST_DEVICE inline void from_float(float value, BFloat16* target) {
   const uint32_t bits = float_bits(value);
   const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   target->bits = static_cast<uint16_t>(value == value ? rounded : 0x7fc0);
 }
 
-inline void from_float(float value, Float16* target) {
+SQ_HOST_DEVICE inline void from_float(float value, Float16* target) {
   const uint32_t sign = float_bits(value) >> 16 & 0x8000;
   const uint32_t magnitude = float_bits(value) & ~kFloatSign;
   // Below 2^-14, the sum with 0.5 lines the mantissa up with fp16's subnormal step, and rounds it.
@@ -68,9 +80,11 @@ inline void from_float(float value, Float16* target) {
   target->bits = static_cast<uint16_t>(sign | result);
 }
 
-inline float float8_e5m2_to_float(uint8_t bits) { return to_float(Float16{static_cast<uint16_t>(bits << 8)}); }
+SQ_HOST_DEVICE inline float float8_e5m2_to_float(uint8_t bits) {
+  return to_float(Float16{static_cast<uint16_t>(bits << 8)});
+}
 
-inline float float8_e4m3_to_float(uint8_t bits) {
+SQ_HOST_DEVICE inline float float8_e4m3_to_float(uint8_t bits) {
   const uint32_t magnitude = static_cast<uint32_t>(bits & 0x7f) << 20;
   const float finite = float_from_bits(magnitude) * 0x1p120f;
   const uint32_t nan = (bits & 0x7f) == 0x7f ? 0x7fc00000 : 0;
@@ -78,7 +92,7 @@ inline float float8_e4m3_to_float(uint8_t bits) {
 }
 
 // The two below take a NaN or a value within the format's finite range: quantization clamps first.
-inline uint8_t float_to_float8_e4m3(float value) {
+SQ_HOST_DEVICE inline uint8_t float_to_float8_e4m3(float value) {
   const uint32_t sign = float_bits(value) >> 24 & 0x80;
   const uint32_t magnitude = float_bits(value) & ~kFloatSign;
   const uint32_t subnormal = float_bits(float_from_bits(magnitude) + 0x1p14f) - float_bits(0x1p14f);
@@ -88,7 +102,7 @@ inline uint8_t float_to_float8_e4m3(float value) {
   return static_cast<uint8_t>(sign | result);
 }
 
-inline uint8_t float_to_float8_e5m2(float value) {
+SQ_HOST_DEVICE inline uint8_t float_to_float8_e5m2(float value) {
   const uint32_t sign = float_bits(value) >> 24 & 0x80;
   const uint32_t magnitude = float_bits(value) & ~kFloatSign;
   const uint32_t subnormal = float_bits(float_from_bits(magnitude) + 0x1p7f) - float_bits(0x1p7f);

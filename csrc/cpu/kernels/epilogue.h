@@ -16,6 +16,11 @@ inline float load_float(const void* source, DType dtype, int64_t index) {
   }
 }
 
+// target[i] = source[i] + offset in fp32
+inline void widen(const void* source, DType dtype, float offset, int64_t count, float* target) {
+  for (int64_t i = 0; i < count; ++i) target[i] = load_float(source, dtype, i) + offset;
+}
+
 inline void store_float(float value, void* target, DType dtype, int64_t index) {
   switch (dtype) {
     case DType::kBFloat16:

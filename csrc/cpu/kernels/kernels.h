@@ -4,6 +4,7 @@
 #include "cpu_features.h"
 #include "gemm.h"
 #include "quantize.h"
+#include "rows.h"
 
 namespace sq {
 
@@ -14,6 +15,9 @@ struct Kernels {
   GemmRange gemm_int8;
   const char* gemm_fp8_name;
   GemmRange gemm_fp8;
+  const char* rows_name;
+  RmsNormRows rms_norm_rows;
+  SiluMulRows silu_mul_rows;
 };
 
 const Kernels& kernels_of(Isa isa);

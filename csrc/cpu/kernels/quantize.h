@@ -7,11 +7,11 @@
 // The min keeps rows of subnormals from 0 * inf. Reads x twice, the second time from cache.
 #pragma once
 
-#include <cfloat>
 #include <cstdint>
 
 #include "dtypes.h"
 #include "gemm.h"
+#include "row_scale.h"
 
 namespace sq {
 
@@ -28,21 +28,11 @@ struct QuantizeArgs {
   float static_scale;  // 0: per token
 };
 
-struct RowScale {
-  float scale;
-  float multiplier;  // of v; 0: all q of the row are 0
-};
-
 // From the bits of the row's largest magnitude, which are those of infinity or more if a value is not finite. For a static
 // scale without `scale` output, rows are not looked at: any finite bits will do.
 inline RowScale row_scale(const QuantizeArgs& args, uint32_t absmax_bits) {
-  if (absmax_bits >= kFloatInf) return {float_from_bits(0x7FC00000), 0.0f};
-  if (args.static_scale != 0.0f) return {args.static_scale, 1.0f / args.static_scale};
-  if (absmax_bits == 0) return {1.0f, 0.0f};
-  const float absmax = float_from_bits(absmax_bits);
-  const float qmax = quantized_max(args.q_dtype);
-  const float multiplier = qmax / absmax;
-  return {absmax / qmax, multiplier < FLT_MAX ? multiplier : FLT_MAX};
+  if (args.static_scale != 0.0f && absmax_bits < kFloatInf) return {args.static_scale, 1.0f / args.static_scale};
+  return per_token_scale(absmax_bits, quantized_max(args.q_dtype));
 }
 
 using QuantizeRows = void (*)(const QuantizeArgs& args, Range rows);

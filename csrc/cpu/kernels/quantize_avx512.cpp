@@ -39,7 +39,12 @@ SQ_AVX512_INLINE uint32_t absmax_bits(const QuantizeArgs& args, int64_t row) {
   } else {
     const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
     __m512i largest = _mm512_setzero_si512();
-    for (int64_t k = 0; k < args.k; k += 16) {
+    int64_t k = 0;
+    for (; k + 16 <= args.k; k += 16) {
+      const __m512i bits = _mm512_castps_si512(load_values<kIn, kSmooth>(args, row, k, 0xFFFF));
+      largest = _mm512_max_epu32(largest, _mm512_and_si512(bits, magnitude));
+    }
+    if (k < args.k) {
       const auto mask = static_cast<__mmask16>(lane_mask(args.k - k, 16));
       const __m512i bits = _mm512_castps_si512(load_values<kIn, kSmooth>(args, row, k, mask));
       largest = _mm512_max_epu32(largest, _mm512_and_si512(bits, magnitude));
@@ -83,28 +88,34 @@ SQ_AVX512_INLINE __m512i round_to(__m512 value) {
   }
 }
 
+// 64 elements from k on; the lanes of `mask` exist.
 template <DType kIn, bool kSmooth, DType kQ, bool kClamp>
-SQ_AVX512_INLINE void convert_row(const QuantizeArgs& args, int64_t row, float multiplier, uint8_t* q) {
-  const __m512 factor = _mm512_set1_ps(multiplier);
-  const __m512i flip = _mm512_set1_epi8(static_cast<char>(args.flip));
+SQ_AVX512_INLINE void convert_64(const QuantizeArgs& args, int64_t row, int64_t k, uint64_t mask, __m512 multiplier,
+                                 uint8_t* q) {
+  __m512i lanes[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const auto part = static_cast<__mmask16>(mask >> (16 * i));
+    lanes[i] = round_to<kQ, kClamp>(_mm512_mul_ps(load_values<kIn, kSmooth>(args, row, k + 16 * i, part), multiplier));
+  }
+  const __m512i low = _mm512_packs_epi32(lanes[0], lanes[1]), high = _mm512_packs_epi32(lanes[2], lanes[3]);
+  const __m512i bytes = kQ == DType::kInt8 ? _mm512_packs_epi16(low, high) : _mm512_packus_epi16(low, high);
   // The packs work within 128-bit lanes, which leaves the 4-byte pieces of 4 vectors interleaved.
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  for (int64_t k = 0; k < args.k; k += 64) {
-    const uint64_t mask = lane_mask(args.k - k, 64);
-    __m512i lanes[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const auto part = static_cast<__mmask16>(mask >> (16 * i));
-      lanes[i] = round_to<kQ, kClamp>(_mm512_mul_ps(load_values<kIn, kSmooth>(args, row, k + 16 * i, part), factor));
-    }
-    const __m512i low = _mm512_packs_epi32(lanes[0], lanes[1]), high = _mm512_packs_epi32(lanes[2], lanes[3]);
-    const __m512i bytes = kQ == DType::kInt8 ? _mm512_packs_epi16(low, high) : _mm512_packus_epi16(low, high);
-    _mm512_mask_storeu_epi8(q + k, mask, _mm512_xor_si512(_mm512_permutexvar_epi32(order, bytes), flip));
-  }
+  const __m512i flip = _mm512_set1_epi8(static_cast<char>(args.flip));
+  _mm512_mask_storeu_epi8(q + k, mask, _mm512_xor_si512(_mm512_permutexvar_epi32(order, bytes), flip));
+}
+
+template <DType kIn, bool kSmooth, DType kQ, bool kClamp>
+SQ_AVX512 void convert_row(const QuantizeArgs& args, int64_t row, float multiplier, uint8_t* q) {
+  const __m512 factor = _mm512_set1_ps(multiplier);
+  int64_t k = 0;
+  for (; k + 64 <= args.k; k += 64) convert_64<kIn, kSmooth, kQ, kClamp>(args, row, k, ~0ull, factor, q);
+  if (k < args.k) convert_64<kIn, kSmooth, kQ, kClamp>(args, row, k, lane_mask(args.k - k, 64), factor, q);
 }
 
 template <DType kIn, bool kSmooth, DType kQ>
-SQ_AVX512 void convert_row(const QuantizeArgs& args, int64_t row, float multiplier, uint8_t* q) {
+void convert_row(const QuantizeArgs& args, int64_t row, float multiplier, uint8_t* q) {
   if (args.static_scale != 0.0f) {
     convert_row<kIn, kSmooth, kQ, true>(args, row, multiplier, q);
   } else {
@@ -113,25 +124,36 @@ SQ_AVX512 void convert_row(const QuantizeArgs& args, int64_t row, float multipli
 }
 
 template <DType kIn, bool kSmooth>
+void convert_row(const QuantizeArgs& args, int64_t row, float multiplier, uint8_t* q) {
+  switch (args.q_dtype) {
+    case DType::kFloat8E4M3:
+      return convert_row<kIn, kSmooth, DType::kFloat8E4M3>(args, row, multiplier, q);
+    case DType::kFloat8E5M2:
+      return convert_row<kIn, kSmooth, DType::kFloat8E5M2>(args, row, multiplier, q);
+    default:
+      return convert_row<kIn, kSmooth, DType::kInt8>(args, row, multiplier, q);
+  }
+}
+
+template <DType kIn, bool kSmooth>
 SQ_AVX512 void quantize_rows(const QuantizeArgs& args, Range rows) {
-  for (int64_t row = rows.begin; row < rows.end; ++row) {
-    uint8_t* q = args.q + row * args.q_stride;
-    const uint32_t largest = args.scale == nullptr ? 0 : absmax_bits<kIn, kSmooth>(args, row);
-    const RowScale scale = row_scale(args, largest);
-    if (args.scale != nullptr) args.scale[row] = scale.scale;
-    if (scale.multiplier == 0.0f) {
-      __builtin_memset(q, args.flip, args.k);
-      continue;
+  // The largest values of a few rows are looked for together: each ends in a chain of slow steps that the others hide.
+  constexpr int64_t kGroup = 4;
+  for (int64_t first = rows.begin; first < rows.end; first += kGroup) {
+    const int64_t end = first + kGroup < rows.end ? first + kGroup : rows.end;
+    RowScale scales[kGroup];
+    for (int64_t row = first; row < end; ++row) {
+      scales[row - first] = row_scale(args, args.scale == nullptr ? 0 : absmax_bits<kIn, kSmooth>(args, row));
+      if (args.scale != nullptr) args.scale[row] = scales[row - first].scale;
     }
-    switch (args.q_dtype) {
-      case DType::kFloat8E4M3:
-        convert_row<kIn, kSmooth, DType::kFloat8E4M3>(args, row, scale.multiplier, q);
-        break;
-      case DType::kFloat8E5M2:
-        convert_row<kIn, kSmooth, DType::kFloat8E5M2>(args, row, scale.multiplier, q);
-        break;
-      default:
-        convert_row<kIn, kSmooth, DType::kInt8>(args, row, scale.multiplier, q);
+    for (int64_t row = first; row < end; ++row) {
+      const float multiplier = scales[row - first].multiplier;
+      uint8_t* q = args.q + row * args.q_stride;
+      if (multiplier == 0.0f) {
+        __builtin_memset(q, args.flip, args.k);
+      } else {
+        convert_row<kIn, kSmooth>(args, row, multiplier, q);
+      }
     }
   }
 }

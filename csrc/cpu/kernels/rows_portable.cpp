@@ -1,0 +1,3 @@
+#define SQ_ROWS(name) name##_portable
+#define SQ_ROWS_TARGET
+#include "rows_body.h"
