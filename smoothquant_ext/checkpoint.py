@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from . import assemble
 from .errors import SmoothQuantError
 from .formats import Format, choose_format, parse_quantization_config, quantization_config
+from .fuse import fuse_
 from .hf import first_line, plain_tensors, quiet_transformers, to_checkpoint_modules, to_checkpoint_tensors
 from .modules import W8A8Linear
 from .staging import check_free_space, check_place, replace_directory
@@ -237,7 +238,7 @@ def load(
         dtype: of everything that is not quantized; ``None`` takes what the checkpoint says.
 
     Returns:
-        The model in evaluation mode, without gradients.
+        The model in evaluation mode.
 
     Raises:
         SmoothQuantError: the checkpoint is incomplete, damaged, inconsistent, or not W8A8.
@@ -268,12 +269,13 @@ def load(
     # From here on it is an ordinary module: it may be cast, moved and saved like any other.
     model.hf_quantizer.remove_quantization_config(model)
     model.config.quantization_config = raw["quantization_config"]
-    model.eval().requires_grad_(False)
+    model.eval()
     if device is not None and torch.device(device).type != "cpu":
         return model.to(device)
     for module in model.modules():
         if isinstance(module, W8A8Linear):
             module.prepack_()  # one at a time: each frees its plain weight
+    fuse_(model)
     return model
 
 

@@ -16,6 +16,7 @@ from .calibrate import calibrate
 from .convert import convert_
 from .discover import Discovery, discover
 from .errors import SmoothQuantError
+from .fuse import fuse_
 from .linears import check_finite_weights, select_linears
 from .scheme import Recipe
 from .smooth import SmoothedGroup, Smoothing, smooth_
@@ -34,6 +35,7 @@ class Report:
         failed: producers whose fold was undone, and producers that cannot be folded, each with the reason.
         unsmoothed: quantized layers whose input was not smoothed.
         skipped: layers left in floating point, with the reason.
+        fused: names of the norms and MLPs that run in one pass now.
         seconds: wall-clock seconds of each step.
     """
 
@@ -43,6 +45,7 @@ class Report:
     failed: dict[str, str] = field(default_factory=dict)
     unsmoothed: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    fused: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -86,6 +89,7 @@ def quantize(
         smoothing = smooth_(model, discovery.groups, absmax, first, recipe, lambda blocks: bar(blocks, "Smoothing"))
 
     convert_(model, bar(list(selection.linears), "Quantizing weights"), absmax, scheme)
+    report.fused = fuse_(model)
 
     smoothed = {consumer for group in smoothing.groups for consumer in group.consumers}
     report.quantized = list(selection.linears)

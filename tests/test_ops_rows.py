@@ -47,7 +47,9 @@ def test_rms_norm_equals_the_oracle(shape: tuple[int, ...], dtype: torch.dtype, 
     assert same(y, reference.rms_norm(x, w, 1e-5, offset))
     exact = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-5) * (w.double() + offset)
     # One rounding to the output's dtype, after fp32 sums of K terms.
-    bound = (torch.finfo(dtype).eps + shape[-1] * torch.finfo(torch.float32).eps) * exact.abs() + torch.finfo(dtype).tiny
+    bound = (torch.finfo(dtype).eps + shape[-1] * torch.finfo(torch.float32).eps) * exact.abs() + torch.finfo(
+        dtype
+    ).tiny
     assert bool(((y.double() - exact).abs() <= bound).all())
 
 

@@ -1,4 +1,4 @@
-// prepack_weight, w8a8_gemm and w8a8_linear on the CPU.
+// prepack_weight, w8a8_gemm, w8a8_linear and silu_mul_w8a8_linear on the CPU.
 #include <torch/csrc/stable/library.h>
 
 #include "kernels/kernels.h"
@@ -12,11 +12,9 @@ namespace {
 
 void parallel_pack(const Tensor& b, uint8_t* packed) {
   const int64_t n = b.size(0), k = b.size(1);
-  if (n == 0) return;
-  const int64_t grain = div_up(kPackGrain, panel_bytes(k));
-  torch::stable::parallel_for(0, panel_count(n), grain, [&](int64_t begin, int64_t end) {
-    pack_panels(pointer<uint8_t>(b), n, k, kernel_dtype(b.scalar_type()), packed, {begin, end});
-  });
+  const auto* source = pointer<uint8_t>(b);
+  const DType dtype = kernel_dtype(b.scalar_type());
+  parallel_rows(panel_count(n), panel_bytes(k), [&](Range panels) { pack_panels(source, n, k, dtype, packed, panels); });
 }
 
 Tensor prepack_weight_cpu(const Tensor& b_in) {
@@ -27,61 +25,68 @@ Tensor prepack_weight_cpu(const Tensor& b_in) {
   return packed;
 }
 
-// Where the parts of an op's scratch buffer begin: the 8-bit activation, its scales, and the weight when it is not packed.
-struct ScratchPlan {
-  int64_t a_stride;
-  int64_t scale_offset, weight_offset, bytes;
-
-  explicit ScratchPlan(const GemmShape& shape) {
-    a_stride = padded_k(shape.k) + kRowPad;
-    scale_offset = Scratch::align(padded_rows(shape.m) * a_stride);
-    weight_offset = scale_offset + Scratch::align(shape.m * static_cast<int64_t>(sizeof(float)));
-    bytes = weight_offset + (shape.is_packed ? 0 : panel_count(shape.n) * panel_bytes(shape.k));
-  }
-};
-
-// What both ops have in common: everything but the activation and its scale.
-GemmArgs weight_args(const GemmShape& shape, const Tensor& b, const Tensor& b_scale, const OptionalTensor& bias,
-                     const ScratchPlan& plan, uint8_t* scratch) {
-  GemmArgs args{};
-  args.n = shape.n;
-  args.k = shape.k;
-  args.a_stride = plan.a_stride;
-  args.b = pointer<uint8_t>(b);
-  args.b_dtype = kernel_dtype(b.scalar_type());
-  args.b_scale = pointer<float>(b_scale);
-  args.b_scale_step = b_scale.numel() == 1 ? 0 : 1;
-  args.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
-  args.bias_dtype = bias.has_value() ? kernel_dtype(bias->scalar_type()) : DType::kFloat32;
-  if (!shape.is_packed) {
-    parallel_pack(b, scratch + plan.weight_offset);
-    args.b = scratch + plan.weight_offset;
-  }
-  return args;
-}
-
-void run_gemm(GemmArgs args, int64_t m, const Tensor& y) {
-  args.y = y.mutable_data_ptr();
-  args.y_dtype = kernel_dtype(y.scalar_type());
-  const Kernels& kernels = current_kernels();
-  parallel_gemm(args.b_dtype == DType::kInt8 ? kernels.gemm_int8 : kernels.gemm_fp8, args, m);
-}
-
-// Copies a [M, K] to rows that the kernels read.
-void parallel_copy(const Tensor& a, const GemmShape& shape, uint8_t flip, int64_t stride, uint8_t* target) {
-  const auto* source = pointer<uint8_t>(a);
-  const int64_t k = shape.k;
-  const int64_t grain = div_up(kPackGrain, std::max<int64_t>(1, k));
-  if (shape.m == 0) return;
-  torch::stable::parallel_for(0, shape.m, grain, [&](int64_t begin, int64_t end) {
-    const uint8_t mask = flip;  // a copy: writes to target could change what the lambda refers to
-    for (int64_t row = begin; row < end; ++row) {
-      const uint8_t* from = source + row * k;
-      uint8_t* to = target + row * stride;
-      for (int64_t i = 0, count = k; i < count; ++i) to[i] = from[i] ^ mask;
+// One product: its scratch buffer, which holds the 8-bit activation, its scales, for fp8 the widened activation, and the
+// weight when it does not come packed.
+class Product {
+ public:
+  Product(const GemmShape& shape, const Tensor& b, const Tensor& b_scale, const OptionalTensor& bias)
+      : shape_(shape),
+        kernels_(current_kernels()),
+        is_int8_(b.scalar_type() == ScalarType::Char),
+        q_stride_(padded_k(shape.k) + kRowPad),
+        wide_stride_(is_int8_ ? 0 : padded_k(shape.k) * kernels_.fp8_element_size + kRowPad),
+        scale_offset_(Scratch::align(padded_rows(shape.m) * q_stride_)),
+        wide_offset_(scale_offset_ + Scratch::align(shape.m * static_cast<int64_t>(sizeof(float)))),
+        weight_offset_(wide_offset_ + Scratch::align(padded_rows(shape.m) * wide_stride_)),
+        scratch_(weight_offset_ + (shape.is_packed ? 0 : panel_count(shape.n) * panel_bytes(shape.k))) {
+    args_.n = shape.n;
+    args_.k = shape.k;
+    args_.b = pointer<uint8_t>(b);
+    args_.b_dtype = kernel_dtype(b.scalar_type());
+    args_.b_scale = pointer<float>(b_scale);
+    args_.b_scale_step = b_scale.numel() == 1 ? 0 : 1;
+    args_.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
+    args_.bias_dtype = bias.has_value() ? kernel_dtype(bias->scalar_type()) : DType::kFloat32;
+    if (!shape.is_packed) {
+      parallel_pack(b, scratch_.data() + weight_offset_);
+      args_.b = scratch_.data() + weight_offset_;
     }
-  });
-}
+  }
+
+  uint8_t* q() { return scratch_.data(); }
+  int64_t q_stride() const { return q_stride_; }
+  uint8_t flip() const { return is_int8_ ? kOffset : 0; }
+  float* scales() { return reinterpret_cast<float*>(scratch_.data() + scale_offset_); }
+
+  // y from what is in q, whose fp8 type may differ from the weight's.
+  void run(DType a_dtype, const float* a_scale, int64_t a_scale_step, const Tensor& y) {
+    args_.a = q();
+    args_.a_stride = q_stride_;
+    args_.a_scale = a_scale;
+    args_.a_scale_step = a_scale_step;
+    args_.y = y.mutable_data_ptr();
+    args_.y_dtype = kernel_dtype(y.scalar_type());
+    if (!is_int8_) widen(a_dtype);
+    parallel_gemm(is_int8_ ? kernels_.gemm_int8 : kernels_.gemm_fp8, args_, shape_.m, kernels_.block_bytes);
+  }
+
+ private:
+  void widen(DType a_dtype) {
+    uint8_t* wide = scratch_.data() + wide_offset_;
+    const WidenArgs args{shape_.k, q(), q_stride_, a_dtype, wide, wide_stride_};
+    parallel_rows(shape_.m, wide_stride_, [&](Range rows) { kernels_.widen_fp8(args, rows); });
+    args_.a = wide;
+    args_.a_stride = wide_stride_;
+  }
+
+  GemmShape shape_;
+  const Kernels& kernels_;
+  bool is_int8_;
+  int64_t q_stride_, wide_stride_;
+  int64_t scale_offset_, wide_offset_, weight_offset_;
+  Scratch scratch_;
+  GemmArgs args_{};
+};
 
 Tensor w8a8_gemm_cpu(const Tensor& a_in, const Tensor& b_in, const Tensor& a_scale_in, const Tensor& b_scale_in,
                      const OptionalTensor& bias_in, ScalarType out_dtype) {
@@ -96,15 +101,12 @@ Tensor w8a8_gemm_cpu(const Tensor& a_in, const Tensor& b_in, const Tensor& a_sca
   const OptionalTensor bias = as_contiguous(bias_in);
   Tensor y = empty_cpu(replace_last(a, shape.n), out_dtype);
 
-  const ScratchPlan plan(shape);
-  Scratch scratch(plan.bytes);
-  GemmArgs args = weight_args(shape, b, b_scale, bias, plan, scratch.data());
-  args.a = scratch.data();
-  args.a_dtype = kernel_dtype(a.scalar_type());
-  args.a_scale = pointer<float>(a_scale);
-  args.a_scale_step = a_scale.numel() == 1 ? 0 : 1;
-  parallel_copy(a, shape, args.a_dtype == DType::kInt8 ? kOffset : 0, plan.a_stride, scratch.data());
-  run_gemm(args, shape.m, y);
+  Product product(shape, b, b_scale, bias);
+  const auto* source = pointer<uint8_t>(a);
+  parallel_rows(shape.m, shape.k, [&](Range rows) {
+    copy_rows(source, shape.k, product.flip(), product.q(), product.q_stride(), rows);
+  });
+  product.run(kernel_dtype(a.scalar_type()), pointer<float>(a_scale), a_scale.numel() == 1 ? 0 : 1, y);
   return y;
 }
 
@@ -123,25 +125,17 @@ Tensor linear_cpu(const char* op, const GemmShape& shape, const Tensor& x, const
   const OptionalTensor bias = as_contiguous(bias_in);
   Tensor y = empty_cpu(replace_last(x, shape.n), out_dtype.value_or(x.scalar_type()));
 
-  const ScratchPlan plan(shape);
-  Scratch scratch(plan.bytes);
-  GemmArgs args = weight_args(shape, b, b_scale, bias, plan, scratch.data());
-  auto* scales = reinterpret_cast<float*>(scratch.data() + plan.scale_offset);
-  QuantizeArgs quantize{};
-  quantize.k = shape.k;
-  quantize.q = scratch.data();
-  quantize.q_stride = plan.a_stride;
-  quantize.q_dtype = args.b_dtype;
-  quantize.flip = args.b_dtype == DType::kInt8 ? kOffset : 0;
-  quantize.scale = scales;
-  quantize.static_scale = a_scale.has_value() ? static_scale_value(op, "a_scale", *a_scale) : 0.0f;
-  quantize_rows(quantize, shape.m);
-
-  args.a = scratch.data();
-  args.a_dtype = args.b_dtype;
-  args.a_scale = scales;
-  args.a_scale_step = 1;
-  run_gemm(args, shape.m, y);
+  Product product(shape, b, b_scale, bias);
+  QuantizeArgs args{};
+  args.k = shape.k;
+  args.q = product.q();
+  args.q_stride = product.q_stride();
+  args.q_dtype = kernel_dtype(b.scalar_type());
+  args.flip = product.flip();
+  args.scale = product.scales();
+  args.static_scale = a_scale.has_value() ? static_scale_value(op, "a_scale", *a_scale) : 0.0f;
+  quantize_rows(args, shape.m);
+  product.run(args.q_dtype, product.scales(), 1, y);
   return y;
 }
 

@@ -46,7 +46,10 @@ std::string why_no_amx() {
   if (std::string reason = why_no_avx512_vnni(); !reason.empty()) return reason;
   const Cpuid seven(7);
   if (!bit(seven.edx, 24) || !bit(seven.edx, 25)) return "this CPU has no AMX-INT8";
-  if (!bit(seven.edx, 22) || !bit(Cpuid(7, 1).eax, 5)) return "this CPU has no AMX-BF16 or AVX512-BF16";
+  // Every CPU with AMX so far has these too, which its kernels use.
+  if (!bit(seven.edx, 22) || !bit(Cpuid(7, 1).eax, 5) || !bit(seven.ecx, 1)) {
+    return "this CPU has no AMX-BF16, AVX512-BF16 or AVX512-VBMI";
+  }
   constexpr unsigned long long kTiles = 0x60000;
   if (!saves_state(kTiles)) return "the operating system does not save AMX tiles";
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA

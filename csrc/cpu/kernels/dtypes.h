@@ -38,6 +38,10 @@ SQ_HOST_DEVICE inline float float_from_bits(uint32_t bits) {
   return value;
 }
 
+inline int64_t element_size(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : dtype == DType::kBFloat16 || dtype == DType::kFloat16 ? 2 : 1;
+}
+
 // The largest magnitude that quantization produces.
 SQ_HOST_DEVICE constexpr float quantized_max(DType dtype) {
   return dtype == DType::kFloat8E4M3 ? 448.0f : dtype == DType::kFloat8E5M2 ? 57344.0f : 127.0f;

@@ -1,10 +1,12 @@
 // The matrix product of every CPU kernel, y[m, n] = cast(sum_k a[m, k] * b[n, k] * (a_scale[m] * b_scale[n]) + bias[n]),
 // and the layouts of its operands:
-//   a  one byte an element, rows a_stride bytes apart. INT8 is stored as q ^ 0x80, an unsigned number 128 too large, because
-//      vpdpbusd and tdpbusd multiply u8 by s8; 128 * (sum of the column of b) is subtracted afterwards. Rows have
-//      padded_k(K) readable bytes, and there are padded_rows(M) of them; what is beyond K and M does not count.
+//   a  rows a_stride bytes apart, with padded_k(K) readable values; there are padded_rows(M) rows to read, and what is in
+//      those beyond M does not count.
+//      INT8: one byte a value, q ^ 0x80: an unsigned number 128 too large, because vpdpbusd and tdpbusd multiply u8 by s8.
+//      128 * (sum of the column of b) is subtracted afterwards. Bytes beyond K do not count.
+//      FP8: widened, by the kernel's own function, to fp32 or bf16, which hold every fp8 value; 0 beyond K.
 //   b  packed, see pack.h.
-// int32 sums wrap, so the result is exact as long as the true sum fits: |sum| <= K * 127 * 127 < 2^31 for K <= kMaxK.
+// int32 sums wrap, so the result is exact as long as the true sum fits: |sum| <= K * 127 * 127 < 2^31 for K <= 133144.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +15,6 @@
 
 namespace sq {
 
-constexpr int64_t kMaxK = 133144;
 constexpr int64_t kPanel = 64;   // columns of b in a panel, and K is padded to this
 constexpr int64_t kRowPad = 64;  // keeps rows of a from being a multiple of 4 KB apart, which would alias cache sets
 constexpr uint8_t kOffset = 0x80;
@@ -32,8 +33,7 @@ struct Range {
 struct GemmArgs {
   int64_t n, k;
   const uint8_t* a;
-  int64_t a_stride;
-  DType a_dtype;
+  int64_t a_stride;  // bytes
   const uint8_t* b;
   DType b_dtype;
   const float* a_scale;
@@ -49,9 +49,25 @@ struct GemmArgs {
 // Computes rows x panels of y; two calls with disjoint ranges may run at the same time.
 using GemmRange = void (*)(const GemmArgs& args, Range rows, Range panels);
 
+// Widens rows of fp8 values, k of them q_stride bytes apart, to the type that the kernel multiplies.
+struct WidenArgs {
+  int64_t k;
+  const uint8_t* q;
+  int64_t q_stride;  // bytes
+  DType dtype;
+  uint8_t* wide;
+  int64_t wide_stride;  // bytes
+};
+using WidenRows = void (*)(const WidenArgs& args, Range rows);
+
 void gemm_int8_portable(const GemmArgs& args, Range rows, Range panels);
-void gemm_fp8_portable(const GemmArgs& args, Range rows, Range panels);
 void gemm_int8_avx512vnni(const GemmArgs& args, Range rows, Range panels);
 void gemm_int8_amx(const GemmArgs& args, Range rows, Range panels);
+
+void widen_fp32_portable(const WidenArgs& args, Range rows);
+void gemm_fp8_portable(const GemmArgs& args, Range rows, Range panels);
+void gemm_fp8_avx512(const GemmArgs& args, Range rows, Range panels);
+void widen_bf16_amx(const WidenArgs& args, Range rows);
+void gemm_fp8_amx(const GemmArgs& args, Range rows, Range panels);
 
 }  // namespace sq

@@ -1,8 +1,8 @@
-// INT8 product with the tile registers of AMX: tdpbusd multiplies 16 rows x 64 bytes of the activation by 64 bytes x 16
-// columns of the weight, and the packed weight is already in its layout. A block is 32 rows x 32 columns: 4 tiles of sums,
-// 2 of activation, 2 of weight.
+// Products with the tile registers of AMX. For INT8, tdpbusd multiplies 16 rows x 64 values of the activation by 64 values x
+// 16 columns of the weight; for FP8, widened to bf16, tdpbf16ps multiplies 16 x 32 by 32 x 16. A tile is 1 KB either way. A
+// block is 32 rows x 32 columns: 4 tiles of sums, 2 of activation, 2 of weight; a step is one tile of k.
 //
-//   for 32 columns: for depth chunk: copy the weight's chunk; for 32 rows: for 64 k: 4 tile loads, 4 products
+//   for 32 columns: for depth chunk: copy the weight's chunk; for 32 rows: for step: 4 tile loads, 4 products
 //
 // The copied chunk stays in L1 while rows pass from L2. In the packed weight itself, 32 of a panel's 64 columns lie in every
 // other 128 bytes, so that they would compete for half of the cache sets. The last step of a block (scales, bias, cast) is
@@ -11,7 +11,7 @@
 
 #if SQ_X86
 
-#define SQ_AMX_FEATURES SQ_AVX512_FEATURES ",avx512bf16,amx-tile,amx-int8"
+#define SQ_AMX_FEATURES SQ_AVX512_FEATURES ",avx512bf16,avx512vbmi,amx-tile,amx-int8,amx-bf16"
 #define SQ_AMX __attribute__((target(SQ_AMX_FEATURES)))
 #define SQ_AMX_INLINE inline __attribute__((always_inline, target(SQ_AMX_FEATURES)))
 
@@ -20,9 +20,21 @@ namespace {
 
 constexpr int64_t kBlock = 32;        // rows and columns of a block
 constexpr int64_t kMaxRows = 512;     // whose sums wait for the next chunk: 64 KB
-constexpr int64_t kMaxSteps = 9;       // of 64 k in a chunk: 18 KB of weight
+constexpr int64_t kMaxSteps = 9;       // in a chunk: 18 KB of weight
 constexpr int64_t kFewestCopied = 192;  // rows for which a copy of the weight pays
 constexpr int64_t kFewestRows = 9;    // below, the tiles are so empty that vpdpbusd is faster
+
+struct Int8Product {
+  using Sum = int32_t;
+  static constexpr int64_t kDepth = 64;  // of a step
+  static constexpr float kSmallestSum = 1.0f;  // of those that are not 0
+};
+
+struct Fp8Product {
+  using Sum = float;
+  static constexpr int64_t kDepth = 32;
+  static constexpr float kSmallestSum = 0x1p-32f;  // e5m2's smallest value squared; sums are multiples of it
+};
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1;
@@ -33,21 +45,22 @@ struct alignas(64) TileConfig {
 };
 
 // A block whose sums are still to be finished.
+template <class Product>
 struct Pending {
-  const int32_t* sums;
+  const typename Product::Sum* sums;
   const PanelColumns* columns;
   int64_t row, offset;
   int64_t next = 0, count = 0;  // rows of the block: the next one to finish, and how many there are
 };
 
 // What store_sums does, with the hardware's conversion to bf16, which halves the instructions. It flushes subnormals to
-// zero, so that it is for rows whose values are either 0 or above 2^-126: a product is an integer times a scale of at
-// least kSmallestScale, and a sum of two such numbers is a multiple of the smaller one's last bit, 2^-23 of it.
-constexpr float kSmallestScale = 0x1p-100f;
+// zero, so that it is for rows whose values are either 0 or above 2^-126: where the smallest product is at least
+// kSmallestValue, which PanelColumns::smallest demands of the bias too, a sum of both is a multiple of 2^-23 of that.
+constexpr float kSmallestValue = 0x1p-100f;
 
-template <bool kBias>
+template <bool kBias, class Sum>
 SQ_AMX_INLINE void store_sums_bf16(const GemmArgs& args, const PanelColumns& columns, int64_t row, int64_t offset,
-                                   const int32_t* sums) {
+                                   const Sum* sums) {
   const float a_scale = args.a_scale[row * args.a_scale_step];
   const __m512 low = scale_sums<kBias>(columns, offset, a_scale, sums);
   const __m512 high = scale_sums<kBias>(columns, offset + 16, a_scale, sums + 16);
@@ -56,15 +69,16 @@ SQ_AMX_INLINE void store_sums_bf16(const GemmArgs& args, const PanelColumns& col
                            (__m512i)_mm512_cvtne2ps_pbh(high, low));
 }
 
-template <DType kOut, bool kBias>
-SQ_AMX_INLINE void finish_rows(const GemmArgs& args, Pending& block, int64_t count) {
+template <DType kOut, bool kBias, class Product>
+SQ_AMX_INLINE void finish_rows(const GemmArgs& args, Pending<Product>& block, int64_t count) {
   const int64_t end = block.next + count < block.count ? block.next + count : block.count;
   if (block.next == end) return;
   const PanelColumns& columns = *block.columns;
   for (; block.next < end; ++block.next) {
     const int64_t row = block.row + block.next;
-    const int32_t* sums = block.sums + block.next * kBlock;
-    if (kOut == DType::kBFloat16 && args.a_scale[row * args.a_scale_step] * columns.smallest >= kSmallestScale) {
+    const auto* sums = block.sums + block.next * kBlock;
+    const float smallest = args.a_scale[row * args.a_scale_step] * columns.smallest * Product::kSmallestSum;
+    if (kOut == DType::kBFloat16 && smallest >= kSmallestValue) {
       store_sums_bf16<kBias>(args, columns, row, block.offset, sums);
     } else {
       store_sums<kOut, kBias>(args, columns, row, block.offset, sums);
@@ -75,9 +89,9 @@ SQ_AMX_INLINE void finish_rows(const GemmArgs& args, Pending& block, int64_t cou
 // 32 columns of the weight, a depth chunk of them: where they are and how.
 struct Weight {
   const uint8_t* data;
-  int64_t row_bytes;     // from one group of 4 k to the next
+  int64_t row_bytes;     // from one row of a tile to the next
   int64_t second_bytes;  // from the first 16 columns to the second
-  int64_t step_bytes;    // from one 64 k to the next
+  int64_t step_bytes;
 };
 
 constexpr int64_t kTileBytes = 1024;
@@ -92,42 +106,94 @@ SQ_AMX_INLINE Weight copy_weight(const uint8_t* b, int64_t steps, uint8_t* copy)
   return {copy, 64, kTileBytes, 2 * kTileBytes};
 }
 
-// sums[32][32] = start + the products of up to 32 rows of a with `steps` times 64 k. The rows of `start` are start_bytes
+// The bf16 bits of the 128 magnitudes of an fp8 type, in two halves for byte permutations.
+struct alignas(64) Bf16Table {
+  uint8_t low[128], high[128];
+
+  explicit Bf16Table(float (*decode)(uint8_t)) {
+    for (int i = 0; i < 128; ++i) {
+      const uint32_t bits = float_bits(decode(static_cast<uint8_t>(i))) >> 16;
+      low[i] = static_cast<uint8_t>(bits);
+      high[i] = static_cast<uint8_t>(bits >> 8);
+    }
+  }
+};
+
+const Bf16Table& bf16_table(DType dtype) {
+  static const Bf16Table e4m3(float8_e4m3_to_float);
+  static const Bf16Table e5m2(float8_e5m2_to_float);
+  return dtype == DType::kFloat8E5M2 ? e5m2 : e4m3;
+}
+
+// 64 fp8 values to the low and high bytes of their bf16. The permutation looks at the lowest 7 bits, and so not at signs.
+SQ_AMX_INLINE void decode_bf16(const Bf16Table& table, __m512i bytes, __m512i* low, __m512i* high) {
+  *low = _mm512_permutex2var_epi8(_mm512_load_si512(table.low), bytes, _mm512_load_si512(table.low + 64));
+  const __m512i magnitude =
+      _mm512_permutex2var_epi8(_mm512_load_si512(table.high), bytes, _mm512_load_si512(table.high + 64));
+  *high = _mm512_or_si512(magnitude, _mm512_and_si512(bytes, _mm512_set1_epi8(static_cast<char>(0x80))));
+}
+
+// As copy_weight, from fp8 to bf16: a tile row is 16 columns x 2 k, so that a group of 4 k becomes two rows.
+SQ_AMX_INLINE Weight decode_weight(const Bf16Table& table, const uint8_t* b, int64_t steps, uint8_t* copy) {
+  for (int64_t part = 0; part < steps * 16; ++part) {
+    const int64_t group = part / 2;
+    uint8_t* target = copy + group / 8 * 2 * kTileBytes + part % 2 * kTileBytes + group % 8 * 128;
+    __m512i low, high;
+    decode_bf16(table, _mm512_loadu_si512(b + group * 4 * kPanel + part % 2 * 64), &low, &high);
+    const __m512i first = _mm512_unpacklo_epi8(low, high), second = _mm512_unpackhi_epi8(low, high);
+    const __m512 a = _mm512_castsi512_ps(first), c = _mm512_castsi512_ps(second);
+    _mm512_store_ps(target, _mm512_shuffle_ps(a, c, _MM_SHUFFLE(2, 0, 2, 0)));
+    _mm512_store_ps(target + 64, _mm512_shuffle_ps(a, c, _MM_SHUFFLE(3, 1, 3, 1)));
+  }
+  return {copy, 64, kTileBytes, 2 * kTileBytes};
+}
+
+#define SQ_MULTIPLY_TILES(sums, a, b)                     \
+  do {                                                    \
+    if constexpr (Product::kDepth == Int8Product::kDepth) { \
+      _tile_dpbusd(sums, a, b);                           \
+    } else {                                              \
+      _tile_dpbf16ps(sums, a, b);                         \
+    }                                                     \
+  } while (false)
+
+// sums[32][32] = start + the products of up to 32 rows of a with `steps` tiles of k. The rows of `start` are start_bytes
 // apart: 0 where all begin with the same values.
-template <DType kOut, bool kBias>
+template <DType kOut, bool kBias, class Product>
 SQ_AMX_INLINE void multiply_block(const GemmArgs& args, const uint8_t* a, int64_t count, Weight b, int64_t steps,
-                                  const int32_t* start, int64_t start_bytes, int32_t* sums, Pending& before) {
+                                  const void* start, int64_t start_bytes, typename Product::Sum* sums,
+                                  Pending<Product>& before) {
   const int64_t rows_per_step = div_up(kBlock, steps);
   const uint8_t* a1 = a + 16 * args.a_stride;
-  int32_t* sums1 = sums + 16 * kBlock;
-  const int32_t* start1 = start + 16 * start_bytes / 4;
-  _tile_loadd(0, start, start_bytes);
-  _tile_loadd(1, start + 16, start_bytes);
+  const auto* start0 = static_cast<const uint8_t*>(start);
+  const uint8_t* start1 = start0 + 16 * start_bytes;
+  _tile_loadd(0, start0, start_bytes);
+  _tile_loadd(1, start0 + 64, start_bytes);
   if (count > 16) {
     _tile_loadd(2, start1, start_bytes);
-    _tile_loadd(3, start1 + 16, start_bytes);
+    _tile_loadd(3, start1 + 64, start_bytes);
     for (int64_t step = 0; step < steps; ++step) {
       _tile_loadd(4, a + 64 * step, args.a_stride);
       _tile_loadd(6, b.data, b.row_bytes);
       _tile_loadd(7, b.data + b.second_bytes, b.row_bytes);
-      _tile_dpbusd(0, 4, 6);
+      SQ_MULTIPLY_TILES(0, 4, 6);
       _tile_loadd(5, a1 + 64 * step, args.a_stride);
-      _tile_dpbusd(1, 4, 7);
-      _tile_dpbusd(2, 5, 6);
-      _tile_dpbusd(3, 5, 7);
+      SQ_MULTIPLY_TILES(1, 4, 7);
+      SQ_MULTIPLY_TILES(2, 5, 6);
+      SQ_MULTIPLY_TILES(3, 5, 7);
       b.data += b.step_bytes;
       finish_rows<kOut, kBias>(args, before, rows_per_step);
     }
     finish_rows<kOut, kBias>(args, before, kBlock);
-    _tile_stored(2, sums1, kBlock * 4);
-    _tile_stored(3, sums1 + 16, kBlock * 4);
+    _tile_stored(2, sums + 16 * kBlock, kBlock * 4);
+    _tile_stored(3, sums + 16 * kBlock + 16, kBlock * 4);
   } else {
     for (int64_t step = 0; step < steps; ++step) {
       _tile_loadd(4, a + 64 * step, args.a_stride);
       _tile_loadd(6, b.data, b.row_bytes);
       _tile_loadd(7, b.data + b.second_bytes, b.row_bytes);
-      _tile_dpbusd(0, 4, 6);
-      _tile_dpbusd(1, 4, 7);
+      SQ_MULTIPLY_TILES(0, 4, 6);
+      SQ_MULTIPLY_TILES(1, 4, 7);
       b.data += b.step_bytes;
       finish_rows<kOut, kBias>(args, before, rows_per_step);
     }
@@ -138,42 +204,48 @@ SQ_AMX_INLINE void multiply_block(const GemmArgs& args, const uint8_t* a, int64_
 }
 
 // 32 columns of y, from `offset` columns into the panel on, for up to kMaxRows rows.
-template <DType kOut, bool kBias>
+template <DType kOut, bool kBias, class Product>
 SQ_AMX void multiply_columns(const GemmArgs& args, Range rows, const PanelColumns& columns, int64_t offset,
-                             int32_t* sums, Pending& pending) {
+                             typename Product::Sum* sums, Pending<Product>& pending) {
+  constexpr bool kIsInt8 = Product::kDepth == Int8Product::kDepth;
   alignas(64) uint8_t copy[kMaxSteps * 2 * kTileBytes];
   const uint8_t* b = args.b + columns.first / kPanel * panel_bytes(args.k) + 4 * offset;
-  const int64_t steps = padded_k(args.k) / 64;
-  const bool is_copied = rows.end - rows.begin >= kFewestCopied;
+  const int64_t steps = padded_k(args.k) / Product::kDepth;
+  const bool is_copied = !kIsInt8 || rows.end - rows.begin >= kFewestCopied;
   const int64_t chunks = is_copied ? div_up(steps, kMaxSteps) : 1;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const int64_t step = chunk * steps / chunks;
     const int64_t count = (chunk + 1) * steps / chunks - step;
-    const uint8_t* data = b + step * 64 * kPanel;
-    const Weight weight = is_copied ? copy_weight(data, count, copy) : Weight{data, 4 * kPanel, 64, 64 * kPanel};
+    const uint8_t* data = b + step * Product::kDepth * kPanel;
+    Weight weight{data, 4 * kPanel, 64, 64 * kPanel};
+    if constexpr (!kIsInt8) {
+      weight = decode_weight(bf16_table(args.b_dtype), data, count, copy);
+    } else if (is_copied) {
+      weight = copy_weight(data, count, copy);
+    }
     for (int64_t row = rows.begin; row < rows.end; row += kBlock) {
       const int64_t row_count = rows.end - row < kBlock ? rows.end - row : kBlock;
-      int32_t* block = sums + (row - rows.begin) * kBlock;
-      const int32_t* start = chunk == 0 ? columns.start + offset : block;
+      auto* block = sums + (row - rows.begin) * kBlock;
+      const bool is_first = chunk == 0;
+      const void* start = is_first ? static_cast<const void*>(columns.start + offset) : block;
       multiply_block<kOut, kBias>(args, args.a + row * args.a_stride + 64 * step, row_count, weight, count, start,
-                                  chunk == 0 ? 0 : kBlock * 4, block, pending);
+                                  is_first ? 0 : kBlock * 4, block, pending);
       if (chunk == chunks - 1) pending = {block, &columns, row, offset, 0, row_count};
     }
   }
 }
 
-template <DType kOut, bool kBias>
-SQ_AMX void gemm_range(const GemmArgs& args, Range rows, Range panels) {
-  static const TileConfig config;
-  alignas(64) int32_t sums[kMaxRows * kBlock];
+template <DType kOut, bool kBias, class Product>
+SQ_AMX void gemm_range(const GemmArgs& args, Range rows, Range panels, Product /*kind*/) {
+  static constexpr TileConfig kConfig;
+  alignas(64) typename Product::Sum sums[kMaxRows * kBlock];
   PanelColumns columns[2];  // the pending block may belong to the panel before
-  Pending pending{};
-  _tile_loadconfig(&config);
+  Pending<Product> pending{};
+  _tile_loadconfig(&kConfig);
   for (int64_t row = rows.begin; row < rows.end; row += kMaxRows) {
     const int64_t end = row + kMaxRows < rows.end ? row + kMaxRows : rows.end;
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
       PanelColumns& here = columns[panel & 1];
-      // With one panel after itself, in the next rows, its columns are those that a pending block still needs.
       load_columns(args, panel, &here);
       for (int64_t offset = 0; offset < here.count; offset += kBlock) {
         multiply_columns<kOut, kBias>(args, {row, end}, here, offset, sums, pending);
@@ -184,12 +256,39 @@ SQ_AMX void gemm_range(const GemmArgs& args, Range rows, Range panels) {
   _tile_release();
 }
 
+// Words of 64 values, from their low and high bytes, in order: the unpacks work within 128-bit lanes.
+SQ_AMX_INLINE void store_words(__m512i low, __m512i high, uint8_t* target) {
+  const __m512i first = _mm512_unpacklo_epi8(low, high), second = _mm512_unpackhi_epi8(low, high);
+  const __m512i begin = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), end = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  _mm512_storeu_si512(target, _mm512_permutex2var_epi64(first, begin, second));
+  _mm512_storeu_si512(target + 64, _mm512_permutex2var_epi64(first, end, second));
+}
+
+SQ_AMX void widen_rows(const WidenArgs& args, Range rows) {
+  const Bf16Table& table = bf16_table(args.dtype);
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    for (int64_t k = 0; k < args.k; k += 64) {
+      const uint8_t* q = args.q + row * args.q_stride + k;
+      __m512i low, high;
+      decode_bf16(table, _mm512_maskz_loadu_epi8(lane_mask(args.k - k, 64), q), &low, &high);  // 0 beyond K
+      store_words(low, high, args.wide + row * args.wide_stride + 2 * k);
+    }
+  }
+}
+
 }  // namespace
 
 void gemm_int8_amx(const GemmArgs& args, Range rows, Range panels) {
   if (rows.end - rows.begin < kFewestRows || args.k == 0) return gemm_int8_avx512vnni(args, rows, panels);
-  SQ_DISPATCH_OUTPUT(gemm_range, args, rows, panels);
+  SQ_DISPATCH_OUTPUT(gemm_range, args, rows, panels, Int8Product());
 }
+
+void gemm_fp8_amx(const GemmArgs& args, Range rows, Range panels) {
+  if (args.k == 0) return gemm_fp8_portable(args, rows, panels);
+  SQ_DISPATCH_OUTPUT(gemm_range, args, rows, panels, Fp8Product());
+}
+
+void widen_bf16_amx(const WidenArgs& args, Range rows) { widen_rows(args, rows); }
 
 }  // namespace sq
 

@@ -1,4 +1,4 @@
-// FP8 product for any CPU: both operands are decoded through a table of 256 values, products and sums are fp32.
+// FP8 product for any CPU: both operands are decoded to fp32 through a table of 256 values.
 #include "epilogue.h"
 #include "gemm.h"
 
@@ -7,27 +7,34 @@ namespace {
 
 struct DecodeTable {
   float values[256];
+
+  explicit DecodeTable(float (*decode)(uint8_t)) {
+    for (int i = 0; i < 256; ++i) values[i] = decode(static_cast<uint8_t>(i));
+  }
 };
 
-DecodeTable make_table(float (*decode)(uint8_t)) {
-  DecodeTable table;
-  for (int i = 0; i < 256; ++i) table.values[i] = decode(static_cast<uint8_t>(i));
-  return table;
-}
-
 const float* decode_table(DType dtype) {
-  static const DecodeTable e4m3 = make_table(float8_e4m3_to_float);
-  static const DecodeTable e5m2 = make_table(float8_e5m2_to_float);
+  static const DecodeTable e4m3(float8_e4m3_to_float);
+  static const DecodeTable e5m2(float8_e5m2_to_float);
   return dtype == DType::kFloat8E5M2 ? e5m2.values : e4m3.values;
 }
 
 }  // namespace
 
+void widen_fp32_portable(const WidenArgs& args, Range rows) {
+  const float* table = decode_table(args.dtype);
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    const uint8_t* q = args.q + row * args.q_stride;
+    auto* wide = reinterpret_cast<float*>(args.wide + row * args.wide_stride);
+    for (int64_t k = 0; k < args.k; ++k) wide[k] = table[q[k]];
+    for (int64_t k = args.k; k < padded_k(args.k); ++k) wide[k] = 0.0f;
+  }
+}
+
 void gemm_fp8_portable(const GemmArgs& args, Range rows, Range panels) {
   constexpr int64_t kRows = 32;   // sums kept for this many rows at a time: 8 KB
   constexpr int64_t kDepth = 64;  // values of k decoded at a time: 16 KB
-  const float* a_table = decode_table(args.a_dtype);
-  const float* b_table = decode_table(args.b_dtype);
+  const float* table = decode_table(args.b_dtype);
   for (int64_t p = panels.begin; p < panels.end; ++p) {
     const uint8_t* panel = args.b + p * panel_bytes(args.k);
     const int64_t columns = args.n - p * kPanel < kPanel ? args.n - p * kPanel : kPanel;
@@ -39,13 +46,12 @@ void gemm_fp8_portable(const GemmArgs& args, Range rows, Range panels) {
         float b[kDepth][kPanel];
         for (int64_t k = 0; k < depth; ++k) {
           const uint8_t* source = panel + (k0 + k) / 4 * 4 * kPanel + (k0 + k) % 4;
-          for (int64_t n = 0; n < kPanel; ++n) b[k][n] = b_table[source[4 * n]];
+          for (int64_t n = 0; n < kPanel; ++n) b[k][n] = table[source[4 * n]];
         }
         for (int64_t r = 0; r < count; ++r) {
-          const uint8_t* a = args.a + (first + r) * args.a_stride + k0;
+          const auto* a = reinterpret_cast<const float*>(args.a + (first + r) * args.a_stride) + k0;
           for (int64_t k = 0; k < depth; ++k) {
-            const float value = a_table[a[k]];
-            for (int64_t n = 0; n < kPanel; ++n) sums[r][n] += value * b[k][n];
+            for (int64_t n = 0; n < kPanel; ++n) sums[r][n] += a[k] * b[k][n];
           }
         }
       }

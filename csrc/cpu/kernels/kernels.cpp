@@ -2,18 +2,25 @@
 
 namespace sq {
 
+// clang-format off
 const Kernels& kernels_of(Isa isa) {
   static constexpr Kernels kPortable = {
-      "portable", quantize_rows_portable, "portable", gemm_int8_portable, "portable", gemm_fp8_portable,
+      "portable", quantize_rows_portable,
+      "portable", gemm_int8_portable, /*block_bytes=*/1 << 17,
+      "portable", /*fp8_element_size=*/4, widen_fp32_portable, gemm_fp8_portable,
       "portable", rms_norm_rows_portable, silu_mul_rows_portable,
   };
 #if defined(__x86_64__)
   static constexpr Kernels kAvx512Vnni = {
-      "avx512", quantize_rows_avx512, "avx512vnni", gemm_int8_avx512vnni, "portable", gemm_fp8_portable,
+      "avx512", quantize_rows_avx512,
+      "avx512vnni", gemm_int8_avx512vnni, /*block_bytes=*/1 << 19,
+      "avx512", /*fp8_element_size=*/4, widen_fp32_portable, gemm_fp8_avx512,
       "avx512", rms_norm_rows_avx512, silu_mul_rows_avx512,
   };
   static constexpr Kernels kAmx = {
-      "avx512", quantize_rows_avx512, "amx", gemm_int8_amx, "portable", gemm_fp8_portable,
+      "avx512", quantize_rows_avx512,
+      "amx", gemm_int8_amx, /*block_bytes=*/1 << 20,
+      "amx", /*fp8_element_size=*/2, widen_bf16_amx, gemm_fp8_amx,
       "avx512", rms_norm_rows_avx512, silu_mul_rows_avx512,
   };
   switch (isa) {
@@ -29,5 +36,6 @@ const Kernels& kernels_of(Isa isa) {
 #endif
   return kPortable;
 }
+// clang-format on
 
 }  // namespace sq

@@ -13,7 +13,10 @@ struct Kernels {
   QuantizeRows quantize_rows;
   const char* gemm_int8_name;
   GemmRange gemm_int8;
+  int64_t block_bytes;  // of activation that a thread should multiply at a time, so that it stays in L2
   const char* gemm_fp8_name;
+  int64_t fp8_element_size;  // of what widen_fp8 makes
+  WidenRows widen_fp8;
   GemmRange gemm_fp8;
   const char* rows_name;
   RmsNormRows rms_norm_rows;

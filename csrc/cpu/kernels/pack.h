@@ -14,4 +14,7 @@ namespace sq {
 // Packs the panels of this range; b is contiguous.
 void pack_panels(const uint8_t* b, int64_t n, int64_t k, DType dtype, uint8_t* packed, Range panels);
 
+// Copies rows of k bytes from contiguous rows to rows target_stride bytes apart, XORed with flip.
+void copy_rows(const uint8_t* source, int64_t k, uint8_t flip, uint8_t* target, int64_t target_stride, Range rows);
+
 }  // namespace sq
