@@ -8,7 +8,6 @@ compared with the op's formula, so that a module that computes anything else sta
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -62,16 +61,14 @@ def fuse_(model: nn.Module) -> list[str]:
         attributes = rms_norm_attributes(module) or gated_mlp_attributes(module)
         if attributes is not None:
             mixin: type = FusedRMSNorm if "fused_eps" in attributes else FusedGatedMLP
-            module.__class__ = _fused_class(mixin, type(module))
+            module.__class__ = _fused_class(mixin, type(module))  # type: ignore[arg-type]
             vars(module).update(attributes)
             fused.append(name)
     return fused
 
 
 @functools.cache
-def _fused_class(mixin: Hashable, base: Hashable) -> type[nn.Module]:
-    assert isinstance(mixin, type)
-    assert isinstance(base, type)
+def _fused_class(mixin: type, base: type[nn.Module]) -> type[nn.Module]:
     return type(f"Fused{base.__name__}", (mixin, base), {"__module__": __name__})
 
 

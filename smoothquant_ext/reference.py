@@ -34,8 +34,8 @@ def quantize_per_token(x: Tensor, dtype: torch.dtype, smooth: Tensor | None = No
     qmax = torch.tensor(QMAX[dtype], dtype=torch.float32)
     scale = torch.where(absmax == 0, 1.0, absmax / qmax)
     # qmax / absmax overflows for subnormal rows; the largest float keeps their zeros from becoming 0 * inf.
-    multiplier = torch.where(absmax == 0, 1.0, (qmax / absmax).clamp(max=torch.finfo(torch.float32).max))
-    q = _cast(torch.where(finite, values * multiplier, 0.0), dtype)
+    multiplier = (qmax / absmax).clamp(max=torch.finfo(torch.float32).max)
+    q = _cast(torch.where(finite & (absmax != 0), values * multiplier, 0.0), dtype)
     return q, torch.where(finite, scale, torch.nan).squeeze(-1)
 
 
@@ -78,9 +78,10 @@ def w8a8_gemm(
         b = unpack_weight(b, b_scale.numel(), a.shape[-1])
     a_scale = a_scale.reshape(()) if a_scale.numel() == 1 else a_scale.reshape(*a.shape[:-1], 1)
     b_scale = b_scale.reshape(()) if b_scale.numel() == 1 else b_scale.reshape(-1)
-    # The first rounding of the INT8 kernels is int32 -> fp32, the same as fp64 -> fp32 of that integer.
-    sums = (a.float().double() @ b.float().double().T).float()
-    y = sums * (a_scale * b_scale)
+    sums = a.float().double() @ b.float().double().T
+    if a.dtype == torch.int8:
+        sums = sums.long()  # an integer has no -0
+    y = sums.float() * (a_scale * b_scale)
     if bias is not None:
         y = y + bias.float().reshape(-1)
     return y.to(out_dtype)

@@ -18,9 +18,7 @@ std::tuple<Tensor, Tensor> quantize_per_token_cpu(const Tensor& x_in, ScalarType
   const Tensor x = as_contiguous(x_in);
   const OptionalTensor smooth = as_contiguous(smooth_in);
   Tensor q = empty_cpu(shape_of(x), dtype);
-  std::vector<int64_t> rows_shape = shape_of(x);
-  rows_shape.pop_back();
-  Tensor scale = empty_cpu(rows_shape, ScalarType::Float);
+  Tensor scale = empty_cpu(drop_last(x), ScalarType::Float);
 
   QuantizeArgs args{};
   args.k = x.size(x.dim() - 1);

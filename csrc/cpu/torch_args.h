@@ -60,6 +60,13 @@ inline std::vector<int64_t> replace_last(const Tensor& x, int64_t last) {
   return shape;
 }
 
+// The shape of x [..., K] without K.
+inline std::vector<int64_t> drop_last(const Tensor& x) {
+  std::vector<int64_t> shape = shape_of(x);
+  shape.pop_back();
+  return shape;
+}
+
 // A new contiguous CPU tensor. This goes past the dispatcher, which would take longer than a small product.
 inline Tensor empty_cpu(const std::vector<int64_t>& shape, ScalarType dtype) {
   std::vector<int64_t> strides(shape.size());

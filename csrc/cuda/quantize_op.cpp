@@ -23,7 +23,7 @@ std::tuple<Tensor, Tensor> quantize_per_token_cuda(const Tensor& x_in, ScalarTyp
   const Tensor x = as_contiguous(x_in);
   const OptionalTensor smooth = as_contiguous(smooth_in);
   Tensor q = torch::stable::new_empty(x, x.sizes(), dtype);
-  Tensor scale = torch::stable::new_empty(x, replace_last(x, -1), ScalarType::Float);
+  Tensor scale = torch::stable::new_empty(x, drop_last(x), ScalarType::Float);
 
   QuantizePerToken job{};
   job.x = x.const_data_ptr();

@@ -85,9 +85,7 @@ void run_grid(Kernel kernel, unsigned blocks, unsigned threads, Args... args) {
 
 }  // namespace shim
 
-inline void __syncthreads() {
-  shim::barrier();
-}
+inline void __syncthreads() { shim::barrier(); }
 
 inline uint32_t __shfl_xor_sync(uint32_t /*mask*/, uint32_t value, int offset) {
   shim::shuffled[threadIdx.x] = value;

@@ -47,9 +47,7 @@ SQ_HOST_DEVICE constexpr float quantized_max(DType dtype) {
   return dtype == DType::kFloat8E4M3 ? 448.0f : dtype == DType::kFloat8E5M2 ? 57344.0f : 127.0f;
 }
 
-SQ_HOST_DEVICE inline float to_float(float value) {
-  return value;
-}
+SQ_HOST_DEVICE inline float to_float(float value) { return value; }
 
 SQ_HOST_DEVICE inline float to_float(BFloat16 value) {
   return float_from_bits(static_cast<uint32_t>(value.bits) << 16);
@@ -62,9 +60,7 @@ SQ_HOST_DEVICE inline float to_float(Float16 value) {
   return float_from_bits(float_bits(finite) | special | static_cast<uint32_t>(value.bits & 0x8000) << 16);
 }
 
-SQ_HOST_DEVICE inline void from_float(float value, float* target) {
-  *target = value;
-}
+SQ_HOST_DEVICE inline void from_float(float value, float* target) { *target = value; }
 
 SQ_HOST_DEVICE inline void from_float(float value, BFloat16* target) {
   const uint32_t bits = float_bits(value);

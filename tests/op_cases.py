@@ -1,0 +1,91 @@
+"""What the tests of the ops share: backends, inputs, and comparison bit for bit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from smoothquant_ext import ops  # loads the ops
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+EIGHT_BIT = (torch.int8, *FLOAT8)
+
+ISAS = tuple(isa for isa in ("portable", "avx512vnni", "amx") if not torch.ops.sq.cpu_isa_why_not(isa))
+HAS_CUDA = torch.cuda.is_available() and os.environ.get("SMOOTHQUANT_UNVALIDATED_CUDA") == "1"
+
+
+def has_cuda_kernel(op: str) -> bool:
+    """Whether tests may run this op on CUDA: it has a kernel there, and the user allows ones not validated yet."""
+    return HAS_CUDA and torch._C._dispatch_has_kernel_for_dispatch_key(f"sq::{op}", "CUDA")
+
+
+@contextmanager
+def cpu_isa(isa: str) -> Iterator[None]:
+    """Runs the CPU ops on this instruction set."""
+    before = ops.cpu_isa()
+    torch.ops.sq._set_cpu_isa(isa)
+    try:
+        yield
+    finally:
+        torch.ops.sq._set_cpu_isa(before)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Runs torch's CPU ops on this many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def random_int8(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+
+
+def random_float8(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Every finite value of the dtype is equally likely, subnormals and both zeros included."""
+    every = torch.arange(256, dtype=torch.uint8).view(dtype)
+    finite = every.view(torch.uint8)[every.float().isfinite()]
+    return finite[torch.randint(len(finite), shape, generator=torch.Generator().manual_seed(seed))].view(dtype)
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor, what: object = "") -> None:
+    """Same dtype, shape and bits, signs of zeros included; a NaN equals any NaN."""
+    assert actual.dtype == expected.dtype, what
+    assert actual.shape == expected.shape, what
+    actual, expected = actual.cpu(), expected.cpu()
+    if actual.dtype == torch.int8:
+        assert torch.equal(actual, expected), what
+        return
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[actual.element_size()]
+    nan = expected.float().isnan()
+    assert torch.equal(actual.float().isnan(), nan), what
+    assert torch.equal(actual.view(bits)[~nan], expected.view(bits)[~nan]), what
+
+
+def non_contiguous(x: Tensor) -> dict[str, Tensor]:
+    """The same values, laid out in other ways."""
+    every_second = torch.empty(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype)
+    every_second[..., ::2] = x
+    offset = torch.empty(x.shape[0] + 1, *x.shape[1:-1], x.shape[-1] + 3, dtype=x.dtype)
+    offset[1:, ..., 3:] = x
+    return {
+        "strided": every_second[..., ::2],
+        "transposed": x.transpose(0, -1).contiguous().transpose(0, -1),
+        "offset": offset[1:, ..., 3:],
+    }
+
+
+Call = Callable[[], object]
