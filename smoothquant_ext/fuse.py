@@ -42,9 +42,11 @@ class FusedGatedMLP:
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., K] -> [..., K]"""
-        if not hidden_states.is_cpu:
-            return super().forward(hidden_states)  # type: ignore[misc, no-any-return]
         gate, up, down = (getattr(self, role) for role in self.fused_roles)
+        # An adapter in the place of `down`, or a hook on it, expects to be called.
+        is_plain = type(down) is W8A8Linear and not down._forward_pre_hooks and not down._forward_hooks
+        if not hidden_states.is_cpu or not is_plain:
+            return super().forward(hidden_states)  # type: ignore[misc, no-any-return]
         return ops.silu_mul_w8a8_linear(
             gate(hidden_states), up(hidden_states), down.weight, down.weight_scale, down.bias, down.input_scale
         )

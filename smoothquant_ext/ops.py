@@ -251,7 +251,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
 def _check_devices(op: str, first: str, x: Tensor, **others: Tensor | None) -> None:
     for name, tensor in others.items():
         if tensor is not None and tensor.device != x.device:
-            raise RuntimeError(f"{op}: {name} is on another device than {first}")
+            raise RuntimeError(f"{op}: {name} is on {tensor.device}, but {first} is on {x.device}")
 
 
 def _out_features(b: Tensor, b_scale: Tensor) -> int:

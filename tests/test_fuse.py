@@ -153,6 +153,21 @@ def test_a_quantized_model_is_fused_where_it_can_be() -> None:
     assert float((narrow.float() - before).norm() / before.norm()) < 0.1
 
 
+def test_what_takes_the_place_of_down_is_called() -> None:
+    mlp = quantized_mlp("silu")
+    plain = copy.deepcopy(mlp)
+    fuse_(nn.Sequential(mlp))
+    x = torch.randn(3, WIDTH)
+    calls: list[Tensor] = []
+    handle = mlp.out.register_forward_hook(lambda _module, _args, output: calls.append(output))
+    assert torch.equal(mlp(x), plain(x))
+    assert torch.equal(calls[0], plain(x))
+    handle.remove()
+    mlp.out = nn.Identity()
+    plain.out = nn.Identity()
+    assert torch.equal(mlp(x), plain(x))
+
+
 def test_one_compiled_graph_serves_all_batch_sizes() -> None:
     model = quantize(tiny.build("llama"), tiny.token_ids(), Recipe(), progress=False)
     graphs = 0

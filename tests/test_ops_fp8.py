@@ -78,12 +78,12 @@ def check_gemm(
 def test_is_within_the_bound_for_every_shape(
     backend: str, k: int, a_dtype: torch.dtype, b_dtype: torch.dtype
 ) -> None:
-    for i, n in enumerate((1, 3, 63, 64, 65, 130)):
+    for i, n in enumerate((1, 64, 65, 130)):
         a, b = random_float8(100, k, dtype=a_dtype), random_float8(n, k, dtype=b_dtype, seed=1)
         a_scale, b_scale = scales(100), scales(n, seed=1)
         packed = ops.prepack_weight(b)
         bias = (None, randn(n), randn(n, dtype=torch.bfloat16), randn(n, dtype=torch.float16))[i % 4]
-        for rows in (1, 2, 6, 7, 16, 17, 33, 100):
+        for rows in (1, 7, 16, 33, 100):
             # e5m2 times e5m2 overflows fp16.
             out_dtype = (torch.float32, torch.bfloat16)[rows % 2]
             arguments = (a[:rows], b, a_scale[:rows], b_scale, bias)
