@@ -35,10 +35,12 @@ __all__ = [
 
 
 def _load_library(name: str) -> None:
-    """Loads a shared object that was built beside this file; raises ``ImportError`` with the dynamic linker's reason."""
+    """Loads a shared object that lies beside this file; raises ``ImportError`` with the dynamic linker's reason."""
     path = Path(__file__).with_name(name)
     if not path.is_file():
-        raise ImportError(f"smoothquant_ext is not compiled: {name} is missing; run 'pip install .' in its source folder")
+        raise ImportError(
+            f"smoothquant_ext is not compiled: {name} is missing; run 'pip install .' in its source folder"
+        )
     try:
         torch.ops.load_library(path)
     except OSError as error:
@@ -68,8 +70,8 @@ _cuda_missing = _load_cuda()
 def quantize_per_token(x: Tensor, dtype: torch.dtype, smooth: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Quantizes every row of ``x`` (divided by ``smooth`` first) with its own scale.
 
-    ``scale = absmax / qmax`` and ``q = round(x * (qmax / absmax))``, half to even, in fp32; qmax is 127, 448 (e4m3fn) or
-    57344 (e5m2). A row of zeros gets scale 1; a row with a NaN or an infinity gets scale NaN and q = 0.
+    ``scale = absmax / qmax`` and ``q = round(x * (qmax / absmax))``, half to even, in fp32; qmax is 127, 448 (e4m3fn)
+    or 57344 (e5m2). A row of zeros gets scale 1; a row with a NaN or an infinity gets scale NaN and q = 0.
 
     Args:
         x: fp32, bf16 or fp16 [..., K].
@@ -113,8 +115,9 @@ def prepack_weight(b: Tensor) -> Tensor:
         b: int8, float8_e4m3fn or float8_e5m2 [N, K], on the CPU.
 
     Returns:
-        The same dtype, [ceil(N / 64), ceil(K / 64) * 16 + 1, 64, 4], where element [p, k4, n, j] is b[64 p + n, 4 k4 + j], zero
-        padded; the last k4 row of an INT8 weight holds the int32 sums of its columns. The layout is the same on every CPU.
+        The same dtype, [ceil(N / 64), ceil(K / 64) * 16 + 1, 64, 4], where element [p, k4, n, j] is
+        b[64 p + n, 4 k4 + j], zero padded; the last k4 row of an INT8 weight holds the int32 sums of its columns. The
+        layout is the same on every CPU.
 
     Raises:
         RuntimeError: for another dtype or shape, or an INT8 K above 133144.
@@ -138,8 +141,8 @@ def w8a8_gemm(
 ) -> Tensor:
     """The product of 8-bit matrices: ``y = (a @ b.T) * (a_scale * b_scale) + bias``.
 
-    INT8 sums are exact; then each of product of scales, scaling, bias and cast is one fp32 rounding, so that every kernel
-    gives the same bits. FP8 products are summed in fp32.
+    INT8 sums are exact; then the product of the scales, the scaling, the bias and the cast round once each, so that
+    every kernel gives the same bits. FP8 products are summed in fp32.
 
     Args:
         a: int8 [..., K]; or float8_e4m3fn or float8_e5m2.
@@ -177,7 +180,7 @@ def w8a8_linear(
         b: int8, float8_e4m3fn or float8_e5m2 [N, K], or packed.
         b_scale: fp32, 1 or N elements, any shape; N elements when ``b`` is packed.
         bias: fp32, bf16 or fp16 [N], or ``None``.
-        a_scale: fp32, one element (see ``quantize_static``), or ``None`` for a scale per row (see ``quantize_per_token``).
+        a_scale: fp32, one element (see ``quantize_static``), or ``None`` for one a row (see ``quantize_per_token``).
         smooth: fp32 [K], divides ``x`` first, or ``None``.
         out_dtype: fp32, bf16 or fp16; ``None`` is the dtype of ``x``.
 
@@ -202,8 +205,8 @@ def silu_mul_w8a8_linear(
 ) -> Tensor:
     """The second half of a gated MLP in one call: ``w8a8_linear(silu(gate) * up, b, ...)``.
 
-    ``gate / (1 + exp(-gate)) * up`` is computed in fp32 and goes to the quantizer unrounded; exp has an error under 2 ulp and
-    is the same on every CPU.
+    ``gate / (1 + exp(-gate)) * up`` is computed in fp32 and goes to the quantizer unrounded; exp has an error under
+    2 ulp and is the same on every CPU.
 
     Args:
         gate: fp32, bf16 or fp16 [..., K].

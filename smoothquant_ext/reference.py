@@ -1,7 +1,7 @@
 """The oracle of every op in plain torch: what ``torch.ops.sq`` computes, written for reading.
 
-Every function has the contract of its namesake in ``ops`` and shares no code with the kernels. INT8 results agree with the
-kernels bit for bit; FP8 products agree within the rounding of fp32 sums.
+Every function has the contract of its namesake in ``ops`` and shares no code with the kernels. INT8 results agree with
+the kernels bit for bit; FP8 products agree within the rounding of fp32 sums.
 """
 
 from __future__ import annotations

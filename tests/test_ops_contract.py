@@ -29,34 +29,45 @@ PACKED = ops.prepack_weight(B)
 ONE = torch.ones(1)
 PER_ROW = torch.ones(6)
 
+FLOAT = "expected float32, bfloat16 or float16"
+EIGHT = "expected int8, float8_e4m3fn or float8_e5m2"
+POSITIVE = "expected a positive finite number"
+WEIGHT = "expected [N, K] or what prepack_weight returns"
+
 QUANTIZE_ERRORS: list[tuple[Call, str]] = [
-    (lambda: ops.quantize_per_token(X.double(), torch.int8), "quantize_per_token: x is float64, expected float32, bfloat16 or float16"),
-    (lambda: ops.quantize_per_token(X.int(), torch.int8), "quantize_per_token: x is int32, expected float32, bfloat16 or float16"),
-    (lambda: ops.quantize_per_token(X, torch.uint8), "quantize_per_token: dtype is uint8, expected int8, float8_e4m3fn or float8_e5m2"),
-    (lambda: ops.quantize_per_token(X, torch.float16), "quantize_per_token: dtype is float16, expected int8, float8_e4m3fn or float8_e5m2"),
+    (lambda: ops.quantize_per_token(X.double(), torch.int8), f"quantize_per_token: x is float64, {FLOAT}"),
+    (lambda: ops.quantize_per_token(X.int(), torch.int8), f"quantize_per_token: x is int32, {FLOAT}"),
+    (lambda: ops.quantize_per_token(X, torch.uint8), f"quantize_per_token: dtype is uint8, {EIGHT}"),
+    (lambda: ops.quantize_per_token(X, torch.float16), f"quantize_per_token: dtype is float16, {EIGHT}"),
     (lambda: ops.quantize_per_token(ONE[0], torch.int8), "quantize_per_token: x has no dimensions, expected [..., K]"),
-    (lambda: ops.quantize_per_token(X, torch.int8, torch.ones(39)), "quantize_per_token: smooth has 39 elements, expected K=40"),
-    (lambda: ops.quantize_per_token(X, torch.int8, torch.ones(40).half()), "quantize_per_token: smooth is float16, expected float32"),
-    (lambda: ops.quantize_static(X.long(), ONE, torch.int8), "quantize_static: x is int64, expected float32, bfloat16 or float16"),
-    (lambda: ops.quantize_static(X, ONE, torch.int32), "quantize_static: dtype is int32, expected int8, float8_e4m3fn or float8_e5m2"),
+    (
+        lambda: ops.quantize_per_token(X, torch.int8, torch.ones(39)),
+        "quantize_per_token: smooth has 39 elements, expected K=40",
+    ),
+    (
+        lambda: ops.quantize_per_token(X, torch.int8, torch.ones(40).half()),
+        "quantize_per_token: smooth is float16, expected float32",
+    ),
+    (lambda: ops.quantize_static(X.long(), ONE, torch.int8), f"quantize_static: x is int64, {FLOAT}"),
+    (lambda: ops.quantize_static(X, ONE, torch.int32), f"quantize_static: dtype is int32, {EIGHT}"),
     (lambda: ops.quantize_static(X, PER_ROW, torch.int8), "quantize_static: scale has 6 elements, expected 1"),
     (lambda: ops.quantize_static(X, ONE.double(), torch.int8), "quantize_static: scale is float64, expected float32"),
-    (lambda: ops.quantize_static(X, ONE * 0, torch.int8), "quantize_static: scale is 0, expected a positive finite number"),
-    (lambda: ops.quantize_static(X, -ONE, torch.int8), "quantize_static: scale is -1, expected a positive finite number"),
-    (lambda: ops.quantize_static(X, ONE * torch.inf, torch.int8), "quantize_static: scale is inf, expected a positive finite number"),
-    (lambda: ops.quantize_static(X, ONE * torch.nan, torch.int8), "quantize_static: scale is nan, expected a positive finite number"),
-    (lambda: ops.prepack_weight(X), "prepack_weight: b is float32, expected int8, float8_e4m3fn or float8_e5m2"),
+    (lambda: ops.quantize_static(X, ONE * 0, torch.int8), f"quantize_static: scale is 0, {POSITIVE}"),
+    (lambda: ops.quantize_static(X, -ONE, torch.int8), f"quantize_static: scale is -1, {POSITIVE}"),
+    (lambda: ops.quantize_static(X, ONE * torch.inf, torch.int8), f"quantize_static: scale is inf, {POSITIVE}"),
+    (lambda: ops.quantize_static(X, ONE * torch.nan, torch.int8), f"quantize_static: scale is nan, {POSITIVE}"),
+    (lambda: ops.prepack_weight(X), f"prepack_weight: b is float32, {EIGHT}"),
     (lambda: ops.prepack_weight(A[0]), "prepack_weight: b has shape [40], expected [N, K]"),
     (lambda: ops.prepack_weight(PACKED), "prepack_weight: b has shape [1, 17, 64, 4], expected [N, K]"),
     (
         lambda: ops.prepack_weight(torch.ones(1, 133145, dtype=torch.int8)),
         "prepack_weight: K is 133145, and int32 sums of int8 products are exact only up to K=133144",
     ),
-]  # fmt: skip
+]
 
 GEMM_ERRORS: list[tuple[Call, str]] = [
-    (lambda: ops.w8a8_gemm(X, B, ONE, B_SCALE), "w8a8_gemm: a is float32, expected int8, float8_e4m3fn or float8_e5m2"),
-    (lambda: ops.w8a8_gemm(A, X, ONE, B_SCALE), "w8a8_gemm: b is float32, expected int8, float8_e4m3fn or float8_e5m2"),
+    (lambda: ops.w8a8_gemm(X, B, ONE, B_SCALE), f"w8a8_gemm: a is float32, {EIGHT}"),
+    (lambda: ops.w8a8_gemm(A, X, ONE, B_SCALE), f"w8a8_gemm: b is float32, {EIGHT}"),
     (
         lambda: ops.w8a8_gemm(A, B.to(torch.float8_e4m3fn), ONE, B_SCALE),
         "w8a8_gemm: a is int8 and b is float8_e4m3fn, expected both int8 or both float8",
@@ -66,17 +77,17 @@ GEMM_ERRORS: list[tuple[Call, str]] = [
         "w8a8_gemm: a is float8_e5m2 and b is int8, expected both int8 or both float8",
     ),
     (lambda: ops.w8a8_gemm(A[0, 0], B, ONE, B_SCALE), "w8a8_gemm: a has no dimensions, expected [..., K]"),
-    (lambda: ops.w8a8_gemm(A, B[0], ONE, B_SCALE), "w8a8_gemm: b has shape [40], expected [N, K] or what prepack_weight returns"),
+    (lambda: ops.w8a8_gemm(A, B[0], ONE, B_SCALE), f"w8a8_gemm: b has shape [40], {WEIGHT}"),
     (lambda: ops.w8a8_gemm(A[:, :39], B, ONE, B_SCALE), "w8a8_gemm: a has K=39, but b has K=40"),
     (lambda: ops.w8a8_gemm(A, B, torch.ones(5), B_SCALE), "w8a8_gemm: a_scale has 5 elements, expected 1 or M=6"),
     (lambda: ops.w8a8_gemm(A, B, ONE, torch.ones(12)), "w8a8_gemm: b_scale has 12 elements, expected 1 or N=9"),
     (lambda: ops.w8a8_gemm(A, B, ONE.half(), B_SCALE), "w8a8_gemm: a_scale is float16, expected float32"),
     (lambda: ops.w8a8_gemm(A, B, ONE, B_SCALE.bfloat16()), "w8a8_gemm: b_scale is bfloat16, expected float32"),
     (lambda: ops.w8a8_gemm(A, B, ONE, B_SCALE, torch.ones(8)), "w8a8_gemm: bias has 8 elements, expected N=9"),
-    (lambda: ops.w8a8_gemm(A, B, ONE, B_SCALE, torch.ones(9).int()), "w8a8_gemm: bias is int32, expected float32, bfloat16 or float16"),
+    (lambda: ops.w8a8_gemm(A, B, ONE, B_SCALE, torch.ones(9).int()), f"w8a8_gemm: bias is int32, {FLOAT}"),
     (
         lambda: ops.w8a8_gemm(A, B, ONE, B_SCALE, None, torch.float64),
-        "w8a8_gemm: out_dtype is float64, expected float32, bfloat16 or float16",
+        f"w8a8_gemm: out_dtype is float64, {FLOAT}",
     ),
     (
         lambda: ops.w8a8_gemm(A[:1, :1].expand(1, 133145), B[:1, :1].expand(1, 133145), ONE, ONE),
@@ -92,30 +103,30 @@ GEMM_ERRORS: list[tuple[Call, str]] = [
     ),
     (
         lambda: ops.w8a8_gemm(A, PACKED[:, :16], ONE, B_SCALE),
-        "w8a8_gemm: b has shape [1, 16, 64, 4], expected [N, K] or what prepack_weight returns",
+        f"w8a8_gemm: b has shape [1, 16, 64, 4], {WEIGHT}",
     ),
-]  # fmt: skip
+]
 
 LINEAR_ERRORS: list[tuple[Call, str]] = [
-    (lambda: ops.w8a8_linear(X.double(), B, B_SCALE), "w8a8_linear: x is float64, expected float32, bfloat16 or float16"),
-    (lambda: ops.w8a8_linear(A, B, B_SCALE), "w8a8_linear: x is int8, expected float32, bfloat16 or float16"),
-    (lambda: ops.w8a8_linear(X, X, B_SCALE), "w8a8_linear: b is float32, expected int8, float8_e4m3fn or float8_e5m2"),
+    (lambda: ops.w8a8_linear(X.double(), B, B_SCALE), f"w8a8_linear: x is float64, {FLOAT}"),
+    (lambda: ops.w8a8_linear(A, B, B_SCALE), f"w8a8_linear: x is int8, {FLOAT}"),
+    (lambda: ops.w8a8_linear(X, X, B_SCALE), f"w8a8_linear: b is float32, {EIGHT}"),
     (lambda: ops.w8a8_linear(X[:, :39], B, B_SCALE), "w8a8_linear: x has K=39, but b has K=40"),
     (lambda: ops.w8a8_linear(X, B, torch.ones(12)), "w8a8_linear: b_scale has 12 elements, expected 1 or N=9"),
     (lambda: ops.w8a8_linear(X, B, B_SCALE, torch.ones(8)), "w8a8_linear: bias has 8 elements, expected N=9"),
     (lambda: ops.w8a8_linear(X, B, B_SCALE, None, PER_ROW), "w8a8_linear: a_scale has 6 elements, expected 1"),
     (lambda: ops.w8a8_linear(X, B, B_SCALE, None, ONE.half()), "w8a8_linear: a_scale is float16, expected float32"),
-    (lambda: ops.w8a8_linear(X, B, B_SCALE, None, ONE * 0), "w8a8_linear: a_scale is 0, expected a positive finite number"),
+    (lambda: ops.w8a8_linear(X, B, B_SCALE, None, ONE * 0), f"w8a8_linear: a_scale is 0, {POSITIVE}"),
     (lambda: ops.w8a8_linear(X, B, B_SCALE, smooth=PER_ROW), "w8a8_linear: smooth has 6 elements, expected K=40"),
     (
         lambda: ops.w8a8_linear(X, B, B_SCALE, out_dtype=torch.int8),
-        "w8a8_linear: out_dtype is int8, expected float32, bfloat16 or float16",
+        f"w8a8_linear: out_dtype is int8, {FLOAT}",
     ),
     (
         lambda: ops.w8a8_linear(X, PACKED, ONE.expand(70)),
         "w8a8_linear: b_scale has 70 elements, expected one a column of the packed b, which has 1 to 64",
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("call", "sentence"), [*QUANTIZE_ERRORS, *GEMM_ERRORS, *LINEAR_ERRORS])
@@ -128,13 +139,19 @@ def test_an_error_is_one_sentence_that_names_the_culprit(call: Call, sentence: s
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: ops.quantize_per_token(X, torch.int8, torch.ones(40, device="meta")), "quantize_per_token: smooth is on meta, but x is on cpu"),
-        (lambda: ops.quantize_static(X, ONE.to("meta"), torch.int8), "quantize_static: scale is on meta, but x is on cpu"),
+        (
+            lambda: ops.quantize_per_token(X, torch.int8, torch.ones(40, device="meta")),
+            "quantize_per_token: smooth is on meta, but x is on cpu",
+        ),
+        (
+            lambda: ops.quantize_static(X, ONE.to("meta"), torch.int8),
+            "quantize_static: scale is on meta, but x is on cpu",
+        ),
         (lambda: ops.w8a8_gemm(A, B.to("meta"), ONE, B_SCALE), "w8a8_gemm: b is on meta, but a is on cpu"),
         (lambda: ops.w8a8_gemm(A, B, ONE, B_SCALE.to("meta")), "w8a8_gemm: b_scale is on meta, but a is on cpu"),
         (lambda: ops.w8a8_linear(X.to("meta"), B, B_SCALE), "w8a8_linear: b is on cpu, but x is on meta"),
     ],
-)  # fmt: skip
+)
 def test_mixed_devices(call: Call, sentence: str) -> None:
     with pytest.raises(RuntimeError) as error:
         call()
@@ -295,7 +312,9 @@ def test_the_environment_forces_an_instruction_set(isa: str, output: str) -> Non
     )
     root = str(Path(__file__).parents[1])
     environment = {**os.environ, "SMOOTHQUANT_CPU_ISA": isa, "PYTHONPATH": root}
-    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+    )
     assert result.stdout.strip() == output, result.stderr
 
 

@@ -53,9 +53,9 @@ def check_gemm(
 ) -> None:
     """``y`` differs from the exact result by no more than its roundings allow.
 
-    Products of two fp8 values are exact in fp32. Each of K additions, in any order, errs by at most eps / 2 of a partial
-    sum, which is at most sum(|a b|); the factor (1 + eps)^K that compounds this is under 2 for K < 2^22. Then the product
-    of the scales, the scaling, the bias and the cast round once each.
+    Products of two fp8 values are exact in fp32. Each of K additions, in any order, errs by at most eps / 2 of a
+    partial sum, which is at most sum(|a b|); the factor (1 + eps)^K that compounds this is under 2 for K < 2^22. Then
+    the product of the scales, the scaling, the bias and the cast round once each.
     """
     scale = a_scale.reshape(-1, 1).double() * b_scale.reshape(-1).double()
     wide_a, wide_b = a.float().double(), b.float().double()
@@ -75,9 +75,7 @@ def check_gemm(
 @pytest.mark.parametrize("b_dtype", FLOAT8, ids=str)
 @pytest.mark.parametrize("a_dtype", FLOAT8, ids=str)
 @pytest.mark.parametrize("k", [1, 2, 3, 63, 64, 65, 127, 130, 577])
-def test_is_within_the_bound_for_every_shape(
-    backend: str, k: int, a_dtype: torch.dtype, b_dtype: torch.dtype
-) -> None:
+def test_is_within_the_bound_for_every_shape(backend: str, k: int, a_dtype: torch.dtype, b_dtype: torch.dtype) -> None:
     for i, n in enumerate((1, 64, 65, 130)):
         a, b = random_float8(100, k, dtype=a_dtype), random_float8(n, k, dtype=b_dtype, seed=1)
         a_scale, b_scale = scales(100), scales(n, seed=1)
@@ -99,7 +97,9 @@ def test_every_value_is_decoded_exactly(backend: str, rows: int, dtype: torch.dt
     every = torch.arange(256, dtype=torch.uint8).view(dtype)
     one = torch.ones(1)
     unit = torch.ones(rows, 1).to(dtype)
-    y = ops.w8a8_gemm(unit.to(backend), every.unsqueeze(1).to(backend), one.to(backend), one.to(backend), None, torch.float32)
+    y = ops.w8a8_gemm(
+        unit.to(backend), every.unsqueeze(1).to(backend), one.to(backend), one.to(backend), None, torch.float32
+    )
     expected = every.float().expand(rows, -1)
     assert torch.equal(y.cpu().isnan(), expected.isnan())
     assert torch.equal(y.cpu().nan_to_num(7.0), expected.nan_to_num(7.0))
@@ -185,7 +185,10 @@ def test_non_contiguous_inputs(isa: str, layout: str) -> None:
 
 def test_any_number_of_threads_gives_the_same_bits(isa: str) -> None:
     # The order of a sum does not depend on how the work is cut.
-    a, b = random_float8(300, 577, dtype=torch.float8_e4m3fn), random_float8(577, 577, dtype=torch.float8_e4m3fn, seed=1)
+    a, b = (
+        random_float8(300, 577, dtype=torch.float8_e4m3fn),
+        random_float8(577, 577, dtype=torch.float8_e4m3fn, seed=1),
+    )
     outputs = []
     for count in (1, 2, 3, 7):
         with threads(count):

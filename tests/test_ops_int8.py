@@ -101,7 +101,9 @@ def test_sums_are_exact_at_their_largest(backend: str, k: int) -> None:
     expected = reference.w8a8_gemm(a, b, one, one, out_dtype=torch.float32)
     assert expected[0, 0] == float(127 * 127 * k)
     for rows in (1, 2, 7, 33):
-        y = ops.w8a8_gemm(a[:rows].to(backend), b.to(backend), one.to(backend), one.to(backend), out_dtype=torch.float32)
+        y = ops.w8a8_gemm(
+            a[:rows].to(backend), b.to(backend), one.to(backend), one.to(backend), out_dtype=torch.float32
+        )
         assert_same_bits(y, expected[:rows])
 
 

@@ -175,7 +175,9 @@ def test_non_contiguous_input(backend: str, layout: str) -> None:
     other = non_contiguous(x)[layout]
     assert not other.is_contiguous()
     for expected, actual in zip(
-        ops.quantize_per_token(x.to(backend), torch.int8), ops.quantize_per_token(other.to(backend), torch.int8), strict=True
+        ops.quantize_per_token(x.to(backend), torch.int8),
+        ops.quantize_per_token(other.to(backend), torch.int8),
+        strict=True,
     ):
         assert_same_bits(actual, expected)
     scale = torch.tensor(0.1)
