@@ -338,7 +338,7 @@ class OpInfo(NamedTuple):
     reason: str
 
 
-_CPU_ISAS = ("amx", "avx512vnni", "portable")  # fastest first
+_CPU_ISAS = ("amx", "avx512vnni", "avx2", "portable")  # fastest first
 
 # What the table shows, and the family of kernels that it runs on.
 _OPS = (
@@ -355,7 +355,7 @@ _OPS = (
 
 
 def cpu_isa() -> str:
-    """The instruction set in use on the CPU: ``"portable"``, ``"avx512vnni"`` or ``"amx"``.
+    """The instruction set in use on the CPU: ``"portable"``, ``"avx2"``, ``"avx512vnni"`` or ``"amx"``.
 
     The environment variable SMOOTHQUANT_CPU_ISA forces one, and is read once per process.
 

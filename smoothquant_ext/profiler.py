@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from .linears import is_linear
@@ -57,21 +58,23 @@ def profile_products(model: nn.Module, tokens: Tensor) -> ProductProfile:
 @contextmanager
 def _scopes(model: nn.Module) -> Iterator[None]:
     """Marks in the profile where each linear layer begins and ends."""
-    handles = []
+    labels: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
-        if not (isinstance(module, W8A8Linear) or is_linear(module)):
-            continue
-        label = (_QUANTIZED if isinstance(module, W8A8Linear) else _FLOAT) + name
-        scopes: list[Any] = []
+        if isinstance(module, W8A8Linear) or is_linear(module):
+            labels[module] = (_QUANTIZED if isinstance(module, W8A8Linear) else _FLOAT) + name
+    open_scopes: list[Any] = []
 
-        def enter(_module: nn.Module, _args: Any, label: str = label, scopes: list[Any] = scopes) -> None:
-            scopes.append(record_function(label))
-            scopes[-1].__enter__()
+    def enter(module: nn.Module, _args: Any) -> None:
+        if module in labels:
+            open_scopes.append(record_function(labels[module]))
+            open_scopes[-1].__enter__()
 
-        def leave(_module: nn.Module, _args: Any, _output: Any, scopes: list[Any] = scopes) -> None:
-            scopes.pop().__exit__(None, None, None)
+    def leave(module: nn.Module, _args: Any, _output: Any) -> None:
+        if module in labels:
+            open_scopes.pop().__exit__(None, None, None)
 
-        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    # Hooks on the layers themselves would make fused modules step aside: what is profiled is what runs.
+    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
     try:
         yield
     finally:

@@ -32,6 +32,12 @@ bool saves_state(unsigned long long parts) {
   return ((static_cast<unsigned long long>(high) << 32 | low) & parts) == parts;
 }
 
+std::string why_no_avx2() {
+  if (!bit(Cpuid(7).ebx, 5)) return "this CPU has no AVX2";
+  constexpr unsigned long long kYmm = 0x6;  // SSE, the upper halves of the ymm registers
+  return saves_state(kYmm) ? "" : "the operating system does not save AVX registers";
+}
+
 std::string why_no_avx512_vnni() {
   const Cpuid one(1), seven(7);
   const bool avx512 = bit(seven.ebx, 16) && bit(seven.ebx, 17) && bit(seven.ebx, 30) && bit(seven.ebx, 31);  // F DQ BW VL
@@ -59,6 +65,7 @@ std::string why_no_amx() {
 #endif
 }
 #else
+std::string why_no_avx2() { return "this is not an x86-64 CPU"; }
 std::string why_no_avx512_vnni() { return "this is not an x86-64 CPU"; }
 std::string why_no_amx() { return "this is not an x86-64 CPU"; }
 #endif
@@ -94,12 +101,12 @@ std::atomic<Isa>& selected() {
 }  // namespace
 
 const char* isa_name(Isa isa) {
-  constexpr const char* kNames[] = {"portable", "avx512vnni", "amx"};
+  constexpr const char* kNames[] = {"portable", "avx2", "avx512vnni", "amx"};
   return kNames[static_cast<int>(isa)];
 }
 
 const std::string& why_not(Isa isa) {
-  static const std::string reasons[] = {"", why_no_avx512_vnni(), why_no_amx()};
+  static const std::string reasons[] = {"", why_no_avx2(), why_no_avx512_vnni(), why_no_amx()};
   return reasons[static_cast<int>(isa)];
 }
 

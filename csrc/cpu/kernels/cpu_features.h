@@ -5,11 +5,11 @@
 
 namespace sq {
 
-enum class Isa { kPortable, kAvx512Vnni, kAmx };  // in rising order of preference
+enum class Isa { kPortable, kAvx2, kAvx512Vnni, kAmx };  // in rising order of preference
 
-constexpr Isa kIsas[] = {Isa::kPortable, Isa::kAvx512Vnni, Isa::kAmx};
+constexpr Isa kIsas[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512Vnni, Isa::kAmx};
 
-// "portable", "avx512vnni", "amx"
+// "portable", "avx2", "avx512vnni", "amx"
 const char* isa_name(Isa isa);
 
 // Why this machine cannot run the kernels of `isa`; empty where it can. The first call asks Linux for leave to use the

@@ -35,9 +35,9 @@ void gemm_fp8_portable(const GemmArgs& args, Range rows, Range panels) {
   constexpr int64_t kRows = 32;   // sums kept for this many rows at a time: 8 KB
   constexpr int64_t kDepth = 64;  // values of k decoded at a time: 16 KB
   const float* table = decode_table(args.b_dtype);
-  for (int64_t p = panels.begin; p < panels.end; ++p) {
-    const uint8_t* panel = args.b + p * panel_bytes(args.k);
-    const int64_t columns = args.n - p * kPanel < kPanel ? args.n - p * kPanel : kPanel;
+  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+    const uint8_t* packed = args.b + panel * panel_bytes(args.k);
+    const ColumnScales columns(args, panel);
     for (int64_t first = rows.begin; first < rows.end; first += kRows) {
       const int64_t count = rows.end - first < kRows ? rows.end - first : kRows;
       float sums[kRows][kPanel] = {};
@@ -45,7 +45,7 @@ void gemm_fp8_portable(const GemmArgs& args, Range rows, Range panels) {
         const int64_t depth = args.k - k0 < kDepth ? args.k - k0 : kDepth;
         float b[kDepth][kPanel];
         for (int64_t k = 0; k < depth; ++k) {
-          const uint8_t* source = panel + (k0 + k) / 4 * 4 * kPanel + (k0 + k) % 4;
+          const uint8_t* source = packed + (k0 + k) / 4 * 4 * kPanel + (k0 + k) % 4;
           for (int64_t n = 0; n < kPanel; ++n) b[k][n] = table[source[4 * n]];
         }
         for (int64_t r = 0; r < count; ++r) {
@@ -55,7 +55,7 @@ void gemm_fp8_portable(const GemmArgs& args, Range rows, Range panels) {
           }
         }
       }
-      for (int64_t r = 0; r < count; ++r) store_row(args, first + r, p * kPanel, columns, sums[r]);
+      for (int64_t r = 0; r < count; ++r) store_row(args, columns, first + r, sums[r]);
     }
   }
 }

@@ -1,31 +1,35 @@
-// INT8 product for any CPU.
+// INT8 product for any CPU: plain loops, for compilers to vectorize.
 #include "epilogue.h"
 #include "gemm.h"
 
 namespace sq {
 
 void gemm_int8_portable(const GemmArgs& args, Range rows, Range panels) {
-  const int64_t rows4 = padded_k(args.k) / 4;
-  const int64_t used4 = div_up(args.k, 4);
-  for (int64_t p = panels.begin; p < panels.end; ++p) {
-    const auto* panel = reinterpret_cast<const int8_t*>(args.b + p * panel_bytes(args.k));
-    const auto* column_sums = reinterpret_cast<const int32_t*>(panel + rows4 * 4 * kPanel);
-    const int64_t columns = args.n - p * kPanel < kPanel ? args.n - p * kPanel : kPanel;
-    for (int64_t row = rows.begin; row < rows.end; ++row) {
-      const uint8_t* a = args.a + row * args.a_stride;
-      uint32_t sums[kPanel];
-      for (int64_t n = 0; n < kPanel; ++n) sums[n] = 0u - 128u * static_cast<uint32_t>(column_sums[n]);
-      for (int64_t k4 = 0; k4 < used4; ++k4) {
-        const int8_t* b = panel + k4 * 4 * kPanel;
-        const int16_t a0 = a[4 * k4], a1 = a[4 * k4 + 1], a2 = a[4 * k4 + 2], a3 = a[4 * k4 + 3];
-        for (int64_t n = 0; n < kPanel; ++n) {
-          const int32_t dot = a0 * b[4 * n] + a1 * b[4 * n + 1] + a2 * b[4 * n + 2] + a3 * b[4 * n + 3];
-          sums[n] += static_cast<uint32_t>(dot);
+  constexpr int64_t kRows = 32;   // sums kept for this many rows at a time: 8 KB
+  constexpr int64_t kDepth = 64;  // values of k widened at a time: 8 KB
+  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+    const auto* packed = reinterpret_cast<const int8_t*>(args.b + panel * panel_bytes(args.k));
+    const ColumnScales columns(args, panel);
+    for (int64_t first = rows.begin; first < rows.end; first += kRows) {
+      const int64_t count = rows.end - first < kRows ? rows.end - first : kRows;
+      int32_t sums[kRows][kPanel] = {};
+      for (int64_t k0 = 0; k0 < args.k; k0 += kDepth) {
+        // The panel has padded_k(K) rows, those beyond K zero, and so the k of a chunk are always kDepth.
+        int16_t b[kDepth][kPanel];
+        for (int64_t k = 0; k < kDepth; ++k) {
+          const int8_t* source = packed + (k0 + k) / 4 * 4 * kPanel + k % 4;
+          for (int64_t n = 0; n < kPanel; ++n) b[k][n] = source[4 * n];
+        }
+        for (int64_t r = 0; r < count; ++r) {
+          const uint8_t* a = args.a + (first + r) * args.a_stride + k0;
+          for (int64_t k = 0; k < kDepth; ++k) {
+            const auto value = static_cast<int16_t>(a[k] - kOffset);
+            // At most 128 * 128, which 16 bits hold.
+            for (int64_t n = 0; n < kPanel; ++n) sums[r][n] += static_cast<int16_t>(value * b[k][n]);
+          }
         }
       }
-      float values[kPanel];
-      for (int64_t n = 0; n < kPanel; ++n) values[n] = static_cast<float>(static_cast<int32_t>(sums[n]));
-      store_row(args, row, p * kPanel, columns, values);
+      for (int64_t r = 0; r < count; ++r) store_row(args, columns, first + r, sums[r]);
     }
   }
 }

@@ -11,6 +11,12 @@ const Kernels& kernels_of(Isa isa) {
       "portable", rms_norm_rows_portable, silu_mul_rows_portable,
   };
 #if defined(__x86_64__)
+  static constexpr Kernels kAvx2 = {
+      "portable", quantize_rows_portable,
+      "avx2", gemm_int8_avx2, /*block_bytes=*/1 << 17,
+      "portable", /*fp8_element_size=*/4, widen_fp32_portable, gemm_fp8_portable,
+      "portable", rms_norm_rows_portable, silu_mul_rows_portable,
+  };
   static constexpr Kernels kAvx512Vnni = {
       "avx512", quantize_rows_avx512,
       "avx512vnni", gemm_int8_avx512vnni, /*block_bytes=*/1 << 19,
@@ -28,6 +34,8 @@ const Kernels& kernels_of(Isa isa) {
       return kAmx;
     case Isa::kAvx512Vnni:
       return kAvx512Vnni;
+    case Isa::kAvx2:
+      return kAvx2;
     case Isa::kPortable:
       break;
   }
