@@ -16,10 +16,12 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # Errors only: what else pip has to say is about its own settings.
 INSTALL := $(PIP) install -qq
 STAMPS := $(VENV)/.stamps
-NATIVE := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
-CPP    := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h csrc/*/*/*.cpp \
-                     tests/native/*.h tests/native/*.cpp)
-SANITIZE ?= address,undefined
+CSRC   := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
+CPP    := $(filter %.h %.cpp %.cu %.cuh,$(CSRC) $(wildcard tests/native/*))
+
+SANITIZE     ?= address,undefined
+comma        := ,
+NATIVE_BUILD := build/native-$(or $(subst $(comma),-,$(SANITIZE)),plain)
 
 .PHONY: help demo test lint format native-test abi cuda-headers wheel wheel-test clean distclean
 
@@ -44,9 +46,9 @@ format: $(STAMPS)/dev ## rewrite the sources in the project's style
 	@$(BIN)/clang-format -i $(CPP)
 
 native-test: ## build the kernels without torch and run their tests under SANITIZE=address,undefined (or thread, or empty)
-	@cmake -S . -B build/native-$(or $(subst $(comma),-,$(SANITIZE)),plain) -DSQ_SANITIZE=$(SANITIZE) >/dev/null
-	@cmake --build build/native-$(or $(subst $(comma),-,$(SANITIZE)),plain) --parallel
-	@ctest --test-dir build/native-$(or $(subst $(comma),-,$(SANITIZE)),plain) --output-on-failure
+	@cmake -S . -B $(NATIVE_BUILD) -DSQ_SANITIZE=$(SANITIZE) >/dev/null
+	@env -u MAKELEVEL -u MAKEFLAGS cmake --build $(NATIVE_BUILD) --parallel $$(nproc)
+	@ctest --test-dir $(NATIVE_BUILD) --output-on-failure --no-tests=error
 
 abi: $(STAMPS)/dev ## prove that what was built needs only torch's stable ABI
 	@for object in smoothquant_ext/_C*.so; do $(BIN)/torch-abi-audit --check torch -v "$$object"; done
@@ -56,7 +58,7 @@ cuda-headers: $(STAMPS)/torch ## fetch the cuBLASLt headers, which with nvcc are
 
 wheel: $(STAMPS)/torch ## build the wheel into dist/
 	@rm -rf build/lib* dist
-	@$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	@$(PIP) wheel -qq --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist/*.whl
 
 wheel-test: wheel ## run the op tests with that one wheel under the oldest and the newest torch (downloads several GB)
@@ -72,7 +74,6 @@ distclean: clean ## remove also $(VENV) and the demo's files
 
 # --- set-up ---------------------------------------------------------------------------------------------------------
 
-comma := ,
 stop = { echo "smoothquant-ext: $(1)" >&2; exit 1; }
 
 $(STAMPS)/venv:
@@ -104,7 +105,7 @@ $(STAMPS)/torch: $(STAMPS)/venv
 	@touch $@
 
 # Editable: Python changes need no build, and ninja compiles only what changed.
-$(STAMPS)/installed: $(STAMPS)/torch setup.py pyproject.toml $(NATIVE)
+$(STAMPS)/installed: $(STAMPS)/torch setup.py pyproject.toml $(CSRC)
 	@echo "compiling and installing smoothquant-ext"
 	@$(INSTALL) --no-build-isolation --editable '.[test]'
 	@$(BIN)/python setup.py --version >/dev/null  # says why the CUDA kernels are left out, where they are: pip hides it

@@ -24,8 +24,8 @@ template <class... Parts>
 }
 
 // A macro, so that the sentence's parts are evaluated only when it is needed.
-#define SQ_CHECK(condition, ...)              \
-  do {                                        \
+#define SQ_CHECK(condition, ...)               \
+  do {                                         \
     if (!(condition)) ::sq::fail(__VA_ARGS__); \
   } while (false)
 
@@ -168,7 +168,8 @@ inline GemmShape check_gemm(const char* op, const char* a_name, const Tensor& a,
     const int64_t most_n = b.size(0) * kPackedColumns;
     const int64_t most_k = b.size(1) / 16 * 64;
     SQ_CHECK(most_n - kPackedColumns < shape.n && shape.n <= most_n, op, ": b_scale has ", shape.n,
-             " elements, expected one a column of the packed b, which has ", most_n - kPackedColumns + 1, " to ", most_n);
+             " elements, expected one a column of the packed b, which has ", most_n - kPackedColumns + 1, " to ",
+             most_n);
     SQ_CHECK(most_k - 64 < shape.k && shape.k <= most_k, op, ": ", a_name, " has K=", shape.k,
              ", but the packed b has K=", most_k - 63, " to ", most_k);
   } else {

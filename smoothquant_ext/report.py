@@ -138,6 +138,8 @@ def render_report(report: Report) -> Group:
         parts += [Text(f"{heading} {reason}: {names}") for reason, names in _by_reason(reasons).items()]
     if recipe.smooth and report.unsmoothed:
         parts.append(Text(f"In 8 bits without smoothing: {_collapse(report.unsmoothed)}"))
+    if report.fused:
+        parts.append(Text(f"Fused into one pass: {_collapse(report.fused)}"))
     return Group(*parts)
 
 

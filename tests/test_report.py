@@ -120,12 +120,14 @@ def test_the_report_gives_the_reason_of_each_failure_once():
             "h.1.gate": "its output is also read by something other than fc",
         },
         unsmoothed=["h.0.fc", "h.1.fc"],
+        fused=["h.0.norm", "h.1.norm", "norm"],
     )
     text = " ".join(rendered(render_report(report)).split())
     assert "by 3.1e-02 (relative), so it was undone: h.*.norm (2)" in text
     assert "2.7e-02" not in text
     assert "other than fc: h.*.gate (1)" in text
     assert "In 8 bits without smoothing: h.*.fc (2)" in text
+    assert "Fused into one pass: h.*.norm (2), norm" in text
 
 
 def test_outliers_are_the_largest_channel_over_the_median_before_and_after():

@@ -27,7 +27,7 @@ for pair; do
   python=${pair%%:*} torch=${pair#*:}
   printf '\n== %s, %s\n' "$torch" "$("$python" --version)"
   "$python" -m venv "$work/venv"
-  "$work/venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-cache-dir "$torch" "$wheel[test]"
+  "$work/venv/bin/python" -m pip install -qq --disable-pip-version-check --no-cache-dir "$torch" "$wheel[test]"
   "$work/venv/bin/python" - <<'PYTHON'
 import pathlib, sys, torch, smoothquant_ext
 

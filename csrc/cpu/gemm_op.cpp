@@ -14,7 +14,8 @@ void parallel_pack(const Tensor& b, uint8_t* packed) {
   const int64_t n = b.size(0), k = b.size(1);
   const auto* source = pointer<uint8_t>(b);
   const DType dtype = kernel_dtype(b.scalar_type());
-  parallel_rows(panel_count(n), panel_bytes(k), [&](Range panels) { pack_panels(source, n, k, dtype, packed, panels); });
+  parallel_rows(panel_count(n), panel_bytes(k),
+                [&](Range panels) { pack_panels(source, n, k, dtype, packed, panels); });
 }
 
 Tensor prepack_weight_cpu(const Tensor& b_in) {
@@ -103,9 +104,8 @@ Tensor w8a8_gemm_cpu(const Tensor& a_in, const Tensor& b_in, const Tensor& a_sca
 
   Product product(shape, b, b_scale, bias);
   const auto* source = pointer<uint8_t>(a);
-  parallel_rows(shape.m, shape.k, [&](Range rows) {
-    copy_rows(source, shape.k, product.flip(), product.q(), product.q_stride(), rows);
-  });
+  parallel_rows(shape.m, shape.k,
+                [&](Range rows) { copy_rows(source, shape.k, product.flip(), product.q(), product.q_stride(), rows); });
   product.run(kernel_dtype(a.scalar_type()), pointer<float>(a_scale), a_scale.numel() == 1 ? 0 : 1, y);
   return y;
 }

@@ -10,7 +10,8 @@
 namespace sq {
 namespace {
 
-std::tuple<Tensor, Tensor> quantize_per_token_cpu(const Tensor& x_in, ScalarType dtype, const OptionalTensor& smooth_in) {
+std::tuple<Tensor, Tensor> quantize_per_token_cpu(const Tensor& x_in, ScalarType dtype,
+                                                  const OptionalTensor& smooth_in) {
   constexpr const char* kOp = "quantize_per_token";
   check_activation(kOp, x_in);
   check_8bit(kOp, "dtype", dtype);

@@ -267,7 +267,8 @@ void test_fp8(const Kernels& kernels, const Problem& p, DType a_dtype, DType b_d
     for (int64_t n = 0; n < p.n; ++n) {
       double sum = 0, magnitude = 0;
       for (int64_t k = 0; k < p.k; ++k) {
-        const double product = static_cast<double>(decode(q[m * stride + k], a_dtype)) * decode(b[n * p.k + k], b_dtype);
+        const double product =
+            static_cast<double>(decode(q[m * stride + k], a_dtype)) * decode(b[n * p.k + k], b_dtype);
         sum += product;
         magnitude += std::fabs(product);
       }

@@ -98,8 +98,8 @@ SQ_AVX512_INLINE void load_columns(const GemmArgs& args, int64_t panel, PanelCol
   const auto* sums = reinterpret_cast<const int32_t*>(args.b + (panel + 1) * panel_bytes(args.k) - 4 * kPanel);
   for (int64_t i = 0; i < kPanel; i += 16) {
     const auto mask = static_cast<__mmask16>(lane_mask(columns->count - i, 16));
-    const __m512 scale = args.b_scale_step == 0 ? _mm512_set1_ps(*args.b_scale)
-                                                : _mm512_maskz_loadu_ps(mask, args.b_scale + first + i);
+    const __m512 scale =
+        args.b_scale_step == 0 ? _mm512_set1_ps(*args.b_scale) : _mm512_maskz_loadu_ps(mask, args.b_scale + first + i);
     _mm512_store_ps(columns->scale + i, scale);
     smallest = _mm512_mask_min_ps(smallest, mask, smallest, scale);
     if (args.bias != nullptr) {
@@ -118,45 +118,58 @@ SQ_AVX512_INLINE void load_columns(const GemmArgs& args, int64_t panel, PanelCol
 SQ_AVX512_INLINE __m512 load_sums(const int32_t* sums) { return _mm512_cvtepi32_ps(_mm512_load_si512(sums)); }
 SQ_AVX512_INLINE __m512 load_sums(const float* sums) { return _mm512_load_ps(sums); }
 
-// sum * (a_scale * b_scale) + bias of the 16 columns from `column` on, every step one fp32 rounding.
+// sum * (a_scale * b_scale) + bias of 16 columns, every step one fp32 rounding.
 template <bool kBias, class Sum>
-SQ_AVX512_INLINE __m512 scale_sums(const PanelColumns& columns, int64_t column, float a_scale, const Sum* sums) {
-  const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(a_scale), _mm512_load_ps(columns.scale + column));
+SQ_AVX512_INLINE __m512 scale_sums(const Sum* sums, float a_scale, const float* b_scale, const float* bias) {
+  const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(a_scale), _mm512_load_ps(b_scale));
   const __m512 value = _mm512_mul_ps(load_sums(sums), scale);
-  return kBias ? _mm512_add_ps(value, _mm512_load_ps(columns.bias + column)) : value;
-}
-
-template <DType kOut>
-inline void* output_address(const GemmArgs& args, int64_t row, int64_t column) {
-  return static_cast<uint8_t*>(args.y) + (row * args.n + column) * (kOut == DType::kFloat32 ? 4 : 2);
+  return kBias ? _mm512_add_ps(value, _mm512_load_ps(bias)) : value;
 }
 
 // Finishes the 32 columns of a row that begin `offset` columns into the panel.
 template <DType kOut, bool kBias, class Sum>
-SQ_AVX512_INLINE void store_sums(const GemmArgs& args, const PanelColumns& columns, int64_t row, int64_t offset,
-                                 const Sum* sums) {
-  const float a_scale = args.a_scale[row * args.a_scale_step];
-  const __m512 low = scale_sums<kBias>(columns, offset, a_scale, sums);
-  const __m512 high = scale_sums<kBias>(columns, offset + 16, a_scale, sums + 16);
-  const auto mask = static_cast<__mmask32>(columns.mask >> offset);
-  store_floats<kOut>(output_address<kOut>(args, row, columns.first + offset), mask, low, high);
+SQ_AVX512_INLINE void store_sums(const Sum* sums, float a_scale, const PanelColumns& columns, int64_t offset, void* y) {
+  const float *scale = columns.scale + offset, *bias = columns.bias + offset;
+  const __m512 low = scale_sums<kBias>(sums, a_scale, scale, bias);
+  const __m512 high = scale_sums<kBias>(sums + 16, a_scale, scale + 16, bias + 16);
+  store_floats<kOut>(y, static_cast<__mmask32>(columns.mask >> offset), low, high);
+}
+
+template <DType kOut>
+inline uint8_t* output_address(const GemmArgs& args, int64_t row, int64_t column) {
+  return static_cast<uint8_t*>(args.y) + (row * args.n + column) * (kOut == DType::kFloat32 ? 4 : 2);
+}
+
+// Finishes rows of a panel, whose sums are kPanel apart.
+template <DType kOut, bool kBias, class Sum>
+SQ_AVX512_INLINE void store_panel(const GemmArgs& args, const PanelColumns& columns, int64_t row, int64_t count,
+                                  const Sum* sums) {
+  constexpr int64_t kHalf = kPanel / 2;
+  for (int64_t r = 0; r < count; ++r, sums += kPanel) {
+    const float a_scale = args.a_scale[(row + r) * args.a_scale_step];
+    uint8_t* y = output_address<kOut>(args, row + r, columns.first);
+    store_sums<kOut, kBias>(sums, a_scale, columns, 0, y);
+    if (columns.count > kHalf) {
+      store_sums<kOut, kBias>(sums + kHalf, a_scale, columns, kHalf, y + kHalf * (kOut == DType::kFloat32 ? 4 : 2));
+    }
+  }
 }
 
 // Calls kernel<output type, has bias>(args, ...) for the types in args.
-#define SQ_DISPATCH_OUTPUT(kernel, args, ...)                                                    \
-  do {                                                                                           \
-    const bool has_bias_ = (args).bias != nullptr;                                               \
-    switch ((args).y_dtype) {                                                                    \
-      case DType::kBFloat16:                                                                     \
-        return has_bias_ ? kernel<DType::kBFloat16, true>(args, __VA_ARGS__)                     \
-                         : kernel<DType::kBFloat16, false>(args, __VA_ARGS__);                   \
-      case DType::kFloat16:                                                                      \
-        return has_bias_ ? kernel<DType::kFloat16, true>(args, __VA_ARGS__)                      \
-                         : kernel<DType::kFloat16, false>(args, __VA_ARGS__);                    \
-      default:                                                                                   \
-        return has_bias_ ? kernel<DType::kFloat32, true>(args, __VA_ARGS__)                      \
-                         : kernel<DType::kFloat32, false>(args, __VA_ARGS__);                    \
-    }                                                                                            \
+#define SQ_DISPATCH_OUTPUT(kernel, args, ...)                                  \
+  do {                                                                         \
+    const bool has_bias_ = (args).bias != nullptr;                             \
+    switch ((args).y_dtype) {                                                  \
+      case DType::kBFloat16:                                                   \
+        return has_bias_ ? kernel<DType::kBFloat16, true>(args, __VA_ARGS__)   \
+                         : kernel<DType::kBFloat16, false>(args, __VA_ARGS__); \
+      case DType::kFloat16:                                                    \
+        return has_bias_ ? kernel<DType::kFloat16, true>(args, __VA_ARGS__)    \
+                         : kernel<DType::kFloat16, false>(args, __VA_ARGS__);  \
+      default:                                                                 \
+        return has_bias_ ? kernel<DType::kFloat32, true>(args, __VA_ARGS__)    \
+                         : kernel<DType::kFloat32, false>(args, __VA_ARGS__);  \
+    }                                                                          \
   } while (false)
 
 }  // namespace sq

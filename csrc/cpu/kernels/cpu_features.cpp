@@ -40,7 +40,8 @@ std::string why_no_avx2() {
 
 std::string why_no_avx512_vnni() {
   const Cpuid one(1), seven(7);
-  const bool avx512 = bit(seven.ebx, 16) && bit(seven.ebx, 17) && bit(seven.ebx, 30) && bit(seven.ebx, 31);  // F DQ BW VL
+  const bool avx512 =
+      bit(seven.ebx, 16) && bit(seven.ebx, 17) && bit(seven.ebx, 30) && bit(seven.ebx, 31);  // F DQ BW VL
   if (!avx512 || !bit(seven.ecx, 11)) return "this CPU has no AVX512-VNNI";
   if (!bit(one.ecx, 12) || !bit(one.ecx, 29)) return "this CPU has no FMA or F16C";
   constexpr unsigned long long kZmm = 0xe6;  // SSE, AVX, opmask, both halves of the zmm registers

@@ -18,15 +18,15 @@
 namespace sq {
 namespace {
 
-constexpr int64_t kBlock = 32;        // rows and columns of a block
-constexpr int64_t kMaxRows = 512;     // whose sums wait for the next chunk: 64 KB
-constexpr int64_t kMaxSteps = 9;       // in a chunk: 18 KB of weight
+constexpr int64_t kBlock = 32;          // rows and columns of a block
+constexpr int64_t kMaxRows = 512;       // whose sums wait for the next chunk: 64 KB
+constexpr int64_t kMaxSteps = 9;        // in a chunk: 18 KB of weight
 constexpr int64_t kFewestCopied = 192;  // rows for which a copy of the weight pays
-constexpr int64_t kFewestRows = 9;    // below, the tiles are so empty that vpdpbusd is faster
+constexpr int64_t kFewestRows = 9;      // below, the tiles are so empty that vpdpbusd is faster
 
 struct Int8Product {
   using Sum = int32_t;
-  static constexpr int64_t kDepth = 64;  // of a step
+  static constexpr int64_t kDepth = 64;        // of a step
   static constexpr float kSmallestSum = 1.0f;  // of those that are not 0
 };
 
@@ -49,41 +49,50 @@ template <class Product>
 struct Pending {
   const typename Product::Sum* sums;
   const PanelColumns* columns;
-  int64_t row, offset;
-  int64_t next = 0, count = 0;  // rows of the block: the next one to finish, and how many there are
+  int64_t offset;  // of its columns in the panel
+  const float* a_scale;
+  int64_t a_scale_step;
+  uint8_t* y;
+  int64_t y_stride;   // bytes
+  int64_t count = 0;  // rows not finished
 };
 
-// What store_sums does, with the hardware's conversion to bf16, which halves the instructions. It flushes subnormals to
-// zero, so that it is for rows whose values are either 0 or above 2^-126: where the smallest product is at least
-// kSmallestValue, which PanelColumns::smallest demands of the bias too, a sum of both is a multiple of 2^-23 of that.
+// The hardware's conversion to bf16 needs half of the instructions of store_sums. It flushes subnormals to zero, so that
+// it is for rows whose values are either 0 or above 2^-126: where the smallest product is at least kSmallestValue, which
+// PanelColumns::smallest demands of the bias too, a sum of both is a multiple of 2^-23 of that.
 constexpr float kSmallestValue = 0x1p-100f;
 
 template <bool kBias, class Sum>
-SQ_AMX_INLINE void store_sums_bf16(const GemmArgs& args, const PanelColumns& columns, int64_t row, int64_t offset,
-                                   const Sum* sums) {
-  const float a_scale = args.a_scale[row * args.a_scale_step];
-  const __m512 low = scale_sums<kBias>(columns, offset, a_scale, sums);
-  const __m512 high = scale_sums<kBias>(columns, offset + 16, a_scale, sums + 16);
-  const auto mask = static_cast<__mmask32>(columns.mask >> offset);
-  _mm512_mask_storeu_epi16(output_address<DType::kBFloat16>(args, row, columns.first + offset), mask,
-                           (__m512i)_mm512_cvtne2ps_pbh(high, low));
+SQ_AMX_INLINE void store_sums_bf16(const Sum* sums, float a_scale, const float* scale, const float* bias, uint32_t mask,
+                                   void* y) {
+  const __m512 low = scale_sums<kBias>(sums, a_scale, scale, bias);
+  const __m512 high = scale_sums<kBias>(sums + 16, a_scale, scale + 16, bias + 16);
+  _mm512_mask_storeu_epi16(y, mask, (__m512i)_mm512_cvtne2ps_pbh(high, low));
 }
 
+// Finishes the next `count` rows of the block. What the loop uses is in local variables, because the compiler has to assume
+// that a store to y changes everything else.
 template <DType kOut, bool kBias, class Product>
-SQ_AMX_INLINE void finish_rows(const GemmArgs& args, Pending<Product>& block, int64_t count) {
-  const int64_t end = block.next + count < block.count ? block.next + count : block.count;
-  if (block.next == end) return;
-  const PanelColumns& columns = *block.columns;
-  for (; block.next < end; ++block.next) {
-    const int64_t row = block.row + block.next;
-    const auto* sums = block.sums + block.next * kBlock;
-    const float smallest = args.a_scale[row * args.a_scale_step] * columns.smallest * Product::kSmallestSum;
-    if (kOut == DType::kBFloat16 && smallest >= kSmallestValue) {
-      store_sums_bf16<kBias>(args, columns, row, block.offset, sums);
+SQ_AMX_INLINE void finish_rows(Pending<Product>& block, int64_t count) {
+  if (block.count == 0) return;
+  Pending<Product> rest = block;
+  const PanelColumns& columns = *rest.columns;
+  const float *scale = columns.scale + rest.offset, *bias = columns.bias + rest.offset;
+  const auto mask = static_cast<uint32_t>(columns.mask >> rest.offset);
+  const float smallest = columns.smallest * Product::kSmallestSum;
+  for (int64_t left = count < rest.count ? count : rest.count; left > 0; --left) {
+    const float a_scale = *rest.a_scale;
+    if (kOut == DType::kBFloat16 && a_scale * smallest >= kSmallestValue) {
+      store_sums_bf16<kBias>(rest.sums, a_scale, scale, bias, mask, rest.y);
     } else {
-      store_sums<kOut, kBias>(args, columns, row, block.offset, sums);
+      store_sums<kOut, kBias>(rest.sums, a_scale, columns, rest.offset, rest.y);
     }
+    rest.sums += kBlock;
+    rest.a_scale += rest.a_scale_step;
+    rest.y += rest.y_stride;
+    --rest.count;
   }
+  block = rest;
 }
 
 // 32 columns of the weight, a depth chunk of them: where they are and how.
@@ -148,23 +157,23 @@ SQ_AMX_INLINE Weight decode_weight(const Bf16Table& table, const uint8_t* b, int
   return {copy, 64, kTileBytes, 2 * kTileBytes};
 }
 
-#define SQ_MULTIPLY_TILES(sums, a, b)                     \
-  do {                                                    \
+#define SQ_MULTIPLY_TILES(sums, a, b)                       \
+  do {                                                      \
     if constexpr (Product::kDepth == Int8Product::kDepth) { \
-      _tile_dpbusd(sums, a, b);                           \
-    } else {                                              \
-      _tile_dpbf16ps(sums, a, b);                         \
-    }                                                     \
+      _tile_dpbusd(sums, a, b);                             \
+    } else {                                                \
+      _tile_dpbf16ps(sums, a, b);                           \
+    }                                                       \
   } while (false)
 
 // sums[32][32] = start + the products of up to 32 rows of a with `steps` tiles of k. The rows of `start` are start_bytes
 // apart: 0 where all begin with the same values.
 template <DType kOut, bool kBias, class Product>
-SQ_AMX_INLINE void multiply_block(const GemmArgs& args, const uint8_t* a, int64_t count, Weight b, int64_t steps,
+SQ_AMX_INLINE void multiply_block(const uint8_t* a, int64_t a_stride, int64_t count, Weight b, int64_t steps,
                                   const void* start, int64_t start_bytes, typename Product::Sum* sums,
                                   Pending<Product>& before) {
   const int64_t rows_per_step = div_up(kBlock, steps);
-  const uint8_t* a1 = a + 16 * args.a_stride;
+  const uint8_t* a1 = a + 16 * a_stride;
   const auto* start0 = static_cast<const uint8_t*>(start);
   const uint8_t* start1 = start0 + 16 * start_bytes;
   _tile_loadd(0, start0, start_bytes);
@@ -173,31 +182,31 @@ SQ_AMX_INLINE void multiply_block(const GemmArgs& args, const uint8_t* a, int64_
     _tile_loadd(2, start1, start_bytes);
     _tile_loadd(3, start1 + 64, start_bytes);
     for (int64_t step = 0; step < steps; ++step) {
-      _tile_loadd(4, a + 64 * step, args.a_stride);
+      _tile_loadd(4, a + 64 * step, a_stride);
       _tile_loadd(6, b.data, b.row_bytes);
       _tile_loadd(7, b.data + b.second_bytes, b.row_bytes);
       SQ_MULTIPLY_TILES(0, 4, 6);
-      _tile_loadd(5, a1 + 64 * step, args.a_stride);
+      _tile_loadd(5, a1 + 64 * step, a_stride);
       SQ_MULTIPLY_TILES(1, 4, 7);
       SQ_MULTIPLY_TILES(2, 5, 6);
       SQ_MULTIPLY_TILES(3, 5, 7);
       b.data += b.step_bytes;
-      finish_rows<kOut, kBias>(args, before, rows_per_step);
+      finish_rows<kOut, kBias>(before, rows_per_step);
     }
-    finish_rows<kOut, kBias>(args, before, kBlock);
+    finish_rows<kOut, kBias>(before, kBlock);
     _tile_stored(2, sums + 16 * kBlock, kBlock * 4);
     _tile_stored(3, sums + 16 * kBlock + 16, kBlock * 4);
   } else {
     for (int64_t step = 0; step < steps; ++step) {
-      _tile_loadd(4, a + 64 * step, args.a_stride);
+      _tile_loadd(4, a + 64 * step, a_stride);
       _tile_loadd(6, b.data, b.row_bytes);
       _tile_loadd(7, b.data + b.second_bytes, b.row_bytes);
       SQ_MULTIPLY_TILES(0, 4, 6);
       SQ_MULTIPLY_TILES(1, 4, 7);
       b.data += b.step_bytes;
-      finish_rows<kOut, kBias>(args, before, rows_per_step);
+      finish_rows<kOut, kBias>(before, rows_per_step);
     }
-    finish_rows<kOut, kBias>(args, before, kBlock);
+    finish_rows<kOut, kBias>(before, kBlock);
   }
   _tile_stored(0, sums, kBlock * 4);
   _tile_stored(1, sums + 16, kBlock * 4);
@@ -212,6 +221,7 @@ SQ_AMX void multiply_columns(const GemmArgs& args, Range rows, const PanelColumn
   const uint8_t* b = args.b + columns.first / kPanel * panel_bytes(args.k) + 4 * offset;
   const int64_t steps = padded_k(args.k) / Product::kDepth;
   const bool is_copied = !kIsInt8 || rows.end - rows.begin >= kFewestCopied;
+  const int64_t y_stride = args.n * (kOut == DType::kFloat32 ? 4 : 2);
   const int64_t chunks = is_copied ? div_up(steps, kMaxSteps) : 1;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const int64_t step = chunk * steps / chunks;
@@ -228,9 +238,18 @@ SQ_AMX void multiply_columns(const GemmArgs& args, Range rows, const PanelColumn
       auto* block = sums + (row - rows.begin) * kBlock;
       const bool is_first = chunk == 0;
       const void* start = is_first ? static_cast<const void*>(columns.start + offset) : block;
-      multiply_block<kOut, kBias>(args, args.a + row * args.a_stride + 64 * step, row_count, weight, count, start,
-                                  is_first ? 0 : kBlock * 4, block, pending);
-      if (chunk == chunks - 1) pending = {block, &columns, row, offset, 0, row_count};
+      multiply_block<kOut, kBias>(args.a + row * args.a_stride + 64 * step, args.a_stride, row_count, weight, count,
+                                  start, is_first ? 0 : kBlock * 4, block, pending);
+      if (chunk == chunks - 1) {
+        pending = {block,
+                   &columns,
+                   offset,
+                   args.a_scale + row * args.a_scale_step,
+                   args.a_scale_step,
+                   output_address<kOut>(args, row, columns.first + offset),
+                   y_stride,
+                   row_count};
+      }
     }
   }
 }
@@ -251,15 +270,16 @@ SQ_AMX void gemm_range(const GemmArgs& args, Range rows, Range panels, Product /
         multiply_columns<kOut, kBias>(args, {row, end}, here, offset, sums, pending);
       }
     }
+    finish_rows<kOut, kBias>(pending, kBlock);
   }
-  finish_rows<kOut, kBias>(args, pending, kBlock);
   _tile_release();
 }
 
 // Words of 64 values, from their low and high bytes, in order: the unpacks work within 128-bit lanes.
 SQ_AMX_INLINE void store_words(__m512i low, __m512i high, uint8_t* target) {
   const __m512i first = _mm512_unpacklo_epi8(low, high), second = _mm512_unpackhi_epi8(low, high);
-  const __m512i begin = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), end = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  const __m512i begin = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
+                end = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
   _mm512_storeu_si512(target, _mm512_permutex2var_epi64(first, begin, second));
   _mm512_storeu_si512(target + 64, _mm512_permutex2var_epi64(first, end, second));
 }

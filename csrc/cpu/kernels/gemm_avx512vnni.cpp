@@ -32,28 +32,28 @@ template <int kCount>
 SQ_AVX512 void micro_kernel(const uint8_t* a, int64_t a_stride, const uint8_t* b, int64_t depth4, const int32_t* start,
                             int64_t start_stride, int32_t* sums) {
 #define SQ_FOR_ROWS(STEP) STEP(0) STEP(1) STEP(2) STEP(3) STEP(4) STEP(5)
-#define SQ_LOAD_ROW(r)                                                                 \
-  __m512i s##r##0, s##r##1, s##r##2, s##r##3;                                          \
-  if constexpr (r < kCount) {                                                          \
-    s##r##0 = _mm512_load_si512(start + r * start_stride);                             \
-    s##r##1 = _mm512_load_si512(start + r * start_stride + 16);                        \
-    s##r##2 = _mm512_load_si512(start + r * start_stride + 32);                        \
-    s##r##3 = _mm512_load_si512(start + r * start_stride + 48);                        \
+#define SQ_LOAD_ROW(r)                                          \
+  __m512i s##r##0, s##r##1, s##r##2, s##r##3;                   \
+  if constexpr (r < kCount) {                                   \
+    s##r##0 = _mm512_load_si512(start + r * start_stride);      \
+    s##r##1 = _mm512_load_si512(start + r * start_stride + 16); \
+    s##r##2 = _mm512_load_si512(start + r * start_stride + 32); \
+    s##r##3 = _mm512_load_si512(start + r * start_stride + 48); \
   }
-#define SQ_DOT_ROW(r)                                                                  \
-  if constexpr (r < kCount) {                                                          \
-    const __m512i value = broadcast4(a + r * a_stride);                                \
-    dot4(s##r##0, value, b0);                                                          \
-    dot4(s##r##1, value, b1);                                                          \
-    dot4(s##r##2, value, b2);                                                          \
-    dot4(s##r##3, value, b3);                                                          \
+#define SQ_DOT_ROW(r)                                   \
+  if constexpr (r < kCount) {                           \
+    const __m512i value = broadcast4(a + r * a_stride); \
+    dot4(s##r##0, value, b0);                           \
+    dot4(s##r##1, value, b1);                           \
+    dot4(s##r##2, value, b2);                           \
+    dot4(s##r##3, value, b3);                           \
   }
-#define SQ_STORE_ROW(r)                                                                \
-  if constexpr (r < kCount) {                                                          \
-    _mm512_store_si512(sums + r * kPanel, s##r##0);                                    \
-    _mm512_store_si512(sums + r * kPanel + 16, s##r##1);                               \
-    _mm512_store_si512(sums + r * kPanel + 32, s##r##2);                               \
-    _mm512_store_si512(sums + r * kPanel + 48, s##r##3);                               \
+#define SQ_STORE_ROW(r)                                  \
+  if constexpr (r < kCount) {                            \
+    _mm512_store_si512(sums + r * kPanel, s##r##0);      \
+    _mm512_store_si512(sums + r * kPanel + 16, s##r##1); \
+    _mm512_store_si512(sums + r * kPanel + 32, s##r##2); \
+    _mm512_store_si512(sums + r * kPanel + 48, s##r##3); \
   }
   SQ_FOR_ROWS(SQ_LOAD_ROW)
 #pragma GCC unroll 2
@@ -93,10 +93,7 @@ SQ_AVX512 void gemm_panel(const GemmArgs& args, const PanelColumns& columns, int
       const int32_t* start = k4 == 0 ? columns.start : block;
       kMicroKernels[count](args.a + row * args.a_stride + 4 * k4, args.a_stride, b + k4 * 4 * kPanel, depth4, start,
                            k4 == 0 ? 0 : kPanel, block);
-      for (int64_t r = 0; is_last && r < count; ++r) {
-        store_sums<kOut, kBias>(args, columns, row + r, 0, block + r * kPanel);
-        if (columns.count > 32) store_sums<kOut, kBias>(args, columns, row + r, 32, block + r * kPanel + 32);
-      }
+      if (is_last) store_panel<kOut, kBias>(args, columns, row, count, block);
       row += count;
     }
   }

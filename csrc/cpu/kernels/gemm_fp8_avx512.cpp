@@ -48,21 +48,21 @@ SQ_AVX512 void decode_panel(const uint8_t* b, int64_t groups, float* decoded) {
 template <int kCount>
 SQ_AVX512 void micro_kernel(const uint8_t* a, int64_t a_stride, const float* b, int64_t depth, float* sums) {
 #define SQ_FOR_ROWS(STEP) STEP(0) STEP(1) STEP(2) STEP(3) STEP(4) STEP(5)
-#define SQ_LOAD_ROW(r)                               \
-  __m512 s##r##0, s##r##1, s##r##2, s##r##3;         \
-  if constexpr (r < kCount) {                        \
-    s##r##0 = _mm512_load_ps(sums + r * kPanel);     \
+#define SQ_LOAD_ROW(r)                                \
+  __m512 s##r##0, s##r##1, s##r##2, s##r##3;          \
+  if constexpr (r < kCount) {                         \
+    s##r##0 = _mm512_load_ps(sums + r * kPanel);      \
     s##r##1 = _mm512_load_ps(sums + r * kPanel + 16); \
     s##r##2 = _mm512_load_ps(sums + r * kPanel + 32); \
     s##r##3 = _mm512_load_ps(sums + r * kPanel + 48); \
   }
-#define SQ_MULTIPLY_ROW(r)                                                                       \
-  if constexpr (r < kCount) {                                                                    \
-    const __m512 value = _mm512_set1_ps(reinterpret_cast<const float*>(a + r * a_stride)[k]);    \
-    s##r##0 = _mm512_fmadd_ps(value, b0, s##r##0);                                               \
-    s##r##1 = _mm512_fmadd_ps(value, b1, s##r##1);                                               \
-    s##r##2 = _mm512_fmadd_ps(value, b2, s##r##2);                                               \
-    s##r##3 = _mm512_fmadd_ps(value, b3, s##r##3);                                               \
+#define SQ_MULTIPLY_ROW(r)                                                                    \
+  if constexpr (r < kCount) {                                                                 \
+    const __m512 value = _mm512_set1_ps(reinterpret_cast<const float*>(a + r * a_stride)[k]); \
+    s##r##0 = _mm512_fmadd_ps(value, b0, s##r##0);                                            \
+    s##r##1 = _mm512_fmadd_ps(value, b1, s##r##1);                                            \
+    s##r##2 = _mm512_fmadd_ps(value, b2, s##r##2);                                            \
+    s##r##3 = _mm512_fmadd_ps(value, b3, s##r##3);                                            \
   }
 #define SQ_STORE_ROW(r)                               \
   if constexpr (r < kCount) {                         \
@@ -97,8 +97,8 @@ SQ_AVX512 void gemm_panel(const GemmArgs& args, const PanelColumns& columns, Ran
   __builtin_memset(sums, 0, (rows.end - rows.begin) * kPanel * sizeof(float));
   for (int64_t k = 0; k < args.k; k += kDepth) {
     const int64_t depth = args.k - k < kDepth ? args.k - k : kDepth;
-    const auto decode = args.b_dtype == DType::kFloat8E5M2 ? decode_panel<DType::kFloat8E5M2>
-                                                           : decode_panel<DType::kFloat8E4M3>;
+    const auto decode =
+        args.b_dtype == DType::kFloat8E5M2 ? decode_panel<DType::kFloat8E5M2> : decode_panel<DType::kFloat8E4M3>;
     decode(b + k * kPanel, div_up(depth, 4), decoded);
     for (int64_t row = rows.begin; row < rows.end; row += kRows) {
       const int64_t count = rows.end - row < kRows ? rows.end - row : kRows;
@@ -106,11 +106,7 @@ SQ_AVX512 void gemm_panel(const GemmArgs& args, const PanelColumns& columns, Ran
                            sums + (row - rows.begin) * kPanel);
     }
   }
-  for (int64_t row = rows.begin; row < rows.end; ++row) {
-    const float* row_sums = sums + (row - rows.begin) * kPanel;
-    store_sums<kOut, kBias>(args, columns, row, 0, row_sums);
-    if (columns.count > 32) store_sums<kOut, kBias>(args, columns, row, 32, row_sums + 32);
-  }
+  store_panel<kOut, kBias>(args, columns, rows.begin, rows.end - rows.begin, sums);
 }
 
 template <DType kOut, bool kBias>

@@ -29,11 +29,11 @@ SQ_AVX512_INLINE uint32_t absmax_bits(const QuantizeArgs& args, int64_t row) {
     }
     for (; k < args.k; k += 32) {
       const auto mask = static_cast<__mmask32>(lane_mask(args.k - k, 32));
-      largest[0] =
-          _mm512_max_epu16(largest[0], _mm512_and_si512(magnitude, _mm512_maskz_loadu_epi16(mask, x + k)));
+      largest[0] = _mm512_max_epu16(largest[0], _mm512_and_si512(magnitude, _mm512_maskz_loadu_epi16(mask, x + k)));
     }
     const __m512i both = _mm512_max_epu16(largest[0], largest[1]);
-    const __m512i words = _mm512_max_epu32(_mm512_and_si512(both, _mm512_set1_epi32(0xFFFF)), _mm512_srli_epi32(both, 16));
+    const __m512i words =
+        _mm512_max_epu32(_mm512_and_si512(both, _mm512_set1_epi32(0xFFFF)), _mm512_srli_epi32(both, 16));
     const auto bits = static_cast<uint16_t>(_mm512_reduce_max_epu32(words));
     return kIn == DType::kBFloat16 ? static_cast<uint32_t>(bits) << 16 : float_bits(to_float(Float16{bits}));
   } else {
@@ -107,7 +107,8 @@ SQ_AVX512_INLINE void convert_64(const QuantizeArgs& args, int64_t row, int64_t 
 }
 
 template <DType kIn, bool kSmooth, DType kQ, bool kClamp>
-SQ_AVX512 void convert_row(const QuantizeArgs& args, int64_t row, float multiplier, uint8_t* q) {
+SQ_AVX512 void convert_row(const QuantizeArgs& shared_args, int64_t row, float multiplier, uint8_t* q) {
+  const QuantizeArgs args = shared_args;  // a copy, which a store to q cannot change
   const __m512 factor = _mm512_set1_ps(multiplier);
   int64_t k = 0;
   for (; k + 64 <= args.k; k += 64) convert_64<kIn, kSmooth, kQ, kClamp>(args, row, k, ~0ull, factor, q);

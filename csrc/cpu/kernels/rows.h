@@ -15,8 +15,8 @@ namespace sq {
 
 struct RmsNormArgs {
   int64_t k;
-  const void* x;       // contiguous rows of k elements
-  DType x_dtype;       // of y too
+  const void* x;        // contiguous rows of k elements
+  DType x_dtype;        // of y too
   const float* weight;  // [k], the offset already added
   float eps;
   void* y;
