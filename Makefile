@@ -23,7 +23,7 @@ SANITIZE     ?= address,undefined
 comma        := ,
 NATIVE_BUILD := build/native-$(or $(subst $(comma),-,$(SANITIZE)),plain)
 
-.PHONY: help demo test lint format native-test abi cuda-headers wheel wheel-test clean distclean
+.PHONY: help demo test acceptance lint format native-test abi cuda-headers wheel wheel-test clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -32,7 +32,10 @@ demo: $(STAMPS)/installed $(STAMPS)/model ## quantize a real model on this machi
 	@$(BIN)/python benchmarks/demo.py
 
 test: $(STAMPS)/installed $(STAMPS)/model ## run the tests, with coverage
-	@$(BIN)/python -m pytest --cov
+	@$(BIN)/python -m pytest --cov -m 'not slow'
+
+acceptance: $(STAMPS)/installed $(STAMPS)/model ## run the slow tests: accuracy, size and speed of a real model
+	@$(BIN)/python -m pytest -m slow
 
 lint: $(STAMPS)/dev ## check style and types of the Python and C++ sources
 	@$(BIN)/ruff check .

@@ -126,11 +126,29 @@ def test_the_last_cast_of_any_value(backend: str, rows: int, out_dtype: torch.dt
     for sign in (1, -1):
         y = ops.w8a8_gemm(a.to(backend) * sign, b.to(backend), one, values.to(backend), out_dtype=out_dtype)
         assert_same_bits(y, (values * sign).to(out_dtype).expand(rows, -1))
-    # A bias that leaves the sum subnormal, or just above.
-    bias = torch.tensor([1e-40, -1.2e-38, 0.0, -0.0]).repeat(len(values) // 4 + 1)[: len(values)]
-    tiny = torch.tensor([1.3e-38, 1e-38, 1e-45, 1e-30]).repeat(len(values) // 4 + 1)[: len(values)]
-    y = ops.w8a8_gemm(a.to(backend), b.to(backend), one, tiny.to(backend), bias.to(backend), out_dtype)
-    assert_same_bits(y, (tiny + bias).to(out_dtype).expand(rows, -1))
+
+
+@pytest.mark.parametrize("out_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("rows", [1, 40])
+def test_subnormal_outputs_are_not_flushed(backend: str, rows: int, out_dtype: torch.dtype) -> None:
+    # Instructions that convert to bf16 flush subnormals: a panel of 64 columns for every scale and bias near them.
+    magnitudes = torch.tensor([2.0**exponent for exponent in (-149, -140, -127, -126, -125, -118, -101, -100, -99)])
+    fractions = 1 + torch.arange(64) / 64
+    scale = (magnitudes[:, None] * fractions).flatten()
+    n = len(scale)
+    a = torch.ones(rows, 1, dtype=torch.int8, device=backend)
+    one = torch.ones(1, device=backend)
+    for value in (1, -1, 0):
+        b = torch.full((n, 1), value, dtype=torch.int8)
+        expected = scale * value if value else torch.zeros(n)
+        y = ops.w8a8_gemm(a, b.to(backend), one, scale.to(backend), None, out_dtype)
+        assert_same_bits(y, expected.to(out_dtype).expand(rows, -1))
+        for bias in (*magnitudes[:, None] * fractions, torch.zeros(64), -torch.zeros(64)):
+            bias = bias.repeat(n // 64)
+            y = ops.w8a8_gemm(a, b.to(backend), one, scale.to(backend), bias.to(backend), out_dtype)
+            assert_same_bits(y, (expected + bias).to(out_dtype).expand(rows, -1))
+            y = ops.w8a8_gemm(a, b.to(backend), one, one, bias.to(backend), out_dtype)
+            assert_same_bits(y, (value + bias).to(out_dtype).expand(rows, -1))
 
 
 @pytest.mark.parametrize("x_dtype", FLOATS, ids=str)

@@ -29,7 +29,7 @@ for pair; do
   "$python" -m venv "$work/venv"
   "$work/venv/bin/python" -m pip install -qq --disable-pip-version-check --no-cache-dir "$torch" "$wheel[test]"
   "$work/venv/bin/python" - <<'PYTHON'
-import pathlib, sys, torch, smoothquant_ext
+import pathlib, sys, torch, smoothquant_ext.ops
 
 folder = pathlib.Path(smoothquant_ext.__file__).parent
 print(f"torch {torch.__version__}, {folder.relative_to(sys.prefix)}")
