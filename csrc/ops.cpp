@@ -21,9 +21,10 @@ STABLE_TORCH_LIBRARY(sq, m) {
       "silu_mul_w8a8_linear(Tensor gate, Tensor up, Tensor b, Tensor b_scale, Tensor? bias=None, Tensor? a_scale=None, "
       "ScalarType? out_dtype=None) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float offset=0.0) -> Tensor");
+  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, *, float scale, bool causal=False) -> Tensor");
 
   // Which CPU instruction set and kernels run: cpu_isa_why_not is empty for one that can; the families of cpu_kernel are
-  // quantize, pack, gemm_int8, gemm_fp8 and rows; _set_cpu_isa is for tests and benchmarks.
+  // quantize, pack, gemm_int8, gemm_fp8, rows and attention; _set_cpu_isa is for tests and benchmarks.
   m.def("cpu_isa() -> str");
   m.def("cpu_kernel(str family) -> str");
   m.def("cpu_isa_why_not(str isa) -> str");

@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from .errors import SmoothQuantError
 from .modules import W8A8Linear
+from .progress import track
 
 CHUNK = 64
 """Rows of logits that are raised to fp32 at a time: a copy of all of them would double the memory of evaluation."""
@@ -74,8 +73,7 @@ def evaluate_all(
     """
     _check_windows(models if reference is None else {"the reference": reference, **models}, windows)
     tallies = {name: Tally() for name in models}
-    console = Console(stderr=True)
-    for window in track(windows.split(1), "Evaluating".ljust(24), console=console, disable=not progress):
+    for window in track(windows.split(1), "Evaluating", progress):
         _evaluate_window(models, window, reference, tallies)
     positions = windows.shape[1] - 1
     return {name: tally.result(positions) for name, tally in tallies.items()}
@@ -208,8 +206,7 @@ def measure_speed(
     names = list(models)
     prefill_seconds: dict[str, list[float]] = {name: [] for name in names}
     decode_seconds: dict[str, list[float]] = {name: [] for name in names}
-    turns = track(range(rounds + 1), "Measuring speed".ljust(24), console=Console(stderr=True), disable=not progress)
-    for turn in turns:
+    for turn in track(range(rounds + 1), "Measuring speed", progress):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             first, rest = _time_generation(models[name], prefill, decode)
             if turn > 0:
@@ -270,7 +267,9 @@ def _time_generation(model: nn.Module, prefill: int, decode: int) -> tuple[float
     device = _device(model)
     vocabulary = _embedding_rows(model) or 2
     prompt = torch.randint(vocabulary, (1, prefill), generator=torch.Generator().manual_seed(0)).to(device)
-    last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
+    parameters = inspect.signature(model.forward).parameters
+    last_only = "logits_to_keep" in parameters
+    cache = "cache" if "cache" in parameters else "past_key_values"  # the name changed in transformers 5
     options: dict[str, Any] = {"use_cache": True} | ({"logits_to_keep": 1} if last_only else {})
 
     start = _now(device)
@@ -278,7 +277,7 @@ def _time_generation(model: nn.Module, prefill: int, decode: int) -> tuple[float
     token = output.logits[:, -1:].argmax(-1)
     middle = _now(device)
     for _ in range(decode):
-        output = model(input_ids=token, past_key_values=output.past_key_values, **options)
+        output = model(input_ids=token, **{cache: getattr(output, cache)}, **options)
         token = output.logits[:, -1:].argmax(-1)
     return middle - start, _now(device) - middle
 

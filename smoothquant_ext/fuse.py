@@ -1,8 +1,9 @@
-"""Fusion: one-pass kernels in the place of a quantized model's RMS norms and gated MLPs, found by what they compute.
+"""Fusion: one-pass kernels in the place of a quantized model's RMS norms, gated MLPs and attention.
 
-A fused module keeps its class, parameters, names and state dict: it becomes an instance of a subclass of its own class
-whose forward calls one op. Whether it may is tested, not looked up: the module is run on random input and its result
-compared with the op's formula, so that a module that computes anything else stays as it is.
+Norms and MLPs are found by what they compute. A fused module keeps its class, parameters, names and state dict: it
+becomes an instance of a subclass of its own class whose forward calls one op. Whether it may is tested, not looked up:
+the module is run on random input and its result compared with the op's formula, so that a module that computes anything
+else stays as it is. Attention is exchanged through transformers' own interface for that, see ``attention``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .attention import use_attention_
 from .linears import values_of
 from .modules import W8A8Linear
 
@@ -56,7 +58,8 @@ def fuse_(model: nn.Module) -> list[str]:
     """Fuses what can be fused in a quantized model on the CPU, in place; the names of the modules that changed.
 
     Nothing else about the model changes: names, parameters and state dict stay, and so does the result, up to the
-    rounding of intermediate values that the fused kernels keep in fp32.
+    rounding of intermediate values that the fused kernels keep in fp32. The attention of a transformers model is in the
+    list as ``"attention"``, if it changed.
     """
     fused = []
     for name, module in list(model.named_modules()):
@@ -66,6 +69,8 @@ def fuse_(model: nn.Module) -> list[str]:
             module.__class__ = _fused_class(mixin, type(module))  # type: ignore[arg-type]
             vars(module).update(attributes)
             fused.append(name)
+    if use_attention_(model):
+        fused.append("attention")
     return fused
 
 

@@ -18,6 +18,7 @@ from .reference import unpack_weight as _unpack_weight
 
 __all__ = [
     "OpInfo",
+    "attention",
     "cpu_isa",
     "info",
     "prepack_weight",
@@ -248,6 +249,30 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     return y
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool = False) -> Tensor:
+    """Scaled dot-product attention: ``softmax(scale * q @ k.T) @ v`` over the keys that each query may see.
+
+    Scores, softmax and sums are fp32; probabilities of bf16 inputs are rounded to bf16 where the CPU multiplies bf16.
+    A query that sees no key gives 0.
+
+    Args:
+        q: fp32, bf16 or fp16 [B, H, T, D], any strides.
+        k: the same dtype, [B, Hkv, S, D], where H is a multiple of Hkv: head h reads head h // (H // Hkv).
+        v: the same dtype, [B, Hkv, S, Dv].
+        mask: bool [1 or B, 1 or H, T, S], true where a query may see a key; or ``None``.
+        scale: positive, usually ``D ** -0.5``.
+        causal: whether query i sees only keys up to i + S - T, as the last T of S tokens do.
+
+    Returns:
+        y, of the dtype of ``q`` [B, T, H, Dv], contiguous: heads side by side, as the output projection reads them.
+
+    Raises:
+        RuntimeError: for dtypes, shapes or devices that do not fit, or a scale that is not positive and finite.
+    """
+    y: Tensor = torch.ops.sq.attention.default(q, k, v, mask, scale=scale, causal=causal)
+    return y
+
+
 # --- fake kernels: shapes and dtypes alone, symbolic sizes stay symbolic ----------------------------------------------
 
 
@@ -326,6 +351,12 @@ def _(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     return x.new_empty(x.shape)
 
 
+@torch.library.register_fake("sq::attention")
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, scale: float, causal: bool = False) -> Tensor:
+    _check_devices("attention", "q", q, k=k, v=v, mask=mask)
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
+
+
 # --- what will run here ---------------------------------------------------------------------------------------------
 
 
@@ -351,6 +382,7 @@ _OPS = (
     ("w8a8_linear, fp8", "gemm_fp8"),
     ("silu_mul_w8a8_linear", "rows"),
     ("rms_norm", "rows"),
+    ("attention", "attention"),
 )
 
 

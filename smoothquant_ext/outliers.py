@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from rich import box
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -19,6 +17,7 @@ from .calibrate import calibrate
 from .discover import discover
 from .errors import SmoothQuantError
 from .linears import select_linears
+from .progress import track
 from .report import name_pattern
 from .scheme import Recipe
 from .smooth import outlier_ratio, smooth_
@@ -76,10 +75,9 @@ def measure_outliers(
         SmoothQuantError: as ``quantize`` does.
     """
     recipe = recipe or Recipe()
-    console = Console(stderr=True)
 
     def bar(items: Iterable[Any], what: str) -> Iterable[Any]:
-        return track(items, description=what.ljust(24), console=console, disable=not progress)
+        return track(items, what, progress)
 
     model.eval()
     selection = select_linears(model, recipe)

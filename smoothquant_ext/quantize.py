@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from rich.progress import track
 from torch import Tensor, nn
 
 from .blocks import Batch
@@ -18,6 +17,7 @@ from .discover import Discovery, discover
 from .errors import SmoothQuantError
 from .fuse import fuse_
 from .linears import check_finite_weights, select_linears
+from .progress import track
 from .scheme import Recipe
 from .smooth import SmoothedGroup, Smoothing, smooth_
 
@@ -114,7 +114,7 @@ def _peek(batches: Iterable[Batch]) -> tuple[Batch, Iterable[Batch]]:
 def _progress_bars(report: Report, show: bool) -> Callable[[Iterable[Any], str], Iterable[Any]]:
     def bar(items: Iterable[Any], what: str) -> Iterable[Any]:
         start = time.perf_counter()
-        yield from track(items, description=f"{what:<24}", disable=not show)
+        yield from track(items, what, show)
         report.seconds[what] = time.perf_counter() - start
 
     return bar

@@ -151,3 +151,18 @@ def silu_mul_w8a8_linear(
 ) -> Tensor:
     """See ``ops.silu_mul_w8a8_linear``."""
     return w8a8_linear(silu_mul(gate, up), b, b_scale, bias, a_scale, out_dtype=out_dtype or gate.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool = False) -> Tensor:
+    """See ``ops.attention``. Computed in fp64, rounded once."""
+    group = q.shape[1] // max(1, k.shape[1])
+    k, v = k.double().repeat_interleave(group, 1), v.double().repeat_interleave(group, 1)
+    visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
+    if causal:
+        visible = visible.tril(k.shape[2] - q.shape[2])
+    visible = visible.expand(q.shape[0], q.shape[1], -1, -1)
+    if mask is not None:
+        visible = visible & mask
+    scores = (scale * q.double() @ k.transpose(2, 3)).masked_fill(~visible, -torch.inf)
+    p = scores.softmax(-1).masked_fill(~visible.any(-1, keepdim=True), 0.0)
+    return (p @ v).transpose(1, 2).contiguous().to(q.dtype)

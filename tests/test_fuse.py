@@ -143,7 +143,7 @@ def test_a_quantized_model_is_fused_where_it_can_be() -> None:
     model = quantize(tiny.build("llama"), tiny.token_ids(), Recipe(), progress=False)
     layer = ["input_layernorm", "mlp", "post_attention_layernorm"]
     expected = {f"model.layers.{index}.{name}" for index in (0, 1) for name in layer} | {"model.norm"}
-    assert set(model.smoothquant_report.fused) == expected
+    assert set(model.smoothquant_report.fused) == expected | {"attention"}
     ids = tiny.token_ids(seed=9)
     with torch.no_grad():
         before = model(ids).logits

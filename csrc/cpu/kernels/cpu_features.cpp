@@ -33,7 +33,8 @@ bool saves_state(unsigned long long parts) {
 }
 
 std::string why_no_avx2() {
-  if (!bit(Cpuid(7).ebx, 5)) return "this CPU has no AVX2";
+  const Cpuid one(1);
+  if (!bit(Cpuid(7).ebx, 5) || !bit(one.ecx, 12) || !bit(one.ecx, 29)) return "this CPU has no AVX2, FMA or F16C";
   constexpr unsigned long long kYmm = 0x6;  // SSE, the upper halves of the ymm registers
   return saves_state(kYmm) ? "" : "the operating system does not save AVX registers";
 }
@@ -109,6 +110,14 @@ const char* isa_name(Isa isa) {
 const std::string& why_not(Isa isa) {
   static const std::string reasons[] = {"", why_no_avx2(), why_no_avx512_vnni(), why_no_amx()};
   return reasons[static_cast<int>(isa)];
+}
+
+bool has_avx512_bf16() {
+#if defined(__x86_64__)
+  return bit(Cpuid(7, 1).eax, 5);
+#else
+  return false;
+#endif
 }
 
 Isa current_isa() { return selected().load(std::memory_order_relaxed); }

@@ -9,6 +9,7 @@ const Kernels& kernels_of(Isa isa) {
       "portable", gemm_int8_portable, /*block_bytes=*/1 << 17,
       "portable", /*fp8_element_size=*/4, widen_fp32_portable, gemm_fp8_portable,
       "portable", rms_norm_rows_portable, silu_mul_rows_portable,
+      "portable", attend_portable,
   };
 #if defined(__x86_64__)
   static constexpr Kernels kAvx2 = {
@@ -16,18 +17,22 @@ const Kernels& kernels_of(Isa isa) {
       "avx2", gemm_int8_avx2, /*block_bytes=*/1 << 17,
       "portable", /*fp8_element_size=*/4, widen_fp32_portable, gemm_fp8_portable,
       "portable", rms_norm_rows_portable, silu_mul_rows_portable,
+      "avx2", attend_avx2,
   };
-  static constexpr Kernels kAvx512Vnni = {
+  static const bool has_bf16 = has_avx512_bf16();
+  static const Kernels kAvx512Vnni = {
       "avx512", quantize_rows_avx512,
       "avx512vnni", gemm_int8_avx512vnni, /*block_bytes=*/1 << 19,
       "avx512", /*fp8_element_size=*/4, widen_fp32_portable, gemm_fp8_avx512,
       "avx512", rms_norm_rows_avx512, silu_mul_rows_avx512,
+      has_bf16 ? "avx512bf16" : "avx512", has_bf16 ? attend_avx512_bf16 : attend_avx512,
   };
   static constexpr Kernels kAmx = {
       "avx512", quantize_rows_avx512,
       "amx", gemm_int8_amx, /*block_bytes=*/1 << 20,
       "amx", /*fp8_element_size=*/2, widen_bf16_amx, gemm_fp8_amx,
       "avx512", rms_norm_rows_avx512, silu_mul_rows_avx512,
+      "avx512bf16", attend_avx512_bf16,
   };
   switch (isa) {
     case Isa::kAmx:

@@ -1,6 +1,7 @@
 // The kernels of each instruction set, in one table.
 #pragma once
 
+#include "attention.h"
 #include "cpu_features.h"
 #include "gemm.h"
 #include "quantize.h"
@@ -21,6 +22,8 @@ struct Kernels {
   const char* rows_name;
   RmsNormRows rms_norm_rows;
   SiluMulRows silu_mul_rows;
+  const char* attention_name;
+  Attend attend;
 };
 
 const Kernels& kernels_of(Isa isa);

@@ -1,0 +1,128 @@
+// attention on the CPU.
+#include <torch/csrc/stable/library.h>
+
+#include <functional>
+
+#include "parallel.h"
+#include "torch_args.h"
+
+namespace sq {
+namespace {
+
+constexpr const char* kOp = "attention";
+
+void check_heads(const char* name, const Tensor& x, const Tensor& q) {
+  SQ_CHECK(x.dim() == 4, kOp, ": ", name, " has shape ", shape_text(x), ", expected [B, heads, length, D]");
+  SQ_CHECK(x.scalar_type() == q.scalar_type(), kOp, ": ", name, " is ", dtype_text(x.scalar_type()), " and q is ",
+           dtype_text(q.scalar_type()), ", expected the same dtype");
+  check_same_device(kOp, name, x, "q", q);
+  SQ_CHECK(x.size(0) == q.size(0), kOp, ": ", name, " has B=", x.size(0), ", but q has B=", q.size(0));
+}
+
+void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask, double scale) {
+  check_float(kOp, "q", q.scalar_type());
+  check_heads("q", q, q);
+  check_heads("k", k, q);
+  check_heads("v", v, q);
+  SQ_CHECK(k.size(3) == q.size(3), kOp, ": k has D=", k.size(3), ", but q has D=", q.size(3));
+  SQ_CHECK(k.size(1) == v.size(1) && k.size(2) == v.size(2), kOp, ": k has shape ", shape_text(k), " and v ",
+           shape_text(v), ", expected the same heads and length");
+  SQ_CHECK(k.size(1) > 0 ? q.size(1) % k.size(1) == 0 : q.size(1) == 0, kOp, ": q has ", q.size(1), " heads and k ",
+           k.size(1), ", expected a multiple");
+  SQ_CHECK(scale > 0 && std::isfinite(scale), kOp, ": scale is ", scale, ", expected a positive finite number");
+  if (!mask.has_value()) return;
+  check_same_device(kOp, "mask", *mask, "q", q);
+  SQ_CHECK(mask->scalar_type() == ScalarType::Bool, kOp, ": mask is ", dtype_text(mask->scalar_type()),
+           ", expected bool, true where a query may see a key");
+  SQ_CHECK(mask->dim() == 4 && (mask->size(0) == 1 || mask->size(0) == q.size(0)) &&
+               (mask->size(1) == 1 || mask->size(1) == q.size(1)) && mask->size(2) == q.size(2) &&
+               mask->size(3) == k.size(2),
+           kOp, ": mask has shape ", shape_text(*mask), ", expected [1 or B, 1 or heads, ", q.size(2), ", ", k.size(2),
+           "]");
+}
+
+// The kernels want the elements of a row side by side; how rows lie does not matter.
+Tensor with_contiguous_rows(const Tensor& x) {
+  return x.size(3) <= 1 || x.stride(3) == 1 ? x : torch::stable::contiguous(x);
+}
+
+AttentionStrides strides_of(const Tensor& x) {
+  return {x.size(0) == 1 ? 0 : x.stride(0), x.size(1) == 1 ? 0 : x.stride(1), x.stride(2)};
+}
+
+// Blocks of queries 0, last, 1, last but one, ...: with a causal mask later ones are more work, and every consecutive
+// piece of this order is about the same.
+int64_t folded(int64_t index, int64_t count) { return index % 2 == 0 ? index / 2 : count - 1 - index / 2; }
+
+void parallel_tasks(int64_t tasks, int64_t work, const std::function<void(int64_t)>& run) {
+  const int64_t grain = std::max<int64_t>(1, kGemmGrain / std::max<int64_t>(1, work));
+  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) run(task);
+  });
+}
+
+Tensor attention_cpu(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const OptionalTensor& mask_in,
+                     double scale, bool causal) {
+  check_attention(q_in, k_in, v_in, mask_in, scale);
+  const Tensor q = with_contiguous_rows(q_in), k = with_contiguous_rows(k_in), v = with_contiguous_rows(v_in);
+  const OptionalTensor mask =
+      mask_in.has_value() ? OptionalTensor(with_contiguous_rows(*mask_in)) : OptionalTensor(std::nullopt);
+  const int64_t batches = q.size(0), heads = q.size(1), kv_heads = k.size(1), q_len = q.size(2);
+  Tensor y = empty_cpu({batches, q_len, heads, v.size(3)}, q.scalar_type());
+  if (y.numel() == 0) return y;
+
+  AttentionArgs args{};
+  args.dtype = kernel_dtype(q.scalar_type());
+  args.heads = heads;
+  args.group = heads / kv_heads;
+  args.q_len = q_len;
+  args.kv_len = k.size(2);
+  args.d = q.size(3);
+  args.v_d = v.size(3);
+  args.q = q.const_data_ptr();
+  args.k = k.const_data_ptr();
+  args.v = v.const_data_ptr();
+  args.q_strides = strides_of(q);
+  args.k_strides = strides_of(k);
+  args.v_strides = strides_of(v);
+  if (mask.has_value()) {
+    args.mask = pointer<uint8_t>(*mask);
+    args.mask_strides = strides_of(*mask);
+  }
+  args.scale = static_cast<float>(scale);
+  args.causal = causal;
+  args.y = y.mutable_data_ptr();
+
+  const Attend attend = current_kernels().attend;
+  const int64_t rows = q_len * args.group, work = args.kv_len * (args.d + args.v_d);
+  const int64_t parts = rows <= kAttentionDirectRows ? div_up(args.kv_len, kAttentionChunk) : 1;
+  if (parts <= 1) {
+    const int64_t block = std::min(q_len, std::max<int64_t>(1, kAttentionRows / args.group));
+    const int64_t blocks = div_up(q_len, block);
+    parallel_tasks(batches * kv_heads * blocks, work * block * args.group, [&](int64_t index) {
+      const int64_t first = folded(index % blocks, blocks) * block, pair = index / blocks;
+      attend(args,
+             {pair / kv_heads, pair % kv_heads, {first, std::min(q_len, first + block)}, {0, args.kv_len}, nullptr});
+    });
+    return y;
+  }
+  const int64_t partial_size = rows * (args.v_d + 2);
+  Scratch scratch(batches * kv_heads * parts * partial_size * static_cast<int64_t>(sizeof(float)));
+  auto* partials = reinterpret_cast<float*>(scratch.data());
+  parallel_tasks(batches * kv_heads * parts, work / parts * rows, [&](int64_t index) {
+    const int64_t first = index % parts * kAttentionChunk, pair = index / parts;
+    const Range keys{first, std::min(args.kv_len, first + kAttentionChunk)};
+    attend(args, {pair / kv_heads, pair % kv_heads, {0, q_len}, keys, partials + index * partial_size});
+  });
+  parallel_tasks(batches * kv_heads, parts * partial_size, [&](int64_t pair) {
+    const AttentionTask task{pair / kv_heads, pair % kv_heads, {0, q_len}, {0, args.kv_len}, nullptr};
+    merge_attention(args, task, partials + pair * parts * partial_size, parts);
+  });
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sq, CPU, m) { m.impl("attention", TORCH_BOX(&attention_cpu)); }
+
+}  // namespace sq

@@ -1,0 +1,51 @@
+// Attention with AVX2 and FMA, eight floats at a time.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define SQ_ATTENTION_TARGET __attribute__((target("avx2,fma,f16c")))
+#include "attention_body.h"
+
+namespace sq {
+namespace {
+
+struct Avx2 {
+  using Vec = float __attribute__((vector_size(32)));
+  using Operand = float;
+  using Factor = Vec;
+  static constexpr int kLanes = 8, kPair = 1, kRows = 6, kVecs = 2;
+
+  SQ_ATTENTION_INLINE static Vec load(const float* operands) { return _mm256_loadu_ps(operands); }
+  SQ_ATTENTION_INLINE static Vec broadcast(const float* operand) { return _mm256_broadcast_ss(operand); }
+  SQ_ATTENTION_INLINE static Vec multiply_add(Vec a, Vec b, Vec sum) { return _mm256_fmadd_ps(a, b, sum); }
+  SQ_ATTENTION_INLINE static void store(Vec value, float* target) { _mm256_storeu_ps(target, value); }
+  SQ_ATTENTION_INLINE static float sum(Vec value) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
+  SQ_ATTENTION_INLINE static Vec widen(const float* source) { return _mm256_loadu_ps(source); }
+  SQ_ATTENTION_INLINE static Vec widen(const BFloat16* source) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+  SQ_ATTENTION_INLINE static Vec widen(const Float16* source) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+  }
+};
+
+}  // namespace
+
+SQ_ATTENTION_TARGET void attend_avx2(const AttentionArgs& args, const AttentionTask& task) {
+  switch (args.dtype) {
+    case DType::kBFloat16:
+      return attend<Avx2, Avx2, BFloat16>(args, task);
+    case DType::kFloat16:
+      return attend<Avx2, Avx2, Float16>(args, task);
+    default:
+      return attend<Avx2, Avx2, float>(args, task);
+  }
+}
+
+}  // namespace sq
+
+#endif

@@ -1,0 +1,43 @@
+// Attention in bf16 with vdpbf16ps, which multiplies pairs and adds them to fp32.
+#include "avx512.h"
+
+#if SQ_X86
+#define SQ_ATTENTION_TARGET __attribute__((target(SQ_AVX512_FEATURES ",avx512bf16")))
+#include "attention_avx512.h"
+
+namespace sq {
+namespace {
+
+struct Avx512Bf16 {
+  using Vec = Avx512::Vec;
+  using Operand = uint16_t;
+  using Factor = __m512bh;
+  static constexpr int kLanes = 16, kPair = 2, kRows = 6, kVecs = 4;
+
+  SQ_ATTENTION_INLINE static __m512bh load(const uint16_t* operands) {
+    return reinterpret_cast<__m512bh>(_mm512_loadu_si512(operands));
+  }
+  SQ_ATTENTION_INLINE static __m512bh broadcast(const uint16_t* pair) {
+    int32_t bits;
+    __builtin_memcpy(&bits, pair, sizeof bits);
+    return reinterpret_cast<__m512bh>(_mm512_set1_epi32(bits));
+  }
+  SQ_ATTENTION_INLINE static Vec multiply_add(__m512bh a, __m512bh b, Vec sum) { return _mm512_dpbf16_ps(sum, a, b); }
+  SQ_ATTENTION_INLINE static void store(Vec value, uint16_t* target) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)));
+  }
+};
+
+}  // namespace
+
+SQ_ATTENTION_TARGET void attend_avx512_bf16(const AttentionArgs& args, const AttentionTask& task) {
+  if (args.dtype == DType::kBFloat16) {
+    attend<Avx512, Avx512Bf16, BFloat16>(args, task);
+  } else {
+    attend_avx512(args, task);
+  }
+}
+
+}  // namespace sq
+
+#endif

@@ -1,0 +1,431 @@
+// The body of attention.h for one instruction set. The file that includes it names the set in SQ_ATTENTION_TARGET (a
+// function's attribute), and has a class W that calculates in fp32 and a class P, perhaps the same, for packed products:
+//   Vec           kLanes floats: a GCC vector, with arithmetic operators
+//   widen(x)      Vec of fp32, bf16 or fp16;  sum(Vec) of its lanes: W only
+//   Operand       what products multiply: float, or the bits of a bf16. kPair of them along the depth make one Factor
+//   kRows, kVecs  rows and vectors of the block of sums that stays in registers
+//   load(operands), broadcast(operands), multiply_add(Factor, Factor, Vec), store(Vec, operands)
+#include <limits>
+
+#include "../scratch.h"
+#include "attention.h"
+
+#define SQ_ATTENTION_INLINE inline __attribute__((always_inline)) SQ_ATTENTION_TARGET
+
+namespace sq {
+namespace {
+
+constexpr int64_t kKeys = 128;   // packed at a time
+constexpr int64_t kStripe = 48;  // rows whose scores for kKeys keys wait in L1: 24 KB
+constexpr float kNothing = -std::numeric_limits<float>::infinity();
+
+SQ_ATTENTION_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class T>
+SQ_ATTENTION_INLINE const T* row_address(const void* base, const AttentionStrides& strides, int64_t batch, int64_t head,
+                                         int64_t row) {
+  return static_cast<const T*>(base) + batch * strides.batch + head * strides.head + row * strides.row;
+}
+
+template <class T>
+SQ_ATTENTION_INLINE const T* query_address(const AttentionArgs& args, const AttentionTask& task, int64_t row) {
+  return row_address<T>(args.q, args.q_strides, task.batch, task.kv_head * args.group + row % args.group,
+                        task.queries.begin + row / args.group);
+}
+
+// Keys from the first on that the row of the task may see, the mask aside.
+SQ_ATTENTION_INLINE int64_t visible_keys(const AttentionArgs& args, const AttentionTask& task, int64_t row) {
+  if (!args.causal) return args.kv_len;
+  const int64_t last = task.queries.begin + row / args.group + args.kv_len - args.q_len;
+  return last < 0 ? 0 : smaller(last + 1, args.kv_len);
+}
+
+SQ_ATTENTION_INLINE void to_operand(float value, float* target) { *target = value; }
+SQ_ATTENTION_INLINE void to_operand(BFloat16 value, float* target) { *target = to_float(value); }
+SQ_ATTENTION_INLINE void to_operand(Float16 value, float* target) { *target = to_float(value); }
+SQ_ATTENTION_INLINE void to_operand(BFloat16 value, uint16_t* target) { *target = value.bits; }
+SQ_ATTENTION_INLINE void to_operand(float value, uint16_t* target) {
+  BFloat16 rounded;
+  from_float(value, &rounded);
+  *target = rounded.bits;
+}
+
+template <class T, class Operand>
+SQ_ATTENTION_INLINE void copy_row(const T* source, int64_t count, int64_t padded, Operand* target) {
+  for (int64_t i = 0; i < count; ++i) to_operand(source[i], target + i);
+  for (int64_t i = count; i < padded; ++i) target[i] = 0;
+}
+
+// --- softmax --------------------------------------------------------------------------------------------------------
+
+// 2^t for t <= 0: 2^n 2^r with n the nearest integer and Cephes' polynomial (exp2f) for |r| <= 1/2; 0 below 2^-126. A NaN
+// stays.
+template <class W>
+SQ_ATTENTION_INLINE typename W::Vec exp2_vector(typename W::Vec t) {
+  using Vec = typename W::Vec;
+  using Int = decltype(Vec{} < Vec{});
+  constexpr float kLeast = -126.0f, kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves n in the low bits
+  const Vec clamped = t < kLeast ? Vec{} + kLeast : t;
+  const Vec shifted = clamped + kRound;
+  const Vec r = clamped - (shifted - kRound);
+  Vec p = W::multiply_add(Vec{} + 1.535336188319500e-4f, r, Vec{} + 1.339887440266574e-3f);
+  p = W::multiply_add(p, r, Vec{} + 9.618437357674640e-3f);
+  p = W::multiply_add(p, r, Vec{} + 5.550332471162809e-2f);
+  p = W::multiply_add(p, r, Vec{} + 2.402264791363012e-1f);
+  p = W::multiply_add(p, r, Vec{} + 6.931472028550421e-1f);
+  p = W::multiply_add(p, r, Vec{} + 1.0f);
+  Int bits, n;
+  __builtin_memcpy(&bits, &p, sizeof bits);
+  __builtin_memcpy(&n, &shifted, sizeof n);
+  bits += n << 23;
+  __builtin_memcpy(&p, &bits, sizeof p);
+  return t < kLeast ? Vec{} : p;
+}
+
+// The state of one row: what it has seen so far.
+struct RowState {
+  float max = kNothing;  // of the scores
+  float sum = 0.0f;      // of exp(scale * (score - max))
+};
+
+// Scores s of keys [first, first + count) to probabilities p, which may lie in the same place; `padded` is a multiple of
+// the lanes. Returns what the sums that came before must be multiplied with.
+template <class W, class P>
+SQ_ATTENTION_INLINE float softmax_row(const AttentionArgs& args, const AttentionTask& task, int64_t row, int64_t first,
+                                      int64_t count, int64_t padded, RowState* state, float* s,
+                                      typename P::Operand* p) {
+  using Vec = typename W::Vec;
+  const int64_t visible = smaller(visible_keys(args, task, row) - first, count);
+  if (args.mask != nullptr) {
+    const uint8_t* mask =
+        row_address<uint8_t>(args.mask, args.mask_strides, task.batch, task.kv_head * args.group + row % args.group,
+                             task.queries.begin + row / args.group) +
+        first;
+    for (int64_t j = 0; j < visible; ++j) s[j] = mask[j] != 0 ? s[j] : kNothing;
+  }
+  for (int64_t j = visible < 0 ? 0 : visible; j < padded; ++j) s[j] = kNothing;
+
+  Vec most = Vec{} + state->max;
+  for (int64_t j = 0; j < padded; j += W::kLanes) {
+    Vec value;
+    __builtin_memcpy(&value, s + j, sizeof value);
+    most = most > value ? most : value;
+  }
+  float max = most[0];
+  for (int lane = 1; lane < W::kLanes; ++lane) max = max > most[lane] ? max : most[lane];
+  if (max == kNothing) {
+    for (int64_t j = 0; j < padded; ++j) p[j] = 0;
+    return 1.0f;
+  }
+  constexpr float kLog2E = 1.44269504088896341f;
+  const float gain = args.scale * kLog2E;
+  const float factor = state->max == kNothing ? 0.0f : exp2_vector<W>(Vec{} + (state->max - max) * gain)[0];
+  Vec sum = {};
+  for (int64_t j = 0; j < padded; j += W::kLanes) {
+    Vec value;
+    __builtin_memcpy(&value, s + j, sizeof value);
+    value = exp2_vector<W>((value - max) * gain);
+    sum += value;
+    P::store(value, p + j);
+  }
+  state->max = max;
+  state->sum = state->sum * factor + W::sum(sum);
+  return factor;
+}
+
+// --- results --------------------------------------------------------------------------------------------------------
+
+template <class T>
+SQ_ATTENTION_INLINE void store_row(const AttentionArgs& args, const AttentionTask& task, int64_t row,
+                                   const RowState& state, const float* o) {
+  if (task.partial != nullptr) {
+    float* partial = task.partial + row * (args.v_d + 2);
+    for (int64_t i = 0; i < args.v_d; ++i) partial[i] = o[i];
+    partial[args.v_d] = state.max;
+    partial[args.v_d + 1] = state.sum;
+    return;
+  }
+  const int64_t query = task.queries.begin + row / args.group;
+  const int64_t head = task.kv_head * args.group + row % args.group;
+  T* y = static_cast<T*>(args.y) + ((task.batch * args.q_len + query) * args.heads + head) * args.v_d;
+  const float gain = state.max == kNothing ? 0.0f : 1.0f / state.sum;
+  for (int64_t i = 0; i < args.v_d; ++i) from_float(o[i] * gain, y + i);
+}
+
+// --- many rows: packed blocks of keys ---------------------------------------------------------------------------------
+
+// kCount rows of sums [64]: sums = sums * factor (or 0 without one) + a [kCount, depth] times a panel b [depth, columns].
+template <class P, int kCount>
+SQ_ATTENTION_INLINE void micro_kernel(const typename P::Operand* a, int64_t a_stride, const typename P::Operand* b,
+                                      int64_t depth, const float* factor, float* sums, int64_t stride) {
+  using Vec = typename P::Vec;
+  Vec acc[kCount][P::kVecs];
+#pragma GCC unroll 8
+  for (int r = 0; r < kCount; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < P::kVecs; ++v) {
+      acc[r][v] = Vec{};
+      if (factor != nullptr) {
+        __builtin_memcpy(&acc[r][v], sums + r * stride + v * P::kLanes, sizeof(Vec));
+        acc[r][v] *= factor[r];
+      }
+    }
+  }
+  for (int64_t k = 0; k < depth; k += P::kPair) {
+    typename P::Factor column[P::kVecs];
+#pragma GCC unroll 4
+    for (int v = 0; v < P::kVecs; ++v) column[v] = P::load(b + v * P::kLanes * P::kPair);
+#pragma GCC unroll 8
+    for (int r = 0; r < kCount; ++r) {
+      const typename P::Factor value = P::broadcast(a + r * a_stride + k);
+#pragma GCC unroll 4
+      for (int v = 0; v < P::kVecs; ++v) acc[r][v] = P::multiply_add(value, column[v], acc[r][v]);
+    }
+    b += P::kVecs * P::kLanes * P::kPair;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kCount; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < P::kVecs; ++v) {
+      __builtin_memcpy(sums + r * stride + v * P::kLanes, &acc[r][v], sizeof(Vec));
+    }
+  }
+}
+
+// sums [rows, panels * columns] = sums * factor + a [rows, depth] times b [panels][b_depth, columns], of which the first
+// depth count.
+template <class P>
+SQ_ATTENTION_TARGET __attribute__((noinline)) void multiply(const typename P::Operand* a, int64_t a_stride,
+                                                            int64_t rows, const typename P::Operand* b, int64_t b_depth,
+                                                            int64_t depth, int64_t panels, const float* factor,
+                                                            float* sums, int64_t stride) {
+  static_assert(P::kRows == 6, "the switch has a case for every number of rows");
+  constexpr int64_t kColumns = P::kVecs * P::kLanes;
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    const typename P::Operand* b_panel = b + panel * b_depth * kColumns;
+    for (int64_t row = 0; row < rows; row += P::kRows) {
+      const typename P::Operand* a_row = a + row * a_stride;
+      const float* row_factor = factor == nullptr ? nullptr : factor + row;
+      float* target = sums + row * stride + panel * kColumns;
+      switch (smaller(rows - row, P::kRows)) {
+        case 6:
+          micro_kernel<P, 6>(a_row, a_stride, b_panel, depth, row_factor, target, stride);
+          break;
+        case 5:
+          micro_kernel<P, 5>(a_row, a_stride, b_panel, depth, row_factor, target, stride);
+          break;
+        case 4:
+          micro_kernel<P, 4>(a_row, a_stride, b_panel, depth, row_factor, target, stride);
+          break;
+        case 3:
+          micro_kernel<P, 3>(a_row, a_stride, b_panel, depth, row_factor, target, stride);
+          break;
+        case 2:
+          micro_kernel<P, 2>(a_row, a_stride, b_panel, depth, row_factor, target, stride);
+          break;
+        default:
+          micro_kernel<P, 1>(a_row, a_stride, b_panel, depth, row_factor, target, stride);
+      }
+    }
+  }
+}
+
+// Keys [count, d] to [panels of columns][d / kPair][column][kPair]: columns are keys, those beyond `count` are 0.
+template <class P, class T>
+SQ_ATTENTION_INLINE void pack_keys(const T* k, int64_t stride, int64_t count, int64_t d, int64_t padded_d,
+                                   typename P::Operand* packed) {
+  constexpr int64_t kColumns = P::kVecs * P::kLanes;
+  typename P::Operand row[512];
+  for (int64_t key = 0; key < kKeys; ++key) {
+    typename P::Operand* column = packed + key / kColumns * padded_d * kColumns + key % kColumns * P::kPair;
+    for (int64_t begin = 0; begin < padded_d; begin += 512) {
+      const int64_t part = smaller(512, padded_d - begin);
+      const int64_t there = key < count ? smaller(part, d - begin) : 0;
+      copy_row(k + key * stride + begin, there, part, row);
+      for (int64_t i = 0; i < part; i += P::kPair) {
+        __builtin_memcpy(column + (begin + i) * kColumns, row + i, P::kPair * sizeof(row[0]));
+      }
+    }
+  }
+}
+
+// Values [count, d] to [panels of columns][kKeys / kPair][column][kPair]: columns are elements of v.
+template <class P, class T>
+SQ_ATTENTION_INLINE void pack_values(const T* v, int64_t stride, int64_t count, int64_t d, int64_t panels,
+                                     typename P::Operand* packed) {
+  constexpr int64_t kColumns = P::kVecs * P::kLanes;
+  typename P::Operand rows[P::kPair][kColumns];
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    const int64_t width = smaller(kColumns, d - panel * kColumns);
+    for (int64_t key = 0; key < kKeys; key += P::kPair) {
+      for (int64_t pair = 0; pair < P::kPair; ++pair) {
+        const int64_t there = key + pair < count ? width : 0;
+        copy_row(v + (key + pair) * stride + panel * kColumns, there, kColumns, rows[pair]);
+      }
+      typename P::Operand* target = packed + (panel * kKeys + key) * kColumns;
+      for (int64_t i = 0; i < kColumns; ++i) {
+        for (int64_t pair = 0; pair < P::kPair; ++pair) target[i * P::kPair + pair] = rows[pair][i];
+      }
+    }
+  }
+}
+
+template <class W, class P, class T>
+SQ_ATTENTION_TARGET void attend_packed(const AttentionArgs& args, const AttentionTask& task) {
+  using Operand = typename P::Operand;
+  constexpr int64_t kColumns = P::kVecs * P::kLanes;
+  static_assert(kKeys % kColumns == 0);
+  const int64_t rows = (task.queries.end - task.queries.begin) * args.group;
+  const int64_t padded_d = div_up(args.d, P::kPair) * P::kPair;
+  const int64_t panels = div_up(args.v_d, kColumns), width = panels * kColumns;
+  const int64_t o_bytes = Scratch::align(rows * width * 4);
+  const int64_t q_bytes = Scratch::align(rows * padded_d * static_cast<int64_t>(sizeof(Operand)));
+  const int64_t k_bytes = Scratch::align(kKeys * padded_d * static_cast<int64_t>(sizeof(Operand)));
+  const int64_t v_bytes = Scratch::align(kKeys * width * static_cast<int64_t>(sizeof(Operand)));
+  constexpr int64_t kSBytes = kStripe * kKeys * 4, kPBytes = kStripe * kKeys * sizeof(Operand);
+  Scratch scratch(o_bytes + q_bytes + k_bytes + v_bytes + kSBytes + kPBytes +
+                  rows * static_cast<int64_t>(sizeof(RowState)));
+  uint8_t* memory = scratch.data();
+  auto* o = reinterpret_cast<float*>(memory);
+  auto* q = reinterpret_cast<Operand*>(memory += o_bytes);
+  auto* k = reinterpret_cast<Operand*>(memory += q_bytes);
+  auto* v = reinterpret_cast<Operand*>(memory += k_bytes);
+  auto* s = reinterpret_cast<float*>(memory += v_bytes);
+  auto* p = reinterpret_cast<Operand*>(memory += kSBytes);
+  auto* states = reinterpret_cast<RowState*>(memory += kPBytes);
+
+  for (int64_t row = 0; row < rows; ++row) {
+    copy_row(query_address<T>(args, task, row), args.d, padded_d, q + row * padded_d);
+    states[row] = RowState();
+  }
+  for (int64_t i = 0; i < rows * width; ++i) o[i] = 0.0f;
+
+  const int64_t end = smaller(task.keys.end, visible_keys(args, task, rows - 1));
+  for (int64_t first = task.keys.begin; first < end; first += kKeys) {
+    const int64_t count = smaller(kKeys, end - first);
+    pack_keys<P>(row_address<T>(args.k, args.k_strides, task.batch, task.kv_head, first), args.k_strides.row, count,
+                 args.d, padded_d, k);
+    pack_values<P>(row_address<T>(args.v, args.v_strides, task.batch, task.kv_head, first), args.v_strides.row, count,
+                   args.v_d, panels, v);
+    for (int64_t row = 0; row < rows; row += kStripe) {
+      const int64_t stripe = smaller(kStripe, rows - row);
+      const int64_t seen = smaller(count, visible_keys(args, task, row + stripe - 1) - first);
+      if (seen <= 0) continue;
+      const int64_t padded = div_up(seen, P::kLanes) * P::kLanes;
+      multiply<P>(q + row * padded_d, padded_d, stripe, k, padded_d, padded_d, div_up(seen, kColumns), nullptr, s,
+                  kKeys);
+      float factors[kStripe];
+      for (int64_t r = 0; r < stripe; ++r) {
+        factors[r] =
+            softmax_row<W, P>(args, task, row + r, first, seen, padded, states + row + r, s + r * kKeys, p + r * kKeys);
+      }
+      multiply<P>(p, kKeys, stripe, v, kKeys, padded, panels, factors, o + row * width, width);
+    }
+  }
+  for (int64_t row = 0; row < rows; ++row) store_row<T>(args, task, row, states[row], o + row * width);
+}
+
+// --- few rows: keys and values as they lie ----------------------------------------------------------------------------
+
+// Up to a vector of values; those beyond `count` are 0.
+template <class W, class T>
+SQ_ATTENTION_INLINE typename W::Vec widen_some(const T* source, int64_t count) {
+  T padded[W::kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) padded[i] = source[i];
+  return W::widen(padded);
+}
+
+// scores[r][j] = q[r] . k[j] of kCount rows.
+template <class W, class T, int kCount>
+SQ_ATTENTION_TARGET void direct_scores(const float* q, int64_t q_stride, const T* k, int64_t stride, int64_t count,
+                                       int64_t d, float* s, int64_t s_stride) {
+  using Vec = typename W::Vec;
+  const int64_t whole = d / W::kLanes * W::kLanes;
+  for (int64_t j = 0; j < count; ++j, k += stride) {
+    Vec acc[kCount] = {};
+    for (int64_t i = 0; i < d; i += W::kLanes) {
+      const Vec key = i < whole ? W::widen(k + i) : widen_some<W>(k + i, d - i);
+#pragma GCC unroll 4
+      for (int r = 0; r < kCount; ++r) {
+        Vec query;
+        __builtin_memcpy(&query, q + r * q_stride + i, sizeof query);
+        acc[r] = W::multiply_add(query, key, acc[r]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kCount; ++r) s[r * s_stride + j] = W::sum(acc[r]);
+  }
+}
+
+// o[r] = sum over j of p[r][j] v[j], of kCount rows, two vectors of columns at a time.
+template <class W, class T, int kCount>
+SQ_ATTENTION_TARGET void direct_values(const float* p, int64_t p_stride, const T* v, int64_t stride, int64_t count,
+                                       int64_t d, float* o, int64_t o_stride) {
+  using Vec = typename W::Vec;
+  constexpr int64_t kStep = 2 * W::kLanes;
+  for (int64_t i = 0; i < d; i += kStep) {
+    Vec acc[kCount][2] = {};
+    const bool whole = i + kStep <= d;
+    const int64_t low_count = smaller(W::kLanes, d - i), high_count = d - i - low_count;
+    const T* source = v + i;
+    for (int64_t j = 0; j < count; ++j, source += stride) {
+      const Vec low = whole ? W::widen(source) : widen_some<W>(source, low_count);
+      const Vec high = whole ? W::widen(source + W::kLanes) : widen_some<W>(source + W::kLanes, high_count);
+#pragma GCC unroll 4
+      for (int r = 0; r < kCount; ++r) {
+        const Vec weight = Vec{} + p[r * p_stride + j];
+        acc[r][0] = W::multiply_add(weight, low, acc[r][0]);
+        acc[r][1] = W::multiply_add(weight, high, acc[r][1]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kCount; ++r) __builtin_memcpy(o + r * o_stride + i, acc[r], sizeof acc[r]);
+  }
+}
+
+template <class W, class T>
+SQ_ATTENTION_TARGET void attend_direct(const AttentionArgs& args, const AttentionTask& task) {
+  constexpr int64_t kRows = 4;
+  const int64_t rows = (task.queries.end - task.queries.begin) * args.group;
+  const int64_t count = task.keys.end - task.keys.begin;
+  const int64_t padded = div_up(count, W::kLanes) * W::kLanes;
+  const int64_t q_stride = div_up(args.d, W::kLanes) * W::kLanes;
+  const int64_t o_stride = div_up(args.v_d, 2 * W::kLanes) * 2 * W::kLanes;
+  Scratch scratch(kRows * (padded + q_stride + o_stride) * 4);
+  auto* s = reinterpret_cast<float*>(scratch.data());
+  float* q = s + kRows * padded;
+  float* o = q + kRows * q_stride;
+  const T* k = row_address<T>(args.k, args.k_strides, task.batch, task.kv_head, task.keys.begin);
+  const T* v = row_address<T>(args.v, args.v_strides, task.batch, task.kv_head, task.keys.begin);
+
+  constexpr decltype(&direct_scores<W, T, 1>) kScores[] = {direct_scores<W, T, 1>, direct_scores<W, T, 2>,
+                                                           direct_scores<W, T, 3>, direct_scores<W, T, 4>};
+  constexpr decltype(&direct_values<W, T, 1>) kValues[] = {direct_values<W, T, 1>, direct_values<W, T, 2>,
+                                                           direct_values<W, T, 3>, direct_values<W, T, 4>};
+  for (int64_t row = 0; row < rows; row += kRows) {
+    const int64_t some = smaller(kRows, rows - row);
+    RowState states[kRows];
+    for (int64_t r = 0; r < some; ++r) {
+      copy_row(query_address<T>(args, task, row + r), args.d, q_stride, q + r * q_stride);
+    }
+    kScores[some - 1](q, q_stride, k, args.k_strides.row, count, args.d, s, padded);
+    for (int64_t r = 0; r < some; ++r) {
+      float* row_s = s + r * padded;
+      softmax_row<W, W>(args, task, row + r, task.keys.begin, count, padded, states + r, row_s, row_s);
+    }
+    kValues[some - 1](s, padded, v, args.v_strides.row, count, args.v_d, o, o_stride);
+    for (int64_t r = 0; r < some; ++r) store_row<T>(args, task, row + r, states[r], o + r * o_stride);
+  }
+}
+
+template <class W, class P, class T>
+SQ_ATTENTION_TARGET void attend(const AttentionArgs& args, const AttentionTask& task) {
+  if ((task.queries.end - task.queries.begin) * args.group <= kAttentionDirectRows) {
+    attend_direct<W, T>(args, task);
+  } else {
+    attend_packed<W, P, T>(args, task);
+  }
+}
+
+}  // namespace
+}  // namespace sq

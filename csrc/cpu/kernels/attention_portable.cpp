@@ -1,0 +1,78 @@
+// Attention in plain C++, four floats at a time, and what joins the partial results of every instruction set.
+#include <cmath>
+
+#define SQ_ATTENTION_TARGET
+#include "attention_body.h"
+
+namespace sq {
+namespace {
+
+struct Portable {
+  using Vec = float __attribute__((vector_size(16)));
+  using Operand = float;
+  using Factor = Vec;
+  static constexpr int kLanes = 4, kPair = 1, kRows = 6, kVecs = 2;
+
+  static Vec load(const float* operands) {
+    Vec value;
+    __builtin_memcpy(&value, operands, sizeof value);
+    return value;
+  }
+  static Vec broadcast(const float* operand) { return Vec{} + *operand; }
+  static Vec multiply_add(Vec a, Vec b, Vec sum) { return sum + a * b; }
+  static void store(Vec value, float* target) { __builtin_memcpy(target, &value, sizeof value); }
+  static float sum(Vec value) { return (value[0] + value[2]) + (value[1] + value[3]); }
+  template <class T>
+  static Vec widen(const T* source) {
+    return Vec{to_float(source[0]), to_float(source[1]), to_float(source[2]), to_float(source[3])};
+  }
+};
+
+template <class T>
+void merge(const AttentionArgs& args, const AttentionTask& task, const float* partials, int64_t parts) {
+  const int64_t rows = (task.queries.end - task.queries.begin) * args.group, stride = args.v_d + 2;
+  Scratch scratch(args.v_d * static_cast<int64_t>(sizeof(float)));
+  auto* o = reinterpret_cast<float*>(scratch.data());
+  for (int64_t row = 0; row < rows; ++row) {
+    RowState state;
+    for (int64_t part = 0; part < parts; ++part) {
+      const float max = partials[(part * rows + row) * stride + args.v_d];
+      state.max = state.max > max ? state.max : max;
+    }
+    for (int64_t i = 0; i < args.v_d; ++i) o[i] = 0.0f;
+    for (int64_t part = 0; part < parts; ++part) {
+      const float* partial = partials + (part * rows + row) * stride;
+      if (partial[args.v_d] == kNothing) continue;
+      const float factor = std::exp((partial[args.v_d] - state.max) * args.scale);
+      state.sum += partial[args.v_d + 1] * factor;
+      for (int64_t i = 0; i < args.v_d; ++i) o[i] += partial[i] * factor;
+    }
+    store_row<T>(args, task, row, state, o);
+  }
+}
+
+}  // namespace
+
+void attend_portable(const AttentionArgs& args, const AttentionTask& task) {
+  switch (args.dtype) {
+    case DType::kBFloat16:
+      return attend<Portable, Portable, BFloat16>(args, task);
+    case DType::kFloat16:
+      return attend<Portable, Portable, Float16>(args, task);
+    default:
+      return attend<Portable, Portable, float>(args, task);
+  }
+}
+
+void merge_attention(const AttentionArgs& args, const AttentionTask& task, const float* partials, int64_t parts) {
+  switch (args.dtype) {
+    case DType::kBFloat16:
+      return merge<BFloat16>(args, task, partials, parts);
+    case DType::kFloat16:
+      return merge<Float16>(args, task, partials, parts);
+    default:
+      return merge<float>(args, task, partials, parts);
+  }
+}
+
+}  // namespace sq

@@ -1,0 +1,88 @@
+"""Attention on the CPU through ``torch.ops.sq.attention``, as an attention implementation of transformers.
+
+A model of transformers attends through the function that its configuration names, and ``set_attn_implementation``
+changes the name: ``"smoothquant"`` is ours. What our kernel does not compute goes to transformers' own ``"sdpa"``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from . import ops
+
+IMPLEMENTATION = "smoothquant"
+
+
+def use_attention_(model: nn.Module) -> bool:
+    """Makes a transformers model on the CPU that uses ``"sdpa"`` attend through our kernel, in place.
+
+    Returns:
+        Whether it does now.
+    """
+    if not isinstance(model, PreTrainedModel) or model.device.type != "cpu":
+        return False
+    if model.config._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
+        return False
+    model.set_attn_implementation(IMPLEMENTATION)
+    return True
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """As transformers' ``sdpa_attention_forward``: q [B, H, T, D] and k, v [B, Hkv, S, D] -> [B, T, H, D]."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if not _is_supported(query, key, value, attention_mask, dropout, scale, kwargs):
+        output: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
+        )
+        return output
+    queries = query.shape[2]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = queries > 1 and attention_mask is None and causal
+    if causal and key.shape[2] > queries:
+        # The first tokens in a static cache: what lies behind them is not filled yet.
+        key, value = key[:, :, :queries], value[:, :, :queries]
+    return ops.attention(query, key, value, attention_mask, scale, causal), None
+
+
+def _is_supported(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scale: float,
+    kwargs: dict[str, Any],
+) -> bool:
+    if not query.is_cpu or not query.dtype == key.dtype == value.dtype or dropout or scale <= 0:
+        return False
+    if kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None:
+        return False
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return False
+    if mask is None:
+        return True
+    if mask.dtype != torch.bool or mask.dim() != 4:
+        return False
+    batch, heads, queries, keys = mask.shape
+    is_for_all = batch in (1, query.shape[0]) and heads in (1, query.shape[1])
+    return is_for_all and queries == query.shape[2] and keys == key.shape[2]
+
+
+AttentionInterface.register(IMPLEMENTATION, attention_forward)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)

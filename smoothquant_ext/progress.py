@@ -1,0 +1,16 @@
+"""Progress of long work: bars on stderr, alike everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+import rich.progress
+from rich.console import Console
+
+Item = TypeVar("Item")
+
+
+def track(items: Iterable[Item], what: str, show: bool = True) -> Iterable[Item]:
+    """Yields the items under a bar that says ``what`` is going on."""
+    return rich.progress.track(items, what.ljust(24), console=Console(stderr=True), disable=not show)

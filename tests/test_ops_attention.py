@@ -1,0 +1,197 @@
+"""The attention op against its oracle, on every CPU ISA."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_cases import FLOATS, ISAS, cpu_isa, randn, threads
+from torch import Tensor
+
+from smoothquant_ext import ops, reference
+
+# B, H, Hkv, T, S, D, Dv: one query and many, on both sides of every block and chunk of the kernels.
+SHAPES = [
+    (1, 1, 1, 1, 1, 1, 1),
+    (1, 9, 3, 1, 300, 64, 64),
+    (2, 8, 1, 1, 513, 40, 24),
+    (1, 4, 2, 3, 17, 15, 33),
+    (1, 2, 1, 9, 257, 8, 8),
+    (1, 3, 3, 65, 65, 64, 64),
+    (2, 4, 2, 130, 140, 80, 96),
+    (1, 7, 7, 200, 129, 33, 1),
+    (1, 40, 5, 31, 31, 128, 128),
+    (1, 2, 1, 97, 300, 520, 130),
+]
+
+
+@pytest.fixture(params=ISAS, autouse=True)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    with cpu_isa(request.param):
+        yield request.param
+
+
+def inputs(shape: tuple[int, ...], dtype: torch.dtype, size: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    b, h, hkv, t, s, d, dv = shape
+    q, k = randn(b, h, t, d, dtype=dtype), randn(b, hkv, s, d, seed=1)
+    return q, (k * size).to(dtype), randn(b, hkv, s, dv, seed=2, dtype=dtype)
+
+
+def bound(q: Tensor, k: Tensor, v: Tensor, scale: float, expected: Tensor) -> Tensor:
+    """How far roundings may move the result [B, T, H, Dv].
+
+    A score, a sum of D products, is off by at most (D + 2) eps times the sum of its magnitudes, and its exponential by
+    that relatively; fp32 exponentials and sums over S keys by a few eps more; a probability that is rounded to bf16, by
+    2^-9. Every one of these moves the weighted mean of v by its relative size times at most 2 max|v|. Then one cast.
+    """
+    eps = torch.finfo(torch.float32).eps
+    group = q.shape[1] // k.shape[1]
+    magnitudes = scale * q.double().abs() @ k.double().abs().repeat_interleave(group, 1).transpose(2, 3)
+    score = (q.shape[3] + 4) * eps * magnitudes.amax((2, 3))  # [B, H]
+    relative = score + (k.shape[2] + 16) * eps + (2**-9 if q.dtype == torch.bfloat16 else 0)
+    largest = v.double().abs().amax((2, 3)).repeat_interleave(group, 1)
+    absolute = (2 * relative * largest)[:, None, :, None]
+    return absolute + torch.finfo(q.dtype).eps * expected.double().abs() + torch.finfo(q.dtype).tiny
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool) -> None:
+    y = ops.attention(q, k, v, mask, scale, causal)
+    expected = reference.attention(q, k, v, mask, scale, causal)
+    assert y.dtype == q.dtype
+    assert y.shape == (q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+    assert y.is_contiguous()
+    error = (y.double() - expected.double()).abs()
+    assert bool((error <= bound(q, k, v, scale, expected)).all()), float(error.max())
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_the_oracle(shape: tuple[int, ...], dtype: torch.dtype, causal: bool) -> None:
+    check(*inputs(shape, dtype), None, 1 / math.sqrt(shape[5]), causal)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_masks(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    b, h, _, t, s, d, _ = shape
+    for i, mask_shape in enumerate(((1, 1, t, s), (b, 1, t, s), (1, h, t, s), (b, h, t, s))):
+        mask = randn(*mask_shape, seed=i) > 0.3
+        mask[0, 0, 0] = False  # a query that sees nothing gives 0
+        check(*inputs(shape, dtype), mask, 1 / math.sqrt(d), False)
+        check(*inputs(shape, dtype), mask, 1 / math.sqrt(d), True)
+    assert not ops.attention(*inputs(shape, dtype), torch.zeros(1, 1, t, s, dtype=torch.bool), 1.0).any()
+    # One row of the mask for all queries and keys, through strides of 0.
+    check(*inputs(shape, dtype), torch.ones(1, 1, 1, 1, dtype=torch.bool).expand(b, h, t, s), 1.0, False)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    b=st.integers(0, 3),
+    hkv=st.integers(1, 4),
+    group=st.integers(1, 5),
+    t=st.integers(0, 70),
+    s=st.integers(0, 150),
+    d=st.integers(1, 70),
+    dv=st.integers(1, 70),
+    dtype=st.sampled_from(FLOATS),
+    causal=st.booleans(),
+)
+def test_any_shape(
+    b: int, hkv: int, group: int, t: int, s: int, d: int, dv: int, dtype: torch.dtype, causal: bool
+) -> None:
+    if b == 0 or s == 0 or t == 0:
+        y = ops.attention(*inputs((b, hkv * group, hkv, t, s, d, dv), dtype), None, 0.5, causal)
+        assert y.shape == (b, t, hkv * group, dv)
+        assert not y.any()
+    else:
+        check(*inputs((b, hkv * group, hkv, t, s, d, dv), dtype), None, 1 / math.sqrt(d), causal)
+
+
+@pytest.mark.parametrize("t", [1, 100])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_large_scores_do_not_overflow(dtype: torch.dtype, t: int) -> None:
+    q, k, v = inputs((1, 4, 2, t, 300, 16, 16), dtype, size=500.0)
+    check(q, k, v, None, 1.0, False)
+    # Almost all the weight is on one key.
+    y = ops.attention(q.float(), k.float(), v.float(), None, 100.0)
+    best = (q.float() @ k.float().repeat_interleave(2, 1).transpose(2, 3)).argmax(-1)
+    expected = v.float().repeat_interleave(2, 1).gather(2, best[..., None].expand(-1, -1, -1, 16)).transpose(1, 2)
+    torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_weights_sum_to_one(dtype: torch.dtype) -> None:
+    for t in (1, 200):
+        q, k, _ = inputs((2, 6, 2, t, 700, 64, 64), dtype)
+        y = ops.attention(q, k, torch.ones(2, 2, 700, 64, dtype=dtype), None, 0.125)
+        # bf16 rounds each weight, and their errors cancel but for one rounding in the worst case.
+        assert float((y.float() - 1).abs().max()) <= (2**-8 if dtype == torch.bfloat16 else 1e-3)
+
+
+@pytest.mark.parametrize("t", [1, 2, 64, 300])
+def test_any_number_of_threads_gives_the_same_bits(t: int) -> None:
+    q, k, v = inputs((2, 6, 2, t, 1100, 64, 64), torch.bfloat16)
+    outputs = []
+    for count in (1, 2, 3, 7):
+        with threads(count):
+            outputs.append(ops.attention(q, k, v, None, 0.125, causal=True))
+    assert all(torch.equal(y, outputs[0]) for y in outputs)
+
+
+@pytest.mark.parametrize("t", [1, 50])
+def test_any_strides(t: int) -> None:
+    q, k, v = inputs((2, 6, 2, t, 90, 32, 48), torch.float32)
+    expected = ops.attention(q, k, v, None, 0.2)
+    by_token = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    assert torch.equal(ops.attention(*by_token, None, 0.2), expected)
+    columns = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v)]
+    assert torch.equal(ops.attention(*columns, None, 0.2), expected)
+    longer = torch.cat([k, k.new_full((2, 2, 9, 32), torch.nan)], 2)  # a cache that is not full yet
+    assert torch.equal(ops.attention(q, longer[:, :, :90], v, None, 0.2), expected)
+    one_for_all = ops.attention(q, k[:1].expand(2, -1, -1, -1), v[:1].expand(2, -1, -1, -1), None, 0.2)
+    assert torch.equal(one_for_all[0], expected[0])
+
+
+def test_what_cannot_be_said_is_not_a_number_and_stays_in_its_head() -> None:
+    for t in (1, 50):
+        q, k, v = inputs((1, 4, 2, t, 90, 16, 16), torch.float32)
+        clean = ops.attention(q, k, v, None, 0.25)
+        k[0, 1, 3, 5] = torch.nan
+        y = ops.attention(q, k, v, None, 0.25)
+        assert y[:, :, 2:].isnan().all()
+        assert torch.equal(y[:, :, :2], clean[:, :, :2])
+        q[0, 0, 0, 0] = torch.inf
+        assert ops.attention(q, k, v, None, 0.25)[0, 0, 0].isnan().all()
+
+
+def test_errors_name_the_culprit() -> None:
+    q, k, v = inputs((2, 6, 2, 5, 7, 16, 8), torch.float32)
+    mask = torch.ones(2, 1, 5, 7, dtype=torch.bool)
+    for arguments, sentence in (
+        ((q[0], k, v, None, 1.0), r"q has shape \[6, 5, 16\], expected \[B, heads, length, D\]"),
+        ((q.double(), k, v, None, 1.0), "q is float64"),
+        ((q, k.half(), v, None, 1.0), "k is float16 and q is float32, expected the same dtype"),
+        ((q, k[:1], v, None, 1.0), "k has B=1, but q has B=2"),
+        ((q, k[..., :9], v, None, 1.0), "k has D=9, but q has D=16"),
+        ((q, k, v[:, :, :3], None, 1.0), r"k has shape \[2, 2, 7, 16\] and v \[2, 2, 3, 8\]"),
+        ((q[:, :5], k, v, None, 1.0), "q has 5 heads and k 2, expected a multiple"),
+        ((q, k, v, None, 0.0), "scale is 0, expected a positive finite number"),
+        ((q, k, v, None, math.nan), "scale is nan"),
+        ((q, k, v, mask.float(), 1.0), "mask is float32, expected bool"),
+        ((q, k, v, mask[:, :, :4], 1.0), r"mask has shape \[2, 1, 4, 7\], expected \[1 or B, 1 or heads, 5, 7\]"),
+    ):
+        with pytest.raises(RuntimeError, match=f"attention: {sentence}"):
+            ops.attention(*arguments)
+
+
+def test_opcheck() -> None:
+    q, k, v = inputs((2, 6, 2, 5, 7, 16, 8), torch.bfloat16)
+    mask = torch.ones(2, 1, 5, 7, dtype=torch.bool)
+    op = torch.ops.sq.attention.default
+    torch.library.opcheck(op, (q, k, v), {"scale": 0.25})
+    torch.library.opcheck(op, (q, k, v, mask), {"scale": 0.25, "causal": True})
