@@ -44,11 +44,6 @@ SQ_ATTENTION_INLINE void to_operand(float value, float* target) { *target = valu
 SQ_ATTENTION_INLINE void to_operand(BFloat16 value, float* target) { *target = to_float(value); }
 SQ_ATTENTION_INLINE void to_operand(Float16 value, float* target) { *target = to_float(value); }
 SQ_ATTENTION_INLINE void to_operand(BFloat16 value, uint16_t* target) { *target = value.bits; }
-SQ_ATTENTION_INLINE void to_operand(float value, uint16_t* target) {
-  BFloat16 rounded;
-  from_float(value, &rounded);
-  *target = rounded.bits;
-}
 
 template <class T, class Operand>
 SQ_ATTENTION_INLINE void copy_row(const T* source, int64_t count, int64_t padded, Operand* target) {
