@@ -12,12 +12,8 @@
 #define TARGET(features) __attribute__((target(features)))
 
 // 24 independent sums, as many as the latency and the ports can ask for.
-#define TWENTY_FOUR(STEP)                                                                                       \
-  STEP(0)                                                                                                       \
-  STEP(1)                                                                                                       \
-  STEP(2)                                                                                                       \
-  STEP(3) STEP(4) STEP(5) STEP(6) STEP(7) STEP(8) STEP(9) STEP(10) STEP(11) STEP(12) STEP(13) STEP(14) STEP(15) \
-      STEP(16) STEP(17) STEP(18) STEP(19) STEP(20) STEP(21) STEP(22) STEP(23)
+#define EIGHT(STEP, i) STEP(i##0) STEP(i##1) STEP(i##2) STEP(i##3) STEP(i##4) STEP(i##5) STEP(i##6) STEP(i##7)
+#define TWENTY_FOUR(STEP) EIGHT(STEP, 0) EIGHT(STEP, 1) EIGHT(STEP, 2)
 
 TARGET("avx512f,avx512bw,avx512vnni") void vnni(int64_t rounds) {
   __m512i a = _mm512_set1_epi8(1), b = _mm512_set1_epi8(2);
