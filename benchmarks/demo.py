@@ -25,6 +25,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' bars would break int
 
 import torch
 import typer
+from machine import cpu_name
 from rich.console import Console
 
 from smoothquant_ext import Recipe, SmoothQuantError, load, ops, quantize, save
@@ -242,15 +243,6 @@ def machine() -> dict[str, Any]:
         "transformers": version("transformers"),
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
-
-
-def cpu_name() -> str:
-    """As the kernel calls it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 @contextmanager
