@@ -68,7 +68,11 @@ class Product {
     args_.y = y.mutable_data_ptr();
     args_.y_dtype = kernel_dtype(y.scalar_type());
     if (!is_int8_) widen(a_dtype);
-    parallel_gemm(is_int8_ ? kernels_.gemm_int8 : kernels_.gemm_fp8, args_, shape_.m, kernels_.block_bytes);
+    if (is_int8_) {
+      parallel_gemm(kernels_.gemm_int8, args_, shape_.m, kernels_.block_bytes);
+    } else {
+      parallel_gemm(kernels_.gemm_fp8, args_, shape_.m, kernels_.fp8_block_bytes);
+    }
   }
 
  private:

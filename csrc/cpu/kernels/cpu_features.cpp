@@ -114,7 +114,7 @@ const std::string& why_not(Isa isa) {
 
 bool has_avx512_bf16() {
 #if defined(__x86_64__)
-  return bit(Cpuid(7, 1).eax, 5);
+  return bit(Cpuid(7, 1).eax, 5) && bit(Cpuid(7).ecx, 1);
 #else
   return false;
 #endif

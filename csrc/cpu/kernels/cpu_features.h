@@ -16,7 +16,7 @@ const char* isa_name(Isa isa);
 // tile registers of AMX.
 const std::string& why_not(Isa isa);
 
-// Whether a CPU with AVX512-VNNI also multiplies bf16.
+// Whether a CPU with AVX512-VNNI also multiplies bf16, and has the byte permutations (VBMI) that decode fp8 to it.
 bool has_avx512_bf16();
 
 // The ISA in use. Throws std::runtime_error if SMOOTHQUANT_CPU_ISA names none, or one that this machine cannot run.

@@ -7,11 +7,11 @@
 // The copied chunk stays in L1 while rows pass from L2. In the packed weight itself, 32 of a panel's 64 columns lie in every
 // other 128 bytes, so that they would compete for half of the cache sets. The last step of a block (scales, bias, cast) is
 // spread over the tile instructions of the next one.
-#include "avx512.h"
+#include "fp8_bf16.h"
 
 #if SQ_X86
 
-#define SQ_AMX_FEATURES SQ_AVX512_FEATURES ",avx512bf16,avx512vbmi,amx-tile,amx-int8,amx-bf16"
+#define SQ_AMX_FEATURES SQ_BF16_FEATURES ",amx-tile,amx-int8,amx-bf16"
 #define SQ_AMX __attribute__((target(SQ_AMX_FEATURES)))
 #define SQ_AMX_INLINE inline __attribute__((always_inline, target(SQ_AMX_FEATURES)))
 
@@ -115,44 +115,12 @@ SQ_AMX_INLINE Weight copy_weight(const uint8_t* b, int64_t steps, uint8_t* copy)
   return {copy, 64, kTileBytes, 2 * kTileBytes};
 }
 
-// The bf16 bits of the 128 magnitudes of an fp8 type, in two halves for byte permutations.
-struct alignas(64) Bf16Table {
-  uint8_t low[128], high[128];
-
-  explicit Bf16Table(float (*decode)(uint8_t)) {
-    for (int i = 0; i < 128; ++i) {
-      const uint32_t bits = float_bits(decode(static_cast<uint8_t>(i))) >> 16;
-      low[i] = static_cast<uint8_t>(bits);
-      high[i] = static_cast<uint8_t>(bits >> 8);
-    }
-  }
-};
-
-const Bf16Table& bf16_table(DType dtype) {
-  static const Bf16Table e4m3(float8_e4m3_to_float);
-  static const Bf16Table e5m2(float8_e5m2_to_float);
-  return dtype == DType::kFloat8E5M2 ? e5m2 : e4m3;
-}
-
-// 64 fp8 values to the low and high bytes of their bf16. The permutation looks at the lowest 7 bits, and so not at signs.
-SQ_AMX_INLINE void decode_bf16(const Bf16Table& table, __m512i bytes, __m512i* low, __m512i* high) {
-  *low = _mm512_permutex2var_epi8(_mm512_load_si512(table.low), bytes, _mm512_load_si512(table.low + 64));
-  const __m512i magnitude =
-      _mm512_permutex2var_epi8(_mm512_load_si512(table.high), bytes, _mm512_load_si512(table.high + 64));
-  *high = _mm512_or_si512(magnitude, _mm512_and_si512(bytes, _mm512_set1_epi8(static_cast<char>(0x80))));
-}
-
 // As copy_weight, from fp8 to bf16: a tile row is 16 columns x 2 k, so that a group of 4 k becomes two rows.
 SQ_AMX_INLINE Weight decode_weight(const Bf16Table& table, const uint8_t* b, int64_t steps, uint8_t* copy) {
   for (int64_t part = 0; part < steps * 16; ++part) {
     const int64_t group = part / 2;
     uint8_t* target = copy + group / 8 * 2 * kTileBytes + part % 2 * kTileBytes + group % 8 * 128;
-    __m512i low, high;
-    decode_bf16(table, _mm512_loadu_si512(b + group * 4 * kPanel + part % 2 * 64), &low, &high);
-    const __m512i first = _mm512_unpacklo_epi8(low, high), second = _mm512_unpackhi_epi8(low, high);
-    const __m512 a = _mm512_castsi512_ps(first), c = _mm512_castsi512_ps(second);
-    _mm512_store_ps(target, _mm512_shuffle_ps(a, c, _MM_SHUFFLE(2, 0, 2, 0)));
-    _mm512_store_ps(target + 64, _mm512_shuffle_ps(a, c, _MM_SHUFFLE(3, 1, 3, 1)));
+    decode_weight_pairs(table, b + group * 4 * kPanel + part % 2 * 64, target, 64);
   }
   return {copy, 64, kTileBytes, 2 * kTileBytes};
 }
@@ -302,27 +270,6 @@ SQ_AMX void gemm_range(const GemmArgs& args, Range rows, Range panels, Product /
   _tile_release();
 }
 
-// Words of 64 values, from their low and high bytes, in order: the unpacks work within 128-bit lanes.
-SQ_AMX_INLINE void store_words(__m512i low, __m512i high, uint8_t* target) {
-  const __m512i first = _mm512_unpacklo_epi8(low, high), second = _mm512_unpackhi_epi8(low, high);
-  const __m512i begin = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
-                end = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-  _mm512_storeu_si512(target, _mm512_permutex2var_epi64(first, begin, second));
-  _mm512_storeu_si512(target + 64, _mm512_permutex2var_epi64(first, end, second));
-}
-
-SQ_AMX void widen_rows(const WidenArgs& args, Range rows) {
-  const Bf16Table& table = bf16_table(args.dtype);
-  for (int64_t row = rows.begin; row < rows.end; ++row) {
-    for (int64_t k = 0; k < args.k; k += 64) {
-      const uint8_t* q = args.q + row * args.q_stride + k;
-      __m512i low, high;
-      decode_bf16(table, _mm512_maskz_loadu_epi8(lane_mask(args.k - k, 64), q), &low, &high);  // 0 beyond K
-      store_words(low, high, args.wide + row * args.wide_stride + 2 * k);
-    }
-  }
-}
-
 }  // namespace
 
 void gemm_int8_amx(const GemmArgs& args, Range rows, Range panels) {
@@ -331,11 +278,9 @@ void gemm_int8_amx(const GemmArgs& args, Range rows, Range panels) {
 }
 
 void gemm_fp8_amx(const GemmArgs& args, Range rows, Range panels) {
-  if (args.k == 0) return gemm_fp8_portable(args, rows, panels);
+  if (rows.end - rows.begin < kFewestRows || args.k == 0) return gemm_fp8_avx512bf16(args, rows, panels);
   SQ_DISPATCH_OUTPUT(gemm_range, args, rows, panels, Fp8Product());
 }
-
-void widen_bf16_amx(const WidenArgs& args, Range rows) { widen_rows(args, rows); }
 
 }  // namespace sq
 

@@ -19,6 +19,7 @@ struct Kernels {
   int64_t fp8_element_size;  // of what widen_fp8 makes
   WidenRows widen_fp8;
   GemmRange gemm_fp8;
+  int64_t fp8_block_bytes;  // larger where every block decodes the weight anew
   const char* rows_name;
   RmsNormRows rms_norm_rows;
   SiluMulRows silu_mul_rows;
