@@ -17,6 +17,7 @@ from torch import Tensor
 from .reference import unpack_weight as _unpack_weight
 
 __all__ = [
+    "CPU_ISAS",
     "OpInfo",
     "attention",
     "cpu_isa",
@@ -369,7 +370,7 @@ class OpInfo(NamedTuple):
     reason: str
 
 
-_CPU_ISAS = ("amx", "avx512vnni", "avx2", "portable")  # fastest first
+CPU_ISAS = ("amx", "avx512bf16", "avx512vnni", "avx2", "portable")  # fastest first
 
 # What the table shows, and the family of kernels that it runs on.
 _OPS = (
@@ -387,7 +388,7 @@ _OPS = (
 
 
 def cpu_isa() -> str:
-    """The instruction set in use on the CPU: ``"portable"``, ``"avx2"``, ``"avx512vnni"`` or ``"amx"``.
+    """The instruction set in use on the CPU: one of ``CPU_ISAS``.
 
     The environment variable SMOOTHQUANT_CPU_ISA forces one, and is read once per process.
 
@@ -402,7 +403,7 @@ def _cpu_reason() -> str:
     isa = cpu_isa()
     if forced := os.environ.get("SMOOTHQUANT_CPU_ISA"):
         return f"SMOOTHQUANT_CPU_ISA={forced}"
-    better = _CPU_ISAS[: _CPU_ISAS.index(isa)]
+    better = CPU_ISAS[: CPU_ISAS.index(isa)]
     return "; ".join(f"no {name}: {torch.ops.sq.cpu_isa_why_not(name)}" for name in better)
 
 

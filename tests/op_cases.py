@@ -15,7 +15,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 EIGHT_BIT = (torch.int8, *FLOAT8)
 
-ISAS = tuple(isa for isa in ("portable", "avx2", "avx512vnni", "amx") if not torch.ops.sq.cpu_isa_why_not(isa))
+ISAS = tuple(isa for isa in reversed(ops.CPU_ISAS) if not torch.ops.sq.cpu_isa_why_not(isa))
 HAS_CUDA = torch.cuda.is_available() and os.environ.get("SMOOTHQUANT_UNVALIDATED_CUDA") == "1"
 
 

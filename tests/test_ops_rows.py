@@ -8,22 +8,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_cases import EIGHT_BIT, FLOATS, ISAS, cpu_isa
 from torch import Tensor
 
 from smoothquant_ext import ops, reference
 
-FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-EIGHT_BIT = [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2]
-ISAS = [isa for isa in ("portable", "avx512vnni", "amx") if not torch.ops.sq.cpu_isa_why_not(isa)]
 SHAPES = [(0, 8), (1, 1), (3, 15), (2, 16), (5, 17), (7, 64), (33, 577), (2, 3, 100), (4, 4096)]
 
 
 @pytest.fixture(params=ISAS, autouse=True)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = torch.ops.sq.cpu_isa()
-    torch.ops.sq._set_cpu_isa(request.param)
-    yield request.param
-    torch.ops.sq._set_cpu_isa(before)
+    with cpu_isa(request.param):
+        yield request.param
 
 
 def same(a: Tensor, b: Tensor) -> bool:

@@ -49,15 +49,18 @@ std::string why_no_avx512_vnni() {
   return saves_state(kZmm) ? "" : "the operating system does not save AVX512 registers";
 }
 
+// What multiplies bf16, and the byte permutations that decode fp8 to it.
+std::string why_no_avx512_bf16() {
+  if (std::string reason = why_no_avx512_vnni(); !reason.empty()) return reason;
+  return bit(Cpuid(7, 1).eax, 5) && bit(Cpuid(7).ecx, 1) ? "" : "this CPU has no AVX512-BF16 or no AVX512-VBMI";
+}
+
 std::string why_no_amx() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
-  if (std::string reason = why_no_avx512_vnni(); !reason.empty()) return reason;
+  if (std::string reason = why_no_avx512_bf16(); !reason.empty()) return reason;
   const Cpuid seven(7);
   if (!bit(seven.edx, 24) || !bit(seven.edx, 25)) return "this CPU has no AMX-INT8";
-  // Every CPU with AMX so far has these too, which its kernels use.
-  if (!bit(seven.edx, 22) || !bit(Cpuid(7, 1).eax, 5) || !bit(seven.ecx, 1)) {
-    return "this CPU has no AMX-BF16, AVX512-BF16 or AVX512-VBMI";
-  }
+  if (!bit(seven.edx, 22)) return "this CPU has no AMX-BF16";
   constexpr unsigned long long kTiles = 0x60000;
   if (!saves_state(kTiles)) return "the operating system does not save AMX tiles";
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -69,6 +72,7 @@ std::string why_no_amx() {
 #else
 std::string why_no_avx2() { return "this is not an x86-64 CPU"; }
 std::string why_no_avx512_vnni() { return "this is not an x86-64 CPU"; }
+std::string why_no_avx512_bf16() { return "this is not an x86-64 CPU"; }
 std::string why_no_amx() { return "this is not an x86-64 CPU"; }
 #endif
 
@@ -103,21 +107,13 @@ std::atomic<Isa>& selected() {
 }  // namespace
 
 const char* isa_name(Isa isa) {
-  constexpr const char* kNames[] = {"portable", "avx2", "avx512vnni", "amx"};
+  constexpr const char* kNames[] = {"portable", "avx2", "avx512vnni", "avx512bf16", "amx"};
   return kNames[static_cast<int>(isa)];
 }
 
 const std::string& why_not(Isa isa) {
-  static const std::string reasons[] = {"", why_no_avx2(), why_no_avx512_vnni(), why_no_amx()};
+  static const std::string reasons[] = {"", why_no_avx2(), why_no_avx512_vnni(), why_no_avx512_bf16(), why_no_amx()};
   return reasons[static_cast<int>(isa)];
-}
-
-bool has_avx512_bf16() {
-#if defined(__x86_64__)
-  return bit(Cpuid(7, 1).eax, 5) && bit(Cpuid(7).ecx, 1);
-#else
-  return false;
-#endif
 }
 
 Isa current_isa() { return selected().load(std::memory_order_relaxed); }

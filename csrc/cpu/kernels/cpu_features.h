@@ -5,19 +5,16 @@
 
 namespace sq {
 
-enum class Isa { kPortable, kAvx2, kAvx512Vnni, kAmx };  // in rising order of preference
+enum class Isa { kPortable, kAvx2, kAvx512Vnni, kAvx512Bf16, kAmx };  // in rising order of preference
 
-constexpr Isa kIsas[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512Vnni, Isa::kAmx};
+constexpr Isa kIsas[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512Vnni, Isa::kAvx512Bf16, Isa::kAmx};
 
-// "portable", "avx2", "avx512vnni", "amx"
+// "portable", "avx2", "avx512vnni", "avx512bf16", "amx"
 const char* isa_name(Isa isa);
 
 // Why this machine cannot run the kernels of `isa`; empty where it can. The first call asks Linux for leave to use the
 // tile registers of AMX.
 const std::string& why_not(Isa isa);
-
-// Whether a CPU with AVX512-VNNI also multiplies bf16, and has the byte permutations (VBMI) that decode fp8 to it.
-bool has_avx512_bf16();
 
 // The ISA in use. Throws std::runtime_error if SMOOTHQUANT_CPU_ISA names none, or one that this machine cannot run.
 Isa current_isa();

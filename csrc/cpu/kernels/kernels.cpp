@@ -7,7 +7,7 @@ const Kernels& kernels_of(Isa isa) {
   static constexpr Kernels kPortable = {
       "portable", quantize_rows_portable,
       "portable", gemm_int8_portable, /*block_bytes=*/1 << 17,
-      "portable", /*fp8_element_size=*/4, widen_fp32_portable, gemm_fp8_portable, 1 << 17,
+      "portable", /*fp8_element_size=*/4, widen_fp32_portable, gemm_fp8_portable, /*fp8_block_bytes=*/1 << 17,
       "portable", rms_norm_rows_portable, silu_mul_rows_portable,
       "portable", attend_portable,
   };
@@ -15,29 +15,36 @@ const Kernels& kernels_of(Isa isa) {
   static constexpr Kernels kAvx2 = {
       "portable", quantize_rows_portable,
       "avx2", gemm_int8_avx2, /*block_bytes=*/1 << 17,
-      "portable", /*fp8_element_size=*/4, widen_fp32_portable, gemm_fp8_portable, 1 << 17,
+      "portable", /*fp8_element_size=*/4, widen_fp32_portable, gemm_fp8_portable, /*fp8_block_bytes=*/1 << 17,
       "portable", rms_norm_rows_portable, silu_mul_rows_portable,
       "avx2", attend_avx2,
   };
-  static const bool has_bf16 = has_avx512_bf16();
-  static const Kernels kAvx512Vnni = {
+  static constexpr Kernels kAvx512Vnni = {
       "avx512", quantize_rows_avx512,
       "avx512vnni", gemm_int8_avx512vnni, /*block_bytes=*/1 << 19,
-      has_bf16 ? "avx512bf16" : "avx512", /*fp8_element_size=*/has_bf16 ? 2 : 4,
-      has_bf16 ? widen_bf16_avx512 : widen_fp32_portable, has_bf16 ? gemm_fp8_avx512bf16 : gemm_fp8_avx512, 1 << 21,
+      "avx512", /*fp8_element_size=*/4, widen_fp32_portable, gemm_fp8_avx512, /*fp8_block_bytes=*/1 << 21,
       "avx512", rms_norm_rows_avx512, silu_mul_rows_avx512,
-      has_bf16 ? "avx512bf16" : "avx512", has_bf16 ? attend_avx512_bf16 : attend_avx512,
+      "avx512", attend_avx512,
+  };
+  static constexpr Kernels kAvx512Bf16 = {
+      "avx512", quantize_rows_avx512,
+      "avx512vnni", gemm_int8_avx512vnni, /*block_bytes=*/1 << 19,
+      "avx512bf16", /*fp8_element_size=*/2, widen_bf16_avx512, gemm_fp8_avx512bf16, /*fp8_block_bytes=*/1 << 21,
+      "avx512", rms_norm_rows_avx512, silu_mul_rows_avx512,
+      "avx512bf16", attend_avx512_bf16,
   };
   static constexpr Kernels kAmx = {
       "avx512", quantize_rows_avx512,
       "amx", gemm_int8_amx, /*block_bytes=*/1 << 20,
-      "amx", /*fp8_element_size=*/2, widen_bf16_avx512, gemm_fp8_amx, 1 << 20,
+      "amx", /*fp8_element_size=*/2, widen_bf16_avx512, gemm_fp8_amx, /*fp8_block_bytes=*/1 << 20,
       "avx512", rms_norm_rows_avx512, silu_mul_rows_avx512,
       "avx512bf16", attend_avx512_bf16,
   };
   switch (isa) {
     case Isa::kAmx:
       return kAmx;
+    case Isa::kAvx512Bf16:
+      return kAvx512Bf16;
     case Isa::kAvx512Vnni:
       return kAvx512Vnni;
     case Isa::kAvx2:
