@@ -87,7 +87,7 @@ int main(int argc, char** argv) {
     std::printf(", \"bf16_gflops\": %.1f", 24.0 * 64 * kRounds * threads / seconds / 1e9);
   }
 #endif
-  // Twice: larger than any cache, and a megabyte a thread, which L2 or L3 holds.
+  // Larger than any cache.
   const int64_t size = int64_t{512} << 20;
   auto* memory = static_cast<uint64_t*>(std::aligned_alloc(1 << 21, size));
   for (int64_t i = 0; i < size / 8; ++i) memory[i] = static_cast<uint64_t>(i);

