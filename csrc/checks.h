@@ -108,19 +108,19 @@ inline void check_static_scale(const char* op, const char* name, const Tensor& s
 }
 
 // x [..., K]: a floating-point activation.
-inline void check_activation(const char* op, const Tensor& x) {
-  check_float(op, "x", x.scalar_type());
-  SQ_CHECK(x.dim() >= 1, op, ": x has no dimensions, expected [..., K]");
+inline void check_activation(const char* op, const Tensor& x, const char* name = "x") {
+  check_float(op, name, x.scalar_type());
+  SQ_CHECK(x.dim() >= 1, op, ": ", name, " has no dimensions, expected [..., K]");
 }
 
-// gate and up [..., K]: the two halves of a gated activation.
-inline void check_gate_and_up(const char* op, const Tensor& gate, const Tensor& up) {
-  check_float(op, "gate", gate.scalar_type());
-  SQ_CHECK(gate.scalar_type() == up.scalar_type(), op, ": gate is ", dtype_text(gate.scalar_type()), " and up is ",
-           dtype_text(up.scalar_type()), ", expected the same dtype");
-  check_same_device(op, "up", up, "gate", gate);
-  SQ_CHECK(shape_text(gate) == shape_text(up), op, ": gate has shape ", shape_text(gate), " and up ", shape_text(up),
-           ", expected the same shape");
+// Two tensors of the same dtype, device and shape.
+inline void check_alike(const char* op, const char* name, const Tensor& tensor, const char* first_name,
+                        const Tensor& first) {
+  SQ_CHECK(tensor.scalar_type() == first.scalar_type(), op, ": ", first_name, " is ", dtype_text(first.scalar_type()),
+           " and ", name, " is ", dtype_text(tensor.scalar_type()), ", expected the same dtype");
+  check_same_device(op, name, tensor, first_name, first);
+  SQ_CHECK(shape_text(first) == shape_text(tensor), op, ": ", first_name, " has shape ", shape_text(first), " and ",
+           name, " ", shape_text(tensor), ", expected the same shape");
 }
 
 inline void check_smooth(const char* op, const OptionalTensor& smooth, const Tensor& x) {
@@ -151,41 +151,57 @@ inline int64_t row_count(const Tensor& a) {
   return rows;
 }
 
-// The operands of a product of a (named a_name, checked for its own dtype already) with the weight b, plain or packed.
-inline GemmShape check_gemm(const char* op, const char* a_name, const Tensor& a, const Tensor& b, const Tensor& b_scale,
-                            const OptionalTensor& bias) {
-  SQ_CHECK(a.dim() >= 1, op, ": ", a_name, " has no dimensions, expected [..., K]");
-  check_8bit(op, "b", b.scalar_type());
-  check_same_device(op, "b", b, a_name, a);
-  check_same_device(op, "b_scale", b_scale, a_name, a);
-  GemmShape shape{row_count(a), 0, a.size(a.dim() - 1), b.dim() == 4};
+// What a product's operands are called in messages.
+struct OperandNames {
+  const char* a = "a";
+  const char* b = "b";
+  const char* b_scale = "b_scale";
+  const char* bias = "bias";
+};
+
+// The operands of a product of m rows of k values, on the device of `a` and checked for their own dtype already, with the
+// weight b, plain or packed.
+inline GemmShape check_weight(const char* op, const OperandNames& names, const Tensor& a, int64_t m, int64_t k,
+                              const Tensor& b, const Tensor& b_scale, const OptionalTensor& bias) {
+  check_8bit(op, names.b, b.scalar_type());
+  check_same_device(op, names.b, b, names.a, a);
+  check_same_device(op, names.b_scale, b_scale, names.a, a);
+  GemmShape shape{m, 0, k, b.dim() == 4};
   if (shape.is_packed) {
-    SQ_CHECK(a.is_cpu(), op, ": b is packed for the CPU kernels, expected [N, K] on this device");
-    SQ_CHECK(b.size(2) == kPackedColumns && b.size(3) == 4 && b.size(1) % 16 == 1, op, ": b has shape ", shape_text(b),
-             ", expected [N, K] or what prepack_weight returns");
-    check_scale_dtype(op, "b_scale", b_scale);
+    SQ_CHECK(a.is_cpu(), op, ": ", names.b, " is packed for the CPU kernels, expected [N, K] on this device");
+    SQ_CHECK(b.size(2) == kPackedColumns && b.size(3) == 4 && b.size(1) % 16 == 1, op, ": ", names.b, " has shape ",
+             shape_text(b), ", expected [N, K] or what prepack_weight returns");
+    check_scale_dtype(op, names.b_scale, b_scale);
     shape.n = b_scale.numel();
     const int64_t most_n = b.size(0) * kPackedColumns;
     const int64_t most_k = b.size(1) / 16 * 64;
-    SQ_CHECK(most_n - kPackedColumns < shape.n && shape.n <= most_n, op, ": b_scale has ", shape.n,
-             " elements, expected one a column of the packed b, which has ", most_n - kPackedColumns + 1, " to ",
-             most_n);
-    SQ_CHECK(most_k - 64 < shape.k && shape.k <= most_k, op, ": ", a_name, " has K=", shape.k,
-             ", but the packed b has K=", most_k - 63, " to ", most_k);
+    SQ_CHECK(most_n - kPackedColumns < shape.n && shape.n <= most_n, op, ": ", names.b_scale, " has ", shape.n,
+             " elements, expected one a column of the packed ", names.b, ", which has ", most_n - kPackedColumns + 1,
+             " to ", most_n);
+    SQ_CHECK(most_k - 64 < shape.k && shape.k <= most_k, op, ": ", names.a, " has K=", shape.k, ", but the packed ",
+             names.b, " has K=", most_k - 63, " to ", most_k);
   } else {
-    SQ_CHECK(b.dim() == 2, op, ": b has shape ", shape_text(b), ", expected [N, K] or what prepack_weight returns");
+    SQ_CHECK(b.dim() == 2, op, ": ", names.b, " has shape ", shape_text(b),
+             ", expected [N, K] or what prepack_weight returns");
     shape.n = b.size(0);
-    SQ_CHECK(b.size(1) == shape.k, op, ": ", a_name, " has K=", shape.k, ", but b has K=", b.size(1));
-    check_scale(op, "b_scale", b_scale, "N", shape.n);
+    SQ_CHECK(b.size(1) == shape.k, op, ": ", names.a, " has K=", shape.k, ", but ", names.b, " has K=", b.size(1));
+    check_scale(op, names.b_scale, b_scale, "N", shape.n);
   }
   SQ_CHECK(b.scalar_type() != ScalarType::Char || shape.k <= kMaxInt8K, op, ": K is ", shape.k,
            ", and int32 sums of int8 products are exact only up to K=", kMaxInt8K);
   if (bias.has_value()) {
-    check_same_device(op, "bias", *bias, a_name, a);
-    check_float(op, "bias", bias->scalar_type());
-    SQ_CHECK(bias->numel() == shape.n, op, ": bias has ", bias->numel(), " elements, expected N=", shape.n);
+    check_same_device(op, names.bias, *bias, names.a, a);
+    check_float(op, names.bias, bias->scalar_type());
+    SQ_CHECK(bias->numel() == shape.n, op, ": ", names.bias, " has ", bias->numel(), " elements, expected N=", shape.n);
   }
   return shape;
+}
+
+// The same for the rows of a [..., K].
+inline GemmShape check_gemm(const char* op, const OperandNames& names, const Tensor& a, const Tensor& b,
+                            const Tensor& b_scale, const OptionalTensor& bias) {
+  SQ_CHECK(a.dim() >= 1, op, ": ", names.a, " has no dimensions, expected [..., K]");
+  return check_weight(op, names, a, row_count(a), a.size(a.dim() - 1), b, b_scale, bias);
 }
 
 // The 8-bit operands agree: INT8 with INT8, either fp8 with either fp8.

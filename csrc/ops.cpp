@@ -7,6 +7,21 @@ STABLE_TORCH_LIBRARY(sq, m) {
   m.def("quantize_per_token(Tensor x, ScalarType dtype, Tensor? smooth=None) -> (Tensor, Tensor)");
   m.def("quantize_static(Tensor x, Tensor scale, ScalarType dtype) -> Tensor");
 
+  // Norms and activations that quantize what they compute, in one pass. The third result is x + residual.
+  m.def(
+      "rms_norm_quantize(Tensor x, Tensor weight, float eps, ScalarType dtype, Tensor? residual=None, "
+      "Tensor? a_scale=None, float offset=0.0) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "layer_norm_quantize(Tensor x, Tensor weight, Tensor? bias, float eps, ScalarType dtype, Tensor? residual=None, "
+      "Tensor? a_scale=None) -> (Tensor, Tensor, Tensor)");
+  m.def("silu_mul_quantize(Tensor gate, Tensor up, ScalarType dtype, Tensor? a_scale=None) -> (Tensor, Tensor)");
+  m.def(
+      "gelu_mul_quantize(Tensor gate, Tensor up, ScalarType dtype, Tensor? a_scale=None, str approximate=\"none\") -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "gelu_quantize(Tensor x, ScalarType dtype, Tensor? a_scale=None, str approximate=\"none\") -> (Tensor, Tensor)");
+  m.def("relu_quantize(Tensor x, ScalarType dtype, Tensor? a_scale=None) -> (Tensor, Tensor)");
+
   // 8-bit matrix products.
   m.def("prepack_weight(Tensor b) -> Tensor");
   m.def(
@@ -15,16 +30,21 @@ STABLE_TORCH_LIBRARY(sq, m) {
   m.def(
       "w8a8_linear(Tensor x, Tensor b, Tensor b_scale, Tensor? bias=None, Tensor? a_scale=None, Tensor? smooth=None, "
       "ScalarType? out_dtype=None) -> Tensor");
-
-  // Neighbours of the products, in one pass.
   m.def(
-      "silu_mul_w8a8_linear(Tensor gate, Tensor up, Tensor b, Tensor b_scale, Tensor? bias=None, Tensor? a_scale=None, "
-      "ScalarType? out_dtype=None) -> Tensor");
+      "w8a8_linears(Tensor x, Tensor[] b, Tensor[] b_scale, Tensor[] bias, Tensor? a_scale=None, "
+      "ScalarType? out_dtype=None) -> Tensor[]");
+  m.def(
+      "w8a8_mlp(Tensor x, Tensor gate, Tensor gate_scale, Tensor down, Tensor down_scale, Tensor? up=None, "
+      "Tensor? up_scale=None, Tensor? gate_bias=None, Tensor? up_bias=None, Tensor? down_bias=None, "
+      "Tensor? a_scale=None, Tensor? down_a_scale=None, str activation=\"silu\") -> Tensor");
+
+  // What stays in floating point between the products.
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float offset=0.0) -> Tensor");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
   m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, *, float scale, bool causal=False) -> Tensor");
 
   // Which CPU instruction set and kernels run: cpu_isa_why_not is empty for one that can; the families of cpu_kernel are
-  // quantize, pack, gemm_int8, gemm_fp8, rows and attention; _set_cpu_isa is for tests and benchmarks.
+  // quantize, pack, gemm_int8, gemm_fp8, rows, linear and attention; _set_cpu_isa is for tests and benchmarks.
   m.def("cpu_isa() -> str");
   m.def("cpu_kernel(str family) -> str");
   m.def("cpu_isa_why_not(str isa) -> str");

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
 from .scheme import Scheme
+
+if TYPE_CHECKING:
+    from .shared_input import SharedInput
 
 
 class W8A8Linear(nn.Module):
@@ -23,8 +26,10 @@ class W8A8Linear(nn.Module):
         weight_scale: fp32 [N, 1] (per channel) or [1] (per tensor).
         input_scale: fp32 [1] with static activations, else ``None`` (a scale per token, measured at run time).
         bias: floating point [N], or ``None``.
+        shared: the group of layers that read the same input and are computed together, or ``None``.
     """
 
+    shared: SharedInput | None
     weight: Tensor
     weight_scale: Tensor
     input_scale: Tensor | None
@@ -44,6 +49,7 @@ class W8A8Linear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.scheme = scheme
+        self.shared = None
         scale_shape = (out_features, 1) if scheme.weight == "channel" else (1,)
         self.register_buffer("weight", torch.empty(out_features, in_features, dtype=scheme.dtype, device=device))
         self.register_buffer("weight_scale", torch.empty(scale_shape, dtype=torch.float32, device=device))
@@ -53,7 +59,10 @@ class W8A8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N] in the dtype of ``x``."""
-        return ops.w8a8_linear(x, self.weight, self.weight_scale, self.bias, self.input_scale)
+        if self.shared is not None and (y := self.shared.output(self, x)) is not None:
+            return y
+        buffers: dict[str, Any] = self._buffers  # an attribute of a module costs as much as a small kernel
+        return ops.w8a8_linear(x, buffers["weight"], buffers["weight_scale"], buffers["bias"], buffers["input_scale"])
 
     @property
     def is_packed(self) -> bool:
@@ -104,3 +113,11 @@ class W8A8Linear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"scheme={self.scheme.name}, packed={self.is_packed}"
         )
+
+
+def have_one_input_scale(layers: Sequence[W8A8Linear]) -> bool:
+    """Whether an input quantized for one of these layers is right for all: scales per token, or the same static one."""
+    scales = [layer.input_scale for layer in layers]
+    if scales[0] is None:
+        return all(scale is None for scale in scales)
+    return all(scale is not None and torch.equal(scale, scales[0]) for scale in scales)

@@ -1,4 +1,4 @@
-"""The 8-bit ops: typed wrappers of ``torch.ops.sq``, their fake kernels, and what each will run on here.
+"""The 8-bit ops: typed wrappers of ``torch.ops.sq``.
 
 Letters in shapes: M tokens (any leading shape), K input features, N output features. A real value is ``q * scale``.
 Arguments that do not fit raise ``RuntimeError`` with one sentence that names the op and the argument. Non-contiguous
@@ -7,13 +7,13 @@ tensors are accepted. ``reference`` holds the same functions in plain torch, whi
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from . import fake_kernels as fake_kernels
+from .backends import CPU_ISAS, OpInfo, cpu_isa, has_fast_linear, info
 from .reference import unpack_weight as _unpack_weight
 
 __all__ = [
@@ -21,52 +21,46 @@ __all__ = [
     "OpInfo",
     "attention",
     "cpu_isa",
+    "gelu_mul_quantize",
+    "gelu_quantize",
+    "has_fast_linear",
     "info",
+    "layer_norm_quantize",
+    "linear",
     "prepack_weight",
     "quantize_per_token",
     "quantize_static",
+    "relu_quantize",
     "rms_norm",
-    "silu_mul_w8a8_linear",
+    "rms_norm_quantize",
+    "silu_mul_quantize",
     "unpack_weight",
     "w8a8_gemm",
     "w8a8_linear",
+    "w8a8_linears",
+    "w8a8_mlp",
 ]
 
-
-# --- loading --------------------------------------------------------------------------------------------------------
-
-
-def _load_library(name: str) -> None:
-    """Loads a shared object that lies beside this file; raises ``ImportError`` with the dynamic linker's reason."""
-    path = Path(__file__).with_name(name)
-    if not path.is_file():
-        raise ImportError(
-            f"smoothquant_ext is not compiled: {name} is missing; run 'pip install .' in its source folder"
-        )
-    try:
-        torch.ops.load_library(path)
-    except OSError as error:
-        # torch's own message names the file only; the linker's is the cause.
-        reason = repr(error.__cause__) if error.__cause__ is not None else str(error)
-        raise ImportError(f"smoothquant_ext cannot load {name}: {reason}") from error
-
-
-def _load_cuda() -> str:
-    """Loads the CUDA kernels; returns why they are not there, or an empty string."""
-    if torch.version.cuda is None:
-        return "this torch is built without CUDA"
-    try:
-        _load_library("_C_cuda.so")
-    except ImportError as error:
-        return str(error)
-    return ""
+# Looked up once: every dot in torch.ops.sq.x.default costs as much as a small kernel.
+_attention = torch.ops.sq.attention.default
+_gelu_mul_quantize = torch.ops.sq.gelu_mul_quantize.default
+_gelu_quantize = torch.ops.sq.gelu_quantize.default
+_layer_norm_quantize = torch.ops.sq.layer_norm_quantize.default
+_linear = torch.ops.sq.linear.default
+_prepack_weight = torch.ops.sq.prepack_weight.default
+_quantize_per_token = torch.ops.sq.quantize_per_token.default
+_quantize_static = torch.ops.sq.quantize_static.default
+_relu_quantize = torch.ops.sq.relu_quantize.default
+_rms_norm = torch.ops.sq.rms_norm.default
+_rms_norm_quantize = torch.ops.sq.rms_norm_quantize.default
+_silu_mul_quantize = torch.ops.sq.silu_mul_quantize.default
+_w8a8_gemm = torch.ops.sq.w8a8_gemm.default
+_w8a8_linear = torch.ops.sq.w8a8_linear.default
+_w8a8_linears = torch.ops.sq.w8a8_linears.default
+_w8a8_mlp = torch.ops.sq.w8a8_mlp.default
 
 
-_load_library("_C.so")
-_cuda_missing = _load_cuda()
-
-
-# --- ops ------------------------------------------------------------------------------------------------------------
+# --- quantization and products --------------------------------------------------------------------------------------
 
 
 def quantize_per_token(x: Tensor, dtype: torch.dtype, smooth: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -86,7 +80,7 @@ def quantize_per_token(x: Tensor, dtype: torch.dtype, smooth: Tensor | None = No
     Raises:
         RuntimeError: for another dtype, or a ``smooth`` that does not have K elements.
     """
-    q, scale = torch.ops.sq.quantize_per_token.default(x, dtype, smooth)
+    q, scale = _quantize_per_token(x, dtype, smooth)
     return q, scale
 
 
@@ -106,7 +100,7 @@ def quantize_static(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     Raises:
         RuntimeError: for another dtype, or a scale that is not one positive finite fp32 number.
     """
-    q: Tensor = torch.ops.sq.quantize_static.default(x, scale, dtype)
+    q: Tensor = _quantize_static(x, scale, dtype)
     return q
 
 
@@ -124,7 +118,7 @@ def prepack_weight(b: Tensor) -> Tensor:
     Raises:
         RuntimeError: for another dtype or shape, or an INT8 K above 133144.
     """
-    packed: Tensor = torch.ops.sq.prepack_weight.default(b)
+    packed: Tensor = _prepack_weight(b)
     return packed
 
 
@@ -160,7 +154,7 @@ def w8a8_gemm(
     Raises:
         RuntimeError: for dtypes, shapes or devices that do not fit, or an INT8 K above 133144.
     """
-    y: Tensor = torch.ops.sq.w8a8_gemm.default(a, b, a_scale, b_scale, bias, out_dtype)
+    y: Tensor = _w8a8_gemm(a, b, a_scale, b_scale, bias, out_dtype)
     return y
 
 
@@ -192,41 +186,239 @@ def w8a8_linear(
     Raises:
         RuntimeError: for dtypes, shapes or devices that do not fit, or an INT8 K above 133144.
     """
-    y: Tensor = torch.ops.sq.w8a8_linear.default(x, b, b_scale, bias, a_scale, smooth, out_dtype)
+    y: Tensor = _w8a8_linear(x, b, b_scale, bias, a_scale, smooth, out_dtype)
     return y
 
 
-def silu_mul_w8a8_linear(
-    gate: Tensor,
-    up: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    bias: Tensor | None = None,
+def w8a8_linears(
+    x: Tensor,
+    b: Sequence[Tensor],
+    b_scale: Sequence[Tensor],
+    bias: Sequence[Tensor] = (),
     a_scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    """The second half of a gated MLP in one call: ``w8a8_linear(silu(gate) * up, b, ...)``.
+) -> list[Tensor]:
+    """Several linear layers of one input, such as q, k and v: ``[w8a8_linear(x, b[i], b_scale[i], ...), ...]``.
 
-    ``gate / (1 + exp(-gate)) * up`` is computed in fp32 and goes to the quantizer unrounded; exp has an error under
-    2 ulp and is the same on every CPU.
+    ``x`` is quantized once, and the products are one piece of work for all threads. The results have the bits of the
+    single calls.
+
+    Args:
+        x: fp32, bf16 or fp16 [..., K].
+        b: weights of one dtype, each as ``w8a8_linear`` takes it, with the same K.
+        b_scale: one for each weight.
+        bias: one for each weight, or none at all.
+        a_scale: fp32, one element, or ``None`` for a scale per row.
+        out_dtype: fp32, bf16 or fp16; ``None`` is the dtype of ``x``.
+
+    Returns:
+        One y, of ``out_dtype`` [..., N], for each weight.
+
+    Raises:
+        RuntimeError: for dtypes, shapes, devices or numbers of tensors that do not fit.
+    """
+    y: list[Tensor] = _w8a8_linears(x, b, b_scale, bias, a_scale, out_dtype)
+    return y
+
+
+def w8a8_mlp(
+    x: Tensor,
+    gate: Tensor,
+    gate_scale: Tensor,
+    down: Tensor,
+    down_scale: Tensor,
+    up: Tensor | None = None,
+    up_scale: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    a_scale: Tensor | None = None,
+    down_a_scale: Tensor | None = None,
+    activation: str = "silu",
+) -> Tensor:
+    """A whole MLP of 8-bit linear layers: ``down(act(gate(x)) * up(x))``, or ``down(act(gate(x)))`` without ``up``.
+
+    ``x`` is quantized once. The outputs of gate and up are rounded to the dtype of ``x``, as those of ``w8a8_linear``
+    are; the activation and the product are computed in fp32 and go to the second quantization unrounded.
+
+    Args:
+        x: fp32, bf16 or fp16 [..., K].
+        gate: the weight [I, K], 8 bits, plain or packed; named for gated MLPs, the first layer of others.
+        gate_scale: fp32, 1 or I elements; I when ``gate`` is packed.
+        down: the weight [N, I].
+        down_scale: fp32, 1 or N elements; N when ``down`` is packed.
+        up: the weight [I, K], of the dtype of ``gate``, or ``None``.
+        up_scale: its scale.
+        gate_bias: fp32, bf16 or fp16 [I], or ``None``.
+        up_bias: the same.
+        down_bias: fp32, bf16 or fp16 [N], or ``None``.
+        a_scale: fp32, one element, of ``x``; ``None`` for a scale per row.
+        down_a_scale: fp32, one element, of the input of ``down``; ``None`` for a scale per row.
+        activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"relu"``, see ``silu_mul_quantize`` and the others.
+
+    Returns:
+        y, of the dtype of ``x`` [..., N].
+
+    Raises:
+        RuntimeError: for dtypes, shapes or devices that do not fit, or another activation.
+    """
+    y: Tensor = _w8a8_mlp(
+        x,
+        gate,
+        gate_scale,
+        down,
+        down_scale,
+        up,
+        up_scale,
+        gate_bias,
+        up_bias,
+        down_bias,
+        a_scale,
+        down_a_scale,
+        activation,
+    )
+    return y
+
+
+# --- norms and activations that quantize ----------------------------------------------------------------------------
+
+
+def rms_norm_quantize(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    residual: Tensor | None = None,
+    a_scale: Tensor | None = None,
+    offset: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Residual addition, RMS norm and quantization in one pass: quantizes ``rms_norm(x + residual, weight, eps)``.
+
+    The sum is rounded to the dtype of ``x``, as a model stores it; the norm stays in fp32 until it is quantized.
+
+    Args:
+        x: fp32, bf16 or fp16 [..., K].
+        weight: fp32, bf16 or fp16 [K].
+        eps: added to the mean of the squares.
+        dtype: ``torch.int8``, ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
+        residual: of the dtype and shape of ``x``, or ``None``.
+        a_scale: fp32, one element (see ``quantize_static``), or ``None`` for one a row (see ``quantize_per_token``).
+        offset: added to the weight.
+
+    Returns:
+        q, of ``dtype`` [..., K]; scale, fp32 [...], with a static scale this one, or NaN for a row that is not finite;
+        and ``x + residual``, or an empty tensor without a residual.
+
+    Raises:
+        RuntimeError: for dtypes, shapes or devices that do not fit, or a scale that is not positive and finite.
+    """
+    q, scale, total = _rms_norm_quantize(x, weight, eps, dtype, residual, a_scale, offset)
+    return q, scale, total
+
+
+def layer_norm_quantize(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    residual: Tensor | None = None,
+    a_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Residual addition, layer norm and quantization in one pass.
+
+    With ``h = x + residual``, rounded to the dtype of ``x``, quantizes ``(h - mean(h)) / sqrt(var(h) + eps) * weight +
+    bias``; the variance is that of the deviations from the mean, all in fp32.
+
+    Args:
+        x: fp32, bf16 or fp16 [..., K].
+        weight: fp32, bf16 or fp16 [K].
+        bias: the same, or ``None``.
+        eps: added to the variance.
+        dtype: ``torch.int8``, ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
+        residual: of the dtype and shape of ``x``, or ``None``.
+        a_scale: fp32, one element, or ``None`` for a scale per row.
+
+    Returns:
+        As ``rms_norm_quantize``.
+
+    Raises:
+        RuntimeError: as ``rms_norm_quantize``.
+    """
+    q, scale, total = _layer_norm_quantize(x, weight, bias, eps, dtype, residual, a_scale)
+    return q, scale, total
+
+
+def silu_mul_quantize(
+    gate: Tensor, up: Tensor, dtype: torch.dtype, a_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The activation of a SwiGLU MLP and its quantization in one pass: quantizes ``gate / (1 + exp(-gate)) * up``.
+
+    Computed in fp32 and not rounded before it is quantized; exp has an error under 2 ulp and is the same on every CPU.
 
     Args:
         gate: fp32, bf16 or fp16 [..., K].
         up: the same dtype and shape.
-        b: int8, float8_e4m3fn or float8_e5m2 [N, K], or packed.
-        b_scale: fp32, 1 or N elements, any shape; N elements when ``b`` is packed.
-        bias: fp32, bf16 or fp16 [N], or ``None``.
+        dtype: ``torch.int8``, ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
         a_scale: fp32, one element, or ``None`` for a scale per row.
-        out_dtype: fp32, bf16 or fp16; ``None`` is the dtype of ``gate``.
 
     Returns:
-        y, of ``out_dtype`` [..., N].
+        q, of ``dtype`` [..., K]; scale, fp32 [...], with a static scale this one, or NaN for a row that is not finite.
 
     Raises:
-        RuntimeError: for dtypes, shapes or devices that do not fit, or an INT8 K above 133144.
+        RuntimeError: for dtypes, shapes or devices that do not fit, or a scale that is not positive and finite.
     """
-    y: Tensor = torch.ops.sq.silu_mul_w8a8_linear.default(gate, up, b, b_scale, bias, a_scale, out_dtype)
-    return y
+    q, scale = _silu_mul_quantize(gate, up, dtype, a_scale)
+    return q, scale
+
+
+def gelu_mul_quantize(
+    gate: Tensor, up: Tensor, dtype: torch.dtype, a_scale: Tensor | None = None, approximate: str = "none"
+) -> tuple[Tensor, Tensor]:
+    """The activation of a GeGLU MLP and its quantization in one pass: quantizes ``gelu(gate, approximate) * up``.
+
+    See ``gelu_quantize`` for the function, ``silu_mul_quantize`` for arguments and results.
+    """
+    q, scale = _gelu_mul_quantize(gate, up, dtype, a_scale, approximate)
+    return q, scale
+
+
+def gelu_quantize(
+    x: Tensor, dtype: torch.dtype, a_scale: Tensor | None = None, approximate: str = "none"
+) -> tuple[Tensor, Tensor]:
+    """GELU (Hendrycks and Gimpel 2016) and quantization in one pass.
+
+    Computed in fp32: ``x * Phi(x)``, with the normal distribution from a fit of the complementary error function
+    (Numerical Recipes, erfcc, relative error 1.2e-7); or ``x / (1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x^3)))``, that is
+    the approximation by tanh.
+
+    Args:
+        x: fp32, bf16 or fp16 [..., K].
+        dtype: ``torch.int8``, ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
+        a_scale: fp32, one element, or ``None`` for a scale per row.
+        approximate: ``"none"`` or ``"tanh"``, as in torch.
+
+    Returns:
+        As ``silu_mul_quantize``.
+
+    Raises:
+        RuntimeError: for dtypes, shapes or devices that do not fit, another approximation, or a scale that is not
+            positive and finite.
+    """
+    q, scale = _gelu_quantize(x, dtype, a_scale, approximate)
+    return q, scale
+
+
+def relu_quantize(x: Tensor, dtype: torch.dtype, a_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Quantizes ``relu(x)`` in one pass. A NaN stays one, and -inf becomes 0.
+
+    See ``silu_mul_quantize`` for arguments and results.
+    """
+    q, scale = _relu_quantize(x, dtype, a_scale)
+    return q, scale
+
+
+# --- what stays in floating point -----------------------------------------------------------------------------------
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
@@ -246,7 +438,28 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     Raises:
         RuntimeError: for another dtype, or a weight that does not have K elements.
     """
-    y: Tensor = torch.ops.sq.rms_norm.default(x, weight, eps, offset)
+    y: Tensor = _rms_norm(x, weight, eps, offset)
+    return y
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``torch.nn.functional.linear`` in bf16, made for few rows: the weight is read once, as it lies.
+
+    It serves what stays in floating point, above all the output embedding. Products are summed in fp32, in an order
+    that depends on the instruction set, and rounded once.
+
+    Args:
+        x: bf16 [..., K].
+        weight: bf16 [N, K].
+        bias: bf16 [N], or ``None``.
+
+    Returns:
+        y, bf16 [..., N].
+
+    Raises:
+        RuntimeError: for another dtype, or shapes or devices that do not fit.
+    """
+    y: Tensor = _linear(x, weight, bias)
     return y
 
 
@@ -270,161 +483,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     Raises:
         RuntimeError: for dtypes, shapes or devices that do not fit, or a scale that is not positive and finite.
     """
-    y: Tensor = torch.ops.sq.attention.default(q, k, v, mask, scale=scale, causal=causal)
+    y: Tensor = _attention(q, k, v, mask, scale=scale, causal=causal)
     return y
-
-
-# --- fake kernels: shapes and dtypes alone, symbolic sizes stay symbolic ----------------------------------------------
-
-
-def _check_devices(op: str, first: str, x: Tensor, **others: Tensor | None) -> None:
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != x.device:
-            raise RuntimeError(f"{op}: {name} is on {tensor.device}, but {first} is on {x.device}")
-
-
-def _out_features(b: Tensor, b_scale: Tensor) -> int:
-    return b.shape[0] if b.dim() == 2 else b_scale.numel()
-
-
-@torch.library.register_fake("sq::quantize_per_token")
-def _(x: Tensor, dtype: torch.dtype, smooth: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    _check_devices("quantize_per_token", "x", x, smooth=smooth)
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
-
-
-@torch.library.register_fake("sq::quantize_static")
-def _(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    _check_devices("quantize_static", "x", x, scale=scale)
-    return x.new_empty(x.shape, dtype=dtype)
-
-
-@torch.library.register_fake("sq::prepack_weight")
-def _(b: Tensor) -> Tensor:
-    n, k = b.shape
-    return b.new_empty((n + 63) // 64, (k + 63) // 64 * 16 + 1, 64, 4)
-
-
-@torch.library.register_fake("sq::w8a8_gemm")
-def _(
-    a: Tensor,
-    b: Tensor,
-    a_scale: Tensor,
-    b_scale: Tensor,
-    bias: Tensor | None = None,
-    out_dtype: torch.dtype = torch.bfloat16,
-) -> Tensor:
-    _check_devices("w8a8_gemm", "a", a, b=b, a_scale=a_scale, b_scale=b_scale, bias=bias)
-    return a.new_empty((*a.shape[:-1], _out_features(b, b_scale)), dtype=out_dtype)
-
-
-@torch.library.register_fake("sq::w8a8_linear")
-def _(
-    x: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    bias: Tensor | None = None,
-    a_scale: Tensor | None = None,
-    smooth: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    _check_devices("w8a8_linear", "x", x, b=b, b_scale=b_scale, bias=bias, a_scale=a_scale, smooth=smooth)
-    return x.new_empty((*x.shape[:-1], _out_features(b, b_scale)), dtype=out_dtype or x.dtype)
-
-
-@torch.library.register_fake("sq::silu_mul_w8a8_linear")
-def _(
-    gate: Tensor,
-    up: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    bias: Tensor | None = None,
-    a_scale: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    _check_devices("silu_mul_w8a8_linear", "gate", gate, up=up, b=b, b_scale=b_scale, bias=bias, a_scale=a_scale)
-    return gate.new_empty((*gate.shape[:-1], _out_features(b, b_scale)), dtype=out_dtype or gate.dtype)
-
-
-@torch.library.register_fake("sq::rms_norm")
-def _(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
-    _check_devices("rms_norm", "x", x, weight=weight)
-    return x.new_empty(x.shape)
-
-
-@torch.library.register_fake("sq::attention")
-def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, scale: float, causal: bool = False) -> Tensor:
-    _check_devices("attention", "q", q, k=k, v=v, mask=mask)
-    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
-
-
-# --- what will run here ---------------------------------------------------------------------------------------------
-
-
-class OpInfo(NamedTuple):
-    """One row of ``info``: which backend an op uses on a device, and why not a better one."""
-
-    op: str
-    device: str
-    backend: str
-    reason: str
-
-
-CPU_ISAS = ("amx", "avx512bf16", "avx512vnni", "avx2", "portable")  # fastest first
-
-# What the table shows, and the family of kernels that it runs on.
-_OPS = (
-    ("quantize_per_token", "quantize"),
-    ("quantize_static", "quantize"),
-    ("prepack_weight", "pack"),
-    ("w8a8_gemm, int8", "gemm_int8"),
-    ("w8a8_gemm, fp8", "gemm_fp8"),
-    ("w8a8_linear, int8", "gemm_int8"),
-    ("w8a8_linear, fp8", "gemm_fp8"),
-    ("silu_mul_w8a8_linear", "rows"),
-    ("rms_norm", "rows"),
-    ("attention", "attention"),
-)
-
-
-def cpu_isa() -> str:
-    """The instruction set in use on the CPU: one of ``CPU_ISAS``.
-
-    The environment variable SMOOTHQUANT_CPU_ISA forces one, and is read once per process.
-
-    Raises:
-        RuntimeError: if SMOOTHQUANT_CPU_ISA names an unknown one, or one that this machine cannot run.
-    """
-    isa: str = torch.ops.sq.cpu_isa()
-    return isa
-
-
-def _cpu_reason() -> str:
-    isa = cpu_isa()
-    if forced := os.environ.get("SMOOTHQUANT_CPU_ISA"):
-        return f"SMOOTHQUANT_CPU_ISA={forced}"
-    better = CPU_ISAS[: CPU_ISAS.index(isa)]
-    return "; ".join(f"no {name}: {torch.ops.sq.cpu_isa_why_not(name)}" for name in better)
-
-
-def _cuda_row(op: str) -> OpInfo:
-    if _cuda_missing:
-        return OpInfo(op, "cuda", "none", _cuda_missing)
-    name = op.partition(",")[0]
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"sq::{name}", "CUDA"):
-        return OpInfo(op, "cuda", "none", "there is no CUDA kernel yet")
-    unvalidated = "no CUDA kernel has been validated on hardware yet"
-    if os.environ.get("SMOOTHQUANT_UNVALIDATED_CUDA") == "1":
-        return OpInfo(op, "cuda", "cuda", f"{unvalidated}; allowed by SMOOTHQUANT_UNVALIDATED_CUDA=1")
-    return OpInfo(op, "cuda", "none", f"{unvalidated}; SMOOTHQUANT_UNVALIDATED_CUDA=1 allows it")
-
-
-def info() -> list[OpInfo]:
-    """For every op and device, the backend that will run here, and why better ones will not.
-
-    Raises:
-        RuntimeError: as ``cpu_isa``.
-    """
-    reason = _cpu_reason()
-    rows = [OpInfo(op, "cpu", torch.ops.sq.cpu_kernel(family), reason) for op, family in _OPS]
-    return rows + [_cuda_row(op) for op, _ in _OPS]

@@ -29,7 +29,7 @@ class ProductProfile:
 
     Attributes:
         quantized: how many 8-bit layers the model has.
-        eight_bit: calls of each 8-bit product, by the op's name; a fused op may run outside its layer's own forward.
+        eight_bit: calls of each op that multiplies in 8 bits, by name. One op may be the products of several layers.
         float_inside: floating-point products executed inside 8-bit layers, by layer; empty if all is well.
         float_linears: linear layers that the model keeps in floating point and that ran (the output embedding).
         float_elsewhere: floating-point products in no linear layer at all, by name: attention, when it is not fused.

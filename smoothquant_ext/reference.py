@@ -6,6 +6,8 @@ the kernels bit for bit; FP8 products agree within the rounding of fp32 sums.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,18 @@ def quantize_per_token(x: Tensor, dtype: torch.dtype, smooth: Tensor | None = No
 def quantize_static(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """See ``ops.quantize_static``."""
     return _cast(x.float() * (1.0 / scale.reshape(())), dtype)
+
+
+def _quantize(
+    x: Tensor, dtype: torch.dtype, a_scale: Tensor | None, smooth: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """q and the scale of each row, which is NaN where a value is not finite; with a static scale or one per token."""
+    if a_scale is None:
+        return quantize_per_token(x, dtype, smooth)
+    values = _smoothed(x, smooth)
+    finite = values.isfinite().all(-1)
+    q = quantize_static(torch.where(finite.unsqueeze(-1), values, 0.0), a_scale, dtype)
+    return q, torch.where(finite, a_scale.reshape(()), torch.nan)
 
 
 def prepack_weight(b: Tensor) -> Tensor:
@@ -97,60 +111,209 @@ def w8a8_linear(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """See ``ops.w8a8_linear``."""
-    if a_scale is None:
-        q, scale = quantize_per_token(x, b.dtype, smooth)
-    else:
-        values = _smoothed(x, smooth)
-        finite = values.isfinite().all(-1)
-        q = quantize_static(torch.where(finite.unsqueeze(-1), values, 0.0), a_scale, b.dtype)
-        scale = torch.where(finite, a_scale.reshape(()), torch.nan)
+    q, scale = _quantize(x, b.dtype, a_scale, smooth)
     return w8a8_gemm(q, b, scale, b_scale, bias, out_dtype or x.dtype)
 
 
+def w8a8_linears(
+    x: Tensor,
+    b: Sequence[Tensor],
+    b_scale: Sequence[Tensor],
+    bias: Sequence[Tensor] = (),
+    a_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """See ``ops.w8a8_linears``."""
+    biases = list[Tensor | None](bias) or [None] * len(b)
+    return [w8a8_linear(x, *own, a_scale, out_dtype=out_dtype) for own in zip(b, b_scale, biases, strict=True)]
+
+
+def w8a8_mlp(
+    x: Tensor,
+    gate: Tensor,
+    gate_scale: Tensor,
+    down: Tensor,
+    down_scale: Tensor,
+    up: Tensor | None = None,
+    up_scale: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    a_scale: Tensor | None = None,
+    down_a_scale: Tensor | None = None,
+    activation: str = "silu",
+) -> Tensor:
+    """See ``ops.w8a8_mlp``."""
+    values = ACTIVATIONS[activation](w8a8_linear(x, gate, gate_scale, gate_bias, a_scale))
+    if up is not None:
+        assert up_scale is not None
+        values = values * w8a8_linear(x, up, up_scale, up_bias, a_scale).float()
+    return w8a8_linear(values, down, down_scale, down_bias, down_a_scale, out_dtype=x.dtype)
+
+
+# --- norms ----------------------------------------------------------------------------------------------------------
+
 LANES = 16
-"""Partial sums of ``rms_norm``, added pairwise at the end."""
+"""Partial sums of a norm, added pairwise at the end."""
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
-    """See ``ops.rms_norm``. The order of the sum is the kernels' own: lane k % 16 takes element k."""
-    k = x.shape[-1]
-    squares = torch.nn.functional.pad(x.float().square(), (0, -k % LANES))
-    lanes = squares.new_zeros(*x.shape[:-1], LANES)
-    for part in squares.split(LANES, dim=-1):
+def _lane_sum(values: Tensor) -> Tensor:
+    """fp32 sum over the last dimension, kept as 1, in the kernels' order: lane k % 16 takes element k."""
+    padded = torch.nn.functional.pad(values, (0, -values.shape[-1] % LANES))
+    lanes = padded.new_zeros(*values.shape[:-1], LANES)
+    for part in padded.split(LANES, dim=-1):
         lanes = lanes + part
     half = LANES // 2
     while half:
         lanes = lanes[..., :half] + lanes[..., half : 2 * half]
         half //= 2
-    mean = lanes / float(k) + torch.tensor(eps, dtype=torch.float32)
-    gain = 1.0 / mean.double().sqrt().float()  # torch's fp32 square root is not always the nearest one
-    return (x.float() * gain * (weight.float().reshape(-1) + offset)).to(x.dtype)
+    return lanes
 
 
-def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """fp32 ``gate / (1 + exp(-gate)) * up`` with the kernels' exponential: Cephes' polynomial, one rounding a step."""
-    x = (-gate.float()).clamp(-87.0, 88.0)
+def _norm(x: Tensor, mean: Tensor | float, weight: Tensor, eps: float) -> Tensor:
+    """fp32 ``(x - mean) / sqrt(mean((x - mean)^2) + eps) * weight``."""
+    deviations = x.float() - mean
+    variance = _lane_sum(deviations.square()) / float(x.shape[-1]) + torch.tensor(eps, dtype=torch.float32)
+    gain = 1.0 / variance.double().sqrt().float()  # torch's fp32 square root is not always the nearest one
+    return deviations * gain * weight
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """See ``ops.rms_norm``."""
+    return _norm(x, 0.0, weight.float().reshape(-1) + offset, eps).to(x.dtype)
+
+
+def rms_norm_quantize(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    residual: Tensor | None = None,
+    a_scale: Tensor | None = None,
+    offset: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``ops.rms_norm_quantize``."""
+    total = x if residual is None else (x.float() + residual.float()).to(x.dtype)
+    values = _norm(total, 0.0, weight.float().reshape(-1) + offset, eps)
+    return *_quantize(values, dtype, a_scale), x.new_empty(0) if residual is None else total
+
+
+def layer_norm_quantize(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    residual: Tensor | None = None,
+    a_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``ops.layer_norm_quantize``."""
+    total = x if residual is None else (x.float() + residual.float()).to(x.dtype)
+    values = _norm(total, _lane_sum(total.float()) / float(x.shape[-1]), weight.float().reshape(-1), eps)
+    if bias is not None:
+        values = values + bias.float().reshape(-1)
+    return *_quantize(values, dtype, a_scale), x.new_empty(0) if residual is None else total
+
+
+# --- activations ----------------------------------------------------------------------------------------------------
+
+
+def _exp(x: Tensor) -> Tensor:
+    """The kernels' exponential: Cephes' polynomial, one rounding a step."""
+    x = x.clamp(-87.0, 88.0)
     n = (x * 1.44269504088896341).round()
     r = x - n * 0.693359375 - n * -2.12194440e-4
     p = torch.full_like(r, 1.9875691500e-4)
     for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
         p = p * r + coefficient
     p = p * (r * r) + r + 1.0
-    exponential = p * torch.exp2(n)
-    return gate.float() / (1.0 + exponential) * up.float()
+    return p * torch.exp2(n)
 
 
-def silu_mul_w8a8_linear(
-    gate: Tensor,
-    up: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    bias: Tensor | None = None,
-    a_scale: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    """See ``ops.silu_mul_w8a8_linear``."""
-    return w8a8_linear(silu_mul(gate, up), b, b_scale, bias, a_scale, out_dtype=out_dtype or gate.dtype)
+def silu(x: Tensor) -> Tensor:
+    """fp32 ``x / (1 + exp(-x))``."""
+    return x.float() / (1.0 + _exp(-x.float()))
+
+
+def gelu(x: Tensor) -> Tensor:
+    """fp32 ``x * Phi(x)``; see ``ops.gelu_quantize``."""
+    x = x.float()
+    z = x.abs() * 0.70710678118654752
+    t = 1.0 / (1.0 + 0.5 * z)
+    p = torch.full_like(t, 0.17087277)
+    for coefficient in (
+        -0.82215223,
+        1.48851587,
+        -1.13520398,
+        0.27886807,
+        -0.18628806,
+        0.09678418,
+        0.37409196,
+        1.00002368,
+        -1.26551223,
+    ):
+        p = p * t + coefficient
+    tail = 0.5 * t * _exp(p - z * z)
+    return x * torch.where(x < 0, tail, 1.0 - tail)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """fp32 ``x / (1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x^3)))``."""
+    x = x.float()
+    return x / (1.0 + _exp(x * -1.5957691216057308 * (1.0 + 0.044715 * (x * x))))
+
+
+def relu(x: Tensor) -> Tensor:
+    """fp32, a NaN stays one."""
+    x = x.float()
+    return torch.where(x < 0, 0.0, x)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": silu,
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "relu": relu,
+}
+
+
+def silu_mul_quantize(
+    gate: Tensor, up: Tensor, dtype: torch.dtype, a_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See ``ops.silu_mul_quantize``."""
+    return _quantize(silu(gate) * up.float(), dtype, a_scale)
+
+
+def gelu_mul_quantize(
+    gate: Tensor, up: Tensor, dtype: torch.dtype, a_scale: Tensor | None = None, approximate: str = "none"
+) -> tuple[Tensor, Tensor]:
+    """See ``ops.gelu_mul_quantize``."""
+    return _quantize(_gelu_of_kind(gate, approximate) * up.float(), dtype, a_scale)
+
+
+def gelu_quantize(
+    x: Tensor, dtype: torch.dtype, a_scale: Tensor | None = None, approximate: str = "none"
+) -> tuple[Tensor, Tensor]:
+    """See ``ops.gelu_quantize``."""
+    return _quantize(_gelu_of_kind(x, approximate), dtype, a_scale)
+
+
+def relu_quantize(x: Tensor, dtype: torch.dtype, a_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See ``ops.relu_quantize``."""
+    return _quantize(relu(x), dtype, a_scale)
+
+
+def _gelu_of_kind(x: Tensor, approximate: str) -> Tensor:
+    return gelu(x) if approximate == "none" else gelu_tanh(x)
+
+
+# --- floating point -------------------------------------------------------------------------------------------------
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See ``ops.linear``. Computed in fp64, rounded once."""
+    y = x.double() @ weight.double().T
+    return (y if bias is None else y + bias.double().reshape(-1)).to(x.dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool = False) -> Tensor:

@@ -13,7 +13,7 @@ from op_cases import EIGHT_BIT, FLOAT8, ISAS, Call, assert_same_bits, cpu_isa, r
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from smoothquant_ext import ops, reference
+from smoothquant_ext import backends, ops, reference
 
 
 def weight(n: int = 9, k: int = 40, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
@@ -275,7 +275,7 @@ def test_info_names_a_backend_for_every_op(isa: str) -> None:
 
 
 def test_info_says_why_cuda_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_cuda_missing", "")
+    monkeypatch.setattr(backends, "_cuda_missing", "")
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, _: "quantize" in name)
     monkeypatch.delenv("SMOOTHQUANT_UNVALIDATED_CUDA", raising=False)
     rows = {row.op: row for row in ops.info() if row.device == "cuda"}
@@ -319,18 +319,18 @@ def test_the_environment_forces_an_instruction_set(isa: str, output: str) -> Non
 
 
 def test_a_missing_library_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(ops, "__file__", str(tmp_path / "ops.py"))
+    monkeypatch.setattr(backends, "__file__", str(tmp_path / "ops.py"))
     with pytest.raises(ImportError, match=r"_C\.so is missing; run 'pip install \.'"):
-        ops._load_library("_C.so")
+        backends._load_library("_C.so")
 
 
 def test_a_library_that_cannot_load_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(ops, "__file__", str(tmp_path / "ops.py"))
+    monkeypatch.setattr(backends, "__file__", str(tmp_path / "ops.py"))
     (tmp_path / "_C_cuda.so").write_bytes(b"not a shared object")
     with pytest.raises(ImportError, match=r"cannot load _C_cuda\.so: .*(invalid ELF header|file too short)"):
-        ops._load_library("_C_cuda.so")
+        backends._load_library("_C_cuda.so")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert "cannot load _C_cuda.so" in ops._load_cuda()
+    assert "cannot load _C_cuda.so" in backends._load_cuda()
 
 
 def test_float8_kinds_are_told_apart() -> None:

@@ -1,18 +1,19 @@
-"""The ops between the products: rms_norm and silu_mul_w8a8_linear, bit for bit against the oracle on every CPU ISA."""
+"""The ops between the products: norms and activations, bit for bit against the oracle on every CPU ISA; linear."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import EIGHT_BIT, FLOATS, ISAS, cpu_isa
+from op_cases import EIGHT_BIT, FLOATS, ISAS, Call, assert_same_bits, cpu_isa, threads
 from torch import Tensor
 
 from smoothquant_ext import ops, reference
 
+EPS = torch.finfo(torch.float32).eps
 SHAPES = [(0, 8), (1, 1), (3, 15), (2, 16), (5, 17), (7, 64), (33, 577), (2, 3, 100), (4, 4096)]
 
 
@@ -28,10 +29,6 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 3).to(dtype)
-
-
-def weight(n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return ops.quantize_per_token(randn(n, k, seed=7), dtype)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -72,92 +69,285 @@ def test_rms_norm_of_strange_rows() -> None:
     assert same(y[0], ops.rms_norm(x[:1], torch.ones(70), 1e-6)[0])
 
 
-def test_exponential_is_accurate() -> None:
-    gate = torch.linspace(-100, 100, 100_001)
-    exact = gate.double() / (1 + torch.exp(-gate.double()))
-    error = (reference.silu_mul(gate, torch.ones_like(gate)).double() - exact).abs()
-    # 2 ulp of exp, 1 each of the addition and the division; below -87 the exponential saturates, and silu with it.
-    assert bool((error <= 4 * torch.finfo(torch.float32).eps * exact.abs() + 100 * 2.0**-125).all())
+# --- norms that quantize --------------------------------------------------------------------------------------------
+
+Result = tuple[Tensor, ...]
+
+
+def assert_same_results(actual: Result, expected: Result) -> None:
+    for one, other in zip(actual, expected, strict=True):
+        assert_same_bits(one, other)
 
 
 @pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("has_residual", [False, True])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_silu_mul_equals_the_oracle(shape: tuple[int, ...], dtype: torch.dtype, static: bool) -> None:
-    gate, up = randn(*shape, dtype=dtype), randn(*shape, dtype=dtype, seed=1)
-    b, b_scale = weight(9, shape[-1], torch.int8)
+def test_norm_quantize_equals_the_oracle(
+    shape: tuple[int, ...], dtype: torch.dtype, has_residual: bool, static: bool
+) -> None:
+    x, w, bias = randn(*shape, dtype=dtype), randn(shape[-1], dtype=dtype, seed=1), randn(shape[-1], seed=2)
+    residual = randn(*shape, dtype=dtype, seed=3) if has_residual else None
+    a_scale = torch.tensor([0.03]) if static else None
+    for eight_bit in EIGHT_BIT:
+        rms = (x, w, 1e-5, eight_bit, residual, a_scale, 1.0)
+        assert_same_results(ops.rms_norm_quantize(*rms), reference.rms_norm_quantize(*rms))
+        for own_bias in (bias, None):
+            layer = (x, w, own_bias, 1e-5, eight_bit, residual, a_scale)
+            assert_same_results(ops.layer_norm_quantize(*layer), reference.layer_norm_quantize(*layer))
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(0, 40), k=st.integers(1, 300), seed=st.integers(0, 999), dtype=st.sampled_from(FLOATS))
+def test_layer_norm_quantize_of_any_shape(rows: int, k: int, seed: int, dtype: torch.dtype) -> None:
+    x, w, bias = randn(rows, k, dtype=dtype, seed=seed), randn(k, seed=seed + 1), randn(k, seed=seed + 2)
+    for isa in ISAS:
+        torch.ops.sq._set_cpu_isa(isa)
+        arguments = (x, w, bias, 1e-6, torch.int8, x)
+        assert_same_results(ops.layer_norm_quantize(*arguments), reference.layer_norm_quantize(*arguments))
+
+
+def test_norm_quantize_is_the_norm_of_torch() -> None:
+    x, residual, w, bias = randn(50, 300), randn(50, 300, seed=1), randn(300, seed=2), randn(300, seed=3)
+    x += 5  # a mean that a layer norm has to take away
+    exact = torch.nn.functional.layer_norm((x + residual).double(), (300,), w.double(), bias.double(), 1e-5)
+    q, scale, total = ops.layer_norm_quantize(x, w, bias, 1e-5, torch.int8, residual)
+    assert torch.equal(total, x + residual)
+    # Half a step of the quantizer, and fp32 sums of 300 terms.
+    error = (q.double() * scale.double().unsqueeze(-1) - exact).abs()
+    assert bool((error <= 0.5 * scale.double().unsqueeze(-1) + 2 * 300 * EPS * (exact.abs() + 5)).all())
+
+
+def test_norm_quantize_of_strange_rows_touches_no_other() -> None:
+    x, w = randn(6, 70), randn(70, seed=1)
+    clean = ops.rms_norm_quantize(x, w, 1e-6, torch.int8)
+    x[1, 3], x[2, 4] = float("nan"), float("inf")
+    x[3] = 0
+    for a_scale in (None, torch.tensor([0.1])):
+        for q, scale, _ in (
+            ops.rms_norm_quantize(x, w, 1e-6, torch.int8, None, a_scale),
+            ops.layer_norm_quantize(x, w, None, 1e-6, torch.int8, None, a_scale),
+        ):
+            assert scale[[1, 2]].isnan().all()
+            assert not q[[1, 2, 3]].any()
+    q, scale, _ = ops.rms_norm_quantize(x, w, 1e-6, torch.int8)
+    assert torch.equal(q[[0, 4, 5]], clean[0][[0, 4, 5]])
+    assert torch.equal(scale[[0, 4, 5]], clean[1][[0, 4, 5]])
+
+
+# --- activations ----------------------------------------------------------------------------------------------------
+
+GRID = torch.linspace(-100, 100, 400_001)
+# e^x saturates at 88 and -87, and with it what lies between 100 e^-87 and 0.
+SATURATED = 100 * 2.0**-124
+
+
+def test_silu_is_accurate() -> None:
+    exact = GRID.double() / (1 + torch.exp(-GRID.double()))
+    # 2 ulp of exp, 1 each of the addition and the division.
+    bound = 4 * EPS * exact.abs() + SATURATED
+    assert bool(((reference.silu(GRID).double() - exact).abs() <= bound).all())
+
+
+def test_gelu_is_accurate() -> None:
+    x = GRID.double()
+    exact = x * 0.5 * torch.special.erfc(-x * 0.5**0.5)  # torch's gelu loses its tail to 1 + erf
+    tail = 0.5 * torch.special.erfc(x.abs() * 0.5**0.5)
+    # The fit's error and a dozen roundings of its polynomial, which lies in [-2, 1]; z^2, rounded twice, is in an
+    # exponent; x * (1 - tail) adds one rounding of the difference and one of the product.
+    relative = 1.2e-7 + 16 * EPS + 2 * EPS * x.square() / 2
+    bound = x.abs() * (relative * tail) + 2 * EPS * exact.abs() + SATURATED
+    assert bool(((reference.gelu(GRID).double() - exact).abs() <= bound).all())
+
+
+def test_gelu_tanh_is_accurate() -> None:
+    x = GRID.double()
+    inner = 2 * (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)
+    exact = x / (1 + torch.exp(-inner))
+    # As silu, with four roundings in the argument of the exponential, which counts where the exponential does.
+    weight = torch.exp(-inner) / (1 + torch.exp(-inner))
+    bound = exact.abs() * (4 * EPS + 4 * EPS * inner.abs().clamp(max=100) * weight.nan_to_num(1.0)) + SATURATED
+    assert bool(((reference.gelu_tanh(GRID).double() - exact).abs() <= bound).all())
+    torch.testing.assert_close(exact, torch.nn.functional.gelu(x, approximate="tanh"), rtol=1e-6, atol=1e-12)
+
+
+# name -> (op, oracle), each a function of gate, up, dtype and a_scale
+ACTIVATIONS: dict[str, tuple[Callable[..., Result], Callable[..., Result]]] = {
+    "silu_mul": (ops.silu_mul_quantize, reference.silu_mul_quantize),
+    "gelu_mul": (ops.gelu_mul_quantize, reference.gelu_mul_quantize),
+    "gelu_mul, tanh": (
+        lambda *arguments: ops.gelu_mul_quantize(*arguments, approximate="tanh"),
+        lambda *arguments: reference.gelu_mul_quantize(*arguments, approximate="tanh"),
+    ),
+    "gelu": (
+        lambda gate, _, *rest: ops.gelu_quantize(gate, *rest),
+        lambda gate, _, *rest: reference.gelu_quantize(gate, *rest),
+    ),
+    "gelu, tanh": (
+        lambda gate, _, *rest: ops.gelu_quantize(gate, *rest, approximate="tanh"),
+        lambda gate, _, *rest: reference.gelu_quantize(gate, *rest, approximate="tanh"),
+    ),
+    "relu": (
+        lambda gate, _, *rest: ops.relu_quantize(gate, *rest),
+        lambda gate, _, *rest: reference.relu_quantize(gate, *rest),
+    ),
+}
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_activations_equal_the_oracle(shape: tuple[int, ...], name: str, static: bool) -> None:
+    op, oracle = ACTIVATIONS[name]
     a_scale = torch.tensor([0.05]) if static else None
-    bias = randn(9, dtype=dtype, seed=2)
-    expected = reference.silu_mul_w8a8_linear(gate, up, b, b_scale, bias, a_scale)
-    assert same(ops.silu_mul_w8a8_linear(gate, up, b, b_scale, bias, a_scale), expected)
-    assert same(ops.silu_mul_w8a8_linear(gate, up, ops.prepack_weight(b), b_scale, bias, a_scale), expected)
+    for dtype in FLOATS:
+        gate, up = randn(*shape, dtype=dtype), randn(*shape, dtype=dtype, seed=1)
+        for eight_bit in EIGHT_BIT:
+            assert_same_results(op(gate, up, eight_bit, a_scale), oracle(gate, up, eight_bit, a_scale))
 
 
-@pytest.mark.parametrize("eight_bit", EIGHT_BIT[1:], ids=str)
-def test_silu_mul_in_fp8(eight_bit: torch.dtype) -> None:
-    gate, up = randn(5, 130), randn(5, 130, seed=1)
-    b, b_scale = weight(9, 130, eight_bit)
-    expected = reference.silu_mul_w8a8_linear(gate, up, b, b_scale)
-    q, scale = reference.quantize_per_token(reference.silu_mul(gate, up), eight_bit)
-    magnitude = reference.w8a8_gemm(q.float().abs().to(eight_bit), b.float().abs().to(eight_bit), scale, b_scale)
-    bound = 130 * torch.finfo(torch.float32).eps * magnitude.float() + 1e-30
-    assert bool(((ops.silu_mul_w8a8_linear(gate, up, b, b_scale) - expected).abs() <= bound).all())
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_of_extreme_values_equal_the_oracle(name: str) -> None:
+    op, oracle = ACTIVATIONS[name]
+    values = [0.0, -0.0, 1e-40, -1e-40, 87.5, -87.5, 1e4, -1e4, 3e38, -3e38, torch.inf, -torch.inf, torch.nan]
+    gate = torch.tensor(values).unsqueeze(1)
+    assert_same_results(op(gate, torch.ones_like(gate), torch.int8), oracle(gate, torch.ones_like(gate), torch.int8))
 
 
-def test_silu_mul_of_strange_rows_touches_no_other() -> None:
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_of_strange_rows_touch_no_other(name: str) -> None:
+    op, _ = ACTIVATIONS[name]
     gate, up = randn(6, 70), randn(6, 70, seed=1)
-    b, b_scale = weight(9, 70, torch.int8)
-    clean = ops.silu_mul_w8a8_linear(gate, up, b, b_scale)
-    gate[1, 3], up[2, 4], gate[3, 5] = float("nan"), float("inf"), float("-inf")
+    clean_q, clean_scale = op(gate, up, torch.int8)
+    gate[1, 3], gate[2, 4] = float("nan"), float("inf")
     gate[4] = 0
-    y = ops.silu_mul_w8a8_linear(gate, up, b, b_scale)
-    assert y[[1, 2, 3]].isnan().all()
-    assert not y[4].any()
-    assert torch.equal(y[[0, 5]], clean[[0, 5]])
+    q, scale = op(gate, up, torch.int8)
+    assert scale[[1, 2]].isnan().all()
+    assert scale[4] == 1
+    assert not q[[1, 2, 4]].any()
+    assert torch.equal(q[[0, 3, 5]], clean_q[[0, 3, 5]])
+    assert torch.equal(scale[[0, 3, 5]], clean_scale[[0, 3, 5]])
+
+
+def test_relu_keeps_what_relu_keeps() -> None:
+    x = torch.tensor([[-torch.inf, 127.0], [torch.nan, 1.0]])
+    q, scale = ops.relu_quantize(x, torch.int8)
+    assert q[0].tolist() == [0, 127]
+    assert scale[0] == 1
+    assert scale[1].isnan()
+
+
+# --- linear ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("n", [0, 1, 3, 4, 70])
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (1, 576), (2, 31), (3, 33), (2, 3, 64), (17, 100)], ids=str)
+def test_linear_is_a_product(shape: tuple[int, ...], n: int, has_bias: bool) -> None:
+    x, w = randn(*shape, dtype=torch.bfloat16), randn(n, shape[-1], dtype=torch.bfloat16, seed=1)
+    bias = randn(n, dtype=torch.bfloat16, seed=2) if has_bias else None
+    y, exact = ops.linear(x, w, bias), x.double() @ w.double().T
+    assert y.dtype == torch.bfloat16
+    exact = exact if bias is None else exact + bias.double()
+    # fp32 sums of K products, and one rounding to bf16.
+    magnitude = x.double().abs() @ w.double().abs().T + (0 if bias is None else bias.double().abs())
+    bound = torch.finfo(torch.bfloat16).eps / 2 * exact.abs() + (shape[-1] + 2) * EPS * magnitude
+    assert bool(((y.double() - exact).abs() <= 1.01 * bound).all())
+    assert_same_bits(reference.linear(x, w, bias), exact.to(torch.bfloat16))
+
+
+def test_linear_of_strange_rows_touches_no_other() -> None:
+    x, w = randn(5, 70, dtype=torch.bfloat16), randn(9, 70, dtype=torch.bfloat16, seed=1)
+    clean = ops.linear(x, w)
+    x[3, 69] = float("nan")
+    y = ops.linear(x, w)
+    assert y[3].isnan().all()
+    assert torch.equal(y[[0, 1, 2, 4]], clean[[0, 1, 2, 4]])
+
+
+# --- all ------------------------------------------------------------------------------------------------------------
 
 
 def test_any_number_of_threads_gives_the_same_bits() -> None:
     gate, up, x = randn(300, 200), randn(300, 200, seed=1), randn(2000, 200, seed=2)
-    b, b_scale = weight(70, 200, torch.int8)
-    before = torch.get_num_threads()
+    head = randn(3000, 200, dtype=torch.bfloat16)
     outputs = []
-    try:
-        for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
-            outputs.append((ops.silu_mul_w8a8_linear(gate, up, b, b_scale), ops.rms_norm(x, x[0], 1e-6)))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(y, outputs[0][0]) and torch.equal(n, outputs[0][1]) for y, n in outputs)
+    for count in (1, 2, 3, 7):
+        with threads(count):
+            outputs.append(
+                (
+                    *ops.silu_mul_quantize(gate, up, torch.int8),
+                    *ops.gelu_quantize(gate, torch.float8_e4m3fn),
+                    ops.rms_norm(x, x[0], 1e-6),
+                    *ops.layer_norm_quantize(x, x[0], None, 1e-6, torch.int8, x),
+                    ops.linear(x[:3].bfloat16(), head),
+                )
+            )
+    for output in outputs[1:]:
+        assert_same_results(output, outputs[0])
 
 
 def test_non_contiguous_inputs() -> None:
-    gate, up = randn(40, 30).t(), randn(30, 80)[:, ::2]
-    b, b_scale = weight(9, 40, torch.int8)
-    expected = ops.silu_mul_w8a8_linear(gate.contiguous(), up.contiguous(), b, b_scale)
-    assert torch.equal(ops.silu_mul_w8a8_linear(gate, up, b, b_scale), expected)
-    w = randn(80)[::2]
-    assert torch.equal(ops.rms_norm(gate, w, 1e-6), ops.rms_norm(gate.contiguous(), w.contiguous(), 1e-6))
+    gate, up, w = randn(40, 30).t(), randn(30, 80)[:, ::2], randn(80)[::2]
+    plain = gate.contiguous(), up.contiguous(), w.contiguous()
+    calls: list[Callable[[Tensor, Tensor, Tensor], Result]] = [
+        lambda a, b, _: ops.silu_mul_quantize(a, b, torch.int8),
+        lambda a, _b, _w: ops.relu_quantize(a, torch.int8),
+        lambda a, b, c: ops.rms_norm_quantize(a, c, 1e-6, torch.int8, b),
+        lambda a, b, c: ops.layer_norm_quantize(a, c, c, 1e-6, torch.int8, b),
+        lambda a, _, c: (ops.rms_norm(a, c, 1e-6),),
+        lambda a, b, c: (ops.linear(a.bfloat16(), b.bfloat16(), c[:30].bfloat16()),),
+    ]
+    for call in calls:
+        assert_same_results(call(gate, up, w), call(*plain))
 
 
-def test_errors_name_the_culprit() -> None:
-    b, b_scale = weight(9, 40, torch.int8)
-    x = randn(3, 40)
-    for call, sentence in (
-        (lambda: ops.rms_norm(x, torch.ones(39), 1e-6), "rms_norm: weight has 39 elements, expected K=40"),
-        (lambda: ops.rms_norm(x.double(), torch.ones(40), 1e-6), "rms_norm: x is float64"),
-        (lambda: ops.rms_norm(x, torch.ones(40).int(), 1e-6), "rms_norm: weight is int32"),
-        (lambda: ops.silu_mul_w8a8_linear(x, x.half(), b, b_scale), "gate is float32 and up is float16"),
-        (lambda: ops.silu_mul_w8a8_linear(x, x[:2], b, b_scale), r"gate has shape \[3, 40\] and up \[2, 40\]"),
-        (lambda: ops.silu_mul_w8a8_linear(x[:, :8], x[:, :8], b, b_scale), "gate has K=8, but b has K=40"),
-        (lambda: ops.silu_mul_w8a8_linear(x, x, b, b_scale[:3]), "b_scale has 3 elements, expected 1 or N=9"),
+X, W, BF16 = torch.ones(3, 40), torch.ones(40), torch.ones(3, 40, dtype=torch.bfloat16)
+ERRORS: list[tuple[Call, str]] = [
+    (lambda: ops.rms_norm(X, W[:39], 1e-6), "rms_norm: weight has 39 elements, expected K=40"),
+    (lambda: ops.rms_norm(X.double(), W, 1e-6), "rms_norm: x is float64"),
+    (lambda: ops.rms_norm(X, W.int(), 1e-6), "rms_norm: weight is int32"),
+    (lambda: ops.rms_norm_quantize(X, W, 1e-6, torch.uint8), "rms_norm_quantize: dtype is uint8"),
+    (lambda: ops.rms_norm_quantize(X, W, 1e-6, torch.int8, X.half()), "x is float32 and residual is float16"),
+    (lambda: ops.rms_norm_quantize(X, W, 1e-6, torch.int8, X[:2]), r"x has shape \[3, 40\] and residual \[2, 40\]"),
+    (lambda: ops.rms_norm_quantize(X, W, 1e-6, torch.int8, None, W), "a_scale has 40 elements, expected 1"),
+    (lambda: ops.layer_norm_quantize(X, W, W[:3], 1e-6, torch.int8), "bias has 3 elements, expected K=40"),
+    (lambda: ops.layer_norm_quantize(X, W, None, 1e-6, torch.int8, a_scale=W[:1] * 0), "a_scale is 0, expected"),
+    (lambda: ops.silu_mul_quantize(X, X.half(), torch.int8), "gate is float32 and up is float16"),
+    (lambda: ops.silu_mul_quantize(X, X[:2], torch.int8), r"gate has shape \[3, 40\] and up \[2, 40\]"),
+    (lambda: ops.silu_mul_quantize(X.int(), X.int(), torch.int8), "silu_mul_quantize: gate is int32"),
+    (lambda: ops.gelu_quantize(X, torch.int8, None, "erf"), "approximate is 'erf', expected none or tanh"),
+    (lambda: ops.gelu_quantize(X, torch.float32), "gelu_quantize: dtype is float32"),
+    (lambda: ops.relu_quantize(W[0], torch.int8), "relu_quantize: x has no dimensions"),
+    (lambda: ops.linear(X, BF16), "linear: x is float32, expected bfloat16"),
+    (lambda: ops.linear(BF16, BF16[:, :39]), "linear: x has K=40, but weight has K=39"),
+    (lambda: ops.linear(BF16, BF16[0]), r"linear: weight has shape \[40\], expected \[N, K\]"),
+    (lambda: ops.linear(BF16, BF16, BF16[0]), "linear: bias has 40 elements, expected N=3"),
+]
+
+
+@pytest.mark.parametrize(("call", "sentence"), ERRORS, ids=[sentence for _, sentence in ERRORS])
+def test_errors_name_the_culprit(call: Call, sentence: str) -> None:
+    with pytest.raises(RuntimeError, match=sentence):
+        call()
+
+
+# test_schema compares inputs with allclose, which torch lacks for float8 on the CPU.
+@pytest.mark.parametrize("dtype", EIGHT_BIT[:2], ids=str)
+def test_opcheck(dtype: torch.dtype) -> None:
+    checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    checks += ["test_schema"] if dtype == torch.int8 else []
+    x, w, one = randn(3, 40, dtype=torch.bfloat16), randn(40), torch.ones(1)
+    sq = torch.ops.sq
+    for op, arguments in (
+        (sq.rms_norm, (x, w, 1e-6)),
+        (sq.linear, (x, x, x[0, :3])),
+        (sq.rms_norm_quantize, (x, w, 1e-6, dtype)),
+        (sq.rms_norm_quantize, (x, w, 1e-6, dtype, x, one)),
+        (sq.layer_norm_quantize, (x, w, w, 1e-6, dtype, x)),
+        (sq.silu_mul_quantize, (x, x, dtype)),
+        (sq.gelu_mul_quantize, (x, x, dtype, one, "tanh")),
+        (sq.gelu_quantize, (x, dtype)),
+        (sq.relu_quantize, (x, dtype, one)),
     ):
-        with pytest.raises(RuntimeError, match=sentence):
-            call()
-
-
-def test_opcheck() -> None:
-    b, b_scale = weight(9, 40, torch.int8)
-    x = randn(3, 40, dtype=torch.bfloat16)
-    torch.library.opcheck(torch.ops.sq.rms_norm.default, (x, randn(40), 1e-6))
-    torch.library.opcheck(torch.ops.sq.silu_mul_w8a8_linear.default, (x, x, b, b_scale))
-    torch.library.opcheck(torch.ops.sq.silu_mul_w8a8_linear.default, (x, x, ops.prepack_weight(b), b_scale))
+        torch.library.opcheck(op.default, arguments, test_utils=checks)

@@ -28,7 +28,7 @@ FLOAT = Measured(
     "fp32",
     Evaluation(1022, 25.2184, 0.31, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0),
     ModelBytes(400_000_000, 538_000_000),
-    Speed(512, 32, (0.5, 0.512, 0.9), (1.0, 1.6, 2.0)),
+    Speed(512, 32, 1, (0.5, 0.512, 0.9), (1.0, 1.6, 2.0)),
 )
 QUANTIZED = Measured(
     "SmoothQuant dynamic",

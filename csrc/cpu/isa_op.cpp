@@ -26,6 +26,7 @@ std::string cpu_kernel(std::string family) {
   if (family == "gemm_int8") return kernels.gemm_int8_name;
   if (family == "gemm_fp8") return kernels.gemm_fp8_name;
   if (family == "rows") return kernels.rows_name;
+  if (family == "linear") return kernels.linear_name;
   if (family == "attention") return kernels.attention_name;
   throw std::runtime_error("cpu_kernel: there is no family '" + family + "'");
 }

@@ -1,4 +1,4 @@
-// One temporary buffer an op call. Small ones are on the stack; middling ones are kept by the calling thread for its next
+// One temporary buffer an op call. Small ones are on the stack; larger ones are kept by the calling thread for its next
 // call, because fresh memory costs a page fault every 4 KB, as much as quantizing them does.
 #pragma once
 
@@ -6,28 +6,18 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <utility>
+#include <vector>
 
 namespace sq {
 
 class Scratch {
  public:
   explicit Scratch(int64_t bytes) {
-    if (bytes <= kOnStack) return;
-    Block& kept = kept_block();
-    if (kept.bytes >= bytes) {
-      // Taken out for as long as it is in use.
-      block_ = std::move(kept);
-      kept = Block();
-      return;
-    }
-    block_.bytes = align(bytes);
-    block_.memory.reset(static_cast<uint8_t*>(std::aligned_alloc(kAlignment, block_.bytes)));
-    if (block_.memory == nullptr) throw std::bad_alloc();
+    if (bytes > kOnStack) block_ = take(align(bytes));
   }
-
   ~Scratch() {
-    Block& kept = kept_block();
-    if (block_.bytes > kept.bytes && block_.bytes <= kKept) kept = std::move(block_);
+    if (block_.memory != nullptr && block_.bytes <= kKept) kept_blocks().push_back(std::move(block_));
   }
 
   Scratch(const Scratch&) = delete;
@@ -40,7 +30,7 @@ class Scratch {
  private:
   static constexpr int64_t kAlignment = 64;
   static constexpr int64_t kOnStack = 16 * 1024;
-  static constexpr int64_t kKept = 8 * 1024 * 1024;
+  static constexpr int64_t kKept = 64 * 1024 * 1024;
 
   struct Free {
     void operator()(uint8_t* memory) const { std::free(memory); }
@@ -50,9 +40,33 @@ class Scratch {
     int64_t bytes = 0;
   };
 
-  static Block& kept_block() {
-    thread_local Block block;
+  // As many as buffers were ever in use at once: two or three.
+  static std::vector<Block>& kept_blocks() {
+    thread_local std::vector<Block> blocks;
+    return blocks;
+  }
+
+  // The smallest kept block that is large enough, or a new one in the place of the largest kept.
+  static Block take(int64_t bytes) {
+    std::vector<Block>& kept = kept_blocks();
+    size_t best = kept.size();
+    for (size_t i = 0; i < kept.size(); ++i) {
+      if (best == kept.size() || is_better(kept[i].bytes, kept[best].bytes, bytes)) best = i;
+    }
+    Block block;
+    if (best < kept.size()) {
+      block = std::move(kept[best]);
+      kept.erase(kept.begin() + static_cast<std::ptrdiff_t>(best));
+      if (block.bytes >= bytes) return block;
+    }
+    block.memory.reset(static_cast<uint8_t*>(std::aligned_alloc(kAlignment, bytes)));
+    if (block.memory == nullptr) throw std::bad_alloc();
+    block.bytes = bytes;
     return block;
+  }
+
+  static bool is_better(int64_t a, int64_t b, int64_t wanted) {
+    return (a >= wanted) == (b >= wanted) ? (a < b) == (a >= wanted) : a >= wanted;
   }
 
   Block block_;

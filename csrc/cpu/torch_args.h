@@ -8,6 +8,10 @@
 #include <cmath>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "../checks.h"
 #include "kernels/gemm.h"
 
@@ -81,6 +85,20 @@ inline Tensor empty_cpu(const std::vector<int64_t>& shape, ScalarType dtype) {
                                                          strides.data(), dtype_code, aoti_torch_device_type_cpu(), 0,
                                                          &handle));
   return Tensor(handle);
+}
+
+// Asks Linux to back a large tensor that nothing was written to yet with 2 MB pages: a weight is read in one stream, and
+// every 4 KB page would cost a look-up. Its pages belong to the memory node of the thread that first writes them.
+inline void advise_huge_pages(const Tensor& tensor) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t last = (begin + static_cast<uintptr_t>(tensor.numel())) / kHuge * kHuge;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a wish: it may fail
+#else
+  static_cast<void>(tensor);
+#endif
 }
 
 // The value of a static scale, which on the CPU can be looked at.

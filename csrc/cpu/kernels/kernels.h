@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "cpu_features.h"
 #include "gemm.h"
+#include "linear.h"
 #include "quantize.h"
 #include "rows.h"
 
@@ -21,8 +22,10 @@ struct Kernels {
   GemmRange gemm_fp8;
   int64_t fp8_block_bytes;  // larger where every block decodes the weight anew
   const char* rows_name;
-  RmsNormRows rms_norm_rows;
-  SiluMulRows silu_mul_rows;
+  NormRows norm_rows;
+  ActivateRows activate_rows;
+  const char* linear_name;
+  LinearColumns linear;
   const char* attention_name;
   Attend attend;
 };

@@ -1,7 +1,12 @@
 // Passes over rows of floating-point tensors: what stands between the products of a transformer, each in one pass.
-//   rms_norm   y = cast(x * (1 / sqrt(sum(x * x) / K + eps)) * (offset + weight))
-//   silu_mul   v = gate / (1 + exp(-gate)) * up, left in fp32 for the quantizer
-// Every step is one fp32 operation. The sum has kLanes partial sums, lane k % kLanes taking element k, which are added
+//   norm_rows      h = x, or x + residual rounded to its dtype;  mean = 0 (RMS) or sum(h) / K (layer norm)
+//                  y = (h - mean) * (1 / sqrt(sum((h - mean)^2) / K + eps)) * weight, + bias
+//   activate_rows  v = act(gate), or act(gate) * up, in fp32 for the quantizer
+//                  silu       x / (1 + exp(-x))
+//                  gelu       x * Phi(x), Phi from the complementary error function
+//                  gelu_tanh  x / (1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x^3))), which is 0.5 x (1 + tanh(...))
+//                  relu       0 for x < 0, else x
+// Every step is one fp32 operation. A sum has kLanes partial sums, lane k % kLanes taking element k, which are added
 // pairwise at the end, and exp is a polynomial of plain multiplications and additions: every instruction set gives the
 // same bits. Bytes moved: each input once, the output once.
 #pragma once
@@ -13,29 +18,38 @@
 
 namespace sq {
 
-struct RmsNormArgs {
+enum class Norm { kRms, kLayer };
+enum class Activation { kSilu, kGelu, kGeluTanh, kRelu };
+
+struct NormArgs {
+  Norm norm;
   int64_t k;
-  const void* x;        // contiguous rows of k elements
-  DType x_dtype;        // of y too
-  const float* weight;  // [k], the offset already added
+  const void* x;         // contiguous rows of k elements
+  const void* residual;  // the same, or null
+  DType x_dtype;
+  const float* weight;  // [k], an offset already added
+  const float* bias;    // [k], or null
   float eps;
-  void* y;
+  void* sum;  // x + residual, where there is one
+  void* y;    // rows.begin is its first row
+  DType y_dtype;  // x_dtype, or fp32 for the quantizer
 };
 
-struct SiluMulArgs {
+struct ActivateArgs {
+  Activation activation;
   int64_t k;
   const void* gate;  // contiguous rows of k elements
-  const void* up;
+  const void* up;    // the same, or null
   DType dtype;
   float* v;  // rows.begin is its first row
 };
 
-using RmsNormRows = void (*)(const RmsNormArgs& args, Range rows);
-using SiluMulRows = void (*)(const SiluMulArgs& args, Range rows);
+using NormRows = void (*)(const NormArgs& args, Range rows);
+using ActivateRows = void (*)(const ActivateArgs& args, Range rows);
 
-void rms_norm_rows_portable(const RmsNormArgs& args, Range rows);
-void rms_norm_rows_avx512(const RmsNormArgs& args, Range rows);
-void silu_mul_rows_portable(const SiluMulArgs& args, Range rows);
-void silu_mul_rows_avx512(const SiluMulArgs& args, Range rows);
+void norm_rows_portable(const NormArgs& args, Range rows);
+void norm_rows_avx512(const NormArgs& args, Range rows);
+void activate_rows_portable(const ActivateArgs& args, Range rows);
+void activate_rows_avx512(const ActivateArgs& args, Range rows);
 
 }  // namespace sq

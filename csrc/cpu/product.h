@@ -1,0 +1,136 @@
+// What the ops that multiply share: an 8-bit activation in scratch memory, and weights ready for the kernels.
+#pragma once
+
+#include <vector>
+
+#include "kernels/kernels.h"
+#include "kernels/pack.h"
+#include "parallel.h"
+#include "torch_args.h"
+
+namespace sq {
+
+inline void parallel_pack(const Tensor& b, uint8_t* packed) {
+  const int64_t n = b.size(0), k = b.size(1);
+  const auto* source = pointer<uint8_t>(b);
+  const DType dtype = kernel_dtype(b.scalar_type());
+  parallel_rows(panel_count(n), panel_bytes(k),
+                [&](Range panels) { pack_panels(source, n, k, dtype, packed, panels); });
+}
+
+// An 8-bit activation [m, k] as the kernels read it, its scales, and for fp8 its values once more, widened. It knows its
+// size first and is given memory then.
+class Operand {
+ public:
+  Operand(const Kernels& kernels, int64_t m, int64_t k, DType dtype)
+      : kernels_(kernels),
+        m_(m),
+        k_(k),
+        dtype_(dtype),
+        q_stride_(padded_k(k) + kRowPad),
+        wide_stride_(is_int8() ? 0 : padded_k(k) * kernels.fp8_element_size + kRowPad),
+        scale_offset_(Scratch::align(padded_rows(m) * q_stride_)),
+        wide_offset_(scale_offset_ + Scratch::align(m * static_cast<int64_t>(sizeof(float)))) {}
+
+  int64_t bytes() const { return wide_offset_ + Scratch::align(padded_rows(m_) * wide_stride_); }
+  void place(uint8_t* memory) { memory_ = memory; }
+
+  bool is_int8() const { return dtype_ == DType::kInt8; }
+  uint8_t flip() const { return is_int8() ? kOffset : 0; }
+  uint8_t* q() { return memory_; }
+  int64_t q_stride() const { return q_stride_; }
+  float* scales() { return reinterpret_cast<float*>(memory_ + scale_offset_); }
+
+  // For a quantizer that fills it: everything but the source. A static scale of 0 means one per token.
+  QuantizeArgs target(float static_scale) {
+    QuantizeArgs args{};
+    args.k = k_;
+    args.q = q();
+    args.q_stride = q_stride_;
+    args.q_dtype = dtype_;
+    args.flip = flip();
+    args.scale = scales();
+    args.static_scale = static_scale;
+    return args;
+  }
+
+  // The products of the first rows with weights, in one parallel region. Those without scales for the activation get the
+  // operand's own; a_dtype is the fp8 type of the values.
+  void multiply(std::vector<GemmArgs> products, DType a_dtype, int64_t rows) {
+    if (!is_int8()) {
+      const WidenArgs args{k_, q(), q_stride_, a_dtype, memory_ + wide_offset_, wide_stride_};
+      parallel_rows(rows, wide_stride_, [&](Range range) { kernels_.widen_fp8(args, range); });
+    }
+    for (GemmArgs& args : products) {
+      args.a = is_int8() ? q() : memory_ + wide_offset_;
+      args.a_stride = is_int8() ? q_stride_ : wide_stride_;
+      if (args.a_scale == nullptr) {
+        args.a_scale = scales();
+        args.a_scale_step = 1;
+      }
+    }
+    const GemmRange gemm = is_int8() ? kernels_.gemm_int8 : kernels_.gemm_fp8;
+    parallel_gemm(gemm, products, rows, is_int8() ? kernels_.block_bytes : kernels_.fp8_block_bytes);
+  }
+
+ private:
+  const Kernels& kernels_;
+  int64_t m_, k_;
+  DType dtype_;
+  int64_t q_stride_, wide_stride_;
+  int64_t scale_offset_, wide_offset_;
+  uint8_t* memory_ = nullptr;
+};
+
+// A weight that was checked, packed now if it did not come packed.
+class Weight {
+ public:
+  Weight(const GemmShape& shape, const Tensor& b, const Tensor& b_scale, const OptionalTensor& bias)
+      : shape_(shape),
+        packed_(shape.is_packed ? as_contiguous(b) : packed(as_contiguous(b))),
+        b_scale_(as_contiguous(b_scale)),
+        bias_(as_contiguous(bias)) {}
+
+  int64_t n() const { return shape_.n; }
+  DType dtype() const { return kernel_dtype(packed_.scalar_type()); }
+
+  // A product that writes contiguous rows of n values to y.
+  GemmArgs product(void* y, DType y_dtype) const {
+    GemmArgs args{};
+    args.n = shape_.n;
+    args.k = shape_.k;
+    args.b = pointer<uint8_t>(packed_);
+    args.b_dtype = dtype();
+    args.b_scale = pointer<float>(b_scale_);
+    args.b_scale_step = b_scale_.numel() == 1 ? 0 : 1;
+    args.bias = bias_.has_value() ? bias_->const_data_ptr() : nullptr;
+    args.bias_dtype = bias_.has_value() ? kernel_dtype(bias_->scalar_type()) : DType::kFloat32;
+    args.y = y;
+    args.y_dtype = y_dtype;
+    return args;
+  }
+  GemmArgs product(const Tensor& y) const { return product(y.mutable_data_ptr(), kernel_dtype(y.scalar_type())); }
+
+  static Tensor packed(const Tensor& b) {
+    Tensor packed = empty_cpu({panel_count(b.size(0)), padded_k(b.size(1)) / 4 + 1, kPanel, 4}, b.scalar_type());
+    advise_huge_pages(packed);
+    parallel_pack(b, static_cast<uint8_t*>(packed.mutable_data_ptr()));
+    return packed;
+  }
+
+ private:
+  GemmShape shape_;
+  Tensor packed_, b_scale_;
+  OptionalTensor bias_;
+};
+
+// The value of an activation's static scale, 0 where there is none.
+inline float checked_static_scale(const char* op, const char* name, const OptionalTensor& scale, const char* a_name,
+                                  const Tensor& a) {
+  if (!scale.has_value()) return 0.0f;
+  check_same_device(op, name, *scale, a_name, a);
+  check_static_scale(op, name, *scale);
+  return static_scale_value(op, name, *scale);
+}
+
+}  // namespace sq

@@ -1,0 +1,124 @@
+"""Loads the compiled ops, and tells which kernel each will run on here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+
+def _load_library(name: str) -> None:
+    """Loads a shared object that lies beside this file; raises ``ImportError`` with the dynamic linker's reason."""
+    path = Path(__file__).with_name(name)
+    if not path.is_file():
+        raise ImportError(
+            f"smoothquant_ext is not compiled: {name} is missing; run 'pip install .' in its source folder"
+        )
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        # torch's own message names the file only; the linker's is the cause.
+        reason = repr(error.__cause__) if error.__cause__ is not None else str(error)
+        raise ImportError(f"smoothquant_ext cannot load {name}: {reason}") from error
+
+
+def _load_cuda() -> str:
+    """Loads the CUDA kernels; returns why they are not there, or an empty string."""
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    try:
+        _load_library("_C_cuda.so")
+    except ImportError as error:
+        return str(error)
+    return ""
+
+
+_load_library("_C.so")
+_cuda_missing = _load_cuda()
+
+
+class OpInfo(NamedTuple):
+    """One row of ``info``: which backend an op uses on a device, and why not a better one."""
+
+    op: str
+    device: str
+    backend: str
+    reason: str
+
+
+CPU_ISAS = ("amx", "avx512bf16", "avx512vnni", "avx2", "portable")  # fastest first
+
+# What the table shows, and the family of kernels that it runs on.
+_OPS = (
+    ("quantize_per_token", "quantize"),
+    ("quantize_static", "quantize"),
+    ("prepack_weight", "pack"),
+    ("w8a8_gemm, int8", "gemm_int8"),
+    ("w8a8_gemm, fp8", "gemm_fp8"),
+    ("w8a8_linear, int8", "gemm_int8"),
+    ("w8a8_linear, fp8", "gemm_fp8"),
+    ("w8a8_linears, int8", "gemm_int8"),
+    ("w8a8_linears, fp8", "gemm_fp8"),
+    ("w8a8_mlp, int8", "gemm_int8"),
+    ("w8a8_mlp, fp8", "gemm_fp8"),
+    ("rms_norm_quantize", "rows"),
+    ("layer_norm_quantize", "rows"),
+    ("silu_mul_quantize", "rows"),
+    ("gelu_mul_quantize", "rows"),
+    ("gelu_quantize", "rows"),
+    ("relu_quantize", "rows"),
+    ("rms_norm", "rows"),
+    ("linear", "linear"),
+    ("attention", "attention"),
+)
+
+
+def cpu_isa() -> str:
+    """The instruction set in use on the CPU: one of ``CPU_ISAS``.
+
+    The environment variable SMOOTHQUANT_CPU_ISA forces one, and is read once per process.
+
+    Raises:
+        RuntimeError: if SMOOTHQUANT_CPU_ISA names an unknown one, or one that this machine cannot run.
+    """
+    isa: str = torch.ops.sq.cpu_isa()
+    return isa
+
+
+def has_fast_linear() -> bool:
+    """Whether ``ops.linear`` is made for this CPU: the portable kernel is slower than torch's."""
+    kernel: str = torch.ops.sq.cpu_kernel("linear")
+    return kernel != "portable"
+
+
+def _cpu_reason() -> str:
+    isa = cpu_isa()
+    if forced := os.environ.get("SMOOTHQUANT_CPU_ISA"):
+        return f"SMOOTHQUANT_CPU_ISA={forced}"
+    better = CPU_ISAS[: CPU_ISAS.index(isa)]
+    return "; ".join(f"no {name}: {torch.ops.sq.cpu_isa_why_not(name)}" for name in better)
+
+
+def _cuda_row(op: str) -> OpInfo:
+    if _cuda_missing:
+        return OpInfo(op, "cuda", "none", _cuda_missing)
+    name = op.partition(",")[0]
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"sq::{name}", "CUDA"):
+        return OpInfo(op, "cuda", "none", "there is no CUDA kernel yet")
+    unvalidated = "no CUDA kernel has been validated on hardware yet"
+    if os.environ.get("SMOOTHQUANT_UNVALIDATED_CUDA") == "1":
+        return OpInfo(op, "cuda", "cuda", f"{unvalidated}; allowed by SMOOTHQUANT_UNVALIDATED_CUDA=1")
+    return OpInfo(op, "cuda", "none", f"{unvalidated}; SMOOTHQUANT_UNVALIDATED_CUDA=1 allows it")
+
+
+def info() -> list[OpInfo]:
+    """For every op and device, the backend that will run here, and why better ones will not.
+
+    Raises:
+        RuntimeError: as ``cpu_isa``.
+    """
+    reason = _cpu_reason()
+    rows = [OpInfo(op, "cpu", torch.ops.sq.cpu_kernel(family), reason) for op, family in _OPS]
+    return rows + [_cuda_row(op) for op, _ in _OPS]

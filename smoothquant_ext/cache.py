@@ -1,0 +1,81 @@
+"""A cache of keys and values that does not copy itself for every token.
+
+transformers' dynamic cache concatenates: a step of decoding copies all that is there. Ours keeps room for more tokens
+behind those it has. It is the same class of layer otherwise: everything else that transformers does with one works.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+LEAST_ROOM = 64  # tokens
+
+
+class GrowingLayer(DynamicLayer):
+    """``keys`` and ``values`` [B, H, T, D] are the first T tokens of larger buffers."""
+
+    keys: Tensor
+    values: Tensor
+    key_buffer: Tensor | None = None
+    value_buffer: Tensor | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Appends; see ``DynamicLayer.update``."""
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.key_buffer, self.keys = _append(self.key_buffer, self.keys, key_states)
+        self.value_buffer, self.values = _append(self.value_buffer, self.values, value_states)
+        return self.keys, self.values
+
+    def reset(self) -> None:
+        """Empties the layer."""
+        self.key_buffer = self.value_buffer = None
+        super().reset()
+
+
+def _append(buffer: Tensor | None, past: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """Writes ``new`` behind ``past`` [B, H, T, D]; the buffer, a larger one if need be, and its tokens in use."""
+    length = past.shape[-2] if past.numel() else 0
+    total = length + new.shape[-2]
+    if buffer is None or not _is_start_of(past, buffer) or buffer.shape[-2] < total:
+        room = max(LEAST_ROOM, total // 4)
+        buffer = new.new_empty((*new.shape[:-2], total + room, new.shape[-1]))
+        if length:
+            buffer[..., :length, :] = past
+    tokens = buffer.narrow(-2, 0, total)
+    tokens.narrow(-2, length, new.shape[-2]).copy_(new)
+    return buffer, tokens
+
+
+def _is_start_of(past: Tensor, buffer: Tensor) -> bool:
+    """Whether nobody put other keys and values in the place of ours: beam search does, or cropping."""
+    return (
+        past.data_ptr() == buffer.data_ptr()
+        and past.dim() == buffer.dim()
+        and past.stride() == buffer.stride()
+        and past.shape[:-2] == buffer.shape[:-2]
+    )
+
+
+def use_growing_cache_(model: PreTrainedModel) -> bool:
+    """Makes the dynamic caches that this model starts grow in place; whether it did not before."""
+    if any(hook is _grow for hook in model._forward_pre_hooks.values()):
+        return False
+    model.register_forward_pre_hook(_grow, with_kwargs=True)
+    return True
+
+
+def _grow(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for name in ("cache", "past_key_values"):  # the name changed in transformers 5
+        cache = kwargs.get(name)
+        if isinstance(cache, DynamicCache):
+            for layer in cache.layers:
+                if type(layer) is DynamicLayer:
+                    layer.__class__ = GrowingLayer
