@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smoothquant_ext import ops
 from smoothquant_ext.convert import quantize_linear
-from smoothquant_ext.fuse import FusedGatedMLP, FusedRMSNorm, fuse_
+from smoothquant_ext.fuse import MOST_ROWS, FusedLinear, fuse_
+from smoothquant_ext.fused_mlp import FusedMLP
+from smoothquant_ext.fused_norm import FusedRMSNorm
 from smoothquant_ext.quantize import quantize
 from smoothquant_ext.scheme import SCHEMES, Recipe
 
 WIDTH, INNER = 48, 80
+ModuleType = Any  # a module, whose children mypy does not know
 
 
 class RMSNorm(nn.Module):
@@ -70,6 +77,16 @@ def test_other_norms_stay(module: nn.Module) -> None:
     assert fuse_(nn.Sequential(module)) == []
 
 
+# name -> act(a, b), the input of the last layer
+GATED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": lambda a, b: F.silu(a) * b,
+    "up first": lambda a, b: a * F.silu(b),
+    "gelu": lambda a, b: F.gelu(a) * b,
+    "gelu_tanh": lambda a, b: F.gelu(a, approximate="tanh") * b,
+    "relu": lambda a, b: F.relu(a) * b,
+}
+
+
 class MLP(nn.Module):
     """A gated MLP with unusual names, and switches for what must not be fused."""
 
@@ -83,52 +100,115 @@ class MLP(nn.Module):
         self.a = nn.Linear(WIDTH, INNER)
 
     def forward(self, x: Tensor) -> Tensor:
-        silu = nn.functional.silu
-        if self.variant == "up first":
-            up = self.b(x)
-            return self.out(up * silu(self.a(x)))
-        if self.variant == "gelu":
-            return self.out(nn.functional.gelu(self.a(x)) * self.b(x))
+        if self.variant in GATED:
+            return self.out(GATED[self.variant](self.a(x), self.b(x)))
+        if self.variant == "tanh":
+            return self.out(torch.tanh(self.a(x)) * self.b(x))
         if self.variant == "scaled":
-            return 1.5 * self.out(silu(self.a(x)) * self.b(x))
+            return 1.5 * self.out(F.silu(self.a(x)) * self.b(x))
         if self.variant == "residual":
-            return self.out(silu(self.a(x)) * self.b(x)) + x
-        if self.variant == "two inputs":
-            return self.out(silu(self.a(x)) * self.b(x + 1))
-        return self.out(silu(self.a(x)) * self.b(x))
+            return self.out(F.silu(self.a(x)) * self.b(x)) + x
+        assert self.variant == "two inputs"
+        return self.out(F.silu(self.a(x)) * self.b(x + 1))
+
+
+class PackedMLP(nn.Module):
+    """Gate and up in one layer, of ``inner`` outputs each."""
+
+    def __init__(self, variant: str = "gate first", inner: int = 128) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.variant = variant
+        self.both, self.out = nn.Linear(WIDTH, 2 * inner), nn.Linear(inner, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.both(x).chunk(2, dim=-1)
+        return self.out(F.silu(first) * second if self.variant == "gate first" else first * F.silu(second))
+
+
+class PlainMLP(nn.Module):
+    def __init__(self, activation: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Linear(WIDTH, INNER), nn.Linear(INNER, WIDTH)
+        self.act = {"relu": nn.ReLU(), "gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh"), "silu": nn.SiLU()}[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.act(self.one(x)))
+
+
+def quantized(module: ModuleType, scheme: str = "int8", dtype: torch.dtype = torch.float32) -> ModuleType:
+    for name, linear in list(module.named_children()):
+        if isinstance(linear, nn.Linear):
+            absmax = torch.full((linear.in_features,), 3.0)
+            module.set_submodule(name, quantize_linear(linear.to(dtype), absmax, SCHEMES[scheme]))
+    return module
 
 
 def quantized_mlp(variant: str, scheme: str = "int8") -> MLP:
-    mlp = MLP(variant)
-    for name in ("a", "b", "out"):
-        width = getattr(mlp, name).in_features
-        mlp.set_submodule(name, quantize_linear(getattr(mlp, name), torch.full((width,), 3.0), SCHEMES[scheme]))
-    return mlp
+    return quantized(MLP(variant), scheme)
+
+
+def check_fused(mlp: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """Fuses it, and compares with what it was."""
+    plain = copy.deepcopy(mlp)
+    assert fuse_(nn.Sequential(mlp)) == ["0"]
+    assert isinstance(mlp, FusedMLP)
+    x = torch.randn(3, 4, WIDTH).to(dtype)
+    # The product is the same up to its rounding; that moves a value across a rounding boundary of the 8 bits now and
+    # then, by one step of at most 2^-2 (e5m2) of the value itself.
+    error = float((mlp(x) - plain(x)).float().norm() / plain(x).float().norm())
+    assert error < 1e-2
+    assert list(mlp.state_dict()) == list(plain.state_dict())
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("variant", ["silu", "up first"])
 def test_gated_mlp_is_recognized(variant: str, scheme: str) -> None:
     mlp = quantized_mlp(variant, scheme)
-    plain = copy.deepcopy(mlp)
-    assert fuse_(nn.Sequential(mlp)) == ["0"]
-    assert isinstance(mlp, FusedGatedMLP)
-    assert mlp.fused_roles == ("a", "b", "out")
-    x = torch.randn(3, 4, WIDTH)
-    # The product is the same up to fp32 rounding; that moves a value across a rounding boundary of the 8 bits now and
-    # then, by one step of at most 2^-2 (e5m2) of the value itself.
-    error = float((mlp(x) - plain(x)).norm() / plain(x).norm())
-    assert error < 1e-2
-    assert list(mlp.state_dict()) == list(plain.state_dict())
+    check_fused(mlp)
+    gate, up = ("a", "b") if variant == "silu" else ("b", "a")
+    assert mlp.fused_roles == (gate, up, "out", "silu", False)
 
 
-@pytest.mark.parametrize("variant", ["gelu", "scaled", "residual", "two inputs"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", [name for name in GATED if name != "up first"])
+def test_the_activation_is_recognized(variant: str, dtype: torch.dtype) -> None:
+    gated, plain = quantized(MLP(variant), dtype=dtype), quantized(PlainMLP(variant), dtype=dtype)
+    check_fused(gated, dtype)
+    check_fused(plain, dtype)
+    assert gated.fused_roles == ("a", "b", "out", variant, False)
+    assert plain.fused_roles == ("one", None, "two", variant, False)
+
+
+@pytest.mark.parametrize("is_packed", [True, False], ids=["packed for the CPU", "plain"])
+@pytest.mark.parametrize("variant", ["gate first", "up first"])
+def test_gate_and_up_in_one_layer_are_recognized(variant: str, is_packed: bool) -> None:
+    mlp = quantized(PackedMLP(variant))
+    if not is_packed:
+        for layer in (mlp.both, mlp.out):
+            layer._unpack_()
+    check_fused(mlp)
+    assert mlp.fused_roles == ("both", "both", "out", "silu", variant == "up first")
+    x = torch.randn(2, WIDTH)
+    before = mlp(x)
+    mlp.both.weight_scale.mul_(2)  # views see it
+    assert not torch.equal(mlp(x), before)
+
+
+def test_a_packed_layer_that_cannot_be_cut_stays() -> None:
+    assert fuse_(nn.Sequential(quantized(PackedMLP(inner=80)))) == []
+
+
+@pytest.mark.parametrize("variant", ["tanh", "scaled", "residual", "two inputs"])
 def test_other_mlps_stay(variant: str) -> None:
     assert fuse_(nn.Sequential(quantized_mlp(variant))) == []
 
 
 def test_float_mlps_stay() -> None:
-    assert fuse_(nn.Sequential(MLP())) == []
+    mlp = MLP()
+    assert "0" not in fuse_(nn.Sequential(mlp))  # its layers may be, each by itself
+    assert not isinstance(mlp, FusedMLP)
 
 
 def test_fusing_twice_changes_nothing() -> None:
@@ -141,9 +221,11 @@ def test_fusing_twice_changes_nothing() -> None:
 
 def test_a_quantized_model_is_fused_where_it_can_be() -> None:
     model = quantize(tiny.build("llama"), tiny.token_ids(), Recipe(), progress=False)
-    layer = ["input_layernorm", "mlp", "post_attention_layernorm"]
+    layer = ["input_layernorm", "mlp", "post_attention_layernorm", "mlp.gate_proj+up_proj"]
+    layer += ["self_attn.q_proj+k_proj+v_proj"]
     expected = {f"model.layers.{index}.{name}" for index in (0, 1) for name in layer} | {"model.norm"}
-    assert set(model.smoothquant_report.fused) == expected | {"attention"}
+    expected |= {"lm_head"} if ops.has_fast_linear() else set()
+    assert set(model.smoothquant_report.fused) == expected | {"attention", "cache"}
     ids = tiny.token_ids(seed=9)
     with torch.no_grad():
         before = model(ids).logits
@@ -184,3 +266,25 @@ def test_one_compiled_graph_serves_all_batch_sizes() -> None:
             x = torch.randn(rows, 7, 64)
             assert torch.equal(compiled(x), block(x))
     assert graphs == 1
+
+
+@pytest.mark.skipif(not ops.has_fast_linear(), reason="this CPU has no kernel for it")
+def test_a_layer_in_floating_point_is_ours_for_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = nn.Linear(64, 100).to(torch.bfloat16)
+    plain = copy.deepcopy(head)
+    assert fuse_(nn.Sequential(head)) == ["0"]
+    assert isinstance(head, FusedLinear)
+    assert isinstance(head, nn.Linear)
+    calls: list[int] = []
+    linear = ops.linear
+    monkeypatch.setattr(ops, "linear", lambda x, *rest: calls.append(x.shape[0]) or linear(x, *rest))
+    for rows in (1, MOST_ROWS, MOST_ROWS + 1):
+        x = torch.randn(rows, 64).to(torch.bfloat16)
+        with torch.no_grad():
+            torch.testing.assert_close(head(x), plain(x), rtol=2**-7, atol=1e-2)
+    assert calls == [1, MOST_ROWS]
+    head(torch.randn(1, 64).to(torch.bfloat16)).sum().backward()
+    assert head.weight.grad is not None
+    with torch.no_grad():
+        assert head.float()(torch.randn(1, 64)).dtype == torch.float32
+    assert len(calls) == 2

@@ -193,7 +193,7 @@ def test_compile_makes_one_graph_for_every_batch_size() -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(forward, backend=counter, fullgraph=True, dynamic=True)
-    for batch, tokens in ((5, 3), (7, 8), (11, 2)):
+    for batch, tokens in ((6, 3), (7, 8), (11, 2)):  # the first ones unlike every size of the weights
         x = randn(batch, tokens, 40, seed=batch)
         assert torch.equal(compiled(x), forward(x))
     assert counter.frame_count == 1

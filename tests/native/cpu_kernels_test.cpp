@@ -1,59 +1,15 @@
 // The CPU kernels of every instruction set that this machine can run, against plain loops. Buffers have exactly the sizes
 // that the headers promise, so that the address sanitizer sees any step outside.
-#include <cinttypes>
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <memory>
-#include <random>
 #include <string>
 #include <vector>
 
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/pack.h"
+#include "testing.h"
 
 namespace {
 
 using namespace sq;
-
-#define CHECK(condition, ...)                                              \
-  do {                                                                     \
-    if (!(condition)) {                                                    \
-      std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::fprintf(stderr, __VA_ARGS__);                                   \
-      std::fprintf(stderr, "\n");                                          \
-      std::exit(1);                                                        \
-    }                                                                      \
-  } while (false)
-
-// Memory of exactly this size, aligned as torch aligns tensors.
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t count) : count_(count), data_(static_cast<T*>(allocate(count * sizeof(T)))) {}
-  T* data() const { return data_.get(); }
-  T& operator[](int64_t i) const { return data_.get()[i]; }
-  int64_t size() const { return count_; }
-
- private:
-  struct Free {
-    void operator()(T* memory) const { std::free(memory); }
-  };
-  static void* allocate(size_t bytes) {
-    void* memory = nullptr;
-    CHECK(posix_memalign(&memory, 64, bytes > 0 ? bytes : 1) == 0, "no memory for %zu bytes", bytes);
-    return memory;
-  }
-  int64_t count_;
-  std::unique_ptr<T, Free> data_;
-};
-
-std::mt19937 generator(0);
-
-int random_int(int low, int high) { return std::uniform_int_distribution<int>(low, high)(generator); }
-float random_float() { return std::normal_distribution<float>()(generator); }
-
-bool same(float a, float b) { return std::isnan(a) ? std::isnan(b) : float_bits(a) == float_bits(b); }
 
 float decode(uint8_t value, DType dtype) {
   return dtype == DType::kFloat8E4M3 ? float8_e4m3_to_float(value) : float8_e5m2_to_float(value);

@@ -30,8 +30,8 @@ struct NormArgs {
   const float* weight;  // [k], an offset already added
   const float* bias;    // [k], or null
   float eps;
-  void* sum;  // x + residual, where there is one
-  void* y;    // rows.begin is its first row
+  void* sum;      // x + residual, where there is one
+  void* y;        // rows.begin is its first row
   DType y_dtype;  // x_dtype, or fp32 for the quantizer
 };
 
