@@ -62,6 +62,7 @@ using WidenRows = void (*)(const WidenArgs& args, Range rows);
 
 void gemm_int8_portable(const GemmArgs& args, Range rows, Range panels);
 void gemm_int8_avx2(const GemmArgs& args, Range rows, Range panels);
+void gemm_int8_avxvnni(const GemmArgs& args, Range rows, Range panels);
 void gemm_int8_avx512vnni(const GemmArgs& args, Range rows, Range panels);
 void gemm_int8_amx(const GemmArgs& args, Range rows, Range panels);
 
