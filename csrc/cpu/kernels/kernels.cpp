@@ -16,14 +16,14 @@ const Kernels& kernels_of(Isa isa) {
       "avx2", quantize_rows_avx2,
       "avx2", gemm_int8_avx2, /*block_bytes=*/1 << 19,
       "portable", /*fp8_element_size=*/4, widen_fp32_portable, gemm_fp8_portable, /*fp8_block_bytes=*/1 << 17,
-      "portable", rms_norm_rows_portable, silu_mul_rows_portable,
+      "avx2", rms_norm_rows_avx2, silu_mul_rows_avx2,
       "avx2", attend_avx2,
   };
   static constexpr Kernels kAvxVnni = {
       "avx2", quantize_rows_avx2,
       "avxvnni", gemm_int8_avxvnni, /*block_bytes=*/1 << 19,
       "portable", /*fp8_element_size=*/4, widen_fp32_portable, gemm_fp8_portable, /*fp8_block_bytes=*/1 << 17,
-      "portable", rms_norm_rows_portable, silu_mul_rows_portable,
+      "avx2", rms_norm_rows_avx2, silu_mul_rows_avx2,
       "avx2", attend_avx2,
   };
   static constexpr Kernels kAvx512Vnni = {

@@ -34,8 +34,10 @@ using RmsNormRows = void (*)(const RmsNormArgs& args, Range rows);
 using SiluMulRows = void (*)(const SiluMulArgs& args, Range rows);
 
 void rms_norm_rows_portable(const RmsNormArgs& args, Range rows);
+void rms_norm_rows_avx2(const RmsNormArgs& args, Range rows);
 void rms_norm_rows_avx512(const RmsNormArgs& args, Range rows);
 void silu_mul_rows_portable(const SiluMulArgs& args, Range rows);
+void silu_mul_rows_avx2(const SiluMulArgs& args, Range rows);
 void silu_mul_rows_avx512(const SiluMulArgs& args, Range rows);
 
 }  // namespace sq
