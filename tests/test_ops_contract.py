@@ -264,7 +264,7 @@ def test_info_names_a_backend_for_every_op(isa: str) -> None:
         defined = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("sq::")}
         assert names == {name for name in defined if not name.startswith(("_", "cpu_"))}
     products = {row.op: row for row in rows if row.device == "cpu"}
-    fp8 = {"avx512vnni": "avx512", "avxvnni": "portable", "avx2": "portable"}
+    fp8 = {"avx512vnni": "avx512", "avxvnni": "avx2"}
     assert products["w8a8_linear, fp8"].backend == fp8.get(isa, isa)
     for better in ops.CPU_ISAS[: ops.CPU_ISAS.index(isa)]:
         assert better in products["w8a8_linear, int8"].reason

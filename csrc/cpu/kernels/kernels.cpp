@@ -15,14 +15,14 @@ const Kernels& kernels_of(Isa isa) {
   static constexpr Kernels kAvx2 = {
       "avx2", quantize_rows_avx2,
       "avx2", gemm_int8_avx2, /*block_bytes=*/1 << 19,
-      "portable", /*fp8_element_size=*/4, widen_fp32_portable, gemm_fp8_portable, /*fp8_block_bytes=*/1 << 17,
+      "avx2", /*fp8_element_size=*/4, widen_fp32_portable, gemm_fp8_avx2, /*fp8_block_bytes=*/1 << 21,
       "avx2", rms_norm_rows_avx2, silu_mul_rows_avx2,
       "avx2", attend_avx2,
   };
   static constexpr Kernels kAvxVnni = {
       "avx2", quantize_rows_avx2,
       "avxvnni", gemm_int8_avxvnni, /*block_bytes=*/1 << 19,
-      "portable", /*fp8_element_size=*/4, widen_fp32_portable, gemm_fp8_portable, /*fp8_block_bytes=*/1 << 17,
+      "avx2", /*fp8_element_size=*/4, widen_fp32_portable, gemm_fp8_avx2, /*fp8_block_bytes=*/1 << 21,
       "avx2", rms_norm_rows_avx2, silu_mul_rows_avx2,
       "avx2", attend_avx2,
   };
