@@ -48,7 +48,7 @@ class OpInfo(NamedTuple):
     reason: str
 
 
-CPU_ISAS = ("amx", "avx512bf16", "avx512vnni", "avx2", "portable")  # fastest first
+CPU_ISAS = ("amx", "avx512bf16", "avx512vnni", "avxvnni", "avx2", "portable")  # fastest first
 
 # What the table shows, and the family of kernels that it runs on.
 _OPS = (

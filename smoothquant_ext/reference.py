@@ -220,7 +220,7 @@ def layer_norm_quantize(
 
 def _exp(x: Tensor) -> Tensor:
     """The kernels' exponential: Cephes' polynomial, one rounding a step."""
-    x = x.clamp(-87.0, 88.0)
+    x = x.clamp(-87.0, 60.0)
     n = (x * 1.44269504088896341).round()
     r = x - n * 0.693359375 - n * -2.12194440e-4
     p = torch.full_like(r, 1.9875691500e-4)

@@ -365,7 +365,7 @@ void test_attention(const Kernels& kernels) {
 void test_kernels(Isa isa) {
   const Kernels& kernels = kernels_of(isa);
   for (DType q_dtype : {DType::kInt8, DType::kFloat8E4M3, DType::kFloat8E5M2}) {
-    for (int64_t k : {0, 1, 15, 16, 17, 63, 64, 65, 130, 700}) {
+    for (int64_t k : {0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 130, 700}) {
       for (int variant = 0; variant < 4; ++variant) {
         const bool is_static = (variant & 1) != 0, is_smooth = (variant & 2) != 0;
         test_quantize<float>(kernels, DType::kFloat32, q_dtype, 7, k, is_static, is_smooth);

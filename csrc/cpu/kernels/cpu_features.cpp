@@ -39,6 +39,12 @@ std::string why_no_avx2() {
   return saves_state(kYmm) ? "" : "the operating system does not save AVX registers";
 }
 
+// vpdpbusd of 256 bits, in the encoding that needs no AVX-512.
+std::string why_no_avx_vnni() {
+  if (std::string reason = why_no_avx2(); !reason.empty()) return reason;
+  return bit(Cpuid(7, 1).eax, 4) ? "" : "this CPU has no AVX-VNNI";
+}
+
 std::string why_no_avx512_vnni() {
   const Cpuid one(1), seven(7);
   const bool avx512 =
@@ -71,6 +77,7 @@ std::string why_no_amx() {
 }
 #else
 std::string why_no_avx2() { return "this is not an x86-64 CPU"; }
+std::string why_no_avx_vnni() { return "this is not an x86-64 CPU"; }
 std::string why_no_avx512_vnni() { return "this is not an x86-64 CPU"; }
 std::string why_no_avx512_bf16() { return "this is not an x86-64 CPU"; }
 std::string why_no_amx() { return "this is not an x86-64 CPU"; }
@@ -107,12 +114,13 @@ std::atomic<Isa>& selected() {
 }  // namespace
 
 const char* isa_name(Isa isa) {
-  constexpr const char* kNames[] = {"portable", "avx2", "avx512vnni", "avx512bf16", "amx"};
+  constexpr const char* kNames[] = {"portable", "avx2", "avxvnni", "avx512vnni", "avx512bf16", "amx"};
   return kNames[static_cast<int>(isa)];
 }
 
 const std::string& why_not(Isa isa) {
-  static const std::string reasons[] = {"", why_no_avx2(), why_no_avx512_vnni(), why_no_avx512_bf16(), why_no_amx()};
+  static const std::string reasons[] = {
+      "", why_no_avx2(), why_no_avx_vnni(), why_no_avx512_vnni(), why_no_avx512_bf16(), why_no_amx()};
   return reasons[static_cast<int>(isa)];
 }
 

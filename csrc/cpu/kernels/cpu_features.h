@@ -5,11 +5,12 @@
 
 namespace sq {
 
-enum class Isa { kPortable, kAvx2, kAvx512Vnni, kAvx512Bf16, kAmx };  // in rising order of preference
+// In rising order of preference.
+enum class Isa { kPortable, kAvx2, kAvxVnni, kAvx512Vnni, kAvx512Bf16, kAmx };
 
-constexpr Isa kIsas[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512Vnni, Isa::kAvx512Bf16, Isa::kAmx};
+constexpr Isa kIsas[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvxVnni, Isa::kAvx512Vnni, Isa::kAvx512Bf16, Isa::kAmx};
 
-// "portable", "avx2", "avx512vnni", "avx512bf16", "amx"
+// "portable", "avx2", "avxvnni", "avx512vnni", "avx512bf16", "amx"
 const char* isa_name(Isa isa);
 
 // Why this machine cannot run the kernels of `isa`; empty where it can. The first call asks Linux for leave to use the

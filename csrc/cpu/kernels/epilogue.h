@@ -1,8 +1,10 @@
 // The last step of the kernels without AVX-512: scales, bias, cast, with one order of fp32 operations. Loops over one type
-// at a time, which compilers vectorize.
+// at a time, which compilers vectorize, for the instruction set of the function that they are inlined into.
 #pragma once
 
 #include "gemm.h"
+
+#define SQ_EPILOGUE_INLINE inline __attribute__((always_inline))
 
 namespace sq {
 
@@ -39,14 +41,14 @@ struct ColumnScales {
 };
 
 template <class T>
-void store_values(const float* values, int64_t count, void* y, int64_t index) {
+SQ_EPILOGUE_INLINE void store_values(const float* values, int64_t count, void* y, int64_t index) {
   T* target = static_cast<T*>(y) + index;
   for (int64_t i = 0; i < count; ++i) from_float(values[i], target + i);
 }
 
 // Writes the panel's columns of y[row] from their sums, int32 or fp32.
 template <class Sum>
-void store_row(const GemmArgs& args, const ColumnScales& columns, int64_t row, const Sum* sums) {
+SQ_EPILOGUE_INLINE void store_row(const GemmArgs& args, const ColumnScales& columns, int64_t row, const Sum* sums) {
   const float a_scale = args.a_scale[row * args.a_scale_step];
   const int64_t count = columns.count;
   float values[kPanel];

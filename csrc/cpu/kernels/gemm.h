@@ -62,11 +62,13 @@ using WidenRows = void (*)(const WidenArgs& args, Range rows);
 
 void gemm_int8_portable(const GemmArgs& args, Range rows, Range panels);
 void gemm_int8_avx2(const GemmArgs& args, Range rows, Range panels);
+void gemm_int8_avxvnni(const GemmArgs& args, Range rows, Range panels);
 void gemm_int8_avx512vnni(const GemmArgs& args, Range rows, Range panels);
 void gemm_int8_amx(const GemmArgs& args, Range rows, Range panels);
 
 void widen_fp32_portable(const WidenArgs& args, Range rows);
 void gemm_fp8_portable(const GemmArgs& args, Range rows, Range panels);
+void gemm_fp8_avx2(const GemmArgs& args, Range rows, Range panels);
 void gemm_fp8_avx512(const GemmArgs& args, Range rows, Range panels);
 void widen_bf16_avx512(const WidenArgs& args, Range rows);
 void gemm_fp8_avx512bf16(const GemmArgs& args, Range rows, Range panels);

@@ -14,10 +14,18 @@ const Kernels& kernels_of(Isa isa) {
   };
 #if defined(__x86_64__)
   static constexpr Kernels kAvx2 = {
-      "portable", quantize_rows_portable,
-      "avx2", gemm_int8_avx2, /*block_bytes=*/1 << 17,
-      "portable", /*fp8_element_size=*/4, widen_fp32_portable, gemm_fp8_portable, /*fp8_block_bytes=*/1 << 17,
-      "portable", norm_rows_portable, activate_rows_portable,
+      "avx2", quantize_rows_avx2,
+      "avx2", gemm_int8_avx2, /*block_bytes=*/1 << 19,
+      "avx2", /*fp8_element_size=*/4, widen_fp32_portable, gemm_fp8_avx2, /*fp8_block_bytes=*/1 << 21,
+      "avx2", norm_rows_avx2, activate_rows_avx2,
+      "portable", linear_portable,
+      "avx2", attend_avx2,
+  };
+  static constexpr Kernels kAvxVnni = {
+      "avx2", quantize_rows_avx2,
+      "avxvnni", gemm_int8_avxvnni, /*block_bytes=*/1 << 19,
+      "avx2", /*fp8_element_size=*/4, widen_fp32_portable, gemm_fp8_avx2, /*fp8_block_bytes=*/1 << 21,
+      "avx2", norm_rows_avx2, activate_rows_avx2,
       "portable", linear_portable,
       "avx2", attend_avx2,
   };
@@ -52,6 +60,8 @@ const Kernels& kernels_of(Isa isa) {
       return kAvx512Bf16;
     case Isa::kAvx512Vnni:
       return kAvx512Vnni;
+    case Isa::kAvxVnni:
+      return kAvxVnni;
     case Isa::kAvx2:
       return kAvx2;
     case Isa::kPortable:

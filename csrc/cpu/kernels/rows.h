@@ -48,8 +48,10 @@ using NormRows = void (*)(const NormArgs& args, Range rows);
 using ActivateRows = void (*)(const ActivateArgs& args, Range rows);
 
 void norm_rows_portable(const NormArgs& args, Range rows);
+void norm_rows_avx2(const NormArgs& args, Range rows);
 void norm_rows_avx512(const NormArgs& args, Range rows);
 void activate_rows_portable(const ActivateArgs& args, Range rows);
+void activate_rows_avx2(const ActivateArgs& args, Range rows);
 void activate_rows_avx512(const ActivateArgs& args, Range rows);
 
 }  // namespace sq

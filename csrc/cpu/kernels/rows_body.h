@@ -1,29 +1,81 @@
-// The bodies of rows.h in plain C++, for the compiler to vectorize: rows_portable.cpp and rows_avx512.cpp compile them for
-// their instruction set, which SQ_ROWS names.
+// The bodies of rows.h in plain C++, for the compiler to vectorize: rows_portable.cpp and others compile them for
+// their instruction set: SQ_ROWS names its functions, SQ_ROWS_TARGET is their attribute, SQ_ROWS_LANES the floats of a
+// register.
 #include <cmath>
+#include <cstring>
+#include <type_traits>
 
 #include "rows.h"
 
-#define SQ_ROWS_INLINE inline __attribute__((always_inline))
+#define SQ_ROWS_INLINE inline __attribute__((always_inline)) SQ_ROWS_TARGET
 
 namespace sq {
 namespace {
 
 constexpr int64_t kLanes = 16;
 
-// Adds up term(i) for i < k.
-template <class Term>
-SQ_ROWS_INLINE float lane_sum(int64_t k, const Term& term) {
-  float lanes[kLanes] = {};
+// Some of the lanes, as many as a register holds: loops over an array of floats are unrolled before they are vectorized.
+constexpr int64_t kPartLanes = SQ_ROWS_LANES, kParts = kLanes / kPartLanes;
+typedef float Part __attribute__((vector_size(kPartLanes * sizeof(float))));
+
+template <class T>
+SQ_ROWS_INLINE Part load_part(const T* x) {
+  Part part;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    typedef uint16_t Halves __attribute__((vector_size(kPartLanes * sizeof(uint16_t))));
+    typedef uint32_t Words __attribute__((vector_size(kPartLanes * sizeof(uint32_t))));
+    Halves halves;
+    std::memcpy(&halves, x, sizeof halves);
+    const Words words = __builtin_convertvector(halves, Words) << 16;
+    std::memcpy(&part, &words, sizeof part);
+  } else if constexpr (std::is_same_v<T, float>) {
+    std::memcpy(&part, x, sizeof part);
+  } else {
+    float values[kPartLanes];
+    for (int64_t lane = 0; lane < kPartLanes; ++lane) values[lane] = to_float(x[lane]);
+    std::memcpy(&part, values, sizeof part);
+  }
+  return part;
+}
+
+// The sum of x - mean, or of its squares.
+template <bool kSquares, class T>
+SQ_ROWS_INLINE float lane_sum(const T* x, float mean, int64_t k) {
+  Part sums[kParts] = {};
   int64_t i = 0;
   for (; i + kLanes <= k; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += term(i + lane);
+#pragma GCC unroll 4
+    for (int64_t part = 0; part < kParts; ++part) {
+      const Part values = load_part(x + i + part * kPartLanes) - mean;
+      sums[part] += kSquares ? values * values : values;
+    }
   }
-  for (int64_t lane = 0; i + lane < k; ++lane) lanes[lane] += term(i + lane);
+  float lanes[kLanes];
+  std::memcpy(lanes, sums, sizeof lanes);
+  for (int64_t lane = 0; i + lane < k; ++lane) {
+    const float value = to_float(x[i + lane]) - mean;
+    lanes[lane] += kSquares ? value * value : value;
+  }
   for (int64_t half = kLanes / 2; half > 0; half /= 2) {
     for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
   }
   return lanes[0];
+}
+
+// target may be nothing else's memory; without that, the compiler would not vectorize.
+template <class T>
+SQ_ROWS_INLINE void add_rows(const T* x, const T* residual, int64_t k, T* __restrict target) {
+  for (int64_t i = 0; i < k; ++i) from_float(to_float(x[i]) + to_float(residual[i]), target + i);
+}
+
+template <class T, class Y>
+SQ_ROWS_INLINE void scale_row(const T* x, float mean, float gain, const float* weight, const float* bias, int64_t k,
+                              Y* __restrict y) {
+  if (bias == nullptr) {
+    for (int64_t i = 0; i < k; ++i) from_float((to_float(x[i]) - mean) * gain * weight[i], y + i);
+  } else {
+    for (int64_t i = 0; i < k; ++i) from_float((to_float(x[i]) - mean) * gain * weight[i] + bias[i], y + i);
+  }
 }
 
 template <class T, class Y>
@@ -33,33 +85,23 @@ SQ_ROWS_INLINE void norm_rows(const NormArgs& args, Range rows) {
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     const T* x = static_cast<const T*>(args.x) + row * k;
     if (args.residual != nullptr) {
-      const T* residual = static_cast<const T*>(args.residual) + row * k;
       T* sum = static_cast<T*>(args.sum) + row * k;
-      for (int64_t i = 0; i < k; ++i) from_float(to_float(x[i]) + to_float(residual[i]), sum + i);
+      add_rows(x, static_cast<const T*>(args.residual) + row * k, k, sum);
       x = sum;
     }
-    float mean = 0.0f;
-    if (args.norm == Norm::kLayer) {
-      mean = lane_sum(k, [&](int64_t i) __attribute__((always_inline)) { return to_float(x[i]); }) / count;
-    }
-    const float squares = lane_sum(k, [&](int64_t i) __attribute__((always_inline)) {
-      const float value = to_float(x[i]) - mean;
-      return value * value;
-    });
+    const float mean = args.norm == Norm::kLayer ? lane_sum<false>(x, 0.0f, k) / count : 0.0f;
+    const float squares = lane_sum<true>(x, mean, k);
     const float gain = 1.0f / std::sqrt(squares / count + args.eps);
-    Y* y = static_cast<Y*>(args.y) + (row - rows.begin) * k;
-    if (args.bias == nullptr) {
-      for (int64_t i = 0; i < k; ++i) from_float((to_float(x[i]) - mean) * gain * args.weight[i], y + i);
-    } else {
-      for (int64_t i = 0; i < k; ++i) from_float((to_float(x[i]) - mean) * gain * args.weight[i] + args.bias[i], y + i);
-    }
+    scale_row(x, mean, gain, args.weight, args.bias, k, static_cast<Y*>(args.y) + (row - rows.begin) * k);
   }
 }
 
 // Cephes' expf: x = n ln 2 + r, e^x = 2^n e^r, with ln 2 in two parts and a polynomial for |r| <= ln 2 / 2. The error is
-// under 2 ulp. Saturates where 2^n would leave fp32's normal numbers; a NaN stays.
+// under 2 ulp for -87 <= x <= 60, where it saturates: below, 2^n would not be a normal number; above, it would, but gcc 12
+// divides by the constant that a limit leads to for every element, and subnormal quotients take four times as long. A NaN
+// stays.
 SQ_ROWS_INLINE float exp_polynomial(float x) {
-  x = x > 88.0f ? 88.0f : x;
+  x = x > 60.0f ? 60.0f : x;
   x = x < -87.0f ? -87.0f : x;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits
   const float shifted = x * 1.44269504088896341f + kRound;
