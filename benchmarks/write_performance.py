@@ -13,6 +13,7 @@ from typing import Any
 
 from bench_model import OURS as OUR_MODEL
 from bench_ops import Summary, is_correct, summary
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from peers import BASELINE, METHODS, OURS, OURS_FP8
@@ -178,7 +179,8 @@ def _mean(values: list[float]) -> float:
 
 def _plot(axes: Axes, rows: list[dict[str, Any]], name: str, values: list[float]) -> None:
     is_ours = name in (OURS, OURS_FP8)
-    style = {"marker": "o" if is_ours else ".", "linewidth": 2.5 if is_ours else 1}
+    color = colormaps["tab20"](list(METHODS).index(name))  # of one's own in every picture
+    style = {"marker": "o" if is_ours else ".", "linewidth": 2.5 if is_ours else 1, "color": color}
     axes.plot(tokens_of(rows), values, label=name, **style)
 
 
