@@ -50,7 +50,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 OURS, BASELINE = "ours int8", "transformers bf16"
 FP32, COMPILED, VLLM_BF16, VLLM_INT8 = "transformers fp32", "transformers bf16 compiled", "vLLM bf16", "vLLM W8A8"
-# One process for the whole engine: with several, as by default, the scheduler's take the cores from the model's.
+# One process for the whole engine, so that its scheduler and its model do not compete for the cores.
 VLLM = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 out, err = Console(width=120), Console(stderr=True)
