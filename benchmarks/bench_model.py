@@ -1,25 +1,32 @@
-"""Times whole models: reading a prompt and answering, ours beside transformers in bf16 and fp32.
+"""Times whole models: reading a prompt and answering, ours beside transformers and vLLM's CPU engine.
 
-All models take turns in one run; a number is the median of the rounds. Give a quantized directory and its original, or
-name an architecture below, which is made with random weights: speed does not depend on their values.
+Every engine has a process of its own and they take turns in one run; a number is the median of the rounds. All get the
+same random prompts, other ones in every round, and answer greedily. Both W8A8 engines load the same checkpoint. Name a
+real model, or an architecture below, which is made with random weights: speed does not depend on their values.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from machine import describe, write_results
+from bench_ops import start
+from machine import write_results
+from model_workers import Compiled, Transformers, Vllm, prepare
+from peers import environment
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig
+from workers import Worker, WorkerError, first_cpus
 
-from smoothquant_ext import Recipe, load, quantize
-from smoothquant_ext.evaluate import Speed, measure_speed
-from smoothquant_ext.models import load_model
+from smoothquant_ext.evaluate import Speed
 
 # TinyLlama 1.1B and Llama 3.2 1B, from their papers and model cards.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -42,67 +49,102 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 OURS, BASELINE = "ours int8", "transformers bf16"
+FP32, COMPILED, VLLM_BF16, VLLM_INT8 = "transformers fp32", "transformers bf16 compiled", "vLLM bf16", "vLLM W8A8"
+# One process for the whole engine, so that its scheduler and its model do not compete for the cores.
+VLLM = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 out, err = Console(width=120), Console(stderr=True)
+
+
+class Engine(NamedTuple):
+    """What makes one of the compared models, in a process with these variables."""
+
+    factory: Callable[..., object]
+    arguments: tuple[object, ...]
+    variables: dict[str, str]
 
 
 def main(
     shape: Annotated[str, typer.Option(help=f"A model with random weights: {', '.join(SHAPES)}.")] = "",
     original: Annotated[str, typer.Option(help="A real model: its directory, hub id or GGUF file.")] = "",
-    quantized: Annotated[Path | None, typer.Option(help="The same, quantized by smoothquant.")] = None,
+    quantized: Annotated[Path | None, typer.Option(help="The same, in W8A8; by default made here, unsmoothed.")] = None,
     batches: Annotated[str, typer.Option(help="Prompts at once, separated by commas.")] = "1,8",
     prefill: Annotated[int, typer.Option(help="Tokens of a prompt.", min=1)] = 512,
     decode: Annotated[int, typer.Option(help="Tokens of an answer.", min=1)] = 32,
     rounds: Annotated[int, typer.Option(help="Rounds to take the median of.", min=1)] = 5,
-    threads: Annotated[int, typer.Option(help="torch's threads.", min=1)] = 2,
-    fp32: Annotated[bool, typer.Option(help="Time transformers in fp32 as well.")] = False,
+    threads: Annotated[int, typer.Option(help="Threads, each on a CPU of its own.", min=1)] = 2,
+    fp32: Annotated[bool, typer.Option("--fp32", help="Time transformers in fp32 as well.")] = False,
+    compiled: Annotated[bool, typer.Option("--compiled", help="Time transformers compiled as well: minutes.")] = False,
+    vllm: Annotated[bool, typer.Option(help="Time vLLM as well.")] = True,
     output: Annotated[Path | None, typer.Option(help="Where the raw results go, as JSON.")] = None,
 ) -> None:
     """Tokens per second of prompt and of answer."""
-    if (shape in SHAPES) == bool(original and quantized):
-        raise typer.BadParameter(f"give --shape, one of {', '.join(SHAPES)}, or both --original and --quantized")
-    torch.set_num_threads(threads)
-    models = random_models(SHAPES[shape], fp32) if shape else real_models(original, quantized, fp32)
-    machine = describe()
-    rows = []
-    for batch in map(int, batches.split(",")):
-        speeds = measure_speed(models, prefill, decode, rounds, batch, progress=True)
-        rows.append({"batch": batch, "methods": {name: asdict(speed) for name, speed in speeds.items()}})
-        out.print(table(batch, speeds))
+    if (shape in SHAPES) == bool(original):
+        raise typer.BadParameter(f"give --shape, one of {', '.join(SHAPES)}, or --original")
+    machine = start(threads)
+    sizes = [int(batch) for batch in batches.split(",")]
+    rows, skipped = [], {}
+    with TemporaryDirectory() as folder, ExitStack() as stack:
+        plain, int8 = Path(folder, "bf16"), quantized or Path(folder, "int8")
+        Worker(prepare, plain, int8, original, SHAPES.get(shape), threads=threads).close()
+        engines = {OURS: Engine(Transformers, (int8, None), {})}
+        engines |= others(plain, int8, (max(sizes), prefill, decode), threads)
+        left_out = {FP32: not fp32, COMPILED: not compiled, VLLM_BF16: not vllm, VLLM_INT8: not vllm}
+        workers = {}
+        for name, (factory, arguments, variables) in track(engines.items(), "Loading", console=err):
+            if left_out.get(name):
+                continue
+            try:
+                worker = Worker(factory, *arguments, threads=threads, environment=variables)
+                workers[name] = stack.enter_context(worker)
+            except WorkerError as reason:
+                skipped[name] = str(reason)
+                err.print(f"{name} is left out: {reason}", highlight=False)
+        vocabulary = AutoConfig.from_pretrained(plain).get_text_config().vocab_size
+        for batch in sizes:
+            speeds = measure(workers, vocabulary, batch, prefill, decode, rounds)
+            rows.append({"batch": batch, "methods": {name: asdict(speed) for name, speed in speeds.items()}})
+            out.print(table(batch, speeds))
     if output is not None:
-        write_results(output, {"machine": machine, "model": shape or Path(original).name, "rows": rows})
+        model = shape or Path(original).name
+        write_results(output, {"machine": machine, "model": model, "skipped": skipped, "rows": rows})
 
 
-def random_models(shape: dict[str, Any], fp32: bool) -> dict[str, Any]:
-    """A Llama of this shape with random weights: ours, in bf16 and perhaps in fp32."""
-    torch.manual_seed(0)
-    config = LlamaConfig(**shape, max_position_embeddings=4096)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    models = {OURS: quantize(copy_of(model), torch.randint(1000, (1, 16)), Recipe("int8", smooth=False))}
-    return models | {BASELINE: model} | ({"transformers fp32": copy_of(model).float()} if fp32 else {})
+def others(plain: Path, int8: Path, sizes: tuple[int, int, int], threads: int) -> dict[str, Engine]:
+    """Whatever ours is compared with."""
+    variables = environment("vllm", first_cpus(threads)) | VLLM
+    return {
+        BASELINE: Engine(Transformers, (plain, torch.bfloat16), {}),
+        FP32: Engine(Transformers, (plain, torch.float32), {}),
+        COMPILED: Engine(Compiled, (plain, torch.bfloat16), {}),
+        VLLM_BF16: Engine(Vllm, (plain, *sizes), variables),
+        VLLM_INT8: Engine(Vllm, (int8, *sizes), variables),
+    }
 
 
-def copy_of(model: Any) -> Any:
-    copy = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype).eval()
-    copy.load_state_dict(model.state_dict())
-    return copy
-
-
-def real_models(original: str, quantized: Path | None, fp32: bool) -> dict[str, Any]:
-    """A quantized model and its original."""
-    models = {OURS: load(quantized), BASELINE: load_model(original, torch.bfloat16)[0]}
-    return models | ({"transformers fp32": load_model(original, torch.float32)[0]} if fp32 else {})
+def measure(
+    workers: dict[str, Worker], vocabulary: int, batch: int, prefill: int, decode: int, rounds: int
+) -> dict[str, Speed]:
+    """All engines in turn, in an order that rotates; the first round is thrown away."""
+    names = list(workers)
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    generator = torch.Generator().manual_seed(batch)
+    for turn in track(range(rounds + 1), f"Batch {batch}", console=err):
+        prompts = torch.randint(vocabulary, (batch, prefill), generator=generator).tolist()
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            seconds[name].append(workers[name].call("generate", prompts, decode))
+    return {name: Speed(prefill, decode, batch, *zip(*pairs[1:], strict=True)) for name, pairs in seconds.items()}
 
 
 def table(batch: int, speeds: dict[str, Speed]) -> Table:
-    """Tokens per second, and their ratios to the baseline's."""
-    one = next(iter(speeds.values()))
+    """Tokens per second, and ours over each."""
+    one = speeds[OURS]
     result = Table(title=f"batch {batch}: {one.prompt} tokens of prompt, {one.generated} of answer; tokens per second")
-    for heading in ("", "prompt", "over bf16", "answer", "over bf16"):
+    for heading in ("", "prompt", "ours is", "answer", "ours is"):
         result.add_column(heading, justify="right")
-    base = speeds[BASELINE]
     for name, speed in speeds.items():
-        ratios = f"{speed.prefill / base.prefill:.2f}", f"{speed.decode / base.decode:.2f}"
+        ratios = f"{one.prefill / speed.prefill:.2f}x", f"{one.decode / speed.decode:.2f}x"
         result.add_row(name, f"{speed.prefill:.0f}", ratios[0], f"{speed.decode:.1f}", ratios[1])
     return result
 

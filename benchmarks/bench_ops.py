@@ -1,102 +1,150 @@
 """Times the 8-bit linear layer over shapes, tokens and threads, beside every peer that is installed.
 
-All methods take turns in one run; a number is the median of the turns. Up to 16 tokens the weights rotate through more
-memory than the caches hold, as in a model. Results that are wrong are flagged, and their times not shown.
+Every engine has a process of its own, and all methods take turns in one run; a number is the median of the turns. Up to
+16 tokens the weights rotate through more memory than the caches hold, as in a model. Wrong results are flagged, and
+their times not shown.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
-import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from machine import describe, peaks, write_results
-from peers import BASELINE, PARTIAL, PEERS, Linear, Missing, ours, ours_fp8
+from machine import describe, mean_limits, peaks, write_results
+from ops_timer import Case, OpsTimer
+from peers import BASELINE, METHODS, OURS, OURS_FP8, environment
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from workers import Worker, WorkerError, first_cpus
 
 SHAPES = "4096x4096,11008x4096,4096x11008,2048x2048,8192x2048"
-ROTATED_BYTES = 192 << 20
-TURN_SECONDS = 0.02
-OURS, OURS_FP8 = "ours int8", "ours fp8"
+TOKENS = "1,4,16,64,256,1024"
+ODD, ODD_TOKENS, EVEN, MULTIPLE = (1, 577, 1376, 2367, 7392), "1,16,256", 4096, 64
 
-out, err = Console(width=150), Console(stderr=True)
+out, err = Console(width=180), Console(stderr=True)
 
 
 def main(
     shapes: Annotated[str, typer.Option(help="NxK, separated by commas.")] = SHAPES,
-    tokens: Annotated[str, typer.Option(help="M, separated by commas.")] = "1,4,16,64,256,1024",
-    threads: Annotated[int, typer.Option(help="torch's threads.")] = 1,
-    turns: Annotated[int, typer.Option(help="How often each method is timed.")] = 9,
+    tokens: Annotated[str, typer.Option(help=f"M, separated by commas. [default: {TOKENS}; --odd: {ODD_TOKENS}]")] = "",
+    threads: Annotated[int, typer.Option(help="Threads, each on a CPU of its own.", min=1)] = 1,
+    turns: Annotated[int, typer.Option(help="How often each method is timed.", min=1)] = 9,
     only: Annotated[str, typer.Option(help="Peers whose name contains this; 'none' for none.")] = "",
     fp8: Annotated[bool, typer.Option(help="Time ours in FP8 as well.")] = False,
+    odd: Annotated[bool, typer.Option("--odd", help="Odd N and K of ours against the next multiples of 64.")] = False,
     output: Annotated[Path | None, typer.Option(help="Where the raw results go, as JSON.")] = None,
 ) -> None:
     """Effective GOPS (2 M N K over the time of a whole call) of ours and of peers."""
-    torch.set_num_threads(threads)
-    methods = {OURS: ours} | ({OURS_FP8: ours_fp8} if fp8 else {})
-    methods |= {name: maker for name, (maker, _) in PEERS.items() if only in name or name == BASELINE}
-    machine = describe(*{package for _, package in PEERS.values()})
-    limits = peaks(threads)
-    err.print(f"{machine['cpu']}, {threads} threads, {machine['cpu_isa']}; limits: {limits}", highlight=False)
-    rows: list[dict[str, Any]] = []
+    machine = start(threads)
+    before = peaks(threads)
+    err.print(f"limits: {before}", highlight=False)
     skipped: dict[str, str] = {}
-    cases = [(tuple(map(int, shape.split("x"))), m) for shape in shapes.split(",") for m in map(int, tokens.split(","))]
-    for (n, k), m in track(cases, "Timing", console=err):
-        rows.append({"n": n, "k": k, "m": m, "methods": time_case(methods, n, k, m, turns, skipped)})
+    with engines(threads) as workers:
+        if odd:
+            results = {"odd": time_odd(workers, _numbers(tokens or ODD_TOKENS), turns)}
+        else:
+            names = [OURS, *([OURS_FP8] if fp8 else []), BASELINE]
+            names += [name for name in METHODS if only in name and name not in (OURS, OURS_FP8, BASELINE)]
+            sizes = [_numbers(shape, "x") for shape in shapes.split(",")]
+            cases = [Case(n, k, m) for n, k in sizes for m in _numbers(tokens or TOKENS)]
+            results = {"rows": time_all(workers, names, cases, turns, skipped)}
+    after = peaks(threads)
+    limits = mean_limits(before, after)
     for name, reason in skipped.items():
         err.print(f"{name} is left out: {reason}", highlight=False)
-    out.print(table(rows, limits))
+    out.print(odd_table(results["odd"]) if odd else table(results["rows"], limits))
     if output is not None:
-        write_results(output, {"machine": machine, "limits": limits, "skipped": skipped, "rows": rows})
+        measured = {"limits": limits, "limits_before": before, "limits_after": after, "skipped": skipped}
+        write_results(output, {"machine": machine, **measured, **results})
 
 
-def time_case(
-    methods: dict[str, Any], n: int, k: int, m: int, turns: int, skipped: dict[str, str]
-) -> dict[str, dict[str, Any]]:
-    """Median seconds a call of every method for one shape, and its largest error relative to the output's size."""
-    generator = torch.Generator().manual_seed(0)
-    copies = max(1, -(-ROTATED_BYTES // (n * k))) if m <= 16 else 1
-    weight = torch.randn(n, k, generator=generator).to(torch.bfloat16)
-    x = torch.randn(m, k, generator=generator).to(torch.bfloat16)
-    exact = x.float() @ weight.float().t()
-    made: dict[str, list[Linear]] = {}
-    errors: dict[str, float] = {}
-    for name, maker in methods.items():
-        if name in skipped:
-            continue
-        try:
-            made[name] = [maker(weight.clone()) for _ in range(copies)]
-            errors[name] = float((made[name][-1](x).float() - exact).norm() / exact.norm())
-        except Missing as reason:
-            skipped[name] = str(reason)
-        except (RuntimeError, NotImplementedError, ImportError, AttributeError) as error:
-            skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        if name in skipped:
-            made.pop(name, None)
-    seconds: dict[str, list[float]] = {name: [] for name in made}
-    repeats = {name: max(1, round(TURN_SECONDS / _once(functions, x))) for name, functions in made.items()}
-    names = list(made)
+def start(threads: int) -> dict[str, Any]:
+    """Keeps this process, and the programs it starts, on the first CPUs; says what the machine is."""
+    os.sched_setaffinity(0, first_cpus(threads))
+    torch.set_num_threads(threads)
+    machine = describe(*{method.package for method in METHODS.values()})
+    err.print(f"{machine['cpu']}, {threads} threads, {machine['cpu_isa']}", highlight=False)
+    if machine["load"] > 0.3:
+        err.print(f"[yellow]The machine is busy (load {machine['load']}): wait, or the numbers will be wrong.")
+    return machine
+
+
+def _numbers(text: str, separator: str = ",") -> list[int]:
+    return [int(number) for number in text.split(separator)]
+
+
+class Engines(dict[str, Worker]):
+    """Workers by engine, started when first asked for."""
+
+    def __init__(self, threads: int, stack: ExitStack) -> None:
+        super().__init__()
+        self._threads, self._stack = threads, stack
+
+    def __missing__(self, engine: str) -> Worker:
+        variables = environment(engine, first_cpus(self._threads))
+        worker = Worker(OpsTimer, threads=self._threads, environment=variables)
+        self[engine] = self._stack.enter_context(worker)
+        return worker
+
+
+@contextmanager
+def engines(threads: int) -> Iterator[Engines]:
+    with ExitStack() as stack:
+        yield Engines(threads, stack)
+
+
+def time_all(
+    workers: Engines, names: list[str], cases: list[Case], turns: int, skipped: dict[str, str]
+) -> list[dict[str, Any]]:
+    """Every method on every shape; one that cannot run is skipped from then on."""
+    rows = []
+    for case in track(cases, "Timing", console=err):
+        errors = {}
+        for name in names:
+            if name in skipped:
+                continue
+            try:
+                errors[name] = workers[METHODS[name].engine].call("prepare", name, case)
+            except WorkerError as reason:
+                skipped[name] = str(reason)
+        seconds = take_turns(workers, [(name, case) for name in errors], turns)
+        methods = {name: {"seconds": seconds[name, case], "error": errors[name]} for name in errors}
+        rows.append({"n": case.n, "k": case.k, "m": case.m, "methods": methods})
+    return rows
+
+
+def take_turns(workers: Engines, entries: Sequence[tuple[str, Case]], turns: int) -> dict[tuple[str, Case], float]:
+    """Median seconds a call of each entry, in an order that rotates from turn to turn."""
+    seconds: dict[tuple[str, Case], list[float]] = {entry: [] for entry in entries}
     for turn in range(turns):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            functions = made[name]
-            calls = max(repeats[name], copies)  # every copy: none stays in a cache
-            start = time.perf_counter()
-            for call in range(calls):
-                functions[call % copies](x)
-            seconds[name].append((time.perf_counter() - start) / calls)
-    return {name: {"seconds": statistics.median(s), "error": errors[name]} for name, s in seconds.items()}
+        first = turn % len(entries)
+        for name, case in [*entries[first:], *entries[:first]]:
+            seconds[name, case].append(workers[METHODS[name].engine].call("turn", name, case))
+    for worker in workers.values():
+        worker.call("clear")
+    return {entry: statistics.median(values) for entry, values in seconds.items()}
 
 
-def _once(functions: list[Linear], x: torch.Tensor) -> float:
-    functions[0](x)
-    start = time.perf_counter()
-    functions[-1](x)
-    return time.perf_counter() - start
+def time_odd(workers: Engines, tokens: list[int], turns: int) -> list[dict[str, Any]]:
+    """Ours on odd N and on odd K, each in turn with the next multiple of 64."""
+    rows = []
+    pairs = [(size, -(-size // MULTIPLE) * MULTIPLE) for size in ODD]
+    cases = [(Case(size, EVEN, m), Case(padded, EVEN, m)) for size, padded in pairs for m in tokens]
+    cases += [(Case(EVEN, size, m), Case(EVEN, padded, m)) for size, padded in pairs for m in tokens]
+    for pair in track(cases, "Timing", console=err):
+        for case in pair:
+            workers[METHODS[OURS].engine].call("prepare", OURS, case)
+        own, multiple = take_turns(workers, [(OURS, case) for case in pair], turns).values()
+        case = pair[0]
+        rows.append({"n": case.n, "k": case.k, "m": case.m, "seconds": own, "multiple_seconds": multiple})
+    return rows
 
 
 def is_correct(result: dict[str, Any]) -> bool:
@@ -121,7 +169,8 @@ class Summary(NamedTuple):
 def summary(row: dict[str, Any], limits: dict[str, float]) -> Summary:
     """Of one shape; the best is the fastest correct peer that does all of the work."""
     seconds = {name: result["seconds"] for name, result in row["methods"].items() if is_correct(result)}
-    best = min(seconds[name] for name in seconds if name in PEERS and name not in PARTIAL)
+    peers = seconds.keys() - {OURS, OURS_FP8} - {name for name, method in METHODS.items() if method.partial}
+    best = min(seconds[name] for name in peers)
     return Summary(*(s / seconds[OURS] for s in (limit_seconds(row, limits), seconds[BASELINE], best)))
 
 
@@ -138,15 +187,21 @@ def table(rows: list[dict[str, Any]], limits: dict[str, float]) -> Table:
             "–" if name not in methods else f"{gops[name]:.0f}" if is_correct(methods[name]) else "wrong"
             for name in names
         ]
-        of_limit, over_baseline, over_best = summary(row, limits)
-        result.add_row(
-            f"{row['n']}x{row['k']}",
-            str(row["m"]),
-            *cells,
-            f"{of_limit:.0%}",
-            f"{over_baseline:.2f}",
-            f"{over_best:.2f}",
-        )
+        of_limit, *times = summary(row, limits)
+        cells += [f"{of_limit:.0%}", *(f"{ratio:.2f}" for ratio in times)]
+        result.add_row(f"{row['n']}x{row['k']}", str(row["m"]), *cells)
+    return result
+
+
+def odd_table(rows: list[dict[str, Any]]) -> Table:
+    """What an odd size costs: its time over that of the next multiple."""
+    result = Table(title=f"ours int8: time of an odd N or K over that of the next multiple of {MULTIPLE}")
+    for heading in ("N x K", "M", "µs", "µs, multiple", "ratio"):
+        result.add_column(heading, justify="right")
+    for row in rows:
+        own, multiple = row["seconds"], row["multiple_seconds"]
+        cells = f"{own * 1e6:.1f}", f"{multiple * 1e6:.1f}", f"{own / multiple:.2f}"
+        result.add_row(f"{row['n']}x{row['k']}", str(row["m"]), *cells)
     return result
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import statistics
 import subprocess
 import tempfile
 from datetime import datetime, timezone
@@ -31,7 +32,7 @@ def cpu_name() -> str:
 
 
 def describe(*packages: str) -> dict[str, Any]:
-    """Machine, threads, kernels, commit, and the versions of torch and of the packages that are installed."""
+    """Machine, its load, threads, kernels, commit, and the versions of torch and of the packages that are installed."""
     installed = {distribution.name: distribution.version for distribution in distributions()}
     versions = {name: installed[name] for name in ("torch", "transformers", *packages) if name in installed}
     commit = subprocess.run(
@@ -46,6 +47,7 @@ def describe(*packages: str) -> dict[str, Any]:
         "versions": versions,
         "commit": commit.stdout.strip(),
         "date": datetime.now(timezone.utc).date().isoformat(),
+        "load": round(os.getloadavg()[0], 2),  # processes that ran in the minute before
     }
 
 
@@ -69,6 +71,11 @@ def peaks(threads: int) -> dict[str, float]:
         output = subprocess.run([program, str(threads)], check=True, capture_output=True, text=True).stdout
     measured: dict[str, float] = json.loads(output)
     return measured
+
+
+def mean_limits(*measured: dict[str, float]) -> dict[str, float]:
+    """The mean of the limits measured before and after a run: a shared machine's change meanwhile."""
+    return {name: statistics.fmean(limits[name] for limits in measured) for name in measured[0]}
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:

