@@ -38,6 +38,12 @@ STABLE_TORCH_LIBRARY(sq, m) {
       "Tensor? up_scale=None, Tensor? gate_bias=None, Tensor? up_bias=None, Tensor? down_bias=None, "
       "Tensor? a_scale=None, Tensor? down_a_scale=None, str activation=\"silu\") -> Tensor");
 
+  // A whole layer of a Llama-like decoder. b: q, k, v, o, gate, up, down. Appends to keys and values [B, H, room, D].
+  m.def(
+      "w8a8_decoder_layer_(Tensor x, Tensor norm, Tensor post_norm, float eps, float post_eps, float offset, "
+      "Tensor[] b, Tensor[] b_scale, Tensor[] bias, Tensor[] a_scale, Tensor cos, Tensor sin, Tensor(a!) keys, "
+      "Tensor(b!) values, int past, Tensor? mask, float scale, bool causal, str activation) -> Tensor");
+
   // What stays in floating point between the products.
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float offset=0.0) -> Tensor");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");

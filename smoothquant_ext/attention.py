@@ -52,12 +52,29 @@ def attention_forward(
         )
         return output
     queries = query.shape[2]
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = queries > 1 and attention_mask is None and causal
+    causal = _is_causal(module, queries, attention_mask, is_causal)
     if causal and key.shape[2] > queries:
         # The first tokens in a static cache: what lies behind them is not filled yet.
         key, value = key[:, :, :queries], value[:, :, :queries]
     return ops.attention(query, key, value, attention_mask, scale, causal), None
+
+
+def is_causal(module: nn.Module, queries: int, mask: Tensor | None, wanted: bool | None = None) -> bool:
+    """Whether an attention module hides later keys from earlier queries without being given a mask."""
+    causal: bool = getattr(module, "is_causal", True) if wanted is None else wanted
+    return queries > 1 and mask is None and causal
+
+
+_is_causal = is_causal  # the name that transformers gives an argument
+
+
+def takes_mask(mask: Tensor | None, batch: int, heads: int, queries: int, keys: int) -> bool:
+    """Whether our kernel understands a mask for attention of this shape."""
+    if mask is None:
+        return True
+    if mask.dtype != torch.bool or mask.dim() != 4:
+        return False
+    return mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads) and mask.shape[2:] == (queries, keys)
 
 
 def _is_supported(
@@ -75,13 +92,7 @@ def _is_supported(
         return False
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return False
-    if mask is None:
-        return True
-    if mask.dtype != torch.bool or mask.dim() != 4:
-        return False
-    batch, heads, queries, keys = mask.shape
-    is_for_all = batch in (1, query.shape[0]) and heads in (1, query.shape[1])
-    return is_for_all and queries == query.shape[2] and keys == key.shape[2]
+    return takes_mask(mask, query.shape[0], query.shape[1], query.shape[2], key.shape[2])
 
 
 AttentionInterface.register(IMPLEMENTATION, attention_forward)

@@ -63,6 +63,7 @@ _OPS = (
     ("w8a8_linears, fp8", "gemm_fp8"),
     ("w8a8_mlp, int8", "gemm_int8"),
     ("w8a8_mlp, fp8", "gemm_fp8"),
+    ("w8a8_decoder_layer_", "gemm_int8"),
     ("rms_norm_quantize", "rows"),
     ("layer_norm_quantize", "rows"),
     ("silu_mul_quantize", "rows"),

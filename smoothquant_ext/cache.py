@@ -40,18 +40,36 @@ class GrowingLayer(DynamicLayer):
         super().reset()
 
 
+def room_for(layer: GrowingLayer, x: Tensor, shape: tuple[int, int, int, int]) -> tuple[Tensor, Tensor, int]:
+    """Buffers of a layer's keys and values with room for ``shape`` [B, H, T, D] more like x, and the tokens in them.
+
+    Who writes there sets ``keys`` and ``values`` afterwards.
+    """
+    if not layer.is_initialized:
+        layer.lazy_initialization(x, x)
+    layer.key_buffer, past = _reserve(layer.key_buffer, layer.keys, x, shape)
+    layer.value_buffer, _ = _reserve(layer.value_buffer, layer.values, x, shape)
+    return layer.key_buffer, layer.value_buffer, past
+
+
 def _append(buffer: Tensor | None, past: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
     """Writes ``new`` behind ``past`` [B, H, T, D]; the buffer, a larger one if need be, and its tokens in use."""
-    length = past.shape[-2] if past.numel() else 0
-    total = length + new.shape[-2]
-    if buffer is None or not _is_start_of(past, buffer) or buffer.shape[-2] < total:
-        room = max(LEAST_ROOM, total // 4)
-        buffer = new.new_empty((*new.shape[:-2], total + room, new.shape[-1]))
-        if length:
-            buffer[..., :length, :] = past
-    tokens = buffer.narrow(-2, 0, total)
+    buffer, length = _reserve(buffer, past, new, new.shape)
+    tokens = buffer.narrow(-2, 0, length + new.shape[-2])
     tokens.narrow(-2, length, new.shape[-2]).copy_(new)
     return buffer, tokens
+
+
+def _reserve(buffer: Tensor | None, past: Tensor, like: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, int]:
+    """A buffer that begins with ``past`` and has room for ``shape`` [B, H, T, D] more, and the tokens of ``past``."""
+    length = past.shape[-2] if past.numel() else 0
+    total = length + shape[-2]
+    if buffer is None or not _is_start_of(past, buffer) or buffer.shape[-2] < total:
+        room = max(LEAST_ROOM, total // 4)
+        buffer = like.new_empty((*shape[:-2], total + room, shape[-1]))
+        if length:
+            buffer[..., :length, :] = past
+    return buffer, length
 
 
 def _is_start_of(past: Tensor, buffer: Tensor) -> bool:

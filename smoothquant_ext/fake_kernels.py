@@ -101,6 +101,32 @@ def _(
     return x.new_empty((*x.shape[:-1], _out_features(down, down_scale)))
 
 
+@torch.library.register_fake("sq::w8a8_decoder_layer_")
+def _(
+    x: Tensor,
+    norm: Tensor,
+    post_norm: Tensor,
+    eps: float,
+    post_eps: float,
+    offset: float,
+    b: list[Tensor],
+    b_scale: list[Tensor],
+    bias: list[Tensor],
+    a_scale: list[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    past: int,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    activation: str,
+) -> Tensor:
+    _check_devices("w8a8_decoder_layer_", "x", x, norm=norm, cos=cos, sin=sin, keys=keys, values=values, mask=mask)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def _quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
 

@@ -3,6 +3,7 @@
 - an RMS norm, a gated or plain MLP: one op each                                (``fused_norm``, ``fused_mlp``)
 - 8-bit layers that read the same tensor, such as q, k and v: one op for all    (``shared_input``)
 - a floating-point layer left over, such as the output embedding: ours for few rows  (``FusedLinear``)
+- a whole decoder layer of the Llama family, if all of that fits: one op        (``fused_layer``)
 - attention, and the cache of keys and values                                   (``attention``, ``cache``)
 
 Everything is found by what it does, not by class names: a module is run on random input and its result compared with
@@ -20,6 +21,7 @@ from . import ops
 from .attention import use_attention_
 from .cache import use_growing_cache_
 from .fused import fused_class
+from .fused_layer import fuse_layers_
 from .fused_mlp import FusedMLP, mlp_attributes
 from .fused_norm import FusedRMSNorm, rms_norm_attributes
 from .shared_input import share_inputs_
@@ -58,8 +60,10 @@ def fuse_(model: nn.Module) -> list[str]:
     fused += share_inputs_(model)
     if use_attention_(model):
         fused.append("attention")
-    if isinstance(model, PreTrainedModel) and use_growing_cache_(model):
-        fused.append("cache")
+    if isinstance(model, PreTrainedModel) and model.device.type == "cpu":
+        if use_growing_cache_(model):
+            fused.append("cache")
+        fused += fuse_layers_(model)
     return fused
 
 

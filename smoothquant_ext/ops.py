@@ -35,6 +35,7 @@ __all__ = [
     "rms_norm_quantize",
     "silu_mul_quantize",
     "unpack_weight",
+    "w8a8_decoder_layer_",
     "w8a8_gemm",
     "w8a8_linear",
     "w8a8_linears",
@@ -54,6 +55,7 @@ _relu_quantize = torch.ops.sq.relu_quantize.default
 _rms_norm = torch.ops.sq.rms_norm.default
 _rms_norm_quantize = torch.ops.sq.rms_norm_quantize.default
 _silu_mul_quantize = torch.ops.sq.silu_mul_quantize.default
+_w8a8_decoder_layer_ = torch.ops.sq.w8a8_decoder_layer_.default
 _w8a8_gemm = torch.ops.sq.w8a8_gemm.default
 _w8a8_linear = torch.ops.sq.w8a8_linear.default
 _w8a8_linears = torch.ops.sq.w8a8_linears.default
@@ -275,6 +277,84 @@ def w8a8_mlp(
         down_bias,
         a_scale,
         down_a_scale,
+        activation,
+    )
+    return y
+
+
+def w8a8_decoder_layer_(
+    x: Tensor,
+    norm: Tensor,
+    post_norm: Tensor,
+    eps: float,
+    post_eps: float,
+    offset: float,
+    b: Sequence[Tensor],
+    b_scale: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    a_scale: Sequence[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    past: int,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    activation: str = "silu",
+) -> Tensor:
+    """A decoder layer of the Llama family: ``h = x + o(attention(q, k, v))``, ``y = h + mlp(rms_norm(h))``.
+
+    q, k and v are the layers of ``rms_norm(x)``; q and k are rotated by ``cos`` and ``sin`` (Su et al. 2021, the halves
+    of a head being the two coordinates). It has the bits of ``rms_norm``, ``w8a8_linears``, torch's rotation,
+    ``attention``, ``w8a8_linear``, torch's addition and ``w8a8_mlp`` one after the other.
+
+    Args:
+        x: fp32, bf16 or fp16 [B, T, K].
+        norm: fp32, bf16 or fp16 [K], the weight of the first norm.
+        post_norm: the same of the second one.
+        eps: of the first norm.
+        post_eps: of the second one.
+        offset: added to the weights of both norms.
+        b: the 8-bit weights of q, k, v, o, gate, up and down, plain or packed, of one dtype.
+        b_scale: their scales.
+        bias: seven biases, an empty tensor where there is none; or nothing at all.
+        a_scale: static scales of the inputs of q/k/v, o, gate/up and down; or nothing for scales per token.
+        cos: of the dtype of ``x`` [1 or B, T, D].
+        sin: the same.
+        keys: of the dtype of ``x`` [B, Hkv, room, D], contiguous; gets T more tokens behind ``past``.
+        values: the same.
+        past: tokens that are in ``keys`` and ``values``.
+        mask: bool [1 or B, 1 or H, T, past + T], true where a query may see a key; or ``None``.
+        scale: of the attention, usually ``D ** -0.5``.
+        causal: whether query i sees only keys up to past + i.
+        activation: of the MLP, see ``w8a8_mlp``.
+
+    Returns:
+        y, of the dtype of ``x`` [B, T, K].
+
+    Raises:
+        RuntimeError: for dtypes, shapes, devices or numbers of tensors that do not fit.
+    """
+    y: Tensor = _w8a8_decoder_layer_(
+        x,
+        norm,
+        post_norm,
+        eps,
+        post_eps,
+        offset,
+        b,
+        b_scale,
+        bias,
+        a_scale,
+        cos,
+        sin,
+        keys,
+        values,
+        past,
+        mask,
+        scale,
+        causal,
         activation,
     )
     return y

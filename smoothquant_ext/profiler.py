@@ -103,7 +103,7 @@ def _sort(event: Any, scope: str, result: ProductProfile) -> None:
         scope = name
         if name.startswith(_FLOAT):
             result.float_linears.append(name.removeprefix(_FLOAT))
-    elif name.startswith("sq::") and "w8a8" in name:
+    elif name.startswith("sq::w8a8"):
         result.eight_bit[name] += 1
     elif name in FLOAT_PRODUCTS:
         if scope.startswith(_QUANTIZED):

@@ -329,3 +329,49 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     scores = (scale * q.double() @ k.transpose(2, 3)).masked_fill(~visible, -torch.inf)
     p = scores.softmax(-1).masked_fill(~visible.any(-1, keepdim=True), 0.0)
     return (p @ v).transpose(1, 2).contiguous().to(q.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of heads [B, H, T, D] by angles [1 or B, T, D], every step rounded to the dtype."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
+
+
+def w8a8_decoder_layer_(
+    x: Tensor,
+    norm: Tensor,
+    post_norm: Tensor,
+    eps: float,
+    post_eps: float,
+    offset: float,
+    b: Sequence[Tensor],
+    b_scale: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    a_scale: Sequence[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    past: int,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    activation: str = "silu",
+    attend: Callable[..., Tensor] = attention,
+) -> Tensor:
+    """See ``ops.w8a8_decoder_layer_``; ``attend`` computes the attention."""
+    biases = [own if own.numel() else None for own in bias] or [None] * 7
+    static = list[Tensor | None](a_scale) or [None] * 4
+    q, k, v = (
+        w8a8_linear(rms_norm(x, norm, eps, offset), b[i], b_scale[i], biases[i], static[0])
+        .unflatten(-1, (-1, cos.shape[-1]))
+        .transpose(1, 2)
+        for i in range(3)
+    )
+    total = past + x.shape[1]
+    keys[:, :, past:total], values[:, :, past:total] = rotate(k, cos, sin), v
+    attended = attend(rotate(q, cos, sin), keys[:, :, :total], values[:, :, :total], mask, scale, causal)
+    h = x + w8a8_linear(attended.flatten(2), b[3], b_scale[3], biases[3], static[1])
+    _, _, _, _, gate, up, down = zip(b, b_scale, biases, strict=True)
+    operands = *gate[:2], *down[:2], *up[:2], gate[2], up[2], down[2]
+    return h + w8a8_mlp(rms_norm(h, post_norm, post_eps, offset), *operands, static[2], static[3], activation)

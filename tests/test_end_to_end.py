@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import re
@@ -47,6 +48,8 @@ def oracle_logits(model: nn.Module, tokens: Tensor) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
         for op in ("w8a8_linear", "w8a8_linears", "w8a8_mlp", "rms_norm", "linear"):
             patch.setattr(ops, op, getattr(reference, op))
+        layer = functools.partial(reference.w8a8_decoder_layer_, attend=ops.attention)
+        patch.setattr(ops, "w8a8_decoder_layer_", layer)
         return logits(model, tokens)
 
 
@@ -99,8 +102,8 @@ def test_a_profile_tells_8_bit_products_from_floating_point_ones():
     model = quantize(llama_with_outliers(), CALIBRATION, Recipe(skip=("layers.0.mlp.down_proj",)), progress=False)
     products = profile_products(model, TEST[:1])
     assert products.quantized == 13
-    # q, k and v together; gate and up too where down is not there to make a whole MLP
-    assert products.eight_bit == {"sq::w8a8_linears": 3, "sq::w8a8_linear": 2, "sq::w8a8_mlp": 1}
+    # The first layer module by module: q, k and v together, gate and up too; the second one whole.
+    assert products.eight_bit == {"sq::w8a8_linears": 2, "sq::w8a8_linear": 1, "sq::w8a8_decoder_layer_": 1}
     assert products.float_inside == {}
     assert products.float_linears == ["model.layers.0.mlp.down_proj", "lm_head"]
     assert products.float_elsewhere == {}
@@ -113,7 +116,7 @@ def test_a_profile_tells_8_bit_products_from_floating_point_ones():
     model.model.layers[1].self_attn.o_proj.__class__ = Cheat
     products = profile_products(model, TEST[:1])
     assert list(products.float_inside) == ["model.layers.1.self_attn.o_proj"]
-    assert products.eight_bit["sq::w8a8_linear"] == 1
+    assert products.eight_bit == {"sq::w8a8_linears": 3, "sq::w8a8_linear": 1, "sq::w8a8_mlp": 1}
     assert not demo.products_check(model, TEST[:1])[0][0]
 
 

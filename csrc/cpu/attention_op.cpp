@@ -1,9 +1,7 @@
 // attention on the CPU.
 #include <torch/csrc/stable/library.h>
 
-#include <functional>
-
-#include "parallel.h"
+#include "parallel_attention.h"
 #include "torch_args.h"
 
 namespace sq {
@@ -50,17 +48,6 @@ AttentionStrides strides_of(const Tensor& x) {
   return {x.size(0) == 1 ? 0 : x.stride(0), x.size(1) == 1 ? 0 : x.stride(1), x.stride(2)};
 }
 
-// Blocks of queries 0, last, 1, last but one, ...: with a causal mask later ones are more work, and every consecutive
-// piece of this order is about the same.
-int64_t folded(int64_t index, int64_t count) { return index % 2 == 0 ? index / 2 : count - 1 - index / 2; }
-
-void parallel_tasks(int64_t tasks, int64_t work, const std::function<void(int64_t)>& run) {
-  const int64_t grain = std::max<int64_t>(1, kGemmGrain / std::max<int64_t>(1, work));
-  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) run(task);
-  });
-}
-
 Tensor attention_cpu(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const OptionalTensor& mask_in,
                      double scale, bool causal) {
   check_attention(q_in, k_in, v_in, mask_in, scale);
@@ -93,31 +80,7 @@ Tensor attention_cpu(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
   args.causal = causal;
   args.y = y.mutable_data_ptr();
 
-  const Attend attend = current_kernels().attend;
-  const int64_t rows = q_len * args.group, work = args.kv_len * (args.d + args.v_d);
-  const int64_t parts = rows <= kAttentionDirectRows ? div_up(args.kv_len, kAttentionChunk) : 1;
-  if (parts <= 1) {
-    const int64_t block = std::min(q_len, std::max<int64_t>(1, kAttentionRows / args.group));
-    const int64_t blocks = div_up(q_len, block);
-    parallel_tasks(batches * kv_heads * blocks, work * block * args.group, [&](int64_t index) {
-      const int64_t first = folded(index % blocks, blocks) * block, pair = index / blocks;
-      attend(args,
-             {pair / kv_heads, pair % kv_heads, {first, std::min(q_len, first + block)}, {0, args.kv_len}, nullptr});
-    });
-    return y;
-  }
-  const int64_t partial_size = rows * (args.v_d + 2);
-  Scratch scratch(batches * kv_heads * parts * partial_size * static_cast<int64_t>(sizeof(float)));
-  auto* partials = reinterpret_cast<float*>(scratch.data());
-  parallel_tasks(batches * kv_heads * parts, work / parts * rows, [&](int64_t index) {
-    const int64_t first = index % parts * kAttentionChunk, pair = index / parts;
-    const Range keys{first, std::min(args.kv_len, first + kAttentionChunk)};
-    attend(args, {pair / kv_heads, pair % kv_heads, {0, q_len}, keys, partials + index * partial_size});
-  });
-  parallel_tasks(batches * kv_heads, parts * partial_size, [&](int64_t pair) {
-    const AttentionTask task{pair / kv_heads, pair % kv_heads, {0, q_len}, {0, args.kv_len}, nullptr};
-    merge_attention(args, task, partials + pair * parts * partial_size, parts);
-  });
+  parallel_attention(current_kernels(), args, batches);
   return y;
 }
 

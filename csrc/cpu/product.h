@@ -54,6 +54,14 @@ class Operand {
     return args;
   }
 
+  // Fills the first rows from contiguous rows of x.
+  void quantize(const void* x, DType x_dtype, float static_scale, int64_t rows) {
+    QuantizeArgs args = target(static_scale);
+    args.x = x;
+    args.x_dtype = x_dtype;
+    parallel_quantize(kernels_.quantize_rows, args, rows);
+  }
+
   // The products of the first rows with weights, in one parallel region. Those without scales for the activation get the
   // operand's own; a_dtype is the fp8 type of the values.
   void multiply(std::vector<GemmArgs> products, DType a_dtype, int64_t rows) {
@@ -92,6 +100,7 @@ class Weight {
         bias_(as_contiguous(bias)) {}
 
   int64_t n() const { return shape_.n; }
+  int64_t k() const { return shape_.k; }
   DType dtype() const { return kernel_dtype(packed_.scalar_type()); }
 
   // A product that writes contiguous rows of n values to y.

@@ -24,6 +24,8 @@ struct Kernels {
   const char* rows_name;
   NormRows norm_rows;
   ActivateRows activate_rows;
+  RotateRows rotate_rows;
+  AddRows add_rows;
   const char* linear_name;
   LinearColumns linear;
   const char* attention_name;

@@ -6,7 +6,10 @@
 //                  gelu       x * Phi(x), Phi from the complementary error function
 //                  gelu_tanh  x / (1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x^3))), which is 0.5 x (1 + tanh(...))
 //                  relu       0 for x < 0, else x
-// Every step is one fp32 operation. A sum has kLanes partial sums, lane k % kLanes taking element k, which are added
+//   rotate_rows    y = x cos + rotate_half(x) sin, where rotate_half is (-x2, x1) of the halves (x1, x2) of a head; each
+//                  product and the sum are rounded to the dtype, as torch's single operators do
+//   add_rows       y = x + residual, rounded
+// Otherwise every step is one fp32 operation. A sum has kLanes partial sums, lane k % kLanes taking element k, which are added
 // pairwise at the end, and exp is a polynomial of plain multiplications and additions: every instruction set gives the
 // same bits. Bytes moved: each input once, the output once.
 #pragma once
@@ -44,8 +47,28 @@ struct ActivateArgs {
   float* v;  // rows.begin is its first row
 };
 
+// Rotary position embedding (Su et al., arXiv:2104.09864) of rows [batch, time] of heads.
+struct RotateArgs {
+  DType dtype;
+  int64_t time, heads, d;
+  const void* x;          // [batch, time, heads, d], contiguous
+  const void *cos, *sin;  // [time, d], contiguous; of the first batch
+  int64_t angle_batch;    // elements from the angles of a batch to the next; 0: the same for all
+  void* y;
+  int64_t y_batch, y_head, y_time;  // strides of y, in elements; the d of a head are contiguous
+};
+
+struct AddArgs {
+  DType dtype;
+  int64_t k;
+  const void *x, *residual;  // contiguous rows of k elements
+  void* y;
+};
+
 using NormRows = void (*)(const NormArgs& args, Range rows);
 using ActivateRows = void (*)(const ActivateArgs& args, Range rows);
+using RotateRows = void (*)(const RotateArgs& args, Range rows);
+using AddRows = void (*)(const AddArgs& args, Range rows);
 
 void norm_rows_portable(const NormArgs& args, Range rows);
 void norm_rows_avx2(const NormArgs& args, Range rows);
@@ -53,5 +76,11 @@ void norm_rows_avx512(const NormArgs& args, Range rows);
 void activate_rows_portable(const ActivateArgs& args, Range rows);
 void activate_rows_avx2(const ActivateArgs& args, Range rows);
 void activate_rows_avx512(const ActivateArgs& args, Range rows);
+void rotate_rows_portable(const RotateArgs& args, Range rows);
+void rotate_rows_avx2(const RotateArgs& args, Range rows);
+void rotate_rows_avx512(const RotateArgs& args, Range rows);
+void add_rows_portable(const AddArgs& args, Range rows);
+void add_rows_avx2(const AddArgs& args, Range rows);
+void add_rows_avx512(const AddArgs& args, Range rows);
 
 }  // namespace sq

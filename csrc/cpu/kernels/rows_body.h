@@ -64,7 +64,7 @@ SQ_ROWS_INLINE float lane_sum(const T* x, float mean, int64_t k) {
 
 // target may be nothing else's memory; without that, the compiler would not vectorize.
 template <class T>
-SQ_ROWS_INLINE void add_rows(const T* x, const T* residual, int64_t k, T* __restrict target) {
+SQ_ROWS_INLINE void add_row(const T* x, const T* residual, int64_t k, T* __restrict target) {
   for (int64_t i = 0; i < k; ++i) from_float(to_float(x[i]) + to_float(residual[i]), target + i);
 }
 
@@ -86,7 +86,7 @@ SQ_ROWS_INLINE void norm_rows(const NormArgs& args, Range rows) {
     const T* x = static_cast<const T*>(args.x) + row * k;
     if (args.residual != nullptr) {
       T* sum = static_cast<T*>(args.sum) + row * k;
-      add_rows(x, static_cast<const T*>(args.residual) + row * k, k, sum);
+      add_row(x, static_cast<const T*>(args.residual) + row * k, k, sum);
       x = sum;
     }
     const float mean = args.norm == Norm::kLayer ? lane_sum<false>(x, 0.0f, k) / count : 0.0f;
@@ -178,7 +178,70 @@ SQ_ROWS_INLINE void norm_rows(const NormArgs& args, Range rows) {
   args.y_dtype == args.x_dtype ? norm_rows<T, T>(args, rows) : norm_rows<T, float>(args, rows);
 }
 
+template <class T>
+SQ_ROWS_INLINE float rounded(float value) {
+  T target;
+  from_float(value, &target);
+  return to_float(target);
+}
+
+template <class T>
+SQ_ROWS_INLINE void rotate_head(const T* x, const T* cos, const T* sin, int64_t d, T* __restrict y) {
+  const int64_t half = d / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    const float product = rounded<T>(to_float(x[i]) * to_float(cos[i]));
+    from_float(product + rounded<T>(-to_float(x[i + half]) * to_float(sin[i])), y + i);
+  }
+  for (int64_t i = half; i < d; ++i) {
+    const float product = rounded<T>(to_float(x[i]) * to_float(cos[i]));
+    from_float(product + rounded<T>(to_float(x[i - half]) * to_float(sin[i])), y + i);
+  }
+}
+
+template <class T>
+SQ_ROWS_INLINE void rotate_rows(const RotateArgs& args, Range rows) {
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    const int64_t batch = row / args.time, time = row % args.time;
+    const int64_t angle = batch * args.angle_batch + time * args.d;
+    const T* x = static_cast<const T*>(args.x) + row * args.heads * args.d;
+    T* y = static_cast<T*>(args.y) + batch * args.y_batch + time * args.y_time;
+    for (int64_t head = 0; head < args.heads; ++head) {
+      rotate_head(x + head * args.d, static_cast<const T*>(args.cos) + angle, static_cast<const T*>(args.sin) + angle,
+                  args.d, y + head * args.y_head);
+    }
+  }
+}
+
+template <class T>
+SQ_ROWS_INLINE void add_rows(const AddArgs& args, Range rows) {
+  const int64_t begin = rows.begin * args.k, count = (rows.end - rows.begin) * args.k;
+  add_row(static_cast<const T*>(args.x) + begin, static_cast<const T*>(args.residual) + begin, count,
+          static_cast<T*>(args.y) + begin);
+}
+
 }  // namespace
+
+SQ_ROWS_TARGET void SQ_ROWS(rotate_rows)(const RotateArgs& args, Range rows) {
+  switch (args.dtype) {
+    case DType::kBFloat16:
+      return rotate_rows<BFloat16>(args, rows);
+    case DType::kFloat16:
+      return rotate_rows<Float16>(args, rows);
+    default:
+      return rotate_rows<float>(args, rows);
+  }
+}
+
+SQ_ROWS_TARGET void SQ_ROWS(add_rows)(const AddArgs& args, Range rows) {
+  switch (args.dtype) {
+    case DType::kBFloat16:
+      return add_rows<BFloat16>(args, rows);
+    case DType::kFloat16:
+      return add_rows<Float16>(args, rows);
+    default:
+      return add_rows<float>(args, rows);
+  }
+}
 
 SQ_ROWS_TARGET void SQ_ROWS(norm_rows)(const NormArgs& args, Range rows) {
   switch (args.x_dtype) {

@@ -1,0 +1,255 @@
+// w8a8_decoder_layer_ on the CPU: what a Llama-like layer does between its input and its output, in one call.
+#include <torch/csrc/stable/library.h>
+
+#include <cstring>
+#include <string>
+
+#include "kernels/epilogue.h"
+#include "mlp.h"
+#include "parallel_attention.h"
+#include "rows_args.h"
+
+namespace sq {
+namespace {
+
+constexpr const char* kOp = "w8a8_decoder_layer_";
+
+enum Layer { kQ, kK, kV, kO, kGate, kUp, kDown, kLayers };
+constexpr OperandNames kNames[kLayers] = {{"x", "q", "q_scale", "q_bias"},
+                                          {"x", "k", "k_scale", "k_bias"},
+                                          {"x", "v", "v_scale", "v_bias"},
+                                          {"attention", "o", "o_scale", "o_bias"},
+                                          {"x", "gate", "gate_scale", "gate_bias"},
+                                          {"x", "up", "up_scale", "up_bias"},
+                                          {"act(gate)", "down", "down_scale", "down_bias"}};
+
+// The layers of the list, checked one by one; K is what each reads.
+class Layers {
+ public:
+  Layers(const Tensor& x, int64_t m, const std::vector<Tensor>& b, const std::vector<Tensor>& b_scale,
+         const std::vector<Tensor>& bias)
+      : x_(x), m_(m), b_(b), b_scale_(b_scale), bias_(bias) {
+    SQ_CHECK(b.size() == kLayers, kOp, ": b has ", b.size(), " weights, expected q, k, v, o, gate, up and down");
+    SQ_CHECK(b_scale.size() == kLayers, kOp, ": b_scale has ", b_scale.size(), " tensors, expected 7");
+    SQ_CHECK(bias.empty() || bias.size() == kLayers, kOp, ": bias has ", bias.size(), " tensors, expected 0 or 7");
+  }
+
+  Weight weight(Layer layer, int64_t k) const {
+    const bool has_bias = !bias_.empty() && bias_[layer].numel() > 0;
+    const OptionalTensor bias = has_bias ? OptionalTensor(bias_[layer]) : OptionalTensor();
+    SQ_CHECK(b_[layer].scalar_type() == b_[0].scalar_type(), kOp, ": q is ", dtype_text(b_[0].scalar_type()), " and ",
+             kNames[layer].b, " is ", dtype_text(b_[layer].scalar_type()), ", expected one dtype");
+    return {check_weight(kOp, kNames[layer], x_, m_, k, b_[layer], b_scale_[layer], bias), b_[layer], b_scale_[layer],
+            bias};
+  }
+
+ private:
+  const Tensor& x_;
+  int64_t m_;
+  const std::vector<Tensor>&b_, &b_scale_, &bias_;
+};
+
+// Parts of one scratch buffer: sizes first, addresses when it exists.
+class Plan {
+ public:
+  int64_t add(int64_t bytes) {
+    const int64_t offset = bytes_;
+    bytes_ += Scratch::align(bytes);
+    return offset;
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  int64_t bytes_ = 0;
+};
+
+void check_norm_weight(const char* name, const Tensor& weight, const Tensor& x) {
+  const int64_t k = x.size(x.dim() - 1);
+  check_same_device(kOp, name, weight, "x", x);
+  check_float(kOp, name, weight.scalar_type());
+  SQ_CHECK(weight.numel() == k, kOp, ": ", name, " has ", weight.numel(), " elements, expected ", k);
+}
+
+void check_angles(const char* name, const Tensor& angles, const Tensor& x) {
+  check_same_device(kOp, name, angles, "x", x);
+  SQ_CHECK(angles.scalar_type() == x.scalar_type(), kOp, ": ", name, " is ", dtype_text(angles.scalar_type()),
+           " and x is ", dtype_text(x.scalar_type()), ", expected the same dtype");
+  SQ_CHECK(angles.dim() == 3 && (angles.size(0) == 1 || angles.size(0) == x.size(0)) && angles.size(1) == x.size(1) &&
+               angles.size(2) % 2 == 0 && angles.size(2) > 0,
+           kOp, ": ", name, " has shape ", shape_text(angles), ", expected [1 or B, T, D] with an even D");
+}
+
+void check_buffer(const char* name, const Tensor& buffer, const Tensor& x, int64_t heads, int64_t total, int64_t d) {
+  check_same_device(kOp, name, buffer, "x", x);
+  SQ_CHECK(buffer.scalar_type() == x.scalar_type(), kOp, ": ", name, " is ", dtype_text(buffer.scalar_type()),
+           " and x is ", dtype_text(x.scalar_type()), ", expected the same dtype");
+  SQ_CHECK(buffer.dim() == 4 && buffer.is_contiguous() && buffer.size(0) == x.size(0) && buffer.size(1) == heads &&
+               buffer.size(2) >= total && buffer.size(3) == d,
+           kOp, ": ", name, " has shape ", shape_text(buffer), ", expected contiguous [", x.size(0), ", ", heads, ", ",
+           total, " or more, ", d, "]");
+}
+
+Tensor w8a8_decoder_layer_cpu(const Tensor& x_in, const Tensor& norm_in, const Tensor& post_norm_in, double eps,
+                              double post_eps, double offset, const std::vector<Tensor>& b,
+                              const std::vector<Tensor>& b_scale, const std::vector<Tensor>& bias,
+                              const std::vector<Tensor>& a_scale, const Tensor& cos_in, const Tensor& sin_in,
+                              const Tensor& keys, const Tensor& values, int64_t past, const OptionalTensor& mask_in,
+                              double scale, bool causal, std::string activation) {
+  check_float(kOp, "x", x_in.scalar_type());
+  SQ_CHECK(x_in.dim() == 3, kOp, ": x has shape ", shape_text(x_in), ", expected [B, T, K]");
+  check_norm_weight("norm", norm_in, x_in);
+  check_norm_weight("post_norm", post_norm_in, x_in);
+  check_angles("cos", cos_in, x_in);
+  check_angles("sin", sin_in, x_in);
+  SQ_CHECK(a_scale.empty() || a_scale.size() == 4, kOp, ": a_scale has ", a_scale.size(), " tensors, expected 0 or 4");
+  SQ_CHECK(past >= 0, kOp, ": past is ", past, ", expected 0 or more");
+  SQ_CHECK(scale > 0 && std::isfinite(scale), kOp, ": scale is ", scale, ", expected a positive finite number");
+  const int64_t batch = x_in.size(0), time = x_in.size(1), k = x_in.size(2), m = batch * time, d = cos_in.size(2);
+  const auto static_scale = [&](size_t index) {
+    return a_scale.empty() ? 0.0f : checked_static_scale(kOp, "a_scale", a_scale[index], "x", x_in);
+  };
+
+  const Layers layers(x_in, m, b, b_scale, bias);
+  const Weight q = layers.weight(kQ, k), key = layers.weight(kK, k), value = layers.weight(kV, k);
+  const Weight o = layers.weight(kO, q.n());
+  const Weight gate = layers.weight(kGate, k), up = layers.weight(kUp, k);
+  SQ_CHECK(q.n() % d == 0 && key.n() % d == 0 && key.n() > 0 && q.n() % key.n() == 0 && value.n() == key.n(), kOp,
+           ": q, k and v have N=", q.n(), ", ", key.n(), " and ", value.n(), ", expected multiples of D=", d);
+  SQ_CHECK(up.n() == gate.n(), kOp, ": up has N=", up.n(), ", but gate has N=", gate.n());
+  const Weight down = layers.weight(kDown, gate.n());
+  SQ_CHECK(o.n() == k && down.n() == k, kOp, ": o and down have N=", o.n(), " and ", down.n(), ", expected K=", k);
+  const Mlp mlp{gate, up, down, activation_kind(kOp, activation), static_scale(2), static_scale(3)};
+  const int64_t heads = q.n() / d, kv_heads = key.n() / d, total = past + time;
+  check_buffer("keys", keys, x_in, kv_heads, total, d);
+  check_buffer("values", values, x_in, kv_heads, total, d);
+  if (mask_in.has_value()) {
+    const Tensor& mask = *mask_in;
+    check_same_device(kOp, "mask", mask, "x", x_in);
+    SQ_CHECK(mask.scalar_type() == ScalarType::Bool && mask.dim() == 4 &&
+                 (mask.size(0) == 1 || mask.size(0) == batch) && (mask.size(1) == 1 || mask.size(1) == heads) &&
+                 mask.size(2) == time && mask.size(3) == total,
+             kOp, ": mask is ", dtype_text(mask.scalar_type()), " ", shape_text(mask), ", expected bool [1 or ", batch,
+             ", 1 or ", heads, ", ", time, ", ", total, "]");
+  }
+
+  const Tensor x = as_contiguous(x_in), cos = as_contiguous(cos_in), sin = as_contiguous(sin_in);
+  const Tensor norm = as_contiguous(norm_in), post_norm = as_contiguous(post_norm_in);
+  const OptionalTensor mask = as_contiguous(mask_in);
+  Tensor y = empty_cpu(shape_of(x), x.scalar_type());
+  if (m == 0) return y;
+  const Kernels& kernels = current_kernels();
+  const DType dtype = kernel_dtype(x.scalar_type());
+  const int64_t element = element_size(dtype), row_bytes = k * element;
+
+  // q is rotated from its own place to that of the attention's result and back again: never both are needed.
+  Operand input(kernels, m, k, q.dtype()), attended(kernels, m, q.n(), o.dtype());
+  Plan plan;
+  const int64_t input_at = plan.add(input.bytes()), attended_at = plan.add(attended.bytes());
+  const int64_t weights_at = plan.add(2 * k * static_cast<int64_t>(sizeof(float)));
+  const int64_t normed_at = plan.add(m * row_bytes), sum_at = plan.add(m * row_bytes),
+                part_at = plan.add(m * row_bytes);
+  const int64_t q_at = plan.add(m * q.n() * element), rotated_at = plan.add(m * q.n() * element);
+  const int64_t k_at = plan.add(m * key.n() * element), v_at = plan.add(m * key.n() * element);
+  Scratch scratch(plan.bytes());
+  uint8_t* memory = scratch.data();
+  input.place(memory + input_at);
+  attended.place(memory + attended_at);
+  auto* norm_weights = reinterpret_cast<float*>(memory + weights_at);
+  widen(norm.const_data_ptr(), kernel_dtype(norm.scalar_type()), static_cast<float>(offset), k, norm_weights);
+  widen(post_norm.const_data_ptr(), kernel_dtype(post_norm.scalar_type()), static_cast<float>(offset), k,
+        norm_weights + k);
+
+  NormArgs norm_args{};
+  norm_args.norm = Norm::kRms;
+  norm_args.k = k;
+  norm_args.x = x.const_data_ptr();
+  norm_args.x_dtype = norm_args.y_dtype = dtype;
+  norm_args.weight = norm_weights;
+  norm_args.eps = static_cast<float>(eps);
+  const auto normalize = [&] {
+    parallel_rows(m, row_bytes, [&](Range range) {
+      NormArgs own = norm_args;
+      own.y = memory + normed_at + range.begin * row_bytes;
+      kernels.norm_rows(own, range);
+    });
+  };
+  normalize();
+  input.quantize(memory + normed_at, dtype, static_scale(0), m);
+  input.multiply(
+      {q.product(memory + q_at, dtype), key.product(memory + k_at, dtype), value.product(memory + v_at, dtype)},
+      q.dtype(), m);
+
+  // q and the new keys are rotated, keys and values go behind those of before.
+  const int64_t room = keys.size(2) * d, angle_batch = cos.size(0) == 1 ? 0 : time * d;
+  RotateArgs rotate_q{dtype,
+                      time,
+                      heads,
+                      d,
+                      memory + q_at,
+                      cos.const_data_ptr(),
+                      sin.const_data_ptr(),
+                      angle_batch,
+                      memory + rotated_at,
+                      time * heads * d,
+                      d,
+                      heads * d};
+  RotateArgs rotate_k = rotate_q;
+  rotate_k.heads = kv_heads;
+  rotate_k.x = memory + k_at;
+  rotate_k.y = static_cast<uint8_t*>(keys.mutable_data_ptr()) + past * d * element;
+  rotate_k.y_batch = kv_heads * room;
+  rotate_k.y_head = room;
+  rotate_k.y_time = d;
+  auto* value_rows = static_cast<uint8_t*>(values.mutable_data_ptr());
+  parallel_rows(m, (q.n() + 2 * key.n()) * element, [&](Range range) {
+    kernels.rotate_rows(rotate_q, range);
+    kernels.rotate_rows(rotate_k, range);
+    for (int64_t row = range.begin; row < range.end; ++row) {
+      for (int64_t head = 0; head < kv_heads; ++head) {
+        const int64_t target = (row / time * kv_heads + head) * room + (past + row % time) * d;
+        std::memcpy(value_rows + target * element, memory + v_at + (row * kv_heads + head) * d * element, d * element);
+      }
+    }
+  });
+
+  AttentionArgs attention{};
+  attention.dtype = dtype;
+  attention.heads = heads;
+  attention.group = heads / kv_heads;
+  attention.q_len = time;
+  attention.kv_len = total;
+  attention.d = attention.v_d = d;
+  attention.q = memory + rotated_at;
+  attention.k = keys.const_data_ptr();
+  attention.v = values.const_data_ptr();
+  attention.q_strides = {time * heads * d, d, heads * d};
+  attention.k_strides = attention.v_strides = {kv_heads * room, room, d};
+  if (mask.has_value()) {
+    attention.mask = pointer<uint8_t>(*mask);
+    attention.mask_strides = {mask->size(0) == 1 ? 0 : mask->stride(0), mask->size(1) == 1 ? 0 : mask->stride(1),
+                              mask->stride(2)};
+  }
+  attention.scale = static_cast<float>(scale);
+  attention.causal = causal;
+  attention.y = memory + q_at;
+  parallel_attention(kernels, attention, batch);
+  attended.quantize(memory + q_at, dtype, static_scale(1), m);
+  attended.multiply({o.product(memory + part_at, dtype)}, o.dtype(), m);
+
+  norm_args.x = memory + part_at;
+  norm_args.residual = x.const_data_ptr();
+  norm_args.sum = memory + sum_at;
+  norm_args.weight = norm_weights + k;
+  norm_args.eps = static_cast<float>(post_eps);
+  normalize();
+  mlp.run(kernels, memory + normed_at, m, dtype, memory + part_at);
+  const AddArgs add{dtype, k, memory + part_at, memory + sum_at, y.mutable_data_ptr()};
+  parallel_rows(m, 3 * row_bytes, [&](Range range) { kernels.add_rows(add, range); });
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sq, CPU, m) { m.impl("w8a8_decoder_layer_", TORCH_BOX(&w8a8_decoder_layer_cpu)); }
+
+}  // namespace sq
