@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from . import ops
 from .attention import IMPLEMENTATION, is_causal, takes_mask
@@ -99,6 +100,8 @@ class FusedDecoderLayer:
             keys, values = x.new_empty(shape), x.new_empty(shape)
         else:
             stored = cache.layers[attention.layer_idx] if attention.layer_idx < len(cache.layers) else None
+            if type(stored) is DynamicLayer:  # of a cache that the model has just made
+                stored.__class__ = GrowingLayer
             if type(stored) is not GrowingLayer or getattr(cache, "offloading", False):
                 return None
             keys, values, past = room_for(stored, x, shape)

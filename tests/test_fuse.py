@@ -224,6 +224,7 @@ def test_a_quantized_model_is_fused_where_it_can_be() -> None:
     layer = ["input_layernorm", "mlp", "post_attention_layernorm", "mlp.gate_proj+up_proj"]
     layer += ["self_attn.q_proj+k_proj+v_proj"]
     expected = {f"model.layers.{index}.{name}" for index in (0, 1) for name in layer} | {"model.norm"}
+    expected |= {"model.layers.0", "model.layers.1"}
     expected |= {"lm_head"} if ops.has_fast_linear() else set()
     assert set(model.smoothquant_report.fused) == expected | {"attention", "cache"}
     ids = tiny.token_ids(seed=9)
