@@ -52,11 +52,7 @@ def fuse_(model: nn.Module) -> list[str]:
     model of transformers the list also has the groups of layers that share an input, as ``"q_proj+k_proj+v_proj"`` with
     their parent's name in front, and ``"attention"`` and ``"cache"``.
     """
-    fused = []
-    for name, module in list(model.named_modules()):
-        mixin = _fuse_module_(module)
-        if mixin is not None:
-            fused.append(name)
+    fused = [name for name, module in list(model.named_modules()) if _fuse_module_(module)]
     fused += share_inputs_(model)
     if use_attention_(model):
         fused.append("attention")
@@ -67,8 +63,8 @@ def fuse_(model: nn.Module) -> list[str]:
     return fused
 
 
-def _fuse_module_(module: nn.Module) -> type | None:
-    """Makes one module an instance of its fused class; the mixin, if there is one for it."""
+def _fuse_module_(module: nn.Module) -> bool:
+    """Makes one module an instance of its fused class; whether there is one for it."""
     mixin: type
     if (attributes := rms_norm_attributes(module)) is not None:
         mixin = FusedRMSNorm
@@ -77,7 +73,7 @@ def _fuse_module_(module: nn.Module) -> type | None:
     elif type(module) is nn.Linear and module.weight.is_cpu and ops.has_fast_linear():
         mixin, attributes = FusedLinear, {}
     else:
-        return None
+        return False
     module.__class__ = fused_class(mixin, type(module))  # type: ignore[arg-type]
     vars(module).update(attributes)
-    return mixin
+    return True

@@ -141,7 +141,7 @@ Tensor w8a8_decoder_layer_cpu(const Tensor& x_in, const Tensor& norm_in, const T
   const DType dtype = kernel_dtype(x.scalar_type());
   const int64_t element = element_size(dtype), row_bytes = k * element;
 
-  // q is rotated from its own place to that of the attention's result and back again: never both are needed.
+  // The attention reads the rotated q and writes its result where q was.
   Operand input(kernels, m, k, q.dtype()), attended(kernels, m, q.n(), o.dtype());
   Plan plan;
   const int64_t input_at = plan.add(input.bytes()), attended_at = plan.add(attended.bytes());
