@@ -8,7 +8,8 @@ Whether a model contains such a pair is a property of its function, and it is te
    by a power of two commutes with floating-point rounding, so an input channel j of a linear layer that carries
    producer channel c and nothing else comes back scaled by exactly 2**e[c]; anything that mixes channels, or is not
    homogeneous (GELU, the gate of a SwiGLU, the q and k of attention), does not. A few passes with different digits as
-   exponents spell out c for every j: the channel map, GQA's repetition of heads included.
+   exponents spell out c for every j: the channel map, GQA's repetition of heads included. Of a packed projection only
+   a part is like that: the values in packed qkv, one half of packed gate and up. It is found first, then scaled alone.
 2. The scaled producer is run once more with the consumers' inputs scaled back. The block's output must then be what it
    was; a residual branch, a router or any other reader of the producer's output shows here and forbids the group.
 
@@ -41,8 +42,10 @@ class Group:
 
     Attributes:
         block: name of the decoder block that holds all its members.
-        producer: model-wide name of the norm or linear layer whose output channels can be divided by s.
+        producer: model-wide name of the norm or linear layer whose output channels can be divided by s; empty where
+            the input itself is divided (``explicit_groups``).
         kind: what the producer is.
+        channels: C, how many channels its output has.
         norm_offset: the norm scales by ``norm_offset + weight`` (0 for most, 1 for Gemma's); 0 for a linear.
         consumers: for each consuming linear layer, by model-wide name, an int64 tensor [K] that gives the producer
             channel behind each of its input channels, or -1 where there is none.
@@ -50,7 +53,8 @@ class Group:
 
     block: str
     producer: str
-    kind: Literal["norm", "linear"]
+    kind: Literal["norm", "linear", "explicit"]
+    channels: int
     norm_offset: float
     consumers: Mapping[str, Tensor]
 
@@ -80,11 +84,27 @@ def discover(model: nn.Module, batch: Batch, progress: Callable[[Iterable[Any]],
     calls = record_calls(model, blocks, probe_batch(batch))
     tied = tied_modules(model)
     discovery = Discovery()
-    hints: dict[tuple[type, str], Tensor | None] = {}
+    hints: dict[tuple[type, str, int], Tensor | None] = {}
     for name in progress(list(calls)):
         prober = BlockProber(name, blocks[name], calls[name], tied, hints)
         prober.find_groups(discovery)
     return discovery
+
+
+def explicit_groups(block: str, inputs: Iterable[Iterable[str]], widths: Mapping[str, int]) -> list[Group]:
+    """Groups without a producer, one for each input of a block's linear layers: the input itself is divided by s.
+
+    Args:
+        block: the block's name.
+        inputs: for each input the model-wide names of the layers that read it.
+        widths: K of each layer.
+    """
+    groups = []
+    for readers in map(list, inputs):
+        width = widths[readers[0]]
+        channels = {name: torch.arange(width) for name in readers}
+        groups.append(Group(block, "", "explicit", width, 0.0, channels))
+    return groups
 
 
 class BlockProber:
@@ -96,7 +116,7 @@ class BlockProber:
         block: nn.Module,
         call: BlockCall,
         tied: set[str],
-        hints: dict[tuple[type, str], Tensor | None],
+        hints: dict[tuple[type, str, int], Tensor | None],
     ) -> None:
         # In float16 underflow would hide factors; a copy of one 16-bit block in fp32 is small beside the model.
         is_wide = next(block.parameters()).dtype in (torch.float32, torch.float64)
@@ -111,40 +131,44 @@ class BlockProber:
     def find_groups(self, discovery: Discovery) -> None:
         """Appends this block's groups. A linear layer's input is smoothed once: the first producer gets it."""
         claimed: set[str] = set()
-        for producer in self.producers:
+        for producer, offset in self.producers.items():
             maps, reason = self._consumers_of(producer)
             if reason:
                 discovery.rejected[full_name(self.name, producer)] = reason
             if not maps or claimed & maps.keys():
                 continue
             claimed |= maps.keys()
-            module = self.block.get_submodule(producer)
             discovery.groups.append(
                 Group(
                     block=self.name,
                     producer=full_name(self.name, producer),
-                    kind="linear" if is_linear(module) else "norm",
-                    norm_offset=0.0 if is_linear(module) else norm_offset(module) or 0.0,
+                    kind="linear" if is_linear(self.block.get_submodule(producer)) else "norm",
+                    channels=output_width(self.block.get_submodule(producer)),
+                    norm_offset=offset,
                     consumers={full_name(self.name, consumer): channels for consumer, channels in maps.items()},
                 )
             )
 
-    def _producers_in_order(self) -> list[str]:
-        """Names of the norms and linear layers of the block that ran, in the order in which they ran."""
-        seen: dict[str, None] = {}
+    def _producers_in_order(self) -> dict[str, float]:
+        """The norms and linear layers of the block that ran, in the order in which they ran, with their norm offset."""
+        seen: dict[str, float] = {}
         handles = []
         for name, module in self.block.named_modules():
 
             def note(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
-                if is_linear(module) or (_looks_like_norm(module, args, output) and norm_offset(module) is not None):
-                    seen.setdefault(name)
+                if name in seen:
+                    return
+                if is_linear(module):
+                    seen[name] = 0.0
+                elif _looks_like_norm(module, args, output) and (offset := norm_offset(module, *args)) is not None:
+                    seen[name] = offset
 
             handles.append(module.register_forward_hook(note))
         try:
             self.call.replay(self.block, self.dtype)
         finally:
             _remove(handles)
-        return [name for name in seen if full_name(self.name, name) not in self.tied]
+        return {name: offset for name, offset in seen.items() if full_name(self.name, name) not in self.tied}
 
     def _consumers_of(self, producer: str) -> tuple[dict[str, Tensor], str]:
         """Channel maps of the linear layers that can undo a scaling of ``producer``; or why these cannot."""
@@ -159,10 +183,7 @@ class BlockProber:
             return {}, ""
         if any(full_name(self.name, consumer) in self.tied for consumer in maps):
             return {}, "a consumer shares its weight with another layer"
-        used = torch.zeros(channels, dtype=torch.bool)
-        for channel_map in maps.values():
-            used[channel_map[channel_map >= 0]] = True
-        exponents = torch.where(used, torch.arange(channels) % 3 + 1, 0)
+        exponents = torch.where(_mapped_channels(maps, channels), torch.arange(channels) % 3 + 1, 0)
         _, compensated = self._run(producer, exponents, undo=maps)
         if not all(_same(a, b) for a, b in zip(output, compensated, strict=True)):
             return {}, f"its output is also read by something other than {', '.join(maps)}"
@@ -170,13 +191,36 @@ class BlockProber:
 
     def _packed_maps(self, producer: str, channels: int, baseline: dict[str, Tensor]) -> dict[str, Tensor]:
         """For a producer wider than its consumer (packed qkv, packed gate and up): the part that is homogeneous."""
-        hint_key = (type(self.block), producer)
+        hint_key = (type(self.block), producer, channels)
         if hint_key in self.hints:
             hint = self.hints[hint_key]
             maps = {} if hint is None else self._channel_maps(producer, hint, baseline)
             if maps or hint is None:
                 return maps
+        for find_candidates in (self._averaged_channels, self._homogeneous_chunks):
+            found = find_candidates(producer, channels, baseline)
+            if found.any() and (maps := self._channel_maps(producer, found, baseline)):
+                self.hints[hint_key] = found
+                return maps
+        self.hints[hint_key] = None
+        return {}
+
+    def _averaged_channels(self, producer: str, channels: int, _baseline: dict[str, Tensor]) -> Tensor:
+        """The channels that attention averages over tokens, however many heads they are spread over.
+
+        With noise that is alike for all tokens every average is the value itself, whatever q and k are.
+        """
+        baseline, _ = self._run(producer, torch.zeros(channels, dtype=torch.int64), alike=True)
+        everything = torch.ones(channels, dtype=torch.bool)
+        return _mapped_channels(self._channel_maps(producer, everything, baseline, alike=True), channels)
+
+    def _homogeneous_chunks(self, producer: str, channels: int, baseline: dict[str, Tensor]) -> Tensor:
+        """The channels of those pieces of the producer, cut ever finer, that pass by themselves.
+
+        Where several are multiplied with each other, each passes; all of them together do not, so the first is taken.
+        """
         found = torch.zeros(channels, dtype=torch.bool)
+        reached: dict[str, Tensor] = {}
         widths = {weight_nk(linear).shape[1] for linear in self.linears.values()}
         for width in sorted(width for width in widths if width < channels):
             pieces = _chunks(0, channels, math.gcd(width, channels))
@@ -186,19 +230,23 @@ class BlockProber:
                 mask = torch.zeros(channels, dtype=torch.bool)
                 mask[start:stop] = True
                 tries += 1
-                if any(
-                    weight_nk(self.linears[name]).shape[1] == width
-                    for name in self._channel_maps(producer, mask, baseline)
-                ):
+                inputs = {
+                    name: channel_map >= 0
+                    for name, channel_map in self._channel_maps(producer, mask, baseline).items()
+                    if weight_nk(self.linears[name]).shape[1] == width
+                }
+                if inputs and not any(bool((reached[name] & inputs[name]).any()) for name in reached.keys() & inputs):
                     found |= mask
-                elif stop - start >= 2 * SMALLEST_CHUNK:
+                    reached |= {name: mapped | reached.get(name, mapped) for name, mapped in inputs.items()}
+                elif not inputs and stop - start >= 2 * SMALLEST_CHUNK:
                     pieces += _chunks(start, stop, (stop - start + 1) // 2)
             if found.any():
                 break
-        self.hints[hint_key] = found if found.any() else None
-        return self._channel_maps(producer, found, baseline) if found.any() else {}
+        return found
 
-    def _channel_maps(self, producer: str, mask: Tensor, baseline: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _channel_maps(
+        self, producer: str, mask: Tensor, baseline: dict[str, Tensor], alike: bool = False
+    ) -> dict[str, Tensor]:
         """The linear layers whose every input channel scales by exactly one masked channel's factor, or stays."""
         channels = mask.numel()
         digits = max(1, math.ceil(math.log(channels, DIGIT_BASE)))
@@ -206,7 +254,7 @@ class BlockProber:
         for place in range(digits):
             digit = torch.arange(channels) // DIGIT_BASE**place % DIGIT_BASE
             exponents = torch.where(mask, torch.where(digit < 8, digit + 1, 7 - digit), 0)
-            inputs, _ = self._run(producer, exponents)
+            inputs, _ = self._run(producer, exponents, alike=alike)
             seen: dict[str, Tensor] = {}
             for name in baseline if place == 0 else maps:
                 exponent = _exponents(baseline[name], inputs[name]) if name in inputs else None
@@ -217,15 +265,25 @@ class BlockProber:
             maps = {name: _append_digit(maps[name], exponent, place) for name, exponent in seen.items()}
             if not maps:
                 break
-        return {name: channel_map for name, channel_map in maps.items() if bool((channel_map < channels).all())}
+        maps = {name: channel_map for name, channel_map in maps.items() if bool((channel_map < channels).all())}
+        if maps:  # a product of channels spells a channel as well, but does not scale as that channel does
+            exponents = torch.where(mask, torch.arange(channels) * 5 % 7 + 1, 0)
+            inputs, _ = self._run(producer, exponents, alike=alike)
+            for name, channel_map in list(maps.items()):
+                expected = torch.where(channel_map >= 0, exponents[channel_map.clamp(min=0)], 0)
+                exponent = _exponents(baseline[name], inputs[name])
+                if exponent is None or not torch.equal(exponent, expected):
+                    del maps[name]
+        return maps
 
     def _run(
-        self, producer: str, exponents: Tensor, undo: Mapping[str, Tensor] | None = None
+        self, producer: str, exponents: Tensor, undo: Mapping[str, Tensor] | None = None, alike: bool = False
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Runs the block with the producer's output replaced by noise * 2**exponents.
 
         Returns the inputs of all linear layers that run after the producer, [tokens, K] each, and the block's output.
         With ``undo`` the inputs of those layers are scaled back by the factors of their producer channels.
+        With ``alike`` all tokens get the same noise.
         """
         inputs: dict[str, Tensor] = {}
         factor = torch.exp2(exponents.double())
@@ -234,7 +292,10 @@ class BlockProber:
         def replace(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
             nonlocal started
             started = True
-            return self._noise_like(output) * factor.to(output)
+            noise = self._noise_like(output)
+            if alike:
+                noise = noise.flatten(0, -2)[0].expand_as(noise)
+            return noise * factor.to(output)
 
         def observe(name: str, _module: nn.Module, args: Any) -> Any:
             if not started:
@@ -265,21 +326,22 @@ class BlockProber:
         return self.noise[key]
 
 
-def norm_offset(norm: nn.Module) -> float | None:
+def norm_offset(norm: nn.Module, *args: Any) -> float | None:
     """How a norm uses its weight: 0.0 if it multiplies by ``weight``, 1.0 if by ``1 + weight``; ``None`` if neither.
 
-    Found by running a copy of the norm with its weight set to 0, to 1 and to noise.
+    Found by running a copy of the norm with its weight set to 0, to 1 and to noise. ``args`` is what its block calls it
+    with: its input, and with some norms a gate.
     """
     weight = values_of(norm, "weight")
     assert weight is not None
     size, device = weight.numel(), weight.device
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, size, generator=generator).to(device)
+    x = torch.randn(args[0].shape if args else (4, size), generator=generator).to(device)
     fixed = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in norm.named_parameters(recurse=False)}
 
     def response(values: Tensor) -> Tensor:
         with torch.no_grad():
-            output: Tensor = torch.func.functional_call(norm, {**fixed, "weight": values.to(device)}, (x,))
+            output: Tensor = torch.func.functional_call(norm, {**fixed, "weight": values.to(device)}, (x, *args[1:]))
         return output.float()
 
     try:
@@ -289,7 +351,7 @@ def norm_offset(norm: nn.Module) -> float | None:
         noise = torch.randn(size, generator=generator)
         predicted = (round(offset) + noise.to(device)) * slope
         fits = torch.allclose(response(noise), predicted, rtol=1e-3, atol=1e-3)
-    except (RuntimeError, TypeError, ValueError):  # not callable on [rows, size] alone: no norm that could be folded
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # needs more than that: no norm that can be tested
         return None
     return float(round(offset)) if fits and math.isfinite(offset) and round(offset) in (0, 1) else None
 
@@ -325,6 +387,14 @@ def _exponents(before: Tensor, after: Tensor) -> Tensor | None:
     if bool(((after - before * torch.exp2(exponents)).abs() > tolerance)[:, audible].any()):
         return None
     return exponents.long().cpu()
+
+
+def _mapped_channels(maps: Mapping[str, Tensor], channels: int) -> Tensor:
+    """A mask of the producer's channels that any of the maps names."""
+    mapped = torch.zeros(channels, dtype=torch.bool)
+    for channel_map in maps.values():
+        mapped[channel_map[channel_map >= 0]] = True
+    return mapped
 
 
 def _append_digit(channel_map: Tensor, exponent: Tensor, place: int) -> Tensor:

@@ -19,11 +19,11 @@ class FusedRMSNorm:
     fused_eps: float
     fused_offset: float
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """[..., K] -> [..., K]"""
-        if hidden_states.is_cpu:
+    def forward(self, hidden_states: Tensor, *gate: Tensor | None) -> Tensor:
+        """[..., K] -> [..., K]; called with a gate too, as some norms may be, it is computed by its own class."""
+        if hidden_states.is_cpu and not gate:
             return ops.rms_norm(hidden_states, self.weight, self.fused_eps, self.fused_offset)
-        return super().forward(hidden_states)  # type: ignore[misc, no-any-return]
+        return super().forward(hidden_states, *gate)  # type: ignore[misc, no-any-return]
 
 
 def rms_norm_attributes(module: nn.Module) -> dict[str, Any] | None:

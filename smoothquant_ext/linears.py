@@ -35,6 +35,8 @@ def _computes_linear(module: nn.Linear) -> bool:
         with torch.no_grad():
             x = x.reshape(2, -1)
             y, expected = module(x), nn.functional.linear(x, module.weight, module.bias)
+            if not isinstance(y, Tensor):  # a router that returns its choice
+                return False
             # Sums in another order, as a kernel of its own may take them, and two roundings.
             eps = torch.finfo(expected.dtype).eps
             size = float(expected.float().abs().nan_to_num().mean())
@@ -86,7 +88,7 @@ class Selection:
 
 
 def select_linears(model: nn.Module, recipe: Recipe) -> Selection:
-    """Applies a recipe's patterns and the defaults (output embedding and routers stay in floating point).
+    """Applies a recipe's patterns and the defaults (output embedding, routers and gates stay in floating point).
 
     Patterns are shell globs matched against the whole module name or any run of whole name parts
     (``down_proj``, ``layers.0.*``, ``*.self_attn.*``).
@@ -166,4 +168,6 @@ def _default_skips(model: nn.Module, linears: dict[str, Linear]) -> dict[str, st
             reasons[name] = "output embedding"
         elif weight_nk(linear).shape[0] in counts:
             reasons[name] = "expert router"
+        elif weight_nk(linear).shape[0] == 1:
+            reasons[name] = "gate of one output"
     return reasons

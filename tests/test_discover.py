@@ -11,7 +11,7 @@ from smoothquant_ext.discover import discover, norm_offset
 
 HIDDEN, INTERMEDIATE = 64, 112
 
-# For each architecture the producers of its first block, by the last part of their name, and what they feed.
+# For each architecture the producers of each block, by the last part of their name, and what they feed.
 # q/k/v -> attn, up/gate -> mlp and so on are worked out by hand from the model's forward.
 EXPECTED: dict[str, dict[str, set[str]]] = {
     "llama": {
@@ -26,13 +26,33 @@ EXPECTED: dict[str, dict[str, set[str]]] = {
         "post_attention_layernorm": {"gate_up_proj"},
         "gate_up_proj": {"down_proj"},
     },
+    # The norms behind attention and MLP go into the residual stream, here and in Gemma, GLM-4 and OLMo-2.
     "gemma2": {
         "input_layernorm": {"q_proj", "k_proj", "v_proj"},
         "v_proj": {"o_proj"},
         "pre_feedforward_layernorm": {"gate_proj", "up_proj"},
         "up_proj": {"down_proj"},
     },
+    "glm": {
+        "input_layernorm": {"q_proj", "k_proj", "v_proj"},
+        "v_proj": {"o_proj"},
+        "post_attention_layernorm": {"gate_up_proj"},
+        "gate_up_proj": {"down_proj"},
+    },
+    "cohere": {
+        "input_layernorm": {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"},
+        "v_proj": {"o_proj"},
+        "up_proj": {"down_proj"},
+    },
+    "olmo": {"v_proj": {"o_proj"}, "up_proj": {"down_proj"}},  # its norms have no weight
+    "olmo-clipped": {"up_proj": {"down_proj"}},  # a clamp stands between v and o
     "olmo2": {"v_proj": {"o_proj"}, "up_proj": {"down_proj"}},
+    "starcoder2": {
+        "input_layernorm": {"q_proj", "k_proj", "v_proj"},
+        "v_proj": {"o_proj"},
+        "post_attention_layernorm": {"c_fc"},
+    },
+    "phi": {"input_layernorm": {"q_proj", "k_proj", "v_proj", "fc1"}, "v_proj": {"dense"}},
     "opt": {
         "self_attn_layer_norm": {"q_proj", "k_proj", "v_proj"},
         "v_proj": {"out_proj"},
@@ -40,36 +60,74 @@ EXPECTED: dict[str, dict[str, set[str]]] = {
         "fc1": {"fc2"},
     },
     "gpt2": {"ln_1": {"c_attn"}, "c_attn": {"c_proj"}, "ln_2": {"c_fc"}},
-    "gpt_neox": {
-        "input_layernorm": {"query_key_value"},
-        "query_key_value": {"dense"},
-        "post_attention_layernorm": {"dense_h_to_4h"},
-    },
     "gptj": {"ln_1": {"q_proj", "k_proj", "v_proj", "fc_in"}, "v_proj": {"out_proj"}},
     "bloom": {
         "input_layernorm": {"query_key_value"},
         "query_key_value": {"dense"},
         "post_attention_layernorm": {"dense_h_to_4h"},
     },
+    "mpt": {"norm_1": {"Wqkv"}, "Wqkv": {"out_proj"}, "norm_2": {"up_proj"}},
     "falcon": {"input_layernorm": {"query_key_value", "dense_h_to_4h"}, "query_key_value": {"dense"}},
+    "falcon-new": {"ln_attn": {"query_key_value"}, "ln_mlp": {"dense_h_to_4h"}, "query_key_value": {"dense"}},
+    "deepseek_v3": {
+        "input_layernorm": {"q_a_proj", "kv_a_proj_with_mqa"},
+        "q_a_layernorm": {"q_b_proj"},
+        "kv_a_layernorm": {"kv_b_proj"},
+        "kv_b_proj": {"o_proj"},
+        "post_attention_layernorm": {"gate_proj", "up_proj"},
+        "up_proj": {"down_proj"},
+    },
+    # The up_proj is that of the shared experts, in Qwen2-MoE and Llama 4 too.
+    "deepseek_v3-moe": {
+        "input_layernorm": {"q_a_proj", "kv_a_proj_with_mqa"},
+        "q_a_layernorm": {"q_b_proj"},
+        "kv_a_layernorm": {"kv_b_proj"},
+        "kv_b_proj": {"o_proj"},
+        "up_proj": {"down_proj"},
+    },
+    "deepseek_v2-lite": {
+        "input_layernorm": {"q_proj", "kv_a_proj_with_mqa"},
+        "kv_a_layernorm": {"kv_b_proj"},
+        "kv_b_proj": {"o_proj"},
+        "up_proj": {"down_proj"},
+    },
     "mixtral": {"input_layernorm": {"q_proj", "k_proj", "v_proj"}, "v_proj": {"o_proj"}},
+    "qwen2_moe": {"input_layernorm": {"q_proj", "k_proj", "v_proj"}, "v_proj": {"o_proj"}, "up_proj": {"down_proj"}},
 }
-for same_as_llama in ("mistral", "qwen2", "qwen3", "gemma", "stablelm"):
-    EXPECTED[same_as_llama] = EXPECTED["llama"]
+SAME_GROUPS = {
+    "llama": ("mistral", "qwen2", "qwen3", "gemma", "stablelm", "granite"),
+    "gemma2": ("gemma3_text",),
+    "phi3": ("phi4-mini",),
+    "glm": ("glm4",),
+    "cohere": ("cohere2",),
+    "bloom": ("gpt_neox", "gpt_neox-sequential", "falcon-sequential"),
+    "deepseek_v3": ("deepseek_v2",),
+    "qwen2_moe": ("llama4_text",),
+}
+EXPECTED |= {other: EXPECTED[known] for known, others in SAME_GROUPS.items() for other in others}
+
+# Norms that linear layers read, but not they alone: experts and their router do too.
+WITH_SHARED_EXPERTS = ("deepseek_v2-lite", "deepseek_v3-moe", "llama4_text", "qwen2_moe")
+REJECTED = {name: {"post_attention_layernorm"} for name in WITH_SHARED_EXPERTS}
 
 
 def last(name: str) -> str:
     return name.rpartition(".")[2]
 
 
+def test_every_architecture_has_its_groups_written_down() -> None:
+    assert EXPECTED.keys() == tiny.CONFIGS.keys()
+
+
 @pytest.mark.parametrize("model_type", EXPECTED)
 def test_groups_of_an_architecture(model_type: str) -> None:
-    groups = discover(tiny.build(model_type), tiny.token_ids()).groups
-    blocks = sorted({group.block for group in groups})
+    discovery = discover(tiny.build(model_type), tiny.token_ids())
+    blocks = sorted({group.block for group in discovery.groups})
     assert len(blocks) == 2
     for block in blocks:
-        found = {last(g.producer): set(map(last, g.consumers)) for g in groups if g.block == block}
+        found = {last(g.producer): set(map(last, g.consumers)) for g in discovery.groups if g.block == block}
         assert found == EXPECTED[model_type]
+    assert set(map(last, discovery.rejected)) == REJECTED.get(model_type, set())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -81,19 +139,48 @@ def test_groups_are_found_in_16_bits(dtype: torch.dtype) -> None:
         assert all(torch.equal(a.consumers[name], b.consumers[name]) for name in a.consumers)
 
 
-def test_channel_map_of_grouped_query_attention() -> None:
-    """v has 2 heads of 16 channels; heads 0 and 1 of o_proj's input read the first, heads 2 and 3 the second."""
-    groups = {last(g.producer): g for g in discover(tiny.build("llama"), tiny.token_ids()).groups[:4]}
-    (channel_map,) = groups["v_proj"].consumers.values()
-    head = torch.arange(16)
-    assert channel_map.tolist() == torch.cat([head, head, head + 16, head + 16]).tolist()
+# How the layer before attention lays out its values, for 4 heads of 16 channels: the first channel, the distance from
+# one head of values to the next, and how many heads of the output read each.
+VALUES = {
+    "llama": (0, 16, 2),
+    "phi3": (64 + 32, 16, 2),  # q, k, v
+    "gpt2": (64 + 64, 16, 1),
+    "mpt": (64 + 64, 16, 1),
+    "bloom": (32, 48, 1),  # q, k, v of each head
+    "gpt_neox": (32, 48, 1),
+    "falcon": (64 + 16, 0, 1),  # one head of values for all
+    "falcon-new": (32 + 16, 64, 2),  # q, q, k, v of each group of heads
+    "falcon-sequential": (32, 48, 1),
+    "deepseek_v2": (16, 32, 1),  # k without position, v of each head
+    "deepseek_v3": (16, 32, 1),
+}
 
 
-def test_channel_map_of_packed_projections() -> None:
-    """Phi-3 packs [q 64, k 32, v 32] and [gate 112, up 112]: only v and up may be scaled."""
-    groups = {last(g.producer): g for g in discover(tiny.build("phi3"), tiny.token_ids()).groups[:4]}
-    (v_map,) = groups["qkv_proj"].consumers.values()
-    assert sorted(set(v_map.tolist())) == list(range(96, 128))
+def channels_of_values(start: int, stride: int, sharing: int, heads: int = 4, width: int = 16) -> list[int]:
+    return [start + head // sharing * stride + channel for head in range(heads) for channel in range(width)]
+
+
+def map_behind_attention(model: nn.Module) -> list[int]:
+    groups = discover(model, tiny.token_ids()).groups
+    (channel_map,) = next(group for group in groups if group.kind == "linear").consumers.values()
+    return channel_map.tolist()
+
+
+@pytest.mark.parametrize("architecture", VALUES)
+def test_channel_map_behind_attention(architecture: str) -> None:
+    assert map_behind_attention(tiny.build(architecture)) == channels_of_values(*VALUES[architecture])
+
+
+@pytest.mark.parametrize(("heads", "width"), [(8, 8), (32, 20)])
+def test_channel_map_of_many_small_heads(heads: int, width: int) -> None:
+    """Packed head by head, heads may be too many to try, and no power of two."""
+    model = tiny.build("gpt_neox", hidden_size=heads * width, num_attention_heads=heads)
+    assert map_behind_attention(model) == channels_of_values(2 * width, 3 * width, 1, heads, width)
+
+
+@pytest.mark.parametrize("architecture", ["phi3", "glm"])
+def test_channel_map_of_packed_gate_and_up(architecture: str) -> None:
+    groups = {last(g.producer): g for g in discover(tiny.build(architecture), tiny.token_ids()).groups}
     (up_map,) = groups["gate_up_proj"].consumers.values()
     assert up_map.tolist() == list(range(INTERMEDIATE, 2 * INTERMEDIATE))
 
