@@ -87,6 +87,8 @@ class W8A8Quantizer(HfQuantizer):
                 _rename_buffer(layer, fmt.weight_scale, "weight_scale", scale.float().reshape(shape))
                 if layer.input_scale is not None:
                     layer.input_scale = layer.input_scale.float().reshape(1)
+                if layer.smooth is not None:
+                    layer.smooth = layer.smooth.float()
 
     def _linears(self, model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple[str, str, Linear | None]]:
         """Name in the checkpoint, path in the model, and the linear layer that is there, if any."""
@@ -143,6 +145,8 @@ class W8A8Quantizer(HfQuantizer):
         _rename_buffer(layer, "weight_scale", self.stored.layout.fmt.weight_scale, scale)
         if stored.input_scale_shape is not None:
             layer.input_scale = torch.empty(stored.input_scale_shape, dtype=torch.float32, device=meta)
+        if stored.smooth:
+            layer.smooth = torch.empty(stored.in_features, dtype=torch.float32, device=meta)
         return layer
 
     def is_serializable(self) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,15 +12,23 @@ from torch import Tensor, nn
 from .blocks import Batch, run_model
 from .errors import SmoothQuantError
 from .linears import Linear
+from .stream import StreamRecorder
 
 
-def calibrate(model: nn.Module, linears: Mapping[str, Linear], batches: Iterable[Batch]) -> dict[str, Tensor]:
+def calibrate(
+    model: nn.Module,
+    linears: Mapping[str, Linear],
+    batches: Iterable[Batch],
+    recorder: StreamRecorder | None = None,
+    records: Callable[[int], bool] = lambda _: True,
+) -> dict[str, Tensor]:
     """Runs the model over the batches and keeps a running absmax per input channel: O(features) memory.
 
     Args:
         model: the causal LM, in floating point.
         linears: the layers to watch, by name.
         batches: token ids [B, T] or forward arguments; any iterable, consumed once.
+        recorder: also records what the blocks are called with, in the batches for whose number ``records`` is true.
 
     Returns:
         fp32 absmax [K] for each layer that ran, in the order in which the layers ran.
@@ -40,7 +49,8 @@ def calibrate(model: nn.Module, linears: Mapping[str, Linear], batches: Iterable
     count = 0
     try:
         for batch in batches:
-            run_model(model, batch)
+            with recorder if recorder is not None and records(count) else nullcontext():
+                run_model(model, batch)
             count += 1
             check_finite(absmax, count)
     finally:

@@ -26,6 +26,7 @@ from .formats import Format, choose_format, parse_quantization_config, quantizat
 from .fuse import fuse_
 from .hf import first_line, plain_tensors, quiet_transformers, to_checkpoint_modules, to_checkpoint_tensors
 from .modules import W8A8Linear
+from .record import RECORD, record
 from .staging import check_free_space, check_place, replace_directory
 from .stored import CONFIG, COPY_AGAIN, INDEX, read_config
 
@@ -45,6 +46,7 @@ _OUR_FILES = (
     "*.model",
     "chat_template.*",
     "additional_chat_templates",
+    RECORD,
 )
 
 
@@ -90,14 +92,16 @@ def save(
     """Writes a quantized model as a Hugging Face directory that other engines also load.
 
     A killed save leaves the previous directory or none. Files: config.json with the quantization_config, safetensors
-    (with an index when there are several), generation_config.json, the tokenizer and its chat template.
+    (with an index when there are several), generation_config.json, the tokenizer and its chat template, and
+    smoothquant.json, the record of how the model was quantized, which other tools ignore.
 
     Args:
         model: a transformers causal LM holding ``W8A8Linear`` layers, on any device.
         directory: where to; absent, empty, or a W8A8 checkpoint, which is replaced.
         tokenizer: saved along when given.
-        format: ``"compressed-tensors"`` (vLLM, SGLang, transformers) or ``"lmdeploy"``; ``None`` is the former, except
-            for FP8 e5m2, which only LMDeploy's format can store.
+        format: ``"compressed-tensors"`` (vLLM, SGLang, transformers), ``"lmdeploy"``, or ``"smoothquant-ext"``, which
+            nobody else reads; ``None`` is the first of these that can store the model: FP8 e5m2 is LMDeploy's alone,
+            explicit smoothing ours.
         max_shard_size: bytes per safetensors file, as a number or like ``"5GB"``.
 
     Raises:
@@ -108,7 +112,8 @@ def save(
     layers = {name: module for name, module in model.named_modules() if isinstance(module, W8A8Linear)}
     if not layers:
         raise SmoothQuantError(f"{type(model).__name__} has no quantized layer; call quantize on it before saving")
-    fmt = choose_format(format, [layer.scheme for layer in layers.values()])
+    is_explicit = any(layer.smooth is not None for layer in layers.values())
+    fmt = choose_format(format, [layer.scheme for layer in layers.values()], is_explicit)
     for name, layer in layers.items():
         _check_scales(name, layer)
     with quiet_transformers():
@@ -127,6 +132,8 @@ def save(
                 index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
                 (staging / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
             _write_configs(model, quantization_config(fmt, tensors.schemes, tensors.ignore), staging)
+            if (report := getattr(model, "smoothquant_report", None)) is not None:
+                (staging / RECORD).write_text(json.dumps(record(report), indent=1) + "\n", encoding="utf-8")
             if tokenizer is not None:
                 tokenizer.save_pretrained(staging)
 
@@ -185,12 +192,18 @@ def _small_tensors(layer: W8A8Linear, fmt: Format) -> dict[str, Tensor]:
         scale = scale.expand(layer.out_features, 1)
     else:
         scale = scale[0]
-    tensors = {fmt.weight_scale: scale, fmt.input_scale: layer.input_scale, "bias": layer.bias}
+    tensors = {
+        fmt.weight_scale: scale,
+        fmt.input_scale: layer.input_scale,
+        fmt.smooth: layer.smooth,
+        "bias": layer.bias,
+    }
     return {suffix: tensor for suffix, tensor in tensors.items() if suffix is not None and tensor is not None}
 
 
 def _check_scales(name: str, layer: W8A8Linear) -> None:
-    for kind, scale in (("weight_scale", layer.weight_scale), ("input_scale", layer.input_scale)):
+    for kind in ("weight_scale", "input_scale", "smooth"):
+        scale = getattr(layer, kind)
         if scale is not None and not bool((scale.isfinite() & (scale > 0)).all()):
             raise SmoothQuantError(
                 f"{name}.{kind} is not positive and finite everywhere; the layer was quantized from damaged weights or "

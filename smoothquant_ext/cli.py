@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 CALIBRATION_TEXT = "Salesforce/wikitext/wikitext-2-raw-v1:train"
 TEST_TEXT = "Salesforce/wikitext/wikitext-2-raw-v1:test"
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-FORMATS = ("auto", "compressed-tensors", "lmdeploy")
+FORMATS = ("auto", "compressed-tensors", "lmdeploy", "smoothquant-ext")
 
 app = typer.Typer(
     cls=Commands,
@@ -71,6 +71,15 @@ Alpha = Annotated[
         "Default: 0.5, for int8-static 0.8.",
     ),
 ]
+AlphaOrAuto = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NUMBER|auto",
+        help="How much of the outliers moves from the activations into the weights, 0 to 1. Default: 0.5, for "
+        "int8-static 0.8. auto: searches the best for each group of layers, on the real kernels, and rounds weights by "
+        "GPTQ; more accurate, takes minutes, and goes on where it stopped if it was cut off.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -104,10 +113,49 @@ def quantize(
             "with -static one per layer from calibration: a little less accurate.",
         ),
     ] = "int8",
-    alpha: Alpha = None,
+    alpha: AlphaOrAuto = None,
     no_smooth: Annotated[
         bool, typer.Option("--no-smooth", help="Quantize without smoothing, to see its worth.")
     ] = False,
+    explicit: Annotated[
+        bool,
+        typer.Option(
+            "--explicit",
+            help="Also smooth where no layer before takes the scale, as after a GELU, and apply it at run time. Such "
+            "a checkpoint is for smoothquant-ext alone.",
+        ),
+    ] = False,
+    auto_skip: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|P%",
+            help="Measure what each layer costs, and leave the N worst, or P percent of all, in floating point (a "
+            "static scheme first tries a scale per token there).",
+        ),
+    ] = None,
+    max_ppl_increase: Annotated[
+        str | None,
+        typer.Option(
+            metavar="P%",
+            help="Leave as many of the worst layers out as keep the perplexity within P percent of the original's, on "
+            "calibration text that was held out.",
+        ),
+    ] = None,
+    rounding: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="How weights are rounded: nearest, clip or gptq. Default: nearest, with --alpha auto gptq.",
+        ),
+    ] = None,
+    clipping: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="How static activation scales are chosen: absmax, percentile, mse, kl, or auto, the best of these by "
+            "measured error. Default: absmax, with --alpha auto auto.",
+        ),
+    ] = None,
     calib: Calib = CALIBRATION_TEXT,
     samples: Samples = 128,
     seqlen: Seqlen = 512,
@@ -147,17 +195,28 @@ def quantize(
     from .formats import choose_format
     from .quantize import quantize as quantize_
     from .report import render_report
-    from .scheme import Recipe
+    from .scheme import AUTO, Recipe
 
-    recipe = Recipe(scheme, alpha, not no_smooth, tuple(skip or ()), tuple(only or ()))
-    chosen = choose_format(_choice("format", format, FORMATS), [recipe.resolved_scheme])
+    recipe = Recipe(
+        scheme,
+        alpha if alpha is None or alpha == AUTO else _number("alpha", alpha),
+        not no_smooth,
+        explicit,
+        cast(Any, rounding),
+        cast(Any, clipping),
+        0 if auto_skip is None else _number("auto-skip", auto_skip),
+        None if max_ppl_increase is None else _number("max-ppl-increase", max_ppl_increase),
+        tuple(skip or ()),
+        tuple(only or ()),
+    )
+    chosen = choose_format(_choice("format", format, FORMATS), [recipe.resolved_scheme], explicit)
     stored = _dtype(dtype)
-    checkpoint.check_destination(output)
+    target = checkpoint.check_destination(output)
 
     start = time.perf_counter()
     network, tokenizer = _load(model)
     windows = _windows(tokenizer, calib, samples, seqlen, seed)
-    quantize_(network, windows, recipe)
+    quantize_(network, windows, recipe, journal=target.with_name(f".{target.name}.search"))
     network.to(_stored_dtype(network.dtype, stored))
     with step(f"Saving to {output}"):
         checkpoint.save(network, output, tokenizer, chosen.name)
@@ -323,6 +382,59 @@ def inspect(
 
 
 @app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint that smoothquant quantize wrote.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="The HTML file to write. Default: DIR's name and -report.html, here."),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="The model it was made from: also measure both on TEXT, and show the results."
+        ),
+    ] = None,
+    text: Text = TEST_TEXT,
+    samples: Samples = 64,
+    seqlen: Seqlen = 512,
+    rounds: Annotated[int, typer.Option(help="Rounds to take the median speed of; 0 measures no speed.", min=0)] = 5,
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+) -> None:
+    """Writes one HTML page about a quantized model: what was done to it, its outliers, errors and exceptions.
+
+    Example: [bold]smoothquant report smol-w8a8 -o report.html --base HuggingFaceTB/SmolLM2-135M --text book.txt[/bold]
+
+    The page needs nothing but itself: send it to whom you like. It is drawn from what the checkpoint says about how it
+    was made; only with --base are models run.
+    """
+    from .evaluate import evaluate_all, measure_speed, model_bytes
+    from .record import read_record
+    from .report import Measured
+    from .report_figures import Pictures
+    from .report_page import write_page
+
+    wanted = _dtype(dtype)
+    record = read_record(directory)
+    path = output or Path(f"{directory.resolve().name}-report.html")
+    if not path.absolute().parent.is_dir():
+        raise SmoothQuantError(f"{path} cannot be written: {path.absolute().parent} does not exist, make it first")
+    Pictures()  # says what is missing before any long work
+    measured: list[Measured] = []
+    if base is not None:
+        models: dict[str, nn.Module] = {}
+        models[base], tokenizer = _load(base, wanted)
+        windows = _windows(tokenizer, text, samples, seqlen, seed)
+        models[str(directory)], _ = _load(str(directory), wanted)
+        results = evaluate_all(models, windows, models[base], progress=True)
+        speeds = measure_speed(models, rounds=rounds, progress=True) if rounds else {}
+        measured = [Measured(name, results[name], model_bytes(models[name]), speeds.get(name)) for name in models]
+    weights = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    write_page(record, path, directory.resolve().name, measured, weights)
+    out.print(f"Report: {path}", soft_wrap=True, highlight=False)
+
+
+@app.command()
 def info() -> None:
     """Says which backend every operator uses on this machine, and why the better ones are not used.
 
@@ -391,6 +503,14 @@ def _choice(option: str, value: str, allowed: tuple[str, ...]) -> str | None:
     if value not in allowed:
         raise SmoothQuantError(f"--{option} is {value!r}, expected one of {', '.join(allowed)}")
     return None if value == "auto" else value
+
+
+def _number(option: str, value: str) -> float:
+    """``5`` or ``0.5`` as they are, ``5%`` as 0.05."""
+    try:
+        return float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
+    except ValueError:
+        raise SmoothQuantError(f"--{option} is {value!r}, expected a number") from None
 
 
 def _quoted(argument: object) -> str:

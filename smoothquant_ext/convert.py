@@ -1,4 +1,4 @@
-"""Conversion: quantizes the weights and puts 8-bit modules in the place of the linear layers."""
+"""Conversion: the 8-bit module that takes the place of a linear layer."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .scheme import QMAX, Scheme
 
 
 def convert_(model: nn.Module, names: Iterable[str], absmax: Mapping[str, Tensor], scheme: Scheme) -> None:
-    """Replaces the named linear layers of ``model`` by ``W8A8Linear``, one at a time, freeing each float weight.
+    """Replaces the named linear layers of ``model`` by ``W8A8Linear``, rounded to nearest, freeing each float weight.
 
     Args:
         model: the causal LM, smoothed or not.
-        names: the layers to convert.
+        names: the layers to convert, one at a time.
         absmax: fp32 [K] per layer: its calibrated (and smoothed) input. Layers that share an input have the same
             absmax and so the same static scale, as fused kernels and other engines require of q/k/v and gate/up.
         scheme: what to convert to.
@@ -28,15 +28,31 @@ def convert_(model: nn.Module, names: Iterable[str], absmax: Mapping[str, Tensor
         model.set_submodule(name, quantize_linear(linear, absmax.get(name), scheme))
 
 
-def quantize_linear(linear: Linear, absmax: Tensor | None, scheme: Scheme) -> W8A8Linear:
-    """An 8-bit copy of a linear layer, ready to run; ``absmax`` [K] is needed for static activations only."""
+def quantize_linear(
+    linear: Linear,
+    absmax: Tensor | None,
+    scheme: Scheme,
+    rounded: tuple[Tensor, Tensor] | None = None,
+    smooth: Tensor | None = None,
+) -> W8A8Linear:
+    """An 8-bit copy of a linear layer, ready to run.
+
+    Args:
+        linear: a layer with a floating-point weight [N, K].
+        absmax: fp32, the largest magnitude of its input, whole or per channel: needed for static activations only.
+        scheme: what to convert to.
+        rounded: its 8-bit weight [N, K] and scale; rounded to nearest if not given.
+        smooth: fp32 [K] that the layer has to divide its input by, or ``None``.
+    """
     weight = weight_nk(linear)
     out_features, in_features = weight.shape
     module = W8A8Linear(in_features, out_features, False, scheme, device="meta")
-    module.weight, module.weight_scale = quantize_weight(weight, scheme)
+    module.weight, module.weight_scale = quantize_weight(weight, scheme) if rounded is None else rounded
     if scheme.is_static:
         assert absmax is not None
         module.input_scale = static_scale(absmax, scheme.dtype).to(weight.device)
+    if smooth is not None:
+        module.smooth = smooth.to(weight.device)
     if linear.bias is not None:
         module.bias = linear.bias.detach().clone()
     module.prepack_()

@@ -10,12 +10,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 
 from .errors import SmoothQuantError
-from .scheme import SCHEMES, Scheme
+from .scheme import Scheme, scheme_of
 
 CONVERT_AGAIN = "quantize the original model with smoothquant-ext instead"
 
@@ -29,6 +29,7 @@ class Format:
         quant_method: what its ``quantization_config`` calls it.
         weight_scale: suffix of the weight's scale.
         input_scale: suffix of the static activation scale, ``None`` where the format has no static activations.
+        smooth: suffix of the explicit smoothing scale, ``None`` where the format has none.
         dtypes: the 8-bit dtypes it can store.
     """
 
@@ -36,6 +37,7 @@ class Format:
     quant_method: str
     weight_scale: str
     input_scale: str | None
+    smooth: str | None
     dtypes: tuple[torch.dtype, ...]
 
 
@@ -48,12 +50,23 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
                 "compressed-tensors",
                 "weight_scale",
                 "input_scale",
+                None,
+                (torch.int8, torch.float8_e4m3fn),
+            ),
+            # compressed-tensors and one tensor more, described so that others refuse it (see SMOOTHED).
+            Format(
+                "smoothquant-ext",
+                "compressed-tensors",
+                "weight_scale",
+                "input_scale",
+                "smooth",
                 (torch.int8, torch.float8_e4m3fn),
             ),
             Format(
                 "lmdeploy",
                 "smooth_quant",
                 "scale",
+                None,
                 None,
                 (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2),
             ),
@@ -66,22 +79,32 @@ _CT_TYPES = {torch.int8: ("int", "int-quantized"), torch.float8_e4m3fn: ("float"
 _CT_DTYPES = {type_name: dtype for dtype, (type_name, _) in _CT_TYPES.items()}
 # Formats that keep one 8-bit number per weight under the name `weight`; `naive-quantized` is an old name for both.
 _CT_FORMATS = ("int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
+# Without the scale of explicit smoothing a model talks nonsense, so nobody may load it who does not know that tensor:
+# compressed-tensors, and transformers with it, stops at a status that it has never heard of, vLLM at such a format.
+SMOOTHED = "smoothed"
 # Extensions of the configuration that change what the tensors mean; empty or absent in a plain W8A8 checkpoint.
 _CT_EXTENSIONS = ("kv_cache_scheme", "transform_config", "moe_sparsity_config")
 
 
-def choose_format(name: str | None, schemes: Sequence[Scheme]) -> Format:
-    """The format to write, checked against the schemes of the model; ``None`` chooses by dtype.
+def choose_format(name: str | None, schemes: Sequence[Scheme], explicit: bool = False) -> Format:
+    """The format to write, checked against the schemes of the model and whether it has explicit smoothing.
+
+    ``None`` chooses compressed-tensors, where that can store the model.
 
     Raises:
         SmoothQuantError: unknown format, or one that cannot store one of the schemes.
     """
     e5m2 = any(scheme.dtype == torch.float8_e5m2 for scheme in schemes)
     if name is None:
-        name = "lmdeploy" if e5m2 else "compressed-tensors"
+        name = "lmdeploy" if e5m2 else "smoothquant-ext" if explicit else "compressed-tensors"
     if name not in FORMATS:
         raise SmoothQuantError(f"unknown format {name!r}, expected one of {', '.join(FORMATS)}")
     fmt = FORMATS[name]
+    if explicit and fmt.smooth is None:
+        raise SmoothQuantError(
+            f"format {name!r} has no place for explicit smoothing scales; use format 'smoothquant-ext', or quantize "
+            "without explicit smoothing"
+        )
     for scheme in schemes:
         if scheme.dtype not in fmt.dtypes:
             raise SmoothQuantError(
@@ -116,6 +139,8 @@ def quantization_config(fmt: Format, schemes: Mapping[str, Scheme], ignore: Sequ
     for name, scheme in schemes.items():
         names_by_scheme.setdefault(scheme, []).append(name)
     formats = [_CT_TYPES[scheme.dtype][1] for scheme in names_by_scheme]
+    if fmt.smooth is not None:
+        formats = [f"{name}-{SMOOTHED}" for name in formats]
     mixed = len(set(formats)) > 1
     groups = {}
     for index, (scheme, names) in enumerate(names_by_scheme.items()):
@@ -124,7 +149,7 @@ def quantization_config(fmt: Format, schemes: Mapping[str, Scheme], ignore: Sequ
     return {
         "quant_method": fmt.quant_method,
         "format": "mixed-precision" if mixed else formats[0],
-        "quantization_status": "compressed",
+        "quantization_status": "compressed" if fmt.smooth is None else SMOOTHED,
         "ignore": list(ignore),
         "config_groups": groups,
     }
@@ -194,7 +219,7 @@ def _parse_lmdeploy(config: Mapping[str, Any], where: str) -> Layout:
     if dtype is None:
         raise SmoothQuantError(f"{where}: quant_dtype {name!r} is not an 8-bit dtype LMDeploy has; {CONVERT_AGAIN}")
     ignore = _patterns(config.get("modules_to_not_convert"), f"{where}: modules_to_not_convert")
-    return Layout(fmt, ((("Linear",), _scheme(dtype, "channel", "token")),), ignore, complete=False)
+    return Layout(fmt, ((("Linear",), scheme_of(dtype, "channel", "token")),), ignore, complete=False)
 
 
 def _parse_compressed_tensors(config: Mapping[str, Any], where: str) -> Layout:
@@ -205,7 +230,8 @@ def _parse_compressed_tensors(config: Mapping[str, Any], where: str) -> Layout:
     if sparsity != "dense":
         raise SmoothQuantError(f"{where}: the weights are stored as {sparsity!r}, not dense; {CONVERT_AGAIN}")
     status = config.get("quantization_status", "compressed")
-    if status != "compressed":
+    fmt = FORMATS["smoothquant-ext" if status == SMOOTHED else "compressed-tensors"]
+    if status not in ("compressed", SMOOTHED):
         raise SmoothQuantError(
             f"{where}: quantization_status is {status!r}, so the weights are not stored in 8 bits; {CONVERT_AGAIN}"
         )
@@ -217,12 +243,12 @@ def _parse_compressed_tensors(config: Mapping[str, Any], where: str) -> Layout:
         if not isinstance(group, Mapping):
             raise SmoothQuantError(f"{where}: {name} is {group!r}, expected targets and weights; {CONVERT_AGAIN}")
         stored = group.get("format") or config.get("format")
-        if stored not in _CT_FORMATS:
+        if not isinstance(stored, str) or stored.removesuffix(f"-{SMOOTHED}") not in _CT_FORMATS:
             raise SmoothQuantError(f"{where}: {name} is stored as {stored!r}, which is not W8A8; {CONVERT_AGAIN}")
         targets = _patterns(group.get("targets"), f"{where}: the targets of {name}")
         groups.append((targets, _parse_ct_group(group, f"{where}: {name}")))
     ignore = _patterns(config.get("ignore"), f"{where}: ignore")
-    return Layout(FORMATS["compressed-tensors"], tuple(groups), ignore, complete=True)
+    return Layout(fmt, tuple(groups), ignore, complete=True)
 
 
 def _parse_ct_group(group: Mapping[str, Any], where: str) -> Scheme:
@@ -251,22 +277,7 @@ def _parse_ct_group(group: Mapping[str, Any], where: str) -> Scheme:
             f"{where} has weight scales per {weights.get('strategy')} and {kind} activation scales per {strategy}, "
             f"expected per channel or tensor, and dynamic per token or static per tensor; {CONVERT_AGAIN}"
         )
-    return _scheme(_CT_DTYPES[weights.get("type", "int")], weights["strategy"], activation)
-
-
-def _scheme(dtype: torch.dtype, weight: str, activation: str) -> Scheme:
-    """The preset with these properties, or an unnamed scheme for the combinations that only other tools write."""
-    for scheme in SCHEMES.values():
-        if (scheme.dtype, scheme.weight, scheme.activation) == (dtype, weight, activation):
-            return scheme
-    kind = Literal["channel", "tensor"]
-    return Scheme(
-        f"{_short(dtype)}-{weight}-{activation}",
-        dtype,
-        cast(kind, weight),
-        cast(Literal["token", "tensor"], activation),
-        alpha=0.5,
-    )
+    return scheme_of(_CT_DTYPES[weights.get("type", "int")], weights["strategy"], activation)
 
 
 def _patterns(value: object, where: str) -> tuple[str, ...]:

@@ -25,6 +25,8 @@ class W8A8Linear(nn.Module):
         weight: 8-bit [N, K], or packed (see ``torch.ops.sq.prepack_weight``).
         weight_scale: fp32 [N, 1] (per channel) or [1] (per tensor).
         input_scale: fp32 [1] with static activations, else ``None`` (a scale per token, measured at run time).
+        smooth: fp32 [K] that the input is divided by before it is quantized, or ``None``; then ``weight`` is that of a
+            layer whose columns were multiplied by it.
         bias: floating point [N], or ``None``.
         shared: the group of layers that read the same input and are computed together, or ``None``.
     """
@@ -33,6 +35,7 @@ class W8A8Linear(nn.Module):
     weight: Tensor
     weight_scale: Tensor
     input_scale: Tensor | None
+    smooth: Tensor | None
     bias: Tensor | None
 
     def __init__(
@@ -55,6 +58,7 @@ class W8A8Linear(nn.Module):
         self.register_buffer("weight_scale", torch.empty(scale_shape, dtype=torch.float32, device=device))
         input_scale = torch.empty(1, dtype=torch.float32, device=device) if scheme.is_static else None
         self.register_buffer("input_scale", input_scale)
+        self.register_buffer("smooth", None)
         self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,7 +66,14 @@ class W8A8Linear(nn.Module):
         if self.shared is not None and (y := self.shared.output(self, x)) is not None:
             return y
         buffers: dict[str, Any] = self._buffers  # an attribute of a module costs as much as a small kernel
-        return ops.w8a8_linear(x, buffers["weight"], buffers["weight_scale"], buffers["bias"], buffers["input_scale"])
+        return ops.w8a8_linear(
+            x,
+            buffers["weight"],
+            buffers["weight_scale"],
+            buffers["bias"],
+            buffers["input_scale"],
+            buffers["smooth"],
+        )
 
     @property
     def is_packed(self) -> bool:
@@ -116,7 +127,11 @@ class W8A8Linear(nn.Module):
 
 
 def have_one_input_scale(layers: Sequence[W8A8Linear]) -> bool:
-    """Whether an input quantized for one of these layers is right for all: scales per token, or the same static one."""
+    """Whether an input quantized for one of these layers is right for all: no explicit smoothing, and scales per token
+    or the same static one.
+    """
+    if any(layer.smooth is not None for layer in layers):
+        return False
     scales = [layer.input_scale for layer in layers]
     if scales[0] is None:
         return all(scale is None for scale in scales)

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-import itertools
+import operator
+import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from .blocks import Batch
+from .blocks import Batch, find_blocks
 from .calibrate import calibrate
 from .convert import convert_
 from .discover import Discovery, discover
 from .errors import SmoothQuantError
 from .fuse import fuse_
+from .journal import Journal, fingerprint
 from .linears import check_finite_weights, select_linears
 from .progress import track
+from .quantize_blocks import quantize_blocks
 from .scheme import Recipe
-from .smooth import SmoothedGroup, Smoothing, smooth_
+from .skipping import choose_skips
+from .smooth import SmoothedGroup
+from .stream import StreamRecorder
+
+HELD_OUT_SHARE = 4  # every fourth batch at most
+HELD_OUT_TOKENS = 2048  # are enough to measure choices on
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -35,6 +44,12 @@ class Report:
         failed: producers whose fold was undone, and producers that cannot be folded, each with the reason.
         unsmoothed: quantized layers whose input was not smoothed.
         skipped: layers left in floating point, with the reason.
+        errors: squared error of each quantized layer's output on held-out rows, relative to the output's square.
+        damages: the same of each decoder block's output, with all its layers quantized (see ``search.damage``).
+        limits: where static scales are clipped, the largest magnitude kept relative to the largest seen, by layer.
+        massive: inputs at which one token towers over the others: over the median one how much, and its position.
+        sensitivity: KL divergence of the model's predictions with nothing but these layers quantized, if measured.
+        outliers: fp32 [K] absmax of each layer's input, before and after smoothing.
         fused: names of the norms and MLPs that run in one pass now.
         seconds: wall-clock seconds of each step.
     """
@@ -45,21 +60,34 @@ class Report:
     failed: dict[str, str] = field(default_factory=dict)
     unsmoothed: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    damages: dict[str, float] = field(default_factory=dict)
+    limits: dict[str, float] = field(default_factory=dict)
+    massive: dict[str, tuple[float, int]] = field(default_factory=dict)
+    sensitivity: dict[tuple[str, ...], float] = field(default_factory=dict)
+    outliers: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     fused: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
 def quantize(
-    model: Model, batches: Tensor | Iterable[Batch], recipe: Recipe | None = None, progress: bool = True
+    model: Model,
+    batches: Tensor | Iterable[Batch],
+    recipe: Recipe | None = None,
+    progress: bool = True,
+    journal: str | os.PathLike[str] | None = None,
 ) -> Model:
     """Smooths and quantizes a causal LM in place, and returns it ready to run on 8-bit kernels.
 
     Args:
         model: a transformers causal LM in floating point, whose linear layers are ``nn.Linear`` or ``Conv1D``.
         batches: calibration data: one tensor of token windows [samples, T], or any iterable of token ids [B, T] or of
-            dicts of forward arguments, consumed once.
+            dicts of forward arguments, consumed once. Every fourth window is held out, until there are enough: choices
+            are measured on these.
         recipe: what to do; the default is INT8 with dynamic per-token activations.
         progress: whether to show progress bars.
+        journal: a folder that takes what a search has found so far; the same call goes on from there if it was cut off.
+            Removed at the end.
 
     Returns:
         The same object. Its ``smoothquant_report`` is a ``Report``.
@@ -69,46 +97,101 @@ def quantize(
             or activation. The model is unchanged then.
     """
     recipe = recipe or Recipe()
-    scheme = recipe.resolved_scheme
     report = Report(recipe)
     bar = _progress_bars(report, progress)
     model.eval()
 
     selection = select_linears(model, recipe)
     check_finite_weights(selection.linears)
-    first, batches = _peek(list(batches.split(1)) if isinstance(batches, Tensor) and len(batches) else batches)
-
-    absmax = calibrate(model, selection.linears, bar(batches, "Calibrating"))
+    data = CalibrationData(batches)
+    recorder = StreamRecorder(find_blocks(model))
+    watched = bar(data, "Calibrating")
+    records = (lambda _: True) if recipe.is_tuned else data.is_held_out
+    absmax = calibrate(model, selection.linears, watched, recorder, records)
     for name in [name for name in selection.linears if name not in absmax]:
         del selection.linears[name]
         selection.skipped[name] = "never ran during calibration"
+    notes = Journal(Path(journal) / fingerprint(model, absmax, repr(recipe)) if journal is not None else None)
 
-    discovery, smoothing = Discovery(), Smoothing()
+    discovery = Discovery()
     if recipe.smooth:
-        discovery = discover(model, first, lambda blocks: bar(blocks, "Finding smoothing groups"))
-        smoothing = smooth_(model, discovery.groups, absmax, first, recipe, lambda blocks: bar(blocks, "Smoothing"))
-
-    convert_(model, bar(list(selection.linears), "Quantizing weights"), absmax, scheme)
+        discovery = discover(model, data.first, lambda blocks: bar(blocks, "Finding smoothing groups"))
+    before = dict(absmax)
+    done = quantize_blocks(
+        model,
+        recorder,
+        set(data.held_out) if recipe.is_tuned else set(range(recorder.windows)),
+        discovery.groups,
+        absmax,
+        data.first,
+        recipe,
+        notes,
+        lambda names: bar(names, "Quantizing blocks"),
+    )
+    if recipe.skips:
+        held_out = list(data.held_out.values())
+        skips = choose_skips(
+            model, done.layers, done.units, held_out, recipe, notes, lambda units: bar(units, "Measuring each layer")
+        )
+        report.sensitivity = {unit.layers: kl for unit, kl in skips.damages.items()}
+        done.layers |= skips.dynamic
+        selection.skipped |= skips.reasons
+        for name in skips.reasons:
+            del done.layers[name], selection.linears[name]
+    for name, layer in done.layers.items():
+        model.set_submodule(name, layer)
+    rest = [name for name in selection.linears if name not in done.layers]  # outside of every block
+    convert_(model, rest, absmax, recipe.resolved_scheme)
     report.fused = fuse_(model)
+    notes.remove()
 
-    smoothed = {consumer for group in smoothing.groups for consumer in group.consumers}
+    smoothed = {consumer for group in done.smoothing.groups for consumer in group.consumers}
     report.quantized = list(selection.linears)
-    report.groups = smoothing.groups
-    report.failed = discovery.rejected | smoothing.failed
+    report.groups = done.smoothing.groups
+    report.failed = discovery.rejected | done.smoothing.failed
     report.unsmoothed = [name for name in selection.linears if name not in smoothed]
     report.skipped = selection.skipped
+    report.errors, report.damages, report.limits, report.massive = done.errors, done.damages, done.limits, done.massive
+    report.outliers = {name: (before[name], absmax[name]) for name in before}
     model.smoothquant_report = report  # type: ignore[assignment]
     return model
 
 
-def _peek(batches: Iterable[Batch]) -> tuple[Batch, Iterable[Batch]]:
-    """The first batch, and an iterable that still yields it; a sequence keeps its length for the progress bar."""
-    iterator = iter(batches)
-    try:
-        first = next(iterator)
-    except StopIteration:
-        raise SmoothQuantError("there is no calibration batch; pass at least one batch of token ids [B, T]") from None
-    return first, batches if hasattr(batches, "__len__") else itertools.chain([first], iterator)
+class CalibrationData:
+    """Batches on their way into the model; some are kept to measure on, spread evenly where their number is known.
+
+    Attributes:
+        held_out: the batches that are kept, by their number.
+    """
+
+    def __init__(self, batches: Tensor | Iterable[Batch]) -> None:
+        self._batches = batches.split(1) if isinstance(batches, Tensor) and len(batches) else batches
+        self.held_out: dict[int, Batch] = {}
+
+    def __len__(self) -> int:
+        return len(self._batches)  # type: ignore[arg-type]  # a TypeError is how an iterator says that it has none
+
+    def __iter__(self) -> Iterator[Batch]:
+        stride, wanted = HELD_OUT_SHARE, 1
+        for index, batch in enumerate(self._batches):
+            if index == 0:
+                tokens = (batch if isinstance(batch, Tensor) else next(iter(batch.values()))).shape[:2].numel()
+                wanted = max(1, HELD_OUT_TOKENS // max(1, tokens))
+                stride = max(HELD_OUT_SHARE, operator.length_hint(self._batches) // wanted)
+            if index % stride == 0 and len(self.held_out) < wanted:
+                self.held_out[index] = batch
+            yield batch
+        if not self.held_out:
+            raise SmoothQuantError("there is no calibration batch; pass at least one batch of token ids [B, T]")
+
+    def is_held_out(self, index: int) -> bool:
+        """Whether a batch that has been yielded is one to measure on."""
+        return index in self.held_out
+
+    @property
+    def first(self) -> Batch:
+        """The first batch, which is always held out."""
+        return self.held_out[0]
 
 
 def _progress_bars(report: Report, show: bool) -> Callable[[Iterable[Any], str], Iterable[Any]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .blocks import Batch, BlockCall, find_blocks, probe_batch, record_calls
 from .discover import Group
-from .linears import Linear, as_linear, is_linear, output_width, values_of, weight_nk
+from .linears import Linear, as_linear, is_linear, values_of, weight_nk
 from .scheme import Recipe, Scheme
 
 # The proof runs in a raised dtype, but norms, rotary embeddings and softmax of most models compute in fp32 whatever
@@ -25,8 +25,8 @@ class SmoothedGroup:
     """What smoothing did to one group.
 
     Attributes:
-        producer: name of the norm or linear layer whose output was divided by s.
-        kind: ``"norm"`` or ``"linear"``.
+        producer: name of the norm or linear layer whose output was divided by s; empty where s stays explicit.
+        kind: ``"norm"``, ``"linear"`` or ``"explicit"``.
         consumers: names of the linear layers whose columns were multiplied by s.
         alpha: the migration strength used.
         outlier_before: largest channel absmax of the consumers' input over the median one, before smoothing.
@@ -78,6 +78,31 @@ def column_absmax(weight: Tensor, scheme: Scheme) -> Tensor:
     return magnitude.amax(dim=0)
 
 
+@dataclass(frozen=True)
+class Magnitudes:
+    """fp32 [C] each, over a group's producer channels: absmax of its consumers' input and of their weight columns."""
+
+    x: Tensor
+    w: Tensor
+
+    def scale(self, alpha: float) -> Tensor:
+        """``smoothing_scale`` of these."""
+        return smoothing_scale(self.x, self.w, alpha)
+
+
+def magnitudes(
+    group: Group, consumers: Mapping[str, Linear], absmax: Mapping[str, Tensor], scheme: Scheme
+) -> Magnitudes:
+    """What the scale of a group is computed from; consumers that will not be quantized have no say."""
+    channels = group.channels
+    x, w = torch.zeros(channels), torch.zeros(channels)
+    for name, linear in consumers.items():
+        if name in absmax:
+            _scatter_max_(x, group.consumers[name], absmax[name].cpu())
+            _scatter_max_(w, group.consumers[name], column_absmax(weight_nk(linear), scheme).cpu())
+    return Magnitudes(x, w)
+
+
 def smooth_(
     model: nn.Module,
     groups: Iterable[Group],
@@ -86,10 +111,7 @@ def smooth_(
     recipe: Recipe,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Smoothing:
-    """Folds smoothing into ``model`` in place, group by group, and updates ``absmax`` to the smoothed activations.
-
-    Each fold is first made on a copy of its decoder block in a raised dtype (fp64 for fp32, fp32 for 16 bits). If that
-    changes the block's output, the group is left as it was and reported.
+    """Folds smoothing with one alpha into ``model`` in place, and updates ``absmax`` to the smoothed activations.
 
     Args:
         model: the causal LM, in floating point.
@@ -100,18 +122,28 @@ def smooth_(
         progress: wraps the iterable of blocks.
     """
     result = Smoothing()
-    members: dict[str, list[Group]] = {}
-    for group in groups:
-        if any(name in absmax for name in group.consumers):
-            members.setdefault(group.block, []).append(group)
+    members = by_block(groups, absmax)
     blocks = find_blocks(model)
     calls = record_calls(model, {name: blocks[name] for name in members}, probe_batch(batch))
     for name in progress(list(members)):
         proof = Proof(blocks[name], calls[name], name)
-        # Folding v -> o changes the rows of v that the norm's own scale is chosen by: linear producers go first.
-        for group in sorted(members[name], key=lambda group: group.kind != "linear"):
-            _smooth_group_(model, group, absmax, recipe, proof, result)
+        for group in members[name]:
+            consumers = group_modules(model, group)[1]
+            s = magnitudes(group, consumers, absmax, recipe.resolved_scheme).scale(recipe.migration)
+            smooth_group_(model, group, s, recipe.migration, absmax, proof, result)
     return result
+
+
+def by_block(groups: Iterable[Group], absmax: Mapping[str, Tensor]) -> dict[str, list[Group]]:
+    """The groups that feed a layer to be quantized, by block, in the order in which they are folded.
+
+    Folding v -> o changes the rows of v that the norm's own scale is chosen by: linear producers go first.
+    """
+    members: dict[str, list[Group]] = {}
+    for group in groups:
+        if any(name in absmax for name in group.consumers):
+            members.setdefault(group.block, []).append(group)
+    return {block: sorted(own, key=lambda group: group.kind != "linear") for block, own in members.items()}
 
 
 class Proof:
@@ -149,13 +181,15 @@ class Proof:
         return self.call.replay(self.block, self.dtype)
 
 
-def fold_(producer: nn.Module, consumers: Mapping[str, Linear], group: Group, s: Tensor) -> None:
+def fold_(producer: nn.Module | None, consumers: Mapping[str, Linear], group: Group, s: Tensor) -> None:
     """Divides the producer's output channels by s [C] and multiplies the consumers' columns by it, in place.
 
-    A norm's weight is rounded to its dtype, and in 16 bits that changes a whole channel: the consumers are multiplied
-    by what the norm was really divided by.
+    Without a producer the columns alone are multiplied. A norm's weight is rounded to its dtype, and in 16 bits that
+    changes a whole channel: the consumers are multiplied by what the norm was really divided by.
     """
-    if is_linear(producer):
+    if producer is None:
+        pass
+    elif is_linear(producer):
         rows = weight_nk(as_linear(producer))
         rows.copy_(_wide(rows) / s.to(rows.device)[:, None])
     else:
@@ -165,7 +199,7 @@ def fold_(producer: nn.Module, consumers: Mapping[str, Linear], group: Group, s:
         weight.copy_(before / s.to(weight.device) - group.norm_offset)
         divided_by = (before / (_wide(weight) + group.norm_offset)).to(s)
         s = torch.where(torch.isfinite(divided_by) & (divided_by > 0), divided_by, s)
-    bias = values_of(producer, "bias")
+    bias = None if producer is None else values_of(producer, "bias")
     if bias is not None:
         bias.copy_(_wide(bias) / s.to(bias.device))
     for name, linear in consumers.items():
@@ -183,10 +217,10 @@ def gather_scale(s: Tensor, channel_map: Tensor) -> Tensor:
     return torch.where(channel_map >= 0, s[channel_map.clamp(min=0)], 1.0)
 
 
-def group_modules(root: nn.Module, group: Group, prefix: str = "") -> tuple[nn.Module, dict[str, Linear]]:
-    """The producer, and the consumers by model-wide name, looked up below ``root``, whose own name is ``prefix``."""
+def group_modules(root: nn.Module, group: Group, prefix: str = "") -> tuple[nn.Module | None, dict[str, Linear]]:
+    """The producer, if any, and the consumers by model-wide name, looked up below ``root`` (``prefix``)."""
     consumers = {name: as_linear(root.get_submodule(name.removeprefix(prefix))) for name in group.consumers}
-    return root.get_submodule(group.producer.removeprefix(prefix)), consumers
+    return root.get_submodule(group.producer.removeprefix(prefix)) if group.producer else None, consumers
 
 
 def outlier_ratio(absmax: Tensor) -> float:
@@ -194,37 +228,45 @@ def outlier_ratio(absmax: Tensor) -> float:
     return float(absmax.max() / absmax.median().clamp(min=torch.finfo(torch.float32).tiny))
 
 
-def _smooth_group_(
-    model: nn.Module, group: Group, absmax: dict[str, Tensor], recipe: Recipe, proof: Proof, result: Smoothing
-) -> None:
+def smooth_group_(
+    model: nn.Module,
+    group: Group,
+    s: Tensor,
+    alpha: float,
+    absmax: dict[str, Tensor],
+    proof: Proof,
+    result: Smoothing,
+) -> bool:
+    """Folds one group by s [C], first on a copy of its decoder block in a raised dtype (fp64 for fp32, fp32 for 16
+    bits). If that changes the block's output, the group is left as it was and the reason goes into the result.
+
+    An explicit scale is not folded: the 8-bit layers will apply it. Returns whether the group is smoothed now.
+    """
     producer, consumers = group_modules(model, group)
-    channels = output_width(producer)
-    x_absmax, w_absmax = torch.zeros(channels), torch.zeros(channels)
+    if producer is not None:
+        failure = proof.try_fold(group, s) or _overflow(producer, consumers, group, s)
+        if failure:
+            result.failed[group.producer] = failure
+            return False
+        fold_(producer, consumers, group, s)
     watched = [name for name in consumers if name in absmax]
-    for name in watched:
-        _scatter_max_(x_absmax, group.consumers[name], absmax[name].cpu())
-        columns = column_absmax(weight_nk(consumers[name]), recipe.resolved_scheme)
-        _scatter_max_(w_absmax, group.consumers[name], columns.cpu())
-    s = smoothing_scale(x_absmax, w_absmax, recipe.migration)
-    failure = proof.try_fold(group, s) or _overflow(producer, consumers, group, s)
-    if failure:
-        result.failed[group.producer] = failure
-        return
-    fold_(producer, consumers, group, s)
     before = max(outlier_ratio(absmax[name]) for name in watched)
     for name in watched:
         absmax[name] = absmax[name] / gather_scale(s, group.consumers[name]).to(absmax[name])
     after = max(outlier_ratio(absmax[name]) for name in watched)
-    result.groups.append(SmoothedGroup(group.producer, group.kind, tuple(consumers), recipe.migration, before, after))
+    result.groups.append(SmoothedGroup(group.producer, group.kind, tuple(consumers), alpha, before, after))
+    return True
 
 
-def _overflow(producer: nn.Module, consumers: Mapping[str, Linear], group: Group, s: Tensor) -> str:
+def _overflow(producer: nn.Module | None, consumers: Mapping[str, Linear], group: Group, s: Tensor) -> str:
     """Says which weight the fold would push beyond its dtype's range (it happens in float16), or ''."""
     folded = []
     for name, linear in consumers.items():
         columns = weight_nk(linear).abs().amax(dim=0)
         folded.append((f"{name}.weight", columns, gather_scale(s, group.consumers[name])))
     for kind in ("weight", "bias"):
+        if producer is None:
+            break
         values = (
             weight_nk(as_linear(producer)) if kind == "weight" and is_linear(producer) else values_of(producer, kind)
         )
@@ -237,9 +279,9 @@ def _overflow(producer: nn.Module, consumers: Mapping[str, Linear], group: Group
     return ""
 
 
-def _parameters(producer: nn.Module, consumers: Mapping[str, Linear]) -> list[nn.Parameter]:
+def _parameters(producer: nn.Module | None, consumers: Mapping[str, Linear]) -> list[nn.Parameter]:
     modules = [producer, *consumers.values()]
-    return [parameter for module in modules for parameter in module.parameters(recurse=False)]
+    return [parameter for module in modules if module is not None for parameter in module.parameters(recurse=False)]
 
 
 def _scatter_max_(target: Tensor, channel_map: Tensor, values: Tensor) -> None:

@@ -47,6 +47,7 @@ class StoredLayer:
         bias: whether a bias is stored.
         weight_scale_shape: [N, 1], [N], [1], ... as stored.
         input_scale_shape: the same for the static activation scale, ``None`` for dynamic schemes.
+        smooth: whether an explicit smoothing scale [K] is stored.
     """
 
     scheme: Scheme
@@ -55,6 +56,7 @@ class StoredLayer:
     bias: bool
     weight_scale_shape: tuple[int, ...]
     input_scale_shape: tuple[int, ...] | None
+    smooth: bool
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def _layers(layout: Layout, tensors: Mapping[str, StoredTensor]) -> Iterator[tup
                 f"{weight.file}: {name}.weight is {weight.dtype} but {name}{scale_suffix} is missing; {COPY_AGAIN}"
             )
         yield name, _layer(name, layout, tensors)
-    if layout.fmt.name == "compressed-tensors":
+    if layout.complete:
         for name, tensor in tensors.items():
             if name.endswith(scale_suffix) and name.removesuffix(scale_suffix) not in scaled:
                 wanted = name.removesuffix(scale_suffix) + ".weight"
@@ -162,7 +164,10 @@ def _layer(name: str, layout: Layout, tensors: Mapping[str, StoredTensor]) -> St
         raise SmoothQuantError(
             f"{bias.file}: {name}.bias is {bias.dtype} {list(bias.shape)}, expected a float [{n}]; {COPY_AGAIN}"
         )
-    return StoredLayer(scheme, n, k, bias is not None, weight_scale_shape, input_scale_shape)
+    smooth_name = f"{name}.{layout.fmt.smooth}"
+    if has_smooth := layout.fmt.smooth is not None and smooth_name in tensors:
+        _scale_shape(smooth_name, tensors[smooth_name], ((k,),))
+    return StoredLayer(scheme, n, k, bias is not None, weight_scale_shape, input_scale_shape, has_smooth)
 
 
 def _scale_shape(name: str, scale: StoredTensor, allowed: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
@@ -178,7 +183,7 @@ def _scale_shape(name: str, scale: StoredTensor, allowed: Iterable[tuple[int, ..
 def _check_values(layout: Layout, tensors: Mapping[str, StoredTensor], layers: Iterable[str]) -> None:
     """Reads every scale and zero point; they are a thousandth of the weights."""
     fmt = layout.fmt
-    suffixes = (fmt.weight_scale, *([fmt.input_scale] if fmt.input_scale else []))
+    suffixes = [suffix for suffix in (fmt.weight_scale, fmt.input_scale, fmt.smooth) if suffix is not None]
     scales = [f"{layer}.{suffix}" for layer in layers for suffix in suffixes]
     zero_points = [f"{layer}.{kind}_zero_point" for layer in layers for kind in ("weight", "input")]
     for name, value in _read_tensors(tensors, scales):

@@ -96,7 +96,7 @@ def test_format_is_chosen_by_dtype() -> None:
 @pytest.mark.parametrize(
     ("name", "schemes", "message"),
     [
-        ("gguf", ["int8"], "unknown format 'gguf', expected one of compressed-tensors, lmdeploy"),
+        ("gguf", ["int8"], "unknown format 'gguf', expected one of compressed-tensors, smoothquant-ext, lmdeploy"),
         ("compressed-tensors", ["fp8-e5m2"], r"cannot store scheme 'fp8-e5m2' \(float8_e5m2\); use format 'lmdeploy'"),
         ("lmdeploy", ["int8-static"], "has no static activation scales, which scheme 'int8-static' needs"),
         ("lmdeploy", ["int8", "fp8"], "one quant_dtype for all layers"),

@@ -33,7 +33,8 @@ def test_every_architecture_runs_in_8_bits(model_type: str) -> None:
     assert quantized is model
     report: Report = model.smoothquant_report
     assert report.quantized
-    assert not report.failed
+    # Nothing fails the proof; the norm before a router and experts is read by these too.
+    assert all("is also read by something other than" in reason for reason in report.failed.values())
     assert all(isinstance(model.get_submodule(name), W8A8Linear) for name in report.quantized)
     # 8 bits leave about 1 % per layer; an untrained model of two blocks does not shrink it.
     assert relative_error(model, expected, ids) < 0.1
@@ -71,7 +72,7 @@ def test_report() -> None:
     assert "transformer.h.0.mlp.c_fc" not in report.quantized
     assert report.unsmoothed == ["transformer.h.0.mlp.c_proj", "transformer.h.1.mlp.c_proj"]  # behind GELU
     assert {group.producer for group in report.groups} >= {"transformer.h.0.ln_1", "transformer.h.1.ln_2"}
-    assert set(report.seconds) == {"Calibrating", "Finding smoothing groups", "Smoothing", "Quantizing weights"}
+    assert set(report.seconds) == {"Calibrating", "Finding smoothing groups", "Quantizing blocks"}
 
 
 def test_batches_may_be_a_tensor_a_list_or_a_generator() -> None:

