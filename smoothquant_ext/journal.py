@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,11 @@ class Journal:
             raise SmoothQuantError(f"{self.folder} cannot be written to ({error}); free some space there") from error
 
     def remove(self) -> None:
-        """Forgets everything."""
+        """Forgets everything, and takes the folder of the journals along if this was the last one."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+            with suppress(OSError):
+                self.folder.parent.rmdir()
 
     def _file(self, name: str) -> Path:
         assert self.folder is not None

@@ -15,7 +15,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from smoothquant_ext import checkpoint
 from smoothquant_ext.convert import convert_
@@ -23,7 +23,8 @@ from smoothquant_ext.errors import SmoothQuantError
 from smoothquant_ext.fuse import fuse_
 from smoothquant_ext.linears import find_linears
 from smoothquant_ext.modules import W8A8Linear
-from smoothquant_ext.scheme import SCHEMES
+from smoothquant_ext.quantize import quantize
+from smoothquant_ext.scheme import SCHEMES, Recipe
 
 IDS = tiny.token_ids()
 COMPRESSED = [scheme.name for scheme in SCHEMES.values() if scheme.dtype != torch.float8_e5m2]
@@ -389,3 +390,32 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
     assert "model could not be written" in last
     assert "File too large" in last
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "olmo2"])
+def test_explicit_smoothing_survives_and_nobody_else_may_load_it(tmp_path, model_type):
+    """Without its scale the model would talk nonsense: transformers itself has to stop."""
+    batches = [tiny.token_ids(seed=seed) for seed in range(2)]
+    model = quantize(tiny.build(model_type), batches, Recipe(explicit=True), progress=False)
+    scaled = {name for name, layer in layers_of(model).items() if layer.smooth is not None}
+    assert scaled
+    checkpoint.save(model, tmp_path / "w8a8")
+    stored = load_file(tmp_path / "w8a8" / "model.safetensors")
+    assert {name.removesuffix(".smooth") for name in stored if name.endswith(".smooth")} == scaled
+    assert_same_model(checkpoint.load(tmp_path / "w8a8"), model)
+    with pytest.raises(ValueError, match="quantization_status"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "w8a8")
+    for fmt in ("compressed-tensors", "lmdeploy"):
+        with pytest.raises(SmoothQuantError, match="explicit smoothing"):
+            checkpoint.save(model, tmp_path / "other", format=fmt)
+
+
+def test_static_and_dynamic_layers_in_one_model_survive(tmp_path):
+    model = quantized(scheme="int8-static")
+    for name, layer in layers_of(model).items():
+        if name.endswith("down_proj"):
+            layer.input_scale, layer.scheme = None, layer.scheme.per_token
+    checkpoint.save(model, tmp_path / "w8a8")
+    loaded = checkpoint.load(tmp_path / "w8a8")
+    assert {layer.scheme.name for layer in layers_of(loaded).values()} == {"int8", "int8-static"}
+    assert torch.equal(logits(loaded), logits(model))

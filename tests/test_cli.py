@@ -110,6 +110,39 @@ def test_quantize_follows_its_options(work, tmp_path):
     assert tensors["model.layers.0.mlp.down_proj.weight"].dtype == torch.float32
 
 
+def test_quantize_searches_skips_and_says_so(work, tmp_path):
+    result = smoothquant(
+        *("quantize", work / "model", "-o", tmp_path / "auto", "--calib", work / "text.txt", *SMALL),
+        *("--alpha", "auto", "--auto-skip", "10%"),
+    )
+    record = json.loads((tmp_path / "auto" / "smoothquant.json").read_text())
+    assert record["recipe"]["rounding"] == "gptq"
+    assert {group["alpha"] for group in record["groups"]} - {0.5}
+    skipped = [reason for reason in record["skipped"].values() if "KL divergence" in reason]
+    assert len(skipped) == len(record["quantized"] + skipped) // 10
+    assert "KL divergence" in result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["auto"], "the journal is removed"
+
+
+def test_a_searched_model_keeps_its_perplexity(work, tmp_path):
+    smoothquant(
+        *("quantize", work / "model", "-o", tmp_path / "fine", "--calib", work / "text.txt", *SMALL),
+        *("--max-ppl-increase", "50%", "--rounding", "clip"),
+    )
+    record = json.loads((tmp_path / "fine" / "smoothquant.json").read_text())
+    assert record["recipe"]["max_ppl_increase"] == 0.5
+    assert record["sensitivity"]
+
+
+def test_explicit_smoothing_needs_a_format_that_has_it(work, tmp_path):
+    quantize = ("quantize", work / "model", "-o", tmp_path / "explicit", "--calib", work / "text.txt", "--explicit")
+    for fmt in ("compressed-tensors", "lmdeploy"):
+        assert "has no place for explicit smoothing" in complaint(*quantize, "--format", fmt, *SMALL)
+    smoothquant(*quantize, "--skip", "v_proj", *SMALL)
+    config = json.loads((tmp_path / "explicit" / "config.json").read_text())["quantization_config"]
+    assert (config["quantization_status"], config["format"]) == ("smoothed", "int-quantized-smoothed")
+
+
 def test_e5m2_is_stored_in_the_format_that_has_it(work, tmp_path):
     smoothquant(
         "quantize", work / "model", "-o", tmp_path / "out", "--calib", work / "text.txt", *SMALL,
@@ -206,6 +239,12 @@ def test_an_instruction_set_that_is_not_there_is_one_sentence(monkeypatch):
     [
         (("--scheme", "int4"), "unknown scheme 'int4', expected one of int8"),
         (("--alpha", "1.5"), "alpha is 1.5, expected a number between 0 and 1"),
+        (("--alpha", "much"), "--alpha is 'much', expected a number"),
+        (("--auto-skip", "-1"), "auto_skip is -1.0, expected a number of layers or a share below 1"),
+        (("--auto-skip", "2.5"), "auto_skip is 2.5, expected a number of layers or a share below 1"),
+        (("--max-ppl-increase", "0%"), "max_ppl_increase is 0.0, expected a number above 0"),
+        (("--rounding", "up"), "rounding is 'up', expected one of nearest, clip, gptq"),
+        (("--clipping", "most"), "clipping is 'most', expected one of absmax"),
         (("--format", "gguf"), "--format is 'gguf', expected one of auto, compressed-tensors, lmdeploy"),
         (("--scheme", "fp8-e5m2", "--format", "compressed-tensors"), "cannot store scheme 'fp8-e5m2'"),
         (("--scheme", "int8-static", "--format", "lmdeploy"), "no static activation scales"),
