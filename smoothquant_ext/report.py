@@ -65,7 +65,7 @@ def comparison_table(models: Sequence[Measured], title: str = "", errors: bool =
     table.add_column("model", overflow="fold")
     for column in COLUMNS:
         table.add_column(column.heading.replace(" ", "\n"), justify="right", no_wrap=True)
-    for cells in _comparison_cells(models, errors):
+    for cells in comparison_cells(models, errors):
         table.add_row(*cells)
     return table
 
@@ -73,10 +73,11 @@ def comparison_table(models: Sequence[Measured], title: str = "", errors: bool =
 def comparison_markdown(models: Sequence[Measured]) -> str:
     """The same as a markdown table, with standard errors."""
     lines = [["model", *(column.heading for column in COLUMNS)], ["---", *("---:" for _ in COLUMNS)]]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines + _comparison_cells(models, errors=True))
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines + comparison_cells(models, errors=True))
 
 
-def _comparison_cells(models: Sequence[Measured], errors: bool) -> list[list[str]]:
+def comparison_cells(models: Sequence[Measured], errors: bool) -> list[list[str]]:
+    """A row of cells for each model: its name, and what ``COLUMNS`` say of it, with standard errors if asked for."""
     return [
         [model.name]
         + [
@@ -135,11 +136,11 @@ def render_report(report: Report) -> Group:
         ("Not smoothed, because", report.failed),
         ("Left in floating point, because", report.skipped),
     ):
-        parts += [Text(f"{heading} {reason}: {names}") for reason, names in _by_reason(reasons).items()]
+        parts += [Text(f"{heading} {reason}: {collapse(names)}") for reason, names in by_reason(reasons).items()]
     if recipe.smooth and report.unsmoothed:
-        parts.append(Text(f"In 8 bits without smoothing: {_collapse(report.unsmoothed)}"))
+        parts.append(Text(f"In 8 bits without smoothing: {collapse(report.unsmoothed)}"))
     if report.fused:
-        parts.append(Text(f"Fused into one pass: {_collapse(report.fused)}"))
+        parts.append(Text(f"Fused into one pass: {collapse(report.fused)}"))
     return Group(*parts)
 
 
@@ -164,7 +165,7 @@ def _groups_table(groups: Iterable[SmoothedGroup]) -> Table:
     return table
 
 
-def _by_reason(reasons: Mapping[str, str]) -> dict[str, str]:
+def by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
     """Reason -> the names it holds for. Reasons that differ in block numbers or amounts count as one."""
     names: dict[str, list[str]] = {}
     wording: dict[str, str] = {}
@@ -172,10 +173,11 @@ def _by_reason(reasons: Mapping[str, str]) -> dict[str, str]:
         key = re.sub(r"\d[\d.e+-]*", "*", reason)
         wording.setdefault(key, reason)
         names.setdefault(key, []).append(name)
-    return {wording[key]: _collapse(members) for key, members in names.items()}
+    return {wording[key]: members for key, members in names.items()}
 
 
-def _collapse(names: Iterable[str]) -> str:
+def collapse(names: Iterable[str]) -> str:
+    """Modules' names in a line, those that differ in numbers only as one pattern and their count."""
     counts: dict[str, int] = {}
     for name in names:
         counts[name_pattern(name)] = counts.get(name_pattern(name), 0) + 1

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from smoothquant_ext import cli
 from smoothquant_ext.scheme import SCHEMES
 
-COMMANDS = ("quantize", "eval", "compare", "generate", "inspect", "info")
+COMMANDS = ("quantize", "eval", "compare", "generate", "inspect", "report", "info")
 SMALL = ("--samples", "4", "--seqlen", "24")
 
 
