@@ -44,6 +44,11 @@ def run_model(model: nn.Module, batch: Batch) -> Any:
         return model(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False)
 
 
+def token_ids(batch: Batch) -> Tensor:
+    """The token ids [B, T] of a batch; of forward arguments without any, the first tensor among these."""
+    return batch if isinstance(batch, Tensor) else batch.get("input_ids", next(iter(batch.values())))
+
+
 @dataclass(frozen=True)
 class BlockCall:
     """The arguments a block was called with, kept so that it can be run again alone."""

@@ -42,6 +42,8 @@ def calibrate(
 
         def watch(_module: nn.Module, args: Any, name: str = name) -> None:
             x = args[0].detach()
+            if x.numel() == 0:  # an expert may be given no token
+                return
             seen = x.reshape(-1, x.shape[-1]).abs().amax(dim=0).float()
             absmax[name] = torch.maximum(absmax[name], seen) if name in absmax else seen
 

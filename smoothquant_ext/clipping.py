@@ -62,11 +62,12 @@ class Histogram:
 
     def _divergence(self, limit: float) -> float:
         bins = max(LEVELS, round(limit / self.limit * BINS))
-        p = self.counts[:bins].clone()
-        p[-1] += self.counts[bins:].sum()
+        within = self.counts[:bins]
+        p = within.clone()
+        p[-1] += self.counts[bins:].sum()  # saturates; the quantized histogram is of what does not
         level = torch.arange(bins) * LEVELS // bins
-        filled = (self.counts[:bins] > 0).double()
-        sums, sizes = (torch.zeros(LEVELS, dtype=torch.float64).index_add_(0, level, v) for v in (p, filled))
+        filled = (within > 0).double()
+        sums, sizes = (torch.zeros(LEVELS, dtype=torch.float64).index_add_(0, level, v) for v in (within, filled))
         q = (sums / sizes.clamp(min=1))[level] * filled
         present = (p > 0) & (q > 0)
         p, q = p / p.sum().clamp(min=1), q / q.sum().clamp(min=1)
@@ -104,7 +105,7 @@ def choose_clips_(
             with another rule what this one says, or the absmax if that is better.
 
     Returns:
-        The limits by the names of the inputs; the largest magnitude of an input where nothing is better.
+        The limits by the names of the inputs, of those for which the absmax is not good enough.
     """
     histograms = {
         name: Histogram(max(float(trial.smoothed_absmax(trial.prefix + reader).max()) for reader in quantized))
@@ -136,6 +137,7 @@ def choose_clips_(
             trial.clip_(inputs[name], limit)
             errors[limit] = trial.damage()
         best = min(errors, key=errors.__getitem__)
-        chosen[name] = best if errors[best] < GAIN * errors[histogram.limit] else histogram.limit
-        trial.clip_(inputs[name], chosen[name])
+        if errors[best] < GAIN * errors[histogram.limit]:
+            chosen[name] = best
+        trial.clip_(inputs[name], chosen.get(name, histogram.limit))
     return chosen

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -72,13 +72,20 @@ class Discovery:
     rejected: dict[str, str] = field(default_factory=dict)
 
 
-def discover(model: nn.Module, batch: Batch, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> Discovery:
+def discover(
+    model: nn.Module,
+    batch: Batch,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    running: Collection[str] = (),
+) -> Discovery:
     """Probes every decoder block for smoothing groups.
 
     Args:
         model: any causal LM; its parameters are left as they are.
         batch: token ids [B, T] or forward arguments; only the first few tokens are used.
         progress: wraps the iterable of blocks, to show how far it is.
+        running: layers that are known to run. Where one of them does not on the few tokens (an expert), norms of its
+            block are left alone: it may read them.
     """
     blocks = find_blocks(model)
     calls = record_calls(model, blocks, probe_batch(batch))
@@ -86,7 +93,7 @@ def discover(model: nn.Module, batch: Batch, progress: Callable[[Iterable[Any]],
     discovery = Discovery()
     hints: dict[tuple[type, str, int], Tensor | None] = {}
     for name in progress(list(calls)):
-        prober = BlockProber(name, blocks[name], calls[name], tied, hints)
+        prober = BlockProber(name, blocks[name], calls[name], tied, hints, running)
         prober.find_groups(discovery)
     return discovery
 
@@ -117,6 +124,7 @@ class BlockProber:
         call: BlockCall,
         tied: set[str],
         hints: dict[tuple[type, str, int], Tensor | None],
+        running: Collection[str] = (),
     ) -> None:
         # In float16 underflow would hide factors; a copy of one 16-bit block in fp32 is small beside the model.
         is_wide = next(block.parameters()).dtype in (torch.float32, torch.float64)
@@ -125,6 +133,7 @@ class BlockProber:
         self.name, self.call, self.tied = name, call, tied
         self.hints = hints  # which channels of a packed producer were foldable in an earlier block of this class
         self.linears = find_linears(self.block)
+        self.unseen = {local for local in self.linears if full_name(name, local) in running}
         self.producers = self._producers_in_order()
         self.noise: dict[tuple[Any, ...], Tensor] = {}
 
@@ -160,6 +169,8 @@ class BlockProber:
                     return
                 if is_linear(module):
                     seen[name] = 0.0
+                    if output.numel():
+                        self.unseen.discard(name)
                 elif _looks_like_norm(module, args, output) and (offset := norm_offset(module, *args)) is not None:
                     seen[name] = offset
 
@@ -183,6 +194,8 @@ class BlockProber:
             return {}, ""
         if any(full_name(self.name, consumer) in self.tied for consumer in maps):
             return {}, "a consumer shares its weight with another layer"
+        if self.unseen and not is_linear(module):
+            return {}, f"{min(self.unseen)} did not run while probing, and may read it too"
         exponents = torch.where(_mapped_channels(maps, channels), torch.arange(channels) % 3 + 1, 0)
         _, compensated = self._run(producer, exponents, undo=maps)
         if not all(_same(a, b) for a, b in zip(output, compensated, strict=True)):
@@ -293,14 +306,14 @@ class BlockProber:
             nonlocal started
             started = True
             noise = self._noise_like(output)
-            if alike:
+            if alike and noise.numel():
                 noise = noise.flatten(0, -2)[0].expand_as(noise)
             return noise * factor.to(output)
 
         def observe(name: str, _module: nn.Module, args: Any) -> Any:
-            if not started:
-                return None
             x = args[0]
+            if not started or x.numel() == 0:  # an expert may be given no token
+                return None
             if undo is not None and name in undo:
                 gain = torch.where(undo[name] >= 0, factor[undo[name].clamp(min=0)], 1.0)
                 return (x / gain.to(x), *args[1:])

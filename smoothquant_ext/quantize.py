@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from .blocks import Batch, find_blocks
+from .blocks import Batch, find_blocks, token_ids
 from .calibrate import calibrate
 from .convert import convert_
 from .discover import Discovery, discover
@@ -111,11 +111,12 @@ def quantize(
     for name in [name for name in selection.linears if name not in absmax]:
         del selection.linears[name]
         selection.skipped[name] = "never ran during calibration"
-    notes = Journal(Path(journal) / fingerprint(model, absmax, repr(recipe)) if journal is not None else None)
+    seen = absmax | {f"held out {index}": token_ids(batch) for index, batch in data.held_out.items()}
+    notes = Journal(Path(journal) / fingerprint(model, seen, repr(recipe)) if journal is not None else None)
 
     discovery = Discovery()
     if recipe.smooth:
-        discovery = discover(model, data.first, lambda blocks: bar(blocks, "Finding smoothing groups"))
+        discovery = discover(model, data.first, lambda blocks: bar(blocks, "Finding smoothing groups"), absmax)
     before = dict(absmax)
     done = quantize_blocks(
         model,
@@ -175,7 +176,7 @@ class CalibrationData:
         stride, wanted = HELD_OUT_SHARE, 1
         for index, batch in enumerate(self._batches):
             if index == 0:
-                tokens = (batch if isinstance(batch, Tensor) else next(iter(batch.values()))).shape[:2].numel()
+                tokens = token_ids(batch).shape[:2].numel()
                 wanted = max(1, HELD_OUT_TOKENS // max(1, tokens))
                 stride = max(HELD_OUT_SHARE, operator.length_hint(self._batches) // wanted)
             if index % stride == 0 and len(self.held_out) < wanted:

@@ -82,6 +82,7 @@ def quantize_blocks(
     previous: Sequence[list[Tensor]] = ()
     for name in progress(recorder.names):
         worker = BlockQuantizer(name, blocks[name], recorder.calls(name, previous), held_out, absmax, recipe)
+        worker.clips = recipe.clips and name not in recorder.repeated  # ranges of other runs were not recorded
         own = members.get(name, []) + (worker.explicit_groups(members.get(name, [])) if recipe.explicit else [])
         choices, limits = worker.decide(own, journal)
         proof = Proof(blocks[name], calls[name], name)
@@ -103,6 +104,7 @@ class BlockQuantizer:
         recipe: Recipe,
     ) -> None:
         self.name, self.block, self.absmax, self.recipe = name, block, absmax, recipe
+        self.clips = recipe.clips
         self.linears: dict[str, Linear] = {
             local: linear for local, linear in find_linears(block).items() if full_name(name, local) in absmax
         }
@@ -141,7 +143,7 @@ class BlockQuantizer:
         """The scale of each group, and the limit of each input's static scale, where chosen."""
         recipe = self.recipe
         is_searched = recipe.alpha == AUTO and bool(groups)
-        if not is_searched and not recipe.clips:
+        if not is_searched and not self.clips:
             return [self._fixed(group, recipe.migration) for group in groups], {}
         if (found := journal.read(self.name)) is not None:
             scales, facts = found
@@ -163,7 +165,7 @@ class BlockQuantizer:
             for choice in choices:
                 trial.fold_(choice.group, choice.s)
         limits: dict[str, float] = {}
-        if recipe.clips:
+        if self.clips:
             assert recipe.clipping is not None
             inputs = {
                 name: each.readers
@@ -197,12 +199,15 @@ class BlockQuantizer:
         """Folds what was decided, and makes and measures the 8-bit layers."""
         scales: dict[str, Tensor] = {}  # what the input of each layer is divided by
         explicit: set[str] = set()
+        unfolded: set[str] = set()  # their limits were chosen for another range
         for choice in choices:
             if choice.alpha is None:
                 continue
             if smooth_group_(model, choice.group, choice.s, choice.alpha, self.absmax, proof, done.smoothing):
                 scales |= {name: gather_scale(choice.s, seen) for name, seen in choice.group.consumers.items()}
                 explicit |= choice.group.consumers.keys() if choice.group.kind == "explicit" else set()
+            else:
+                unfolded |= choice.group.consumers.keys()
         own: dict[str, W8A8Linear] = {}
         for first, each in self.observation.inputs.items():
             names = [full_name(self.name, reader) for reader in each.readers]
@@ -210,10 +215,12 @@ class BlockQuantizer:
             if each.massive[0] > MASSIVE:
                 done.massive[names[0]] = each.massive
             for name, reader in zip(names, each.readers, strict=True):
-                if first in limits:
-                    done.limits[name] = limits[first] / float(self.absmax[name].max())
-                own[name] = self._quantize(reader, each, scales.get(name), name in explicit, limits.get(first))
-                done.errors[name] = self._error(reader, own[name], each, scales.get(name))
+                limit = None if name in unfolded else limits.get(first)
+                if limit is not None:
+                    done.limits[name] = limit / float(self.absmax[name].max())
+                own[name] = self._quantize(reader, each, scales.get(name), name in explicit, limit)
+                if each.rows:  # an expert may not run in the held-out windows
+                    done.errors[name] = self._error(reader, own[name], each, scales.get(name))
         done.layers |= own
         with swapped(model, own):
             done.damages[self.name] = damage([call.replay(self.block) for call in self.test_calls], self.expected)

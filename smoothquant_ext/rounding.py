@@ -26,12 +26,13 @@ def round_weight(weight: Tensor, scheme: Scheme, method: Rounding, hessian: Tens
         method: ``"nearest"``; ``"clip"``: to nearest, with scales that minimize the squared error of the layer's output
             as far as inputs are uncorrelated; ``"gptq"``: with the same scales, each column's error is made up for in
             the columns after it (Frantar et al. 2022, algorithm 1).
-        hessian: fp32 [K, K], sum of ``x x^T`` over the layer's inputs; without it weights are rounded to nearest.
+        hessian: fp32 [K, K], sum of ``x x^T`` over the layer's inputs; without it, or where it overflowed, weights are
+            rounded to nearest.
 
     Returns:
         8-bit [N, K], and fp32 [N, 1] (per channel) or [1] (per tensor).
     """
-    if method == "nearest" or hessian is None:
+    if method == "nearest" or hessian is None or not torch.isfinite(2 * hessian.diagonal().sum()):
         return quantize_weight(weight, scheme)
     wide = weight.float()
     scale = clipped_scale(wide, hessian.diagonal(), scheme)
@@ -44,7 +45,8 @@ def clipped_scale(weight: Tensor, importance: Tensor, scheme: Scheme) -> Tensor:
     """The scale, fp32 [N, 1] or [1], that minimizes ``sum_k importance[k] * (w[n, k] - q[n, k] * scale)^2``."""
     per_channel = scheme.weight == "channel"
     absmax = weight.abs().amax(dim=1, keepdim=True) if per_channel else weight.abs().amax().reshape(1)
-    full = torch.where(absmax > 0, absmax / QMAX[scheme.dtype], 1.0)
+    full = absmax / QMAX[scheme.dtype]
+    full = torch.where(full > 0, full, 1.0)  # a subnormal absmax may give 0
     best, least = full, torch.full_like(full, torch.inf)
     for ratio in CLIP_RATIOS:
         scale = full * ratio

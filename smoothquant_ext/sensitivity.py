@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .blocks import Batch, run_model
+from .blocks import Batch, run_model, token_ids
 from .evaluate import CHUNK
 from .modules import W8A8Linear
 
@@ -60,30 +60,38 @@ class Sensitivity:
 
     @contextmanager
     def _skipping(self, block: str, remembered: Mapping[str, Any]) -> Iterator[None]:
-        """Lets the blocks that come before ``block`` return what is remembered."""
-        names = list(self.blocks)
+        """Lets the blocks that run before ``block`` return what is remembered."""
+        names = list(remembered)
         earlier = names[: names.index(block)] if block in names else []
+        own = {name: vars(self.blocks[name]).get("forward") for name in earlier}  # some tools set one
         try:
             for name in earlier:
                 self.blocks[name].forward = _returning(remembered[name])
             yield
         finally:
-            for name in earlier:
-                del self.blocks[name].forward
+            for name, forward in own.items():
+                vars(self.blocks[name]).pop("forward", None)
+                if forward is not None:
+                    self.blocks[name].forward = forward
 
 
 @contextmanager
 def _remembering(blocks: Mapping[str, nn.Module], outputs: dict[str, Any]) -> Iterator[None]:
-    """Puts what the blocks return into ``outputs``, by their names."""
+    """Puts what the blocks return into ``outputs``, in running order; nothing if one ran twice, and so after others."""
     handles = []
+    again = False
     for name, block in blocks.items():
 
         def keep(_module: nn.Module, _args: Any, output: Any, name: str = name) -> None:
+            nonlocal again
+            again = again or name in outputs
             outputs[name] = output
 
         handles.append(block.register_forward_hook(keep))
     try:
         yield
+        if again:
+            outputs.clear()
     finally:
         for handle in handles:
             handle.remove()
@@ -132,7 +140,7 @@ def log_likelihood(model: nn.Module, batches: Iterable[Batch]) -> float:
     total, count = 0.0, 0
     for batch in batches:
         log_q = _log_probabilities(model, batch)[:, :-1]
-        ids = (batch if isinstance(batch, Tensor) else batch["input_ids"]).to(log_q.device)
+        ids = token_ids(batch).to(log_q.device)
         total += float(log_q.gather(-1, ids[:, 1:, None]).sum(dtype=torch.float64))
         count += ids[:, 1:].numel()
     return total / max(1, count)

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from .blocks import Batch, find_blocks
+from .blocks import Batch, find_blocks, token_ids
 from .journal import Journal
 from .modules import W8A8Linear
 from .scheme import Recipe
@@ -35,6 +35,13 @@ class Skips:
     damages: dict[Unit, float] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     dynamic: dict[str, W8A8Linear] = field(default_factory=dict)
+
+    def leave_out(self, unit: Unit) -> None:
+        """Keeps a unit in floating point."""
+        what = "it alone costs" if len(unit.layers) == 1 else "with what shares its input it costs"
+        for name in unit.layers:
+            self.reasons[name] = f"{what} a KL divergence of {self.damages[unit]:.2g} nats a token"
+            self.dynamic.pop(name, None)
 
 
 def choose_skips(
@@ -74,28 +81,32 @@ def choose_skips(
     if recipe.max_ppl_increase is not None:
         needed = _enough_for_perplexity(model, layers, order, batches, recipe.max_ppl_increase)
         chosen = list(dict.fromkeys([*chosen, *order[:needed]]))
+    cured: list[Unit] = []
     for unit in chosen:
         dynamic = {name: _per_token(layers[name]) for name in unit.layers} if recipe.resolved_scheme.is_static else {}
         if dynamic and sensitivity.kl(unit, dynamic) <= DYNAMIC_CURES * skips.damages[unit]:
             skips.dynamic |= dynamic
-            continue
-        for name in unit.layers:
-            skips.reasons[name] = f"it alone costs a KL divergence of {skips.damages[unit]:.2g} nats a token"
-            if len(unit.layers) > 1:
-                skips.reasons[name] = skips.reasons[name].replace(
-                    "it alone costs", "with what shares its input it costs"
-                )
+            cured.append(unit)
+        else:
+            skips.leave_out(unit)
+    if cured and recipe.max_ppl_increase is not None:  # a cure leaves some damage, which may be too much
+        rest = {name: layer for name, layer in {**layers, **skips.dynamic}.items() if name not in skips.reasons}
+        for unit in cured[: _enough_for_perplexity(model, rest, cured, batches, recipe.max_ppl_increase)]:
+            skips.leave_out(unit)
     return skips
 
 
 def _enough_for_perplexity(
     model: nn.Module, layers: Mapping[str, W8A8Linear], order: Sequence[Unit], batches: Sequence[Batch], limit: float
 ) -> int:
-    """How many units of ``order`` have to stay in floating point for the perplexity to rise by ``limit`` at most."""
+    """How many units of ``order`` have to stay in floating point, with the rest of ``layers`` in 8 bits, for the
+    perplexity to rise by ``limit`` at most.
+    """
     original = log_likelihood(model, batches)
 
     def is_enough(count: int) -> bool:
-        rest = {name: layers[name] for unit in order[count:] for name in unit.layers}
+        left_out = {name for unit in order[:count] for name in unit.layers}
+        rest = {name: layer for name, layer in layers.items() if name not in left_out}
         with swapped(model, rest):
             return math.expm1(original - log_likelihood(model, batches)) <= limit
 
@@ -115,9 +126,9 @@ def _some(batches: Sequence[Batch]) -> list[Batch]:
     chosen: list[Batch] = []
     tokens = 0
     for batch in batches:
-        ids = batch if isinstance(batch, Tensor) else batch["input_ids"]
-        if chosen and tokens + ids.numel() > MOST_TOKENS:
+        count = token_ids(batch).shape[:2].numel()
+        if chosen and tokens + count > MOST_TOKENS:
             break
         chosen.append(batch)
-        tokens += ids.numel()
+        tokens += count
     return chosen

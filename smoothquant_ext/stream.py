@@ -38,10 +38,12 @@ class StreamRecorder:
 
     Attributes:
         windows: how many windows were recorded.
+        repeated: blocks that run more than once in a pass; the first run is recorded.
     """
 
     def __init__(self, blocks: Mapping[str, nn.Module]) -> None:
         self.windows = 0
+        self.repeated: set[str] = set()
         self._watched = blocks
         self._calls: dict[str, list[BlockCall]] = {}
         self._kept: dict[tuple[Any, ...], list[Tensor]] = {}
@@ -58,6 +60,8 @@ class StreamRecorder:
                 self._recorded = len(calls) == self.windows  # not the second run in one pass, nor one that came late
                 if self._recorded:
                     calls.append(BlockCall(*tree_map(self._keep, (args, kwargs))))
+                else:
+                    self.repeated.add(name)
 
             def after(_module: nn.Module, _args: Any, output: Any, name: str = name) -> None:
                 leaves = [(leaf, leaf._version) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
