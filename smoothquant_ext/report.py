@@ -145,10 +145,10 @@ def render_report(report: Report) -> Group:
 
 
 def _groups_table(groups: Iterable[SmoothedGroup]) -> Table:
-    alike: dict[tuple[str, float], list[SmoothedGroup]] = {}
+    alike: dict[str, list[SmoothedGroup]] = {}
     for group in groups:
         readers = ", ".join(dict.fromkeys(_last(name) for name in group.consumers))
-        alike.setdefault((f"{_last(group.producer)} → {readers}", group.alpha), []).append(group)
+        alike.setdefault(f"{_last(group.producer) or 'explicit'} → {readers}", []).append(group)
     table = Table(
         title="Smoothed: largest input channel over the median one, worst block",
         box=box.SIMPLE,
@@ -158,10 +158,12 @@ def _groups_table(groups: Iterable[SmoothedGroup]) -> Table:
     table.add_column("from → into")
     for heading in ("groups", "alpha", "before", "after"):
         table.add_column(heading, justify="right")
-    for (fold, alpha), members in alike.items():
+    for fold, members in alike.items():
+        alphas = sorted({group.alpha for group in members})
+        alpha = f"{alphas[0]:g}" if len(alphas) == 1 else f"{alphas[0]:g} … {alphas[-1]:g}"
         before = max(group.outlier_before for group in members)
         after = max(group.outlier_after for group in members)
-        table.add_row(fold, str(len(members)), f"{alpha:g}", f"{before:.1f}", f"{after:.1f}")
+        table.add_row(fold, str(len(members)), alpha, f"{before:.1f}", f"{after:.1f}")
     return table
 
 

@@ -155,7 +155,7 @@ def search_alphas_(trial: Trial, groups: Sequence[Group], start: float) -> list[
         for offsets in ((0.0,), REFINED):
             best = min(errors, key=errors.__getitem__) if errors else None
             centres = GRID if not errors else () if best is None else (best,)
-            scales |= {a: size.scale(a) for a in (c + o for c in centres for o in offsets) if 0 <= a <= 1}
+            scales |= {a: size.scale(a) for a in (round(c + o, 2) for c in centres for o in offsets) if 0 <= a <= 1}
             for alpha in [alpha for alpha in scales if alpha not in errors]:
                 trial.fold_(group, scales[alpha])
                 errors[alpha] = trial.damage()
