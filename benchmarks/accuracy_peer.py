@@ -44,7 +44,7 @@ class Recipe(str, Enum):
     """What llm-compressor is told to do."""
 
     RTN = "smoothquant-rtn"  # rounding to nearest, as ours
-    GPTQ = "smoothquant-gptq"  # what llm-compressor's documentation proposes for W8A8
+    GPTQ = "smoothquant-gptq"  # as many published W8A8 checkpoints were made
 
 
 def main(

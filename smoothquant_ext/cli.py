@@ -125,7 +125,7 @@ def quantize(
         explicit,
         cast(Any, rounding),
         cast(Any, clipping),
-        0 if auto_skip is None else _number("auto-skip", auto_skip),
+        0 if auto_skip is None else _count_or_share("auto-skip", auto_skip),
         None if max_ppl_increase is None else _number("max-ppl-increase", max_ppl_increase),
         tuple(skip or ()),
         tuple(only or ()),
@@ -432,6 +432,14 @@ def _number(option: str, value: str) -> float:
         return float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
     except ValueError:
         raise SmoothQuantError(f"--{option} is {value!r}, expected a number") from None
+
+
+def _count_or_share(option: str, value: str) -> float:
+    """A number of layers as it is, a percentage as a share below 1."""
+    number = _number(option, value)
+    if value.endswith("%") and not 0 <= number < 1:
+        raise SmoothQuantError(f"--{option} is {value!r}, expected a percentage of 0 to 99")
+    return number
 
 
 def _quoted(argument: object) -> str:

@@ -94,7 +94,8 @@ def quantize(
 
     Raises:
         SmoothQuantError: nothing to quantize, a pattern that matches nothing, no calibration data, a non-finite weight
-            or activation. The model is unchanged then.
+            or activation. The model is unchanged then. Or the journal cannot be written: the model is still in floating
+            point then, but some blocks are smoothed.
     """
     recipe = recipe or Recipe()
     report = Report(recipe)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -132,7 +133,7 @@ class Recipe:
                 object.__setattr__(self, name, tuned if self.alpha == AUTO else default)
             elif chosen not in allowed:
                 raise SmoothQuantError(f"{name} is {chosen!r}, expected one of {', '.join(allowed)}")
-        if self.auto_skip < 0 or (self.auto_skip >= 1 and self.auto_skip != int(self.auto_skip)):
+        if not 0 <= self.auto_skip < math.inf or (self.auto_skip >= 1 and self.auto_skip != int(self.auto_skip)):
             raise SmoothQuantError(f"auto_skip is {self.auto_skip}, expected a number of layers or a share below 1")
         if self.max_ppl_increase is not None and not self.max_ppl_increase > 0:
             raise SmoothQuantError(f"max_ppl_increase is {self.max_ppl_increase}, expected a number above 0")
