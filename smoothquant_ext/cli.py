@@ -438,7 +438,7 @@ def _count_or_share(option: str, value: str) -> float:
     """A number of layers as it is, a percentage as a share below 1."""
     number = _number(option, value)
     if value.endswith("%") and not 0 <= number < 1:
-        raise SmoothQuantError(f"--{option} is {value!r}, expected a percentage of 0 to 99")
+        raise SmoothQuantError(f"--{option} is {value!r}, expected a percentage below 100")
     return number
 
 

@@ -44,10 +44,6 @@ class Observation:
     inputs: dict[str, BlockInput]
     outputs: list[list[Tensor]]
 
-    def input_of(self, reader: str) -> BlockInput:
-        """The input of a linear layer."""
-        return next(each for each in self.inputs.values() if reader in each.readers)
-
 
 def observe(
     block: nn.Module,

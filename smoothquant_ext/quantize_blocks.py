@@ -81,8 +81,8 @@ def quantize_blocks(
     calls = record_calls(model, {name: blocks[name] for name in recorder.names}, probe_batch(first))
     previous: Sequence[list[Tensor]] = ()
     for name in progress(recorder.names):
-        worker = BlockQuantizer(name, blocks[name], recorder.calls(name, previous), held_out, absmax, recipe)
-        worker.clips = recipe.clips and name not in recorder.repeated  # ranges of other runs were not recorded
+        clips = recipe.clips and name not in recorder.repeated  # ranges of other runs were not recorded
+        worker = BlockQuantizer(name, blocks[name], recorder.calls(name, previous), held_out, absmax, recipe, clips)
         own = members.get(name, []) + (worker.explicit_groups(members.get(name, [])) if recipe.explicit else [])
         choices, limits = worker.decide(own, journal)
         proof = Proof(blocks[name], calls[name], name)
@@ -102,9 +102,10 @@ class BlockQuantizer:
         held_out: set[int],
         absmax: dict[str, Tensor],
         recipe: Recipe,
+        clips: bool,
     ) -> None:
         self.name, self.block, self.absmax, self.recipe = name, block, absmax, recipe
-        self.clips = recipe.clips
+        self.clips = clips
         self.linears: dict[str, Linear] = {
             local: linear for local, linear in find_linears(block).items() if full_name(name, local) in absmax
         }

@@ -243,7 +243,7 @@ def test_an_instruction_set_that_is_not_there_is_one_sentence(monkeypatch):
         (("--auto-skip", "-1"), "auto_skip is -1.0, expected a number of layers or a share below 1"),
         (("--auto-skip", "nan"), "auto_skip is nan, expected a number of layers or a share below 1"),
         (("--auto-skip", "inf"), "auto_skip is inf, expected a number of layers or a share below 1"),
-        (("--auto-skip", "100%"), "--auto-skip is '100%', expected a percentage of 0 to 99"),
+        (("--auto-skip", "100%"), "--auto-skip is '100%', expected a percentage below 100"),
         (("--max-ppl-increase", "nan"), "max_ppl_increase is nan, expected a number above 0"),
         (("--auto-skip", "2.5"), "auto_skip is 2.5, expected a number of layers or a share below 1"),
         (("--max-ppl-increase", "0%"), "max_ppl_increase is 0.0, expected a number above 0"),
