@@ -153,12 +153,12 @@ def w8a8_mlp(
 
 # --- norms ----------------------------------------------------------------------------------------------------------
 
-LANES = 16
+LANES = 64
 """Partial sums of a norm, added pairwise at the end."""
 
 
 def _lane_sum(values: Tensor) -> Tensor:
-    """fp32 sum over the last dimension, kept as 1, in the kernels' order: lane k % 16 takes element k."""
+    """fp32 sum over the last dimension, kept as 1, in the kernels' order: lane k % 64 takes element k."""
     padded = torch.nn.functional.pad(values, (0, -values.shape[-1] % LANES))
     lanes = padded.new_zeros(*values.shape[:-1], LANES)
     for part in padded.split(LANES, dim=-1):

@@ -167,30 +167,32 @@ static_assert(sq::row_config(4096).groups == 1 && sq::row_config(4097).groups ==
 static_assert(sq::row_config(32768).groups == 8 && sq::row_config(32769).groups == 0, "registers for long rows");
 
 template <typename T, DType kQ>
-void run_per_token(const T* x, const float* smooth, uint8_t* q, float* scale, int64_t rows, int64_t columns) {
+void run_rows(const T* x, const float* smooth, uint8_t* q, float* scale, const float* static_scale, int64_t rows,
+              int64_t columns) {
   const sq::RowConfig config = sq::row_config(columns);
-  const bool wide = sq::can_move_groups(x, smooth, q, columns);
+  const sq::QuantizedRows target{q, scale, static_scale, kQ};
+  const bool wide = sq::can_move_groups(columns, x, smooth, q);
   const auto kernel = [&] {
     switch (config.groups) {
       case 1:
-        return sq::quantize_per_token_kernel<T, kQ, 1>;
+        return sq::quantize_rows_kernel<T, 1>;
       case 2:
-        return sq::quantize_per_token_kernel<T, kQ, 2>;
+        return sq::quantize_rows_kernel<T, 2>;
       case 4:
-        return sq::quantize_per_token_kernel<T, kQ, 4>;
+        return sq::quantize_rows_kernel<T, 4>;
       case 8:
-        return sq::quantize_per_token_kernel<T, kQ, 8>;
+        return sq::quantize_rows_kernel<T, 8>;
       default:
-        return sq::quantize_per_token_kernel<T, kQ, 0>;
+        return sq::quantize_rows_kernel<T, 0>;
     }
   }();
-  shim::run_grid(kernel, static_cast<unsigned>(rows), static_cast<unsigned>(config.threads), x, smooth, q, scale,
-                 columns, wide);
+  shim::run_grid(kernel, static_cast<unsigned>(rows), static_cast<unsigned>(config.threads), size_t{0}, x,
+                 smooth, target, columns, wide);
 }
 
 // `offset` elements before x and q take the alignment away.
 template <typename T, DType kQ>
-void test_per_token(const char* name, int64_t columns, bool smoothed, int64_t offset) {
+void test_rows(const char* name, int64_t columns, bool smoothed, int64_t offset, float static_scale) {
   const float specials[] = {NAN, INFINITY, -INFINITY};
   constexpr int64_t kRows = 9;
   std::mt19937 random(static_cast<unsigned>(columns));
@@ -210,7 +212,8 @@ void test_per_token(const char* name, int64_t columns, bool smoothed, int64_t of
   constexpr uint8_t kGuard = 0xa5;
   std::vector<uint8_t> q(offset + kRows * columns + 1, kGuard);
   std::vector<float> scale(kRows, -1.0f);
-  run_per_token<T, kQ>(rows, smoothed ? smooth.data() : nullptr, q.data() + offset, scale.data(), kRows, columns);
+  run_rows<T, kQ>(rows, smoothed ? smooth.data() : nullptr, q.data() + offset, scale.data(),
+                  static_scale == 0 ? nullptr : &static_scale, kRows, columns);
 
   for (int64_t r = 0; r < kRows; ++r) {
     std::vector<float> values(columns);
@@ -222,12 +225,14 @@ void test_per_token(const char* name, int64_t columns, bool smoothed, int64_t of
       finite = finite && std::isfinite(values[c]);
       absmax = std::fmax(absmax, std::fabs(values[c]));
     }
-    const float expected_scale = !finite ? NAN : (absmax == 0.0f ? 1.0f : absmax / kQMax<kQ>);
+    const bool is_static = static_scale != 0;
+    const float own_scale = is_static ? static_scale : absmax == 0.0f ? 1.0f : absmax / kQMax<kQ>;
+    const float expected_scale = finite ? own_scale : NAN;
     expect_equal(name, "bits of the scale of row", r, sq::float_bits(scale[r]), sq::float_bits(expected_scale));
-    const float inverse = std::fmin(kQMax<kQ> / absmax, FLT_MAX);
+    const float inverse = is_static ? 1.0f / static_scale : std::fmin(kQMax<kQ> / absmax, FLT_MAX);
     for (int64_t c = 0; c < columns; ++c) {
       const float scaled = std::fmin(std::fmax(values[c] * inverse, -kQMax<kQ>), kQMax<kQ>);
-      const int expected = finite && absmax != 0.0f ? plain_round<kQ>(scaled) : 0;
+      const int expected = finite && (is_static || absmax != 0.0f) ? plain_round<kQ>(scaled) : 0;
       expect_equal(name, "element", r * columns + c, q[offset + r * columns + c], expected);
     }
   }
@@ -246,7 +251,8 @@ void test_static(const char* name, int64_t count, unsigned blocks, int64_t offse
   std::vector<uint8_t> q(offset + count + 1, kGuard);
   const T* values = x.data() + offset;
   const bool wide = sq::is_group_aligned(values) && sq::is_group_aligned(q.data() + offset);
-  shim::run_grid(sq::quantize_static_kernel<T, kQ>, blocks, 64u, values, &scale, q.data() + offset, count, wide);
+  shim::run_grid(sq::quantize_static_kernel<T>, blocks, 64u, size_t{0}, values, &scale, q.data() + offset, kQ, count,
+                 wide);
   for (int64_t i = 0; i < count; ++i) {
     const float scaled = sq::to_float(values[i]) * (1.0f / scale);
     const float capped = std::isnan(scaled) ? scaled : std::fmin(std::fmax(scaled, -kQMax<kQ>), kQMax<kQ>);
@@ -261,8 +267,9 @@ void test_types(const char* name) {
   for (int64_t columns : {0, 1, 7, 8, 33, 576, 4096, 4100, 8192, 16384, 32768, 32769, 33000}) {
     // The longest rows are slow in a sanitizer: int8 shows what they have of their own.
     if (columns > 5000 && kQ != DType::kInt8) continue;
-    for (bool smoothed : {false, true}) test_per_token<T, kQ>(name, columns, smoothed, 0);
-    test_per_token<T, kQ>(name, columns, true, 3);
+    for (bool smoothed : {false, true}) test_rows<T, kQ>(name, columns, smoothed, 0, 0.0f);
+    test_rows<T, kQ>(name, columns, true, 3, 0.0f);
+    test_rows<T, kQ>(name, columns, true, 0, 0.013f);
   }
   for (int64_t count : {1, 8, 1000, 4099}) {
     test_static<T, kQ>(name, count, 3, 0);

@@ -7,7 +7,10 @@
 
 #include <ucontext.h>
 
+#include <cmath>
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -17,6 +20,7 @@
 #define __forceinline__ inline
 #define __shared__ static
 #define __launch_bounds__(...)
+#define SQ_DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(shim::dynamic_shared.get())
 
 struct Dim {
   unsigned x = 1;
@@ -36,6 +40,7 @@ struct Fibre {
 
 inline std::vector<Fibre> fibres;
 inline std::vector<uint32_t> shuffled;
+inline std::shared_ptr<void> dynamic_shared;
 inline ucontext_t scheduler;
 inline std::function<void()> body;
 
@@ -73,24 +78,43 @@ inline void run_block() {
   }
 }
 
+// Exactly so many bytes, for a sanitizer to watch, and nothing in them that an earlier block left.
+inline void allocate_shared(size_t bytes) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 16, bytes > 0 ? bytes : 1) != 0) std::abort();
+  std::memset(memory, 0xff, bytes);
+  dynamic_shared = std::shared_ptr<void>(memory, std::free);
+}
+
 template <typename Kernel, typename... Args>
-void run_grid(Kernel kernel, unsigned blocks, unsigned threads, Args... args) {
+void run_grid(Kernel kernel, unsigned blocks, unsigned threads, size_t shared_bytes, Args... args) {
   gridDim.x = blocks;
   blockDim.x = threads;
   if (fibres.size() < threads) fibres = std::vector<Fibre>(threads);
   shuffled.assign(threads, 0);
   body = [=] { kernel(args...); };
-  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) run_block();
+  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
+    allocate_shared(shared_bytes);
+    run_block();
+  }
 }
 
 }  // namespace shim
 
 inline void __syncthreads() { shim::barrier(); }
 
-inline uint32_t __shfl_xor_sync(uint32_t /*mask*/, uint32_t value, int offset) {
-  shim::shuffled[threadIdx.x] = value;
+template <typename T>
+T __shfl_xor_sync(uint32_t /*mask*/, T value, int offset) {
+  static_assert(sizeof(T) == sizeof(uint32_t));
+  std::memcpy(&shim::shuffled[threadIdx.x], &value, sizeof(T));
   shim::barrier();
-  const uint32_t other = shim::shuffled[threadIdx.x ^ static_cast<unsigned>(offset)];
+  T other;
+  std::memcpy(&other, &shim::shuffled[threadIdx.x ^ static_cast<unsigned>(offset)], sizeof(T));
   shim::barrier();
   return other;
+}
+
+inline int32_t __dp4a(int32_t a, int32_t b, int32_t sum) {
+  for (int shift = 0; shift < 32; shift += 8) sum += static_cast<int8_t>(a >> shift) * static_cast<int8_t>(b >> shift);
+  return sum;
 }

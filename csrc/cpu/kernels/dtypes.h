@@ -1,5 +1,6 @@
 // Element types of the kernels, and the bits of the narrow formats <-> fp32: round to nearest even, bit for bit as
-// torch's .to(dtype). Free of branches, so that loops over them vectorize; the CUDA kernels use them too.
+// torch's .to(dtype). Free of branches, so that loops over them vectorize; the CUDA kernels use them too, with the GPU's
+// own conversions where every GPU has one.
 #pragma once
 
 #include <cstdint>
@@ -54,21 +55,34 @@ SQ_HOST_DEVICE inline float to_float(BFloat16 value) {
 }
 
 SQ_HOST_DEVICE inline float to_float(Float16 value) {
+#ifdef __CUDA_ARCH__
+  float exact;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(exact) : "h"(value.bits));
+  return exact;
+#else
   const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fff) << 13;
   const float finite = float_from_bits(magnitude) * 0x1p112f;  // moves the exponent's bias, of subnormals too
   const uint32_t special = magnitude >= 0x0f800000 ? kFloatInf : 0;
   return float_from_bits(float_bits(finite) | special | static_cast<uint32_t>(value.bits & 0x8000) << 16);
+#endif
 }
 
 SQ_HOST_DEVICE inline void from_float(float value, float* target) { *target = value; }
 
 SQ_HOST_DEVICE inline void from_float(float value, BFloat16* target) {
+#ifdef __CUDA_ARCH__
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(target->bits) : "f"(value));
+#else
   const uint32_t bits = float_bits(value);
   const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   target->bits = static_cast<uint16_t>(value == value ? rounded : 0x7fc0);
+#endif
 }
 
 SQ_HOST_DEVICE inline void from_float(float value, Float16* target) {
+#ifdef __CUDA_ARCH__
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(target->bits) : "f"(value));
+#else
   const uint32_t sign = float_bits(value) >> 16 & 0x8000;
   const uint32_t magnitude = float_bits(value) & ~kFloatSign;
   // Below 2^-14, the sum with 0.5 lines the mantissa up with fp16's subnormal step, and rounds it.
@@ -78,6 +92,7 @@ SQ_HOST_DEVICE inline void from_float(float value, Float16* target) {
   result = magnitude >= 0x477ff000 ? 0x7c00 : result;  // 65520 and more round to infinity
   result = magnitude > kFloatInf ? 0x7e00 : result;
   target->bits = static_cast<uint16_t>(sign | result);
+#endif
 }
 
 SQ_HOST_DEVICE inline float float8_e5m2_to_float(uint8_t bits) {

@@ -1,4 +1,4 @@
-// The scale of one row from its largest magnitude, for the CPU kernels and the CUDA ones.
+// What the CPU kernels and the CUDA ones agree on for a row: the order of its sums, and its scale from its absmax.
 #pragma once
 
 #include <cfloat>
@@ -6,6 +6,9 @@
 #include "dtypes.h"
 
 namespace sq {
+
+// Partial sums of a norm's row: enough to hide the latency of an addition, in a vector unit as in a GPU's two warps.
+constexpr int64_t kSumLanes = 64;
 
 struct RowScale {
   float scale;

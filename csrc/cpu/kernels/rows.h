@@ -1,28 +1,24 @@
 // Passes over rows of floating-point tensors: what stands between the products of a transformer, each in one pass.
 //   norm_rows      h = x, or x + residual rounded to its dtype;  mean = 0 (RMS) or sum(h) / K (layer norm)
 //                  y = (h - mean) * (1 / sqrt(sum((h - mean)^2) / K + eps)) * weight, + bias
-//   activate_rows  v = act(gate), or act(gate) * up, in fp32 for the quantizer
-//                  silu       x / (1 + exp(-x))
-//                  gelu       x * Phi(x), Phi from the complementary error function
-//                  gelu_tanh  x / (1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x^3))), which is 0.5 x (1 + tanh(...))
-//                  relu       0 for x < 0, else x
+//   activate_rows  v = act(gate), or act(gate) * up, in fp32 for the quantizer, see activation.h
 //   rotate_rows    y = x cos + rotate_half(x) sin, where rotate_half is (-x2, x1) of the halves (x1, x2) of a head; each
 //                  product and the sum are rounded to the dtype, as torch's single operators do
 //   add_rows       y = x + residual, rounded
-// Otherwise every step is one fp32 operation. A sum has kLanes partial sums, lane k % kLanes taking element k, which are added
-// pairwise at the end, and exp is a polynomial of plain multiplications and additions: every instruction set gives the
-// same bits. Bytes moved: each input once, the output once.
+// Otherwise every step is one fp32 operation. A sum has kSumLanes partial sums, lane k % kSumLanes taking element k, which
+// are added pairwise at the end, and exp is a polynomial of plain multiplications and additions: every instruction set and
+// every GPU give the same bits. Bytes moved: each input once, the output once.
 #pragma once
 
 #include <cstdint>
 
-#include "dtypes.h"
+#include "activation.h"
 #include "gemm.h"
+#include "row_scale.h"
 
 namespace sq {
 
 enum class Norm { kRms, kLayer };
-enum class Activation { kSilu, kGelu, kGeluTanh, kRelu };
 
 struct NormArgs {
   Norm norm;
