@@ -136,24 +136,29 @@ def find_cublaslt_include(cuda_home: Path) -> Path:
     raise CudaNotFound(f"cublasLt.h is not in {looked}; 'pip install nvidia-cublas' brings it")
 
 
-def arch_flags() -> list[str]:
-    """-gencode flags for SMOOTHQUANT_CUDA_ARCHS: "90a" is code for that one, "80+PTX" adds PTX for all newer ones."""
+def cuda_archs() -> list[str]:
+    """SMOOTHQUANT_CUDA_ARCHS, each as "90a", which is code for that one, or "80+PTX": PTX too, for all newer ones."""
     archs = os.environ.get("SMOOTHQUANT_CUDA_ARCHS") or DEFAULT_CUDA_ARCHS
-    flags = []
+    plain = []
     for item in re.split(r"[\s;,]+", archs.strip()):
         match = re.fullmatch(r"(\d+)\.?(\d)([af]?)(\+PTX)?", item)
         if not match:
             fail(f"SMOOTHQUANT_CUDA_ARCHS has '{item}', expected a list such as '{DEFAULT_CUDA_ARCHS}'.")
-        arch = "".join(match.group(1, 2, 3))
-        code = f"[sm_{arch},compute_{arch}]" if match[4] else f"sm_{arch}"
-        flags.append(f"-gencode=arch=compute_{arch},code={code}")
-    return flags
+        plain.append("".join(match.groups(default="")))
+    return plain
+
+
+def gencode_flag(arch: str) -> str:
+    number, _, ptx = arch.partition("+")
+    code = f"[sm_{number},compute_{number}]" if ptx else f"sm_{number}"
+    return f"-gencode=arch=compute_{number},code={code}"
 
 
 def cuda_extension() -> Extension:
     cuda_home = find_cuda_home()
     check_nvcc_version(cuda_home)
     cublaslt_include = find_cublaslt_include(cuda_home)
+    archs = cuda_archs()
     # On a CPU build of torch this is None whatever the environment says.
     cpp_extension.CUDA_HOME = str(cuda_home)
     # -isystem: newer cuBLAS headers given with -I would take the place of the toolkit's own.
@@ -164,12 +169,14 @@ def cuda_extension() -> Extension:
         sources("cuda/*.cpp", "kernels/*.cu"),
         depends=headers(),
         include_dirs=[str(ROOT / CSRC)],
+        # The object says itself what it was built for, see devices.cpp.
+        define_macros=[("SQ_CUDA_ARCHS", f'"{" ".join(archs)}"')],
         library_dirs=[str(TORCH_DIR / "lib"), str(cuda_home / "lib64")],
         libraries=["torch_cpu", "cudart_static", "rt", "pthread", "dl"],
         extra_compile_args={
             # USE_CUDA declares the CUDA part of the stable ABI.
             "cxx": [*read_flags("cxx", "torch"), "-DUSE_CUDA", *torch_include, *include],
-            "nvcc": [*read_flags("nvcc"), *include, *arch_flags()],
+            "nvcc": [*read_flags("nvcc"), *include, *map(gencode_flag, archs)],
         },
         extra_link_args=["-Wl,--exclude-libs,ALL", "-Wl,--strip-debug", *stub_link_args()],
         language="c++",

@@ -55,4 +55,9 @@ STABLE_TORCH_LIBRARY(sq, m) {
   m.def("cpu_kernel(str family) -> str");
   m.def("cpu_isa_why_not(str isa) -> str");
   m.def("_set_cpu_isa(str isa) -> ()");
+
+  // Of the CUDA library, for smoothquant_ext/cuda_kernels.py: what it was built for, and which families of kernels need
+  // no environment variable on which architecture (90 for sm_90).
+  m.def("_cuda_archs() -> str");
+  m.def("_set_cuda_validated(str family, int arch) -> ()");
 }

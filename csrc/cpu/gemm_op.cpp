@@ -1,6 +1,7 @@
 // prepack_weight, w8a8_gemm, w8a8_linear and w8a8_linears on the CPU.
 #include <torch/csrc/stable/library.h>
 
+#include "gemm_args.h"
 #include "product.h"
 
 namespace sq {
@@ -13,12 +14,7 @@ Tensor prepack_weight_cpu(const Tensor& b) {
 
 Tensor w8a8_gemm_cpu(const Tensor& a_in, const Tensor& b, const Tensor& a_scale_in, const Tensor& b_scale,
                      const OptionalTensor& bias, ScalarType out_dtype) {
-  constexpr const char* kOp = "w8a8_gemm";
-  check_operand_dtypes(kOp, a_in, b);
-  const GemmShape shape = check_gemm(kOp, {}, a_in, b, b_scale, bias);
-  check_same_device(kOp, "a_scale", a_scale_in, "a", a_in);
-  check_scale(kOp, "a_scale", a_scale_in, "M", shape.m);
-  check_float(kOp, "out_dtype", out_dtype);
+  const GemmShape shape = check_w8a8_gemm(a_in, b, a_scale_in, b_scale, bias, out_dtype);
   const Tensor a = as_contiguous(a_in), a_scale = as_contiguous(a_scale_in);
   const Weight weight(shape, b, b_scale, bias);
   Tensor y = empty_cpu(replace_last(a, shape.n), out_dtype);
@@ -55,15 +51,11 @@ void quantize_and_multiply(const char* op, const Tensor& x_in, const OptionalTen
   operand.multiply(products, dtype, m);
 }
 
-constexpr OperandNames kLinearNames{"x", "b", "b_scale", "bias"};
-
 Tensor w8a8_linear_cpu(const Tensor& x, const Tensor& b, const Tensor& b_scale, const OptionalTensor& bias,
                        const OptionalTensor& a_scale, const OptionalTensor& smooth,
                        std::optional<ScalarType> out_dtype) {
   constexpr const char* kOp = "w8a8_linear";
-  check_activation(kOp, x);
-  const GemmShape shape = check_gemm(kOp, kLinearNames, x, b, b_scale, bias);
-  check_float(kOp, "out_dtype", out_dtype.value_or(x.scalar_type()));
+  const GemmShape shape = check_linear(kOp, x, b, b_scale, bias, out_dtype);
   const Weight weight(shape, b, b_scale, bias);
   Tensor y = empty_cpu(replace_last(x, shape.n), out_dtype.value_or(x.scalar_type()));
   quantize_and_multiply(kOp, x, smooth, a_scale, weight.dtype(), {weight.product(y)});
@@ -74,21 +66,14 @@ std::vector<Tensor> w8a8_linears_cpu(const Tensor& x, const std::vector<Tensor>&
                                      const std::vector<Tensor>& bias, const OptionalTensor& a_scale,
                                      std::optional<ScalarType> out_dtype) {
   constexpr const char* kOp = "w8a8_linears";
-  check_activation(kOp, x);
-  check_float(kOp, "out_dtype", out_dtype.value_or(x.scalar_type()));
-  SQ_CHECK(!b.empty(), kOp, ": b has no weights, expected at least one");
-  SQ_CHECK(b_scale.size() == b.size(), kOp, ": b_scale has ", b_scale.size(), " tensors, but b has ", b.size());
-  SQ_CHECK(bias.empty() || bias.size() == b.size(), kOp, ": bias has ", bias.size(), " tensors, but b has ", b.size());
+  const std::vector<GemmShape> shapes = check_linears(kOp, x, b, b_scale, bias, out_dtype);
   std::vector<Weight> weights;
   std::vector<Tensor> outputs;
   std::vector<GemmArgs> products;
   for (size_t i = 0; i < b.size(); ++i) {
     const OptionalTensor own_bias = bias.empty() ? OptionalTensor() : OptionalTensor(bias[i]);
-    const GemmShape shape = check_gemm(kOp, kLinearNames, x, b[i], b_scale[i], own_bias);
-    SQ_CHECK(b[i].scalar_type() == b[0].scalar_type(), kOp, ": b has weights of ", dtype_text(b[0].scalar_type()),
-             " and ", dtype_text(b[i].scalar_type()), ", expected one dtype");
-    weights.emplace_back(shape, b[i], b_scale[i], own_bias);
-    outputs.push_back(empty_cpu(replace_last(x, shape.n), out_dtype.value_or(x.scalar_type())));
+    weights.emplace_back(shapes[i], b[i], b_scale[i], own_bias);
+    outputs.push_back(empty_cpu(replace_last(x, shapes[i].n), out_dtype.value_or(x.scalar_type())));
     products.push_back(weights.back().product(outputs.back()));
   }
   quantize_and_multiply(kOp, x, std::nullopt, a_scale, weights.front().dtype(), products);

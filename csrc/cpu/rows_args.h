@@ -1,4 +1,4 @@
-// Arguments of the ops that run over rows: names of activations.
+// Arguments of the ops that run over rows, for every device.
 #pragma once
 
 #include <string>
@@ -17,6 +17,20 @@ inline Activation activation_kind(const char* op, const std::string& name) {
     if (name == known) return kind;
   }
   fail(op, ": activation is '", name, "', expected silu, gelu, gelu_tanh or relu");
+}
+
+inline Activation gelu_kind(const char* op, const std::string& approximate) {
+  SQ_CHECK(approximate == "none" || approximate == "tanh", op, ": approximate is '", approximate,
+           "', expected none or tanh");
+  return approximate == "none" ? Activation::kGelu : Activation::kGeluTanh;
+}
+
+// A weight or bias of x [..., K].
+inline void check_channels(const char* op, const char* name, const Tensor& values, const Tensor& x) {
+  const int64_t k = x.size(x.dim() - 1);
+  check_same_device(op, name, values, "x", x);
+  check_float(op, name, values.scalar_type());
+  SQ_CHECK(values.numel() == k, op, ": ", name, " has ", values.numel(), " elements, expected K=", k);
 }
 
 }  // namespace sq

@@ -35,13 +35,6 @@ struct QuantizeTarget {
 
 // --- norms ----------------------------------------------------------------------------------------------------------
 
-void check_channels(const char* op, const char* name, const Tensor& values, const Tensor& x) {
-  const int64_t k = x.size(x.dim() - 1);
-  check_same_device(op, name, values, "x", x);
-  check_float(op, name, values.scalar_type());
-  SQ_CHECK(values.numel() == k, op, ": ", name, " has ", values.numel(), " elements, expected K=", k);
-}
-
 void widen_channels(const Tensor& values, double offset, float* target) {
   const Tensor contiguous = as_contiguous(values);
   widen(contiguous.const_data_ptr(), kernel_dtype(contiguous.scalar_type()), static_cast<float>(offset),
@@ -142,12 +135,6 @@ Quantized activate_quantize(const char* op, Activation activation, const Tensor&
   args.dtype = kernel_dtype(gate.scalar_type());
   parallel_activate_quantize(current_kernels(), args, target.args, row_count(gate));
   return {target.q, target.scale};
-}
-
-Activation gelu_kind(const char* op, const std::string& approximate) {
-  SQ_CHECK(approximate == "none" || approximate == "tanh", op, ": approximate is '", approximate,
-           "', expected none or tanh");
-  return approximate == "none" ? Activation::kGelu : Activation::kGeluTanh;
 }
 
 Quantized silu_mul_quantize_cpu(const Tensor& gate, const Tensor& up, ScalarType dtype, const OptionalTensor& a_scale) {

@@ -4,11 +4,10 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
-
-#include <cstdlib>
-#include <cstring>
+#include <torch/csrc/stable/ops.h>
 
 #include "checks.h"
+#include "cpu/torch_args.h"
 
 namespace sq {
 
@@ -22,12 +21,22 @@ inline void* current_stream(const Tensor& tensor) {
   return stream;
 }
 
-// For kernels that no GPU has run yet: nobody gets their numbers without having asked for them.
-inline void require_unvalidated_is_wanted(const char* op) {
-  const char* wanted = std::getenv("SMOOTHQUANT_UNVALIDATED_CUDA");
-  SQ_CHECK(wanted != nullptr && std::strcmp(wanted, "1") == 0, op,
-           ": its CUDA kernel has never run on a GPU; move the tensors to the CPU, or set "
-           "SMOOTHQUANT_UNVALIDATED_CUDA=1 to try it");
+// A new contiguous tensor on the device of `like`, from torch's allocator, so that CUDA graphs can capture it.
+inline Tensor empty_like_device(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+  return torch::stable::new_empty(like, shape, dtype);
+}
+
+inline void check_rows(const char* op, int64_t rows) {
+  SQ_CHECK(rows <= kMaxBlocks, op, ": there are ", rows, " rows, expected at most ", kMaxBlocks);
+}
+
+// A static scale stays on the device: looking at its value would wait for it.
+inline const float* static_scale_pointer(const char* op, const char* name, const OptionalTensor& scale,
+                                         const char* a_name, const Tensor& a) {
+  if (!scale.has_value()) return nullptr;
+  check_same_device(op, name, *scale, a_name, a);
+  check_static_scale(op, name, *scale);
+  return pointer<float>(*scale);
 }
 
 }  // namespace sq

@@ -8,7 +8,7 @@
 
 // Shared memory of a size that the launch chooses, aligned to 16 bytes; the tests' shim has its own.
 #ifdef __CUDACC__
-#define SQ_DYNAMIC_SHARED(type, name)           \
+#define SQ_DYNAMIC_SHARED(type, name)          \
   extern __shared__ uint4 sq_dynamic_shared[]; \
   type* name = reinterpret_cast<type*>(sq_dynamic_shared)
 #endif
@@ -134,7 +134,8 @@ SQ_HOST_DEVICE inline Group<uint8_t> quantize_group(const float (&values)[kGroup
 
 // The scale of a row, from the bits of its largest magnitude: the static one where that is finite.
 SQ_HOST_DEVICE inline RowScale row_scale(const QuantizedRows& target, uint32_t magnitude) {
-  if (target.static_scale != nullptr && magnitude < kFloatInf) return {*target.static_scale, 1.0f / *target.static_scale};
+  if (target.static_scale != nullptr && magnitude < kFloatInf)
+    return {*target.static_scale, 1.0f / *target.static_scale};
   return per_token_scale(magnitude, quantized_max(target.dtype));
 }
 
@@ -142,8 +143,7 @@ SQ_HOST_DEVICE inline RowScale row_scale(const QuantizedRows& target, uint32_t m
 SQ_HOST_DEVICE inline void store_quantized(const QuantizedRows& target, int64_t row, int64_t columns, int64_t first,
                                            const float (&values)[kGroup], float multiplier, bool wide) {
   if (first >= columns) return;
-  const Group<uint8_t> group =
-      multiplier == 0.0f ? Group<uint8_t>{} : quantize_group(values, multiplier, target.dtype);
+  const Group<uint8_t> group = multiplier == 0.0f ? Group<uint8_t>{} : quantize_group(values, multiplier, target.dtype);
   store_group(target.q + row * columns, group, first, columns, wide);
 }
 

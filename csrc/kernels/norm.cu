@@ -48,8 +48,7 @@ void launch_norm_rows(const NormJob& job, void* stream) {
     rows.y = static_cast<T*>(job.y);
     rows.wide = can_move_groups(job.columns, rows.x, rows.residual, rows.sum, rows.target.q, rows.y) &&
                 is_aligned(job.weight) && is_aligned(job.bias);
-    const auto kernel =
-        job.y == nullptr ? choose_norm<T, true>(config.groups) : choose_norm<T, false>(config.groups);
+    const auto kernel = job.y == nullptr ? choose_norm<T, true>(config.groups) : choose_norm<T, false>(config.groups);
     const auto bytes = config.groups == 0 ? size_t{0} : static_cast<size_t>(job.columns) * sizeof(T);
     // More than 48 KB have to be asked for; every GPU from sm_80 on gives the 64 KB of the longest row of fp32.
     if (bytes > 48 * 1024) {

@@ -32,8 +32,8 @@ constexpr NormConfig norm_config(int64_t columns) {
 
 template <typename T>
 struct NormTask {
-  const T *x, *residual;     // [rows, columns]; no residual: null
-  T* sum;                    // x + residual
+  const T *x, *residual;      // [rows, columns]; no residual: null
+  T* sum;                     // x + residual
   const void *weight, *bias;  // [columns]; no bias: null
   DType weight_dtype, bias_dtype;
   float offset;  // added to the weight
@@ -97,7 +97,7 @@ SQ_HOST_DEVICE inline void normalize(float (&values)[kGroup], const NormTask<T>&
 
 template <typename T>
 SQ_HOST_DEVICE inline void store_normalized(const NormTask<T>& job, int64_t row, int64_t first,
-                                        const float (&values)[kGroup]) {
+                                            const float (&values)[kGroup]) {
   Group<T> group;
   SQ_UNROLL
   for (int i = 0; i < kGroup; ++i) from_float(values[i], &group.at[i]);

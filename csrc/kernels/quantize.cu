@@ -44,8 +44,8 @@ void launch_quantize_static(const QuantizeStaticJob& job, void* stream) {
     using T = typename decltype(type)::type;
     const T* x = static_cast<const T*>(job.x);
     const bool wide = is_group_aligned(x) && is_group_aligned(job.q);
-    quantize_static_kernel<T><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(x, job.scale, job.q,
-                                                                                          job.q_dtype, job.count, wide);
+    quantize_static_kernel<T>
+        <<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(x, job.scale, job.q, job.q_dtype, job.count, wide);
   });
 }
 

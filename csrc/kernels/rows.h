@@ -7,9 +7,9 @@
 namespace sq {
 
 struct NormJob {
-  const void *x, *residual;   // [rows, columns], contiguous; no residual: null
-  void* sum;                  // x + residual
-  const void *weight, *bias;  // [columns]; no bias: null
+  const void *x, *residual;                 // [rows, columns], contiguous; no residual: null
+  void* sum;                                // x + residual
+  const void *weight, *bias;                // [columns]; no bias: null
   DType x_dtype, weight_dtype, bias_dtype;  // fp32, bf16 or fp16
   float offset;                             // added to the weight
   float eps;

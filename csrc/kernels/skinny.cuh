@@ -15,8 +15,8 @@
 
 namespace sq {
 
-constexpr int kSkinnyWarps = 8;      // of a block at most
-constexpr int kSkinnyBytes = 16;     // of a row that a thread takes at a time
+constexpr int kSkinnyWarps = 8;   // of a block at most
+constexpr int kSkinnyBytes = 16;  // of a row that a thread takes at a time
 
 // Warps enough for a thread to have one turn of K, or more where 8 warps are not enough.
 constexpr int skinny_threads(int64_t k) {
@@ -144,7 +144,8 @@ __global__ void __launch_bounds__(32 * kSkinnyWarps)
   // Rows and columns past the last repeat it, and are not stored.
   const uint8_t *a_rows[kRows], *b_rows[kColumns];
   SQ_UNROLL
-  for (int r = 0; r < kRows; ++r) a_rows[r] = job.a + (first_row + r < job.finish.m ? first_row + r : job.finish.m - 1) * k;
+  for (int r = 0; r < kRows; ++r)
+    a_rows[r] = job.a + (first_row + r < job.finish.m ? first_row + r : job.finish.m - 1) * k;
   SQ_UNROLL
   for (int c = 0; c < kColumns; ++c) {
     b_rows[c] = job.b + (first_column + c < job.finish.n ? first_column + c : job.finish.n - 1) * k;
@@ -170,7 +171,8 @@ __global__ void __launch_bounds__(32 * kSkinnyWarps)
     if (row >= job.finish.m || column >= job.finish.n) continue;
     Sum sum = partial[0][i];
     for (unsigned other = 1; other < blockDim.x / 32; ++other) sum = sum + partial[other][i];
-    store_float(job.finish.y, job.finish.y_dtype, row * job.finish.n + column, finish_value(job.finish, row, column, sum));
+    store_float(job.finish.y, job.finish.y_dtype, row * job.finish.n + column,
+                finish_value(job.finish, row, column, sum));
   }
 }
 

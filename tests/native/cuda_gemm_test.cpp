@@ -122,7 +122,11 @@ void test_skinny(const Case& test) {
   const Buffer<float> a_scale = random_scales(test.a_per_row ? test.m : 1);
   const Buffer<float> b_scale = random_scales(test.b_per_column ? test.n : 1);
   const Output bias = random_bias(test), y(test.y_dtype, test.m * test.n);
-  const SkinnyJob job{a.data() + test.offset, b.data() + test.offset, test.a_dtype, test.b_dtype, test.k,
+  const SkinnyJob job{a.data() + test.offset,
+                      b.data() + test.offset,
+                      test.a_dtype,
+                      test.b_dtype,
+                      test.k,
                       finish_of(test, a_scale, b_scale, bias, y)};
   is_int8 ? run_skinny<int32_t>(job) : run_skinny<float>(job);
   for (int64_t row = 0; row < test.m; ++row) {
@@ -142,12 +146,12 @@ void test_skinny(const Case& test) {
         continue;
       }
       // K additions, each wrong by half an ulp of a partial sum at most; then 4 single roundings.
-      const double scale = static_cast<double>(a_scale[test.a_per_row ? row : 0]) *
-                           b_scale[test.b_per_column ? column : 0];
+      const double scale =
+          static_cast<double>(a_scale[test.a_per_row ? row : 0]) * b_scale[test.b_per_column ? column : 0];
       const double offset = test.has_bias ? bias[column] : 0.0;
       const double exact = sum * scale + offset;
       double bound = (static_cast<double>(test.k) + 3) * 0x1p-23 * (magnitude * scale + std::fabs(offset));
-      bound += (test.y_dtype == DType::kBFloat16 ? 0x1p-9 : 0x1p-24) * (std::fabs(exact) + bound) + 1e-30;
+      bound += (test.y_dtype == DType::kBFloat16 ? 0x1p-8 : 0x1p-24) * (std::fabs(exact) + bound) + 1e-30;
       CHECK(std::fabs(got - exact) <= bound, "k %" PRId64 " [%" PRId64 ", %" PRId64 "]: %g, expected %g", test.k, row,
             column, got, exact);
     }
@@ -215,8 +219,7 @@ void test_epilogue(const Case& test) {
       run_epilogue<Sum, float>(sums, finish, wide);
   }
   for (int64_t i = 0; i < sums.size(); ++i) {
-    const float expected =
-        finished(test, a_scale, b_scale, bias, i / test.n, i % test.n, static_cast<float>(sums[i]));
+    const float expected = finished(test, a_scale, b_scale, bias, i / test.n, i % test.n, static_cast<float>(sums[i]));
     CHECK(same(y[i], expected), "epilogue, n %" PRId64 ", %" PRId64 ": %g, expected %g", test.n, i, y[i], expected);
   }
 }

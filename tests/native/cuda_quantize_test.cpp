@@ -186,8 +186,8 @@ void run_rows(const T* x, const float* smooth, uint8_t* q, float* scale, const f
         return sq::quantize_rows_kernel<T, 0>;
     }
   }();
-  shim::run_grid(kernel, static_cast<unsigned>(rows), static_cast<unsigned>(config.threads), size_t{0}, x,
-                 smooth, target, columns, wide);
+  shim::run_grid(kernel, static_cast<unsigned>(rows), static_cast<unsigned>(config.threads), size_t{0}, x, smooth,
+                 target, columns, wide);
 }
 
 // `offset` elements before x and q take the alignment away.

@@ -1,0 +1,12 @@
+// The product of 8-bit matrices as other CUDA ops call it: its tensors are checked already.
+#pragma once
+
+#include "cuda/launch.h"
+
+namespace sq {
+
+// y [..., N] of a [..., K], 8 bits and contiguous, with one scale or one a row.
+Tensor multiply_cuda(const char* op, const Tensor& a, const Tensor& a_scale, const Tensor& b, const Tensor& b_scale,
+                     const OptionalTensor& bias, const GemmShape& shape, ScalarType out_dtype);
+
+}  // namespace sq
