@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from . import cuda_kernels
+
 
 def _load_library(name: str) -> None:
     """Loads a shared object that lies beside this file; raises ``ImportError`` with the dynamic linker's reason."""
@@ -32,6 +34,9 @@ def _load_cuda() -> str:
         _load_library("_C_cuda.so")
     except ImportError as error:
         return str(error)
+    for entry in cuda_kernels.read_validations():
+        for family in entry.kernels:
+            torch.ops.sq._set_cuda_validated(family, entry.arch)
     return ""
 
 
@@ -50,30 +55,38 @@ class OpInfo(NamedTuple):
 
 CPU_ISAS = ("amx", "avx512bf16", "avx512vnni", "avxvnni", "avx2", "portable")  # fastest first
 
-# What the table shows, and the family of kernels that it runs on.
-_OPS = (
-    ("quantize_per_token", "quantize"),
-    ("quantize_static", "quantize"),
-    ("prepack_weight", "pack"),
-    ("w8a8_gemm, int8", "gemm_int8"),
-    ("w8a8_gemm, fp8", "gemm_fp8"),
-    ("w8a8_linear, int8", "gemm_int8"),
-    ("w8a8_linear, fp8", "gemm_fp8"),
-    ("w8a8_linears, int8", "gemm_int8"),
-    ("w8a8_linears, fp8", "gemm_fp8"),
-    ("w8a8_mlp, int8", "gemm_int8"),
-    ("w8a8_mlp, fp8", "gemm_fp8"),
-    ("w8a8_decoder_layer_", "gemm_int8"),
-    ("rms_norm_quantize", "rows"),
-    ("layer_norm_quantize", "rows"),
-    ("silu_mul_quantize", "rows"),
-    ("gelu_mul_quantize", "rows"),
-    ("gelu_quantize", "rows"),
-    ("relu_quantize", "rows"),
-    ("rms_norm", "rows"),
-    ("linear", "linear"),
-    ("attention", "attention"),
+# What the table shows: an op, the family of its CPU kernels, and the families of CUDA kernels that it needs.
+_OPS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("quantize_per_token", "quantize", ("quantize",)),
+    ("quantize_static", "quantize", ("quantize",)),
+    ("prepack_weight", "pack", ()),
+    ("w8a8_gemm, int8", "gemm_int8", ("gemm_int8",)),
+    ("w8a8_gemm, fp8", "gemm_fp8", ("gemm_fp8",)),
+    ("w8a8_linear, int8", "gemm_int8", ("quantize", "gemm_int8")),
+    ("w8a8_linear, fp8", "gemm_fp8", ("quantize", "gemm_fp8")),
+    ("w8a8_linears, int8", "gemm_int8", ("quantize", "gemm_int8")),
+    ("w8a8_linears, fp8", "gemm_fp8", ("quantize", "gemm_fp8")),
+    ("w8a8_mlp, int8", "gemm_int8", ("quantize", "rows", "gemm_int8")),
+    ("w8a8_mlp, fp8", "gemm_fp8", ("quantize", "rows", "gemm_fp8")),
+    ("w8a8_decoder_layer_", "gemm_int8", ()),
+    ("rms_norm_quantize", "rows", ("rows",)),
+    ("layer_norm_quantize", "rows", ("rows",)),
+    ("silu_mul_quantize", "rows", ("rows",)),
+    ("gelu_mul_quantize", "rows", ("rows",)),
+    ("gelu_quantize", "rows", ("rows",)),
+    ("relu_quantize", "rows", ("rows",)),
+    ("rms_norm", "rows", ("rows",)),
+    ("linear", "linear", ()),
+    ("attention", "attention", ()),
 )
+
+# Why some ops need no CUDA kernel.
+_CPU_ONLY = {
+    "prepack_weight": "for the CPU only: the CUDA kernels read a weight as it lies",
+    "w8a8_decoder_layer_": "for the CPU only: on a GPU a model runs its modules one by one",
+    "linear": "for the CPU only: on a GPU torch's own is used",
+    "attention": "for the CPU only: on a GPU transformers' own is used",
+}
 
 
 def cpu_isa() -> str:
@@ -102,16 +115,17 @@ def _cpu_reason() -> str:
     return "; ".join(f"no {name}: {torch.ops.sq.cpu_isa_why_not(name)}" for name in better)
 
 
-def _cuda_row(op: str) -> OpInfo:
-    if _cuda_missing:
-        return OpInfo(op, "cuda", "none", _cuda_missing)
-    name = op.partition(",")[0]
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"sq::{name}", "CUDA"):
-        return OpInfo(op, "cuda", "none", "there is no CUDA kernel yet")
-    unvalidated = "no CUDA kernel has been validated on hardware yet"
-    if os.environ.get("SMOOTHQUANT_UNVALIDATED_CUDA") == "1":
-        return OpInfo(op, "cuda", "cuda", f"{unvalidated}; allowed by SMOOTHQUANT_UNVALIDATED_CUDA=1")
-    return OpInfo(op, "cuda", "none", f"{unvalidated}; SMOOTHQUANT_UNVALIDATED_CUDA=1 allows it")
+def _cuda_rows() -> list[OpInfo]:
+    facts = cuda_kernels.gather(_cuda_missing)
+    validations = cuda_kernels.read_validations()
+    rows = []
+    for op, _, families in _OPS:
+        if families:
+            backend, reason = cuda_kernels.choose(facts, families, validations)
+        else:
+            backend, reason = "none", cuda_kernels.why_not_at_all(facts) or _CPU_ONLY[op]
+        rows.append(OpInfo(op, "cuda", backend, reason))
+    return rows
 
 
 def info() -> list[OpInfo]:
@@ -121,5 +135,5 @@ def info() -> list[OpInfo]:
         RuntimeError: as ``cpu_isa``.
     """
     reason = _cpu_reason()
-    rows = [OpInfo(op, "cpu", torch.ops.sq.cpu_kernel(family), reason) for op, family in _OPS]
-    return rows + [_cuda_row(op) for op, _ in _OPS]
+    rows = [OpInfo(op, "cpu", torch.ops.sq.cpu_kernel(family), reason) for op, family, _ in _OPS]
+    return rows + _cuda_rows()
