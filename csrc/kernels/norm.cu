@@ -29,7 +29,6 @@ auto choose_norm(int groups) {
 
 void launch_norm_rows(const NormJob& job, void* stream) {
   if (job.rows == 0) return;
-  const NormConfig config = norm_config(job.columns);
   with_float_type(job.x_dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     NormTask<T> rows{};
@@ -48,6 +47,7 @@ void launch_norm_rows(const NormJob& job, void* stream) {
     rows.y = static_cast<T*>(job.y);
     rows.wide = can_move_groups(job.columns, rows.x, rows.residual, rows.sum, rows.target.q, rows.y) &&
                 is_aligned(job.weight) && is_aligned(job.bias);
+    const NormConfig config = norm_config(job.columns, rows.wide);
     const auto kernel = job.y == nullptr ? choose_norm<T, true>(config.groups) : choose_norm<T, false>(config.groups);
     const auto bytes = config.groups == 0 ? size_t{0} : static_cast<size_t>(job.columns) * sizeof(T);
     // More than 48 KB have to be asked for; every GPU from sm_80 on gives the 64 KB of the longest row of fp32.

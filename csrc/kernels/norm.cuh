@@ -7,8 +7,8 @@
 //
 // One block takes one row. Its threads keep groups of 8 elements in registers, so that x is read once, and a copy of h in
 // shared memory is what 64 threads sum. Bytes moved: rows * columns * (sizeof(T) + 1), with a residual
-// rows * columns * (3 * sizeof(T) + 1); weight and bias come from L1 and L2. Rows too long for the registers are read
-// again from L2.
+// rows * columns * (3 * sizeof(T) + 1); weight and bias come from L1 and L2. Rows too long for the registers, or
+// not aligned, are read again from L2.
 #pragma once
 
 #include "kernels/group.cuh"
@@ -19,15 +19,22 @@ namespace sq {
 // others of the multiprocessor add.
 struct NormConfig {
   int threads;
-  int groups;  // that each thread keeps in registers: 1, 2, 4; 0 for a row that is too long
+  int groups;  // that each thread keeps in registers: 1, 2, 4; 0 for a row that is read again
 };
 
-constexpr NormConfig norm_config(int64_t columns) {
+constexpr NormConfig norm_config(int64_t columns, bool wide) {
   const int64_t groups = (columns + kGroup - 1) / kGroup;
-  if (groups <= kSumLanes) return {kSumLanes, 1};
-  if (groups <= 2 * kSumLanes) return {kSumLanes, 2};
-  if (groups <= 2 * kMaxThreads) return {static_cast<int>((groups + 63) / 64 * 32), 2};
-  return {kMaxThreads, groups <= 4 * kMaxThreads ? 4 : 0};
+  const int64_t threads = (groups + 63) / 64 * 32;
+  NormConfig config{static_cast<int>(threads < kSumLanes     ? kSumLanes
+                                     : threads > kMaxThreads ? kMaxThreads
+                                                             : threads),
+                    0};
+  for (int kept = wide ? 1 : 8; kept <= 4; kept *= 2) {
+    if (groups > static_cast<int64_t>(kept) * config.threads) continue;
+    config.groups = kept;
+    break;
+  }
+  return config;
 }
 
 template <typename T>
@@ -68,26 +75,26 @@ __device__ __forceinline__ float lane_sum(const T* h, float mean, int64_t column
 
 // h of a group, stored where there is a residual.
 template <typename T>
-SQ_HOST_DEVICE inline Group<T> load_sum(const NormTask<T>& job, int64_t row, int64_t first) {
-  Group<T> h = load_raw(job.x + row * job.columns, first, job.columns, job.wide);
+SQ_HOST_DEVICE inline Group<T> load_sum(const NormTask<T>& job, int64_t row, int64_t first, bool wide) {
+  Group<T> h = load_raw(job.x + row * job.columns, first, job.columns, wide);
   if (job.residual == nullptr) return h;
-  const Group<T> residual = load_raw(job.residual + row * job.columns, first, job.columns, job.wide);
+  const Group<T> residual = load_raw(job.residual + row * job.columns, first, job.columns, wide);
   SQ_UNROLL
   for (int i = 0; i < kGroup; ++i) from_float(to_float(h.at[i]) + to_float(residual.at[i]), &h.at[i]);
-  store_group(job.sum + row * job.columns, h, first, job.columns, job.wide);
+  store_group(job.sum + row * job.columns, h, first, job.columns, wide);
   return h;
 }
 
 // v of a group, 0 past the end of the row.
 template <typename T>
 SQ_HOST_DEVICE inline void normalize(float (&values)[kGroup], const NormTask<T>& job, const Group<T>& h, float mean,
-                                     float gain, int64_t first) {
-  load_group(values, job.weight, job.weight_dtype, job.offset, first, job.columns, job.wide);
+                                     float gain, int64_t first, bool wide) {
+  load_group(values, job.weight, job.weight_dtype, job.offset, first, job.columns, wide);
   SQ_UNROLL
   for (int i = 0; i < kGroup; ++i) values[i] = (to_float(h.at[i]) - mean) * gain * values[i];
   if (job.bias != nullptr) {
     float bias[kGroup];
-    load_group(bias, job.bias, job.bias_dtype, -0.0f, first, job.columns, job.wide);
+    load_group(bias, job.bias, job.bias_dtype, -0.0f, first, job.columns, wide);
     SQ_UNROLL
     for (int i = 0; i < kGroup; ++i) values[i] = values[i] + bias[i];
   }
@@ -97,14 +104,14 @@ SQ_HOST_DEVICE inline void normalize(float (&values)[kGroup], const NormTask<T>&
 
 template <typename T>
 SQ_HOST_DEVICE inline void store_normalized(const NormTask<T>& job, int64_t row, int64_t first,
-                                            const float (&values)[kGroup]) {
+                                            const float (&values)[kGroup], bool wide) {
   Group<T> group;
   SQ_UNROLL
   for (int i = 0; i < kGroup; ++i) from_float(values[i], &group.at[i]);
-  store_group(job.y + row * job.columns, group, first, job.columns, job.wide);
+  store_group(job.y + row * job.columns, group, first, job.columns, wide);
 }
 
-// Grid: a block per row; threads and kGroups from norm_config(columns); shared memory for a row of T, unless kGroups is 0.
+// Grid: a block per row; threads and kGroups from norm_config(columns, wide); shared memory for a row of T, unless kGroups is 0.
 template <typename T, int kGroups, bool kQuantize>
 __global__ void __launch_bounds__(kMaxThreads) norm_rows_kernel(NormTask<T> job) {
   SQ_DYNAMIC_SHARED(T, copy);
@@ -116,13 +123,13 @@ __global__ void __launch_bounds__(kMaxThreads) norm_rows_kernel(NormTask<T> job)
   const T* summed = copy;
   if constexpr (kGroups > 0) {
     SQ_UNROLL
-    for (int g = 0; g < kGroups; ++g) h[g] = load_sum(job, row, begin + g * step);
+    for (int g = 0; g < kGroups; ++g) h[g] = load_sum(job, row, begin + g * step, true);
     SQ_UNROLL
-    for (int g = 0; g < kGroups; ++g) store_group(copy, h[g], begin + g * step, columns, job.wide);
+    for (int g = 0; g < kGroups; ++g) store_group(copy, h[g], begin + g * step, columns, true);
   } else {
     summed = (job.residual == nullptr ? job.x : job.sum) + row * columns;
     if (job.residual != nullptr) {
-      for (int64_t first = begin; first < columns; first += step) load_sum(job, row, first);
+      for (int64_t first = begin; first < columns; first += step) load_sum(job, row, first, job.wide);
     }
   }
 
@@ -133,7 +140,7 @@ __global__ void __launch_bounds__(kMaxThreads) norm_rows_kernel(NormTask<T> job)
   if constexpr (kGroups > 0) {
     float values[kKept][kGroup];
     SQ_UNROLL
-    for (int g = 0; g < kGroups; ++g) normalize(values[g], job, h[g], mean, gain, begin + g * step);
+    for (int g = 0; g < kGroups; ++g) normalize(values[g], job, h[g], mean, gain, begin + g * step, true);
     if constexpr (kQuantize) {
       uint32_t magnitude = 0;
       SQ_UNROLL
@@ -142,28 +149,28 @@ __global__ void __launch_bounds__(kMaxThreads) norm_rows_kernel(NormTask<T> job)
       if (threadIdx.x == 0) job.target.scale[row] = result.scale;
       SQ_UNROLL
       for (int g = 0; g < kGroups; ++g) {
-        store_quantized(job.target, row, columns, begin + g * step, values[g], result.multiplier, job.wide);
+        store_quantized(job.target, row, columns, begin + g * step, values[g], result.multiplier, true);
       }
     } else {
       SQ_UNROLL
-      for (int g = 0; g < kGroups; ++g) store_normalized(job, row, begin + g * step, values[g]);
+      for (int g = 0; g < kGroups; ++g) store_normalized(job, row, begin + g * step, values[g], true);
     }
   } else {
     float values[kGroup];
     uint32_t magnitude = 0;
     for (int64_t first = begin; first < columns; first += step) {
-      normalize(values, job, load_raw(summed, first, columns, job.wide), mean, gain, first);
+      normalize(values, job, load_raw(summed, first, columns, job.wide), mean, gain, first, job.wide);
       if constexpr (kQuantize) {
         magnitude = max_magnitude(magnitude, values);
       } else {
-        store_normalized(job, row, first, values);
+        store_normalized(job, row, first, values, job.wide);
       }
     }
     if constexpr (kQuantize) {
       const RowScale result = row_scale(job.target, block_max(magnitude));
       if (threadIdx.x == 0) job.target.scale[row] = result.scale;
       for (int64_t first = begin; first < columns; first += step) {
-        normalize(values, job, load_raw(summed, first, columns, job.wide), mean, gain, first);
+        normalize(values, job, load_raw(summed, first, columns, job.wide), mean, gain, first, job.wide);
         store_quantized(job.target, row, columns, first, values, result.multiplier, job.wide);
       }
     }

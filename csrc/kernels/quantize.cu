@@ -10,9 +10,11 @@ namespace sq {
 
 void launch_quantize_rows(const QuantizeRowsJob& job, void* stream) {
   if (job.rows == 0) return;
-  const RowConfig config = row_config(job.columns);
   with_float_type(job.x_dtype, [&](auto type) {
     using T = typename decltype(type)::type;
+    const T* x = static_cast<const T*>(job.x);
+    const bool wide = can_move_groups(job.columns, x, job.smooth, job.target.q);
+    const RowConfig config = row_config(job.columns, wide);
     const auto kernel = [&] {
       switch (config.groups) {
         case 1:
@@ -27,8 +29,6 @@ void launch_quantize_rows(const QuantizeRowsJob& job, void* stream) {
           return quantize_rows_kernel<T, 0>;
       }
     }();
-    const T* x = static_cast<const T*>(job.x);
-    const bool wide = can_move_groups(job.columns, x, job.smooth, job.target.q);
     kernel<<<static_cast<unsigned>(job.rows), config.threads, 0, static_cast<cudaStream_t>(stream)>>>(
         x, job.smooth, job.target, job.columns, wide);
   });

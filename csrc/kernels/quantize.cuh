@@ -10,7 +10,7 @@
 //
 // One block takes one row and its threads take groups of 8 neighbouring elements, so that x is read once and stays in
 // registers between the maximum and the rounding. Bytes moved: rows * columns * (sizeof(T) + 1) + 4 * rows, plus smooth
-// from L2. Rows too long for the registers are read twice, the second time mostly from L2.
+// from L2. Rows too long for the registers, or not aligned, are read twice, the second time mostly from L2.
 //
 // Static: q = round(clamp(x * (1 / scale))), 1 / scale one fp32 division. NaN gives 0 in INT8 and NaN in FP8.
 #pragma once
@@ -21,17 +21,19 @@ namespace sq {
 
 struct RowConfig {
   int threads;  // of the block
-  int groups;   // that each thread keeps in registers: 1, 2, 4, 8; 0 for a row that is too long
+  int groups;   // that each thread keeps in registers: 1, 2, 4, 8; 0 for a row that is read twice
 };
 
-// As few groups a thread as the row allows, so that short rows use few threads and long ones all of them.
-constexpr RowConfig row_config(int64_t columns) {
+// As few groups a thread as the row allows, so that short rows use few threads and long ones all of them. What cannot be
+// moved in wide words is read twice: then no branch stands between the loads of a thread, and all of them are under way
+// before the first is used.
+constexpr RowConfig row_config(int64_t columns, bool wide) {
   const int64_t groups = columns > 0 ? (columns + kGroup - 1) / kGroup : 1;
-  if (groups <= kMaxThreads) return {static_cast<int>((groups + 31) / 32 * 32), 1};
-  for (int kept = 2; kept <= 8; kept *= 2) {
-    if (groups <= static_cast<int64_t>(kept) * kMaxThreads) return {kMaxThreads, kept};
+  const int threads = groups <= kMaxThreads ? static_cast<int>((groups + 31) / 32 * 32) : kMaxThreads;
+  for (int kept = wide ? 1 : 16; kept <= 8; kept *= 2) {
+    if (groups <= static_cast<int64_t>(kept) * kMaxThreads) return {threads, kept};
   }
-  return {kMaxThreads, 0};
+  return {threads, 0};
 }
 
 // The row's values after smoothing.
@@ -46,7 +48,7 @@ SQ_HOST_DEVICE inline void load_smoothed(float (&values)[kGroup], const T* row, 
   for (int i = 0; i < kGroup; ++i) values[i] = values[i] / divisors[i];
 }
 
-// Grid: a block per row; threads and kGroups from row_config(columns); wide: can_move_groups of x, smooth and q.
+// Grid: a block per row; threads and kGroups from row_config(columns, wide); wide: can_move_groups of x, smooth and q.
 template <typename T, int kGroups>
 __global__ void __launch_bounds__(kMaxThreads)
     quantize_rows_kernel(const T* x, const float* smooth, QuantizedRows target, int64_t columns, bool wide) {
@@ -59,14 +61,14 @@ __global__ void __launch_bounds__(kMaxThreads)
   if constexpr (kGroups > 0) {
     float values[kGroups][kGroup];
     SQ_UNROLL
-    for (int g = 0; g < kGroups; ++g) load_smoothed(values[g], x_row, smooth, begin + g * step, columns, wide);
+    for (int g = 0; g < kGroups; ++g) load_smoothed(values[g], x_row, smooth, begin + g * step, columns, true);
     SQ_UNROLL
     for (int g = 0; g < kGroups; ++g) magnitude = max_magnitude(magnitude, values[g]);
     const RowScale result = row_scale(target, block_max(magnitude));
     if (threadIdx.x == 0) target.scale[row] = result.scale;
     SQ_UNROLL
     for (int g = 0; g < kGroups; ++g) {
-      store_quantized(target, row, columns, begin + g * step, values[g], result.multiplier, wide);
+      store_quantized(target, row, columns, begin + g * step, values[g], result.multiplier, true);
     }
   } else {
     float values[kGroup];

@@ -11,6 +11,8 @@
 // products are exact and sums are rounded at every step.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/finish.cuh"
 
 namespace sq {
@@ -33,10 +35,10 @@ inline bool can_move_words(const uint8_t* a, const uint8_t* b, int64_t k) {
 }
 
 // row[k, k + 16), zeros past its end. kStream: read once, so that it need not push others out of L1.
-template <bool kStream>
-SQ_HOST_DEVICE inline Words load_words(const uint8_t* row, int64_t k, int64_t end, bool wide) {
+template <bool kWide, bool kStream>
+SQ_HOST_DEVICE inline Words load_words(const uint8_t* row, int64_t k, int64_t end) {
   Words words;
-  if (wide) {
+  if constexpr (kWide) {
 #ifdef __CUDA_ARCH__
     if constexpr (kStream) {
       asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -46,17 +48,20 @@ SQ_HOST_DEVICE inline Words load_words(const uint8_t* row, int64_t k, int64_t en
     }
 #endif
     return *reinterpret_cast<const Words*>(row + k);
-  }
-  SQ_UNROLL
-  for (int w = 0; w < 4; ++w) {
-    words.at[w] = 0;
+  } else {
     SQ_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const int64_t at = k + 4 * w + i;
-      if (at < end) words.at[w] |= static_cast<uint32_t>(row[at]) << 8 * i;
+    for (int w = 0; w < 4; ++w) {
+      uint32_t word = 0;
+      // Rare, and not worth the registers of so many loads.
+      SQ_KEEP_LOOP
+      for (int i = 0; i < 4; ++i) {
+        const int64_t at = k + 4 * w + i;
+        if (at < end) word |= static_cast<uint32_t>(row[at]) << 8 * i;
+      }
+      words.at[w] = word;
     }
+    return words;
   }
-  return words;
 }
 
 // Adds kCount values over the lanes of a warp with few exchanges: each halves the values that a lane still cares for.
@@ -132,15 +137,36 @@ __device__ __forceinline__ void add_products(float (&sums)[kRows * kColumns], co
   }
 }
 
+// A thread's share of K. No branch stands between its loads, so that all of a turn are under way before the first is used.
+template <bool kWide, int kRows, int kColumns, typename Sum>
+__device__ __forceinline__ void add_rows(Sum (&sums)[kRows * kColumns], const uint8_t* const (&a_rows)[kRows],
+                                         const uint8_t* const (&b_rows)[kColumns], const SkinnyJob& job) {
+  const int64_t k = job.k, step = static_cast<int64_t>(blockDim.x) * kSkinnyBytes;
+  for (int64_t at = static_cast<int64_t>(threadIdx.x) * kSkinnyBytes; at < k; at += step) {
+    Words a[kRows], b[kColumns];
+    SQ_UNROLL
+    for (int c = 0; c < kColumns; ++c) b[c] = load_words<kWide, true>(b_rows[c], at, k);
+    SQ_UNROLL
+    for (int r = 0; r < kRows; ++r) a[r] = load_words<kWide, false>(a_rows[r], at, k);
+    add_products<kRows, kColumns>(sums, a, b, job.a_dtype, job.b_dtype);
+  }
+}
+
+// Blocks that a multiprocessor is to hold at least: what the registers of 8 rows of decoded fp8 leave room for, or two.
+template <typename Sum>
+constexpr int skinny_blocks_together(int rows) {
+  return std::is_same_v<Sum, float> && rows == 8 ? 1 : 2;
+}
+
 // Grid: column_blocks for each kRows rows; threads: skinny_threads(k); wide: can_move_words.
 template <typename Sum, int kRows, int kColumns>
-__global__ void __launch_bounds__(32 * kSkinnyWarps)
+__global__ void __launch_bounds__(32 * kSkinnyWarps, skinny_blocks_together<Sum>(kRows))
     skinny_gemm_kernel(SkinnyJob job, unsigned column_blocks, bool wide) {
   constexpr int kCount = kRows * kColumns, kHeld = kCount > 32 ? kCount / 32 : 1;
   __shared__ Sum partial[kSkinnyWarps][kCount];
   const int64_t first_row = static_cast<int64_t>(blockIdx.x / column_blocks) * kRows;
   const int64_t first_column = static_cast<int64_t>(blockIdx.x % column_blocks) * kColumns;
-  const int64_t k = job.k, step = static_cast<int64_t>(blockDim.x) * kSkinnyBytes;
+  const int64_t k = job.k;
   // Rows and columns past the last repeat it, and are not stored.
   const uint8_t *a_rows[kRows], *b_rows[kColumns];
   SQ_UNROLL
@@ -152,14 +178,8 @@ __global__ void __launch_bounds__(32 * kSkinnyWarps)
   }
 
   Sum sums[kCount] = {};
-  for (int64_t at = static_cast<int64_t>(threadIdx.x) * kSkinnyBytes; at < k; at += step) {
-    Words a[kRows], b[kColumns];
-    SQ_UNROLL
-    for (int c = 0; c < kColumns; ++c) b[c] = load_words<true>(b_rows[c], at, k, wide);
-    SQ_UNROLL
-    for (int r = 0; r < kRows; ++r) a[r] = load_words<false>(a_rows[r], at, k, wide);
-    add_products<kRows, kColumns>(sums, a, b, job.a_dtype, job.b_dtype);
-  }
+  wide ? add_rows<true, kRows, kColumns>(sums, a_rows, b_rows, job)
+       : add_rows<false, kRows, kColumns>(sums, a_rows, b_rows, job);
 
   warp_sums(sums);
   const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;

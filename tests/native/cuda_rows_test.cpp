@@ -88,7 +88,7 @@ void expect_same(const Quantized& got, const Quantized& expected, int64_t offset
 
 template <class T, bool kQuantize>
 void run_norm(const NormTask<T>& job) {
-  const NormConfig config = norm_config(job.columns);
+  const NormConfig config = norm_config(job.columns, job.wide);
   const auto kernel = [&] {
     switch (config.groups) {
       case 1:
@@ -202,9 +202,12 @@ void test_activation(int64_t columns, bool is_gated, bool is_kept, DType dtype, 
   expect_same(got, expected, offset, columns, "activation " + std::to_string(static_cast<int>(kActivation)));
 }
 
-static_assert(norm_config(0).threads == 64 && norm_config(576).threads == 64, "at least the lanes of a sum");
-static_assert(norm_config(4096).threads == 256 && norm_config(4096).groups == 2);
-static_assert(norm_config(8192).groups == 2 && norm_config(16384).groups == 4 && norm_config(16385).groups == 0);
+static_assert(norm_config(0, true).threads == 64 && norm_config(576, true).threads == 64,
+              "the lanes of a sum at least");
+static_assert(norm_config(512, true).groups == 1 && norm_config(576, true).groups == 2);
+static_assert(norm_config(4096, true).threads == 256 && norm_config(4096, true).groups == 2);
+static_assert(norm_config(8192, true).groups == 2 && norm_config(16384, true).groups == 4);
+static_assert(norm_config(16392, true).groups == 0 && norm_config(4096, false).groups == 0);
 static_assert(activate_threads(0) == 32 && activate_threads(4096) == 256 && activate_threads(14336) == 448);
 static_assert(activate_room(14336, 448) == 14336 * 4, "no thread idles at Llama's width");
 
