@@ -200,6 +200,14 @@ def make_stubs() -> None:
         subprocess.run([*os.environ.get("CC", "gcc").split(), *command], check=True)
 
 
+def drop_stale_cuda_objects() -> None:
+    """Removes what nvcc made from older headers: torch tells ninja about those of CUDA sources only if it has CUDA."""
+    newest = max((ROOT / header).stat().st_mtime for header in headers())
+    for built in (ROOT / BUILD_TEMP / CSRC / "kernels").glob("*.o"):
+        if built.stat().st_mtime < newest:
+            built.unlink()
+
+
 def extensions() -> list[Extension]:
     wanted = os.environ.get("SMOOTHQUANT_CUDA", "auto")
     if wanted not in ("0", "1", "auto"):
@@ -225,6 +233,7 @@ class BuildExtension(cpp_extension.BuildExtension.with_options(no_python_abi_suf
 
     def build_extensions(self) -> None:
         make_stubs()
+        drop_stale_cuda_objects()
         if not any(extension.name == CUDA_EXTENSION for extension in self.extensions):
             # One left by an earlier build would be packed, or loaded, beside a newer _C.so.
             Path(self.get_ext_fullpath(CUDA_EXTENSION)).unlink(missing_ok=True)
