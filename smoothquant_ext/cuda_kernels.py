@@ -76,7 +76,7 @@ class Facts(NamedTuple):
 
 
 def driver_version() -> int:
-    """The CUDA version that NVIDIA's driver is for, asked of the driver itself: torch's own question changes its name."""
+    """The CUDA version that NVIDIA's driver is for, asked of the driver: torch's own question changes its name."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -106,8 +106,8 @@ def gather(library_error: str) -> Facts:
 def has_code_for(archs: str, arch: int) -> bool:
     """Whether a library built for ``archs`` runs on an architecture.
 
-    Machine code runs on its own major version from its minor version on, with an "a" on that one architecture only, with
-    an "f" as without; PTX is compiled by the driver for everything newer.
+    Machine code runs on its own major version from its minor version on, with an "a" on that one architecture only,
+    with an "f" as without; PTX is compiled by the driver for everything newer.
     """
     for number, feature, ptx in re.findall(r"(\d+)([af]?)(\+PTX)?", archs):
         built = int(number)

@@ -1,15 +1,43 @@
-"""What every test may ask for."""
+"""What every test may ask for: devices, and the backends that ops run on."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import pytest
 import torch
+from op_cases import HAS_CUDA, ISAS, cpu_isa, run_on
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
-    """Every device that this machine and this torch can run ops on."""
+    """Every device that this machine and this torch have."""
     device: str = request.param
     return device
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each CPU instruction set in turn."""
+    with cpu_isa(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=[*ISAS, *(["cuda"] if HAS_CUDA else [])])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The device to run ops on, the CPU with each of its instruction sets in turn."""
+    if request.param == "cuda":
+        yield "cuda"
+        return
+    with cpu_isa(request.param):
+        yield "cpu"
+
+
+@pytest.fixture
+def run(backend: str) -> Callable[..., Any]:
+    """``run(op, ...)``: the op on every backend, with tensors moved there and its results moved back."""
+    return functools.partial(run_on, backend)

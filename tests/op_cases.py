@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +16,8 @@ FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 EIGHT_BIT = (torch.int8, *FLOAT8)
 
 ISAS = tuple(isa for isa in reversed(ops.CPU_ISAS) if not torch.ops.sq.cpu_isa_why_not(isa))
-HAS_CUDA = torch.cuda.is_available() and os.environ.get("SMOOTHQUANT_UNVALIDATED_CUDA") == "1"
-
-
-def has_cuda_kernel(op: str) -> bool:
-    """Whether tests may run this op on CUDA: it has a kernel there, and the user allows ones not validated yet."""
-    return HAS_CUDA and torch._C._dispatch_has_kernel_for_dispatch_key(f"sq::{op}", "CUDA")
+# Our CUDA kernels can run here, and may: validated on this GPU, or allowed by SMOOTHQUANT_UNVALIDATED_CUDA=1.
+HAS_CUDA = torch.cuda.is_available() and any(row.backend == "cuda" for row in ops.info())
 
 
 @contextmanager
@@ -88,4 +84,19 @@ def non_contiguous(x: Tensor) -> dict[str, Tensor]:
     }
 
 
+def moved_to(device: str, value: Any) -> Any:
+    """Tensors on the device, also those in lists, tuples and dictionaries; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: moved_to(device, one) for name, one in value.items()}
+    return type(value)(moved_to(device, one) for one in value) if isinstance(value, list | tuple) else value
+
+
+def run_on(device: str, op: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    """Calls an op on a device: its tensors are moved there, its results back to the CPU."""
+    return moved_to("cpu", op(*moved_to(device, arguments), **moved_to(device, keywords)))
+
+
+Run = Callable[..., Any]
 Call = Callable[[], object]

@@ -85,9 +85,7 @@ def test_every_kernel_is_there_for_every_architecture() -> None:
 @needs_object
 @needs_cuobjdump
 def test_no_kernel_spills() -> None:
-    spilling = {
-        key: usage for key, usage in resources().items() if usage["STACK"] > 0 or usage["LOCAL"] > 0
-    }
+    spilling = {key: usage for key, usage in resources().items() if usage["STACK"] > 0 or usage["LOCAL"] > 0}
     assert not spilling
 
 

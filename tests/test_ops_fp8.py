@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +12,6 @@ from op_cases import (
     ISAS,
     assert_same_bits,
     cpu_isa,
-    has_cuda_kernel,
     non_contiguous,
     randn,
     random_float8,
@@ -25,23 +22,6 @@ from torch import Tensor
 from smoothquant_ext import ops, reference
 
 EPS = torch.finfo(torch.float32).eps
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each CPU instruction set in turn."""
-    with cpu_isa(request.param):
-        yield request.param
-
-
-@pytest.fixture(params=[*ISAS, *(["cuda"] if has_cuda_kernel("w8a8_gemm") else [])])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The device to run on, with each CPU instruction set in turn."""
-    if request.param == "cuda":
-        yield "cuda"
-        return
-    with cpu_isa(request.param):
-        yield "cpu"
 
 
 def scales(count: int, seed: int = 0) -> Tensor:
@@ -56,6 +36,10 @@ def check_gemm(
     Products of two fp8 values are exact in fp32. Each of K additions, in any order, errs by at most eps / 2 of a
     partial sum, which is at most sum(|a b|); the factor (1 + eps)^K that compounds this is under 2 for K < 2^22. Then
     the product of the scales, the scaling, the bias and the cast round once each.
+
+    The tensor cores of a GPU, which take more than 8 rows of sizes that fit them, are less exact: an instruction adds
+    32 products and the sum so far after cutting each to 13 bits behind the largest, and after 4 of them cuBLASLt goes
+    on in fp32. 33 terms cut 4 times are off by at most 132 * 2^-13 of the magnitude of the products.
     """
     scale = a_scale.reshape(-1, 1).double() * b_scale.reshape(-1).double()
     wide_a, wide_b = a.float().double(), b.float().double()
@@ -65,6 +49,8 @@ def check_gemm(
         exact = exact + bias.double()
         magnitude = magnitude + bias.double().abs()
     bound = (a.shape[-1] + 3) * EPS * magnitude
+    if y.is_cuda and exact.shape[0] > 8 and exact.shape[1] % 8 == a.shape[-1] % 8 == 0:
+        bound += 132 * 2.0**-13 * magnitude
     bound += torch.finfo(y.dtype).eps / 2 * (exact.abs() + bound)
     bound += torch.finfo(y.dtype).smallest_normal * torch.finfo(y.dtype).eps
     worst = ((y.cpu().double() - exact).abs() / bound).amax(dim=-1)  # of each row

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +11,6 @@ from op_cases import (
     ISAS,
     assert_same_bits,
     cpu_isa,
-    has_cuda_kernel,
     non_contiguous,
     randn,
     random_int8,
@@ -26,23 +23,6 @@ from smoothquant_ext import ops, reference
 MAX_K = 133144
 ROWS = (0, 1, 2, 3, 5, 6, 7, 16, 17, 31, 32, 33, 100)
 SIZES = (1, 2, 3, 63, 64, 65, 127, 192, 577)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each CPU instruction set in turn."""
-    with cpu_isa(request.param):
-        yield request.param
-
-
-@pytest.fixture(params=[*ISAS, *(["cuda"] if has_cuda_kernel("w8a8_gemm") else [])])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The device to run on, with each CPU instruction set in turn."""
-    if request.param == "cuda":
-        yield "cuda"
-        return
-    with cpu_isa(request.param):
-        yield "cpu"
 
 
 def scales(count: int, seed: int = 0) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +12,6 @@ from op_cases import (
     ISAS,
     assert_same_bits,
     cpu_isa,
-    has_cuda_kernel,
     non_contiguous,
     randn,
     threads,
@@ -26,16 +23,6 @@ from smoothquant_ext.scheme import QMAX
 
 ROWS = (0, 1, 2, 5, 17)
 WIDTHS = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 577)
-
-
-@pytest.fixture(params=[*ISAS, *(["cuda"] if has_cuda_kernel("quantize_per_token") else [])])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The device to run on, with each CPU instruction set in turn."""
-    if request.param == "cuda":
-        yield "cuda"
-        return
-    with cpu_isa(request.param):
-        yield "cpu"
 
 
 def check_per_token(x: Tensor, dtype: torch.dtype, device: str, smooth: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import FLOAT8, FLOATS, ISAS, Call, assert_same_bits, cpu_isa, randn, threads
+from op_cases import FLOAT8, FLOATS, Call, assert_same_bits, randn, threads
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from smoothquant_ext import ops, reference
 
-
-@pytest.fixture(params=ISAS, autouse=True)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with cpu_isa(request.param):
-        yield request.param
+pytestmark = pytest.mark.usefixtures("isa")
 
 
 def weight(n: int, k: int, seed: int, dtype: torch.dtype = torch.int8, is_packed: bool = True) -> tuple[Tensor, Tensor]:
