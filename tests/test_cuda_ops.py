@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 import torch
 from op_cases import EIGHT_BIT, FLOATS, HAS_CUDA, assert_same_bits, moved_to, randn, random_int8, run_on
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.utils import counters
 
 from smoothquant_ext import ops, reference
-from smoothquant_ext.convert import quantize_linear
-from smoothquant_ext.linears import as_linear
+from smoothquant_ext.modules import W8A8Linear
 from smoothquant_ext.scheme import SCHEMES
 
 DEVICES = ["cpu", *(["cuda"] if HAS_CUDA else [])]
@@ -132,9 +131,17 @@ def test_layers_equal_the_oracle(device: str, m: int, is_static: bool) -> None:
 
 @pytest.mark.parametrize("scheme", ["int8", "int8-static", "fp8", "fp8-static"])
 def test_modules_move(device: str, scheme: str) -> None:
-    linear = nn.Linear(64, 96)
-    x = randn(20, 64)
-    module = quantize_linear(as_linear(linear), x.abs().amax(0), SCHEMES[scheme])
+    x, values = randn(20, 64), randn(96, 64, seed=1)
+    module = W8A8Linear(64, 96, True, SCHEMES[scheme])
+    module.weight, scale = reference.quantize_per_token(values, SCHEMES[scheme].dtype)
+    module.weight_scale = scale[:, None]
+    if SCHEMES[scheme].weight == "tensor":
+        module.weight_scale = scale.max().reshape(1)
+        module.weight = reference.quantize_static(values, module.weight_scale, SCHEMES[scheme].dtype)
+    if module.input_scale is not None:
+        module.input_scale.fill_(0.03)
+    module.bias = randn(96, seed=2)
+    module.prepack_()
     with torch.no_grad():
         expected = module(x)
         moved = module.to(device)
