@@ -17,7 +17,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install -qq
 STAMPS := $(VENV)/.stamps
 CSRC   := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
-CPP    := $(filter %.h %.cpp %.cu %.cuh,$(CSRC) $(wildcard tests/native/*))
+CPP    := $(filter %.h %.cpp %.cu %.cuh,$(CSRC) $(wildcard tests/native/* tests/cuda/*))
 
 SANITIZE     ?= address,undefined
 comma        := ,

@@ -12,6 +12,7 @@ import torch
 from op_cases import EIGHT_BIT, FLOAT8, ISAS, Call, assert_same_bits, cpu_isa, randn, random_int8
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from smoothquant_ext import backends, ops, reference
 
@@ -249,6 +250,31 @@ def test_meta_tensors_give_shapes(dtype: torch.dtype) -> None:
         assert (y.shape, y.dtype) == ((2, 3, 130), torch.float16)
         y = ops.w8a8_gemm(q, w, scale, b_scale)
         assert (y.shape, y.dtype) == ((2, 3, 130), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BIT, ids=str)
+def test_results_are_where_the_inputs_are(dtype: torch.dtype) -> None:
+    """Of fake tensors on a GPU, which need none: what ``torch.compile`` traces there."""
+    with FakeTensorMode():
+        x = torch.empty(3, 70, device="cuda", dtype=torch.bfloat16)
+        b, b_scale, w = (torch.empty(size, device="cuda") for size in ((130, 70), (130, 1), (70,)))
+        b, down, down_scale = b.to(dtype), torch.empty(9, 130, device="cuda").to(dtype), torch.empty(9, device="cuda")
+        results = [
+            *ops.quantize_per_token(x, dtype),
+            ops.quantize_static(x, w.new_empty(1), dtype),
+            *ops.rms_norm_quantize(x, w, 1e-5, dtype, x),
+            *ops.layer_norm_quantize(x, w, w, 1e-5, dtype),
+            *ops.silu_mul_quantize(x, x, dtype),
+            *ops.gelu_quantize(x, dtype),
+            ops.rms_norm(x, w, 1e-5),
+            ops.w8a8_linear(x, b, b_scale),
+            *ops.w8a8_linears(x, [b, b], [b_scale, b_scale]),
+            ops.w8a8_gemm(x.to(dtype), b, w.new_empty(3), b_scale),
+            ops.w8a8_mlp(x, b, b_scale, down, down_scale, b, b_scale),
+        ]
+        assert {result.device.type for result in results} == {"cuda"}
+        with pytest.raises(RuntimeError, match="b_scale is on cpu, but x is on cuda"):
+            ops.w8a8_linear(x, b, torch.empty(130))
 
 
 # --- what runs here -------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@
 namespace sq {
 namespace {
 
-bool is_aligned(const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0; }
+bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 void check_blocks(const char* op, const GemmShape& shape, int64_t blocks) {
   SQ_CHECK(blocks <= kMaxBlocks, op, ": M=", shape.m, " and N=", shape.n, " are too many for one launch");
@@ -104,7 +104,8 @@ Tensor multiply_cuda(const char* op, const Tensor& a, const Tensor& a_scale, con
   problem.a = kernel_dtype(a.scalar_type());
   problem.b = kernel_dtype(b.scalar_type());
   problem.y = finish.y_dtype;
-  problem.is_aligned = is_aligned(a) && is_aligned(b);
+  problem.is_aligned = is_aligned(a.const_data_ptr()) && is_aligned(b.const_data_ptr());
+  problem.are_vectors_aligned = is_aligned(finish.a_scale) && is_aligned(finish.b_scale) && is_aligned(finish.bias);
   problem.a_per_row = finish.a_scale_step != 0;
   problem.b_per_column = finish.b_scale_step != 0;
   problem.has_bias = finish.bias != nullptr;

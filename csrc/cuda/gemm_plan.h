@@ -32,6 +32,7 @@ struct GemmProblem {
   int64_t m, n, k;
   DType a, b, y;
   bool is_aligned;               // a and b begin at multiples of 16 bytes
+  bool are_vectors_aligned;      // and so do the scales and the bias
   bool a_per_row, b_per_column;  // scales; otherwise one for all
   bool has_bias;
   DType bias;
@@ -89,7 +90,8 @@ inline GemmPath choose_path(const GemmProblem& problem) {
   if (!problem.is_aligned || k % 16 != 0 || n % 16 != 0) return GemmPath::kSkinny;
   // cuBLASLt adds a bias of the output's own 16-bit type only.
   const bool takes_bias = !problem.has_bias || (problem.bias == problem.y && problem.y != DType::kFloat32);
-  const bool is_outer = problem.arch == 90 && problem.a_per_row && problem.b_per_column && takes_bias;
+  const bool has_vectors = problem.a_per_row && problem.b_per_column && problem.are_vectors_aligned;
+  const bool is_outer = problem.arch == 90 && has_vectors && takes_bias;
   return is_outer ? GemmPath::kOuter : GemmPath::kFp8;
 }
 

@@ -3,8 +3,8 @@
 //
 // One block takes one row. v is computed once and waits in shared memory, a thread's own values only, until the largest
 // magnitude of the row is known. Bytes moved: rows * columns * (2 * sizeof(T) + 1), without `up` one sizeof(T) less. Rows
-// too long for shared memory are read and computed twice. Without fused multiply-adds a SiLU is about 50 instructions an
-// element, so that arithmetic and memory take about the same time on an H100.
+// too long for shared memory are read and computed twice. A SiLU without fused multiply-adds, its division included, is
+// about 60 instructions: by that count arithmetic, not memory, is the limit, at two thirds of an H100's bandwidth.
 #pragma once
 
 #include "cpu/kernels/activation.h"

@@ -15,12 +15,12 @@ namespace {
 
 using namespace sq;
 
-#define EXPECT(condition)                                                \
-  do {                                                                   \
-    if (!(condition)) {                                                  \
+#define EXPECT(condition)                                                  \
+  do {                                                                     \
+    if (!(condition)) {                                                    \
       std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-      std::exit(1);                                                      \
-    }                                                                    \
+      std::exit(1);                                                        \
+    }                                                                      \
   } while (false)
 
 template <class T>
@@ -72,8 +72,8 @@ void test(const GemmProblem& problem, cublasComputeType_t compute, cudaDataType_
 }  // namespace
 
 int main() {
-  GemmProblem problem{90,   100,  4096,  512,   DType::kInt8, DType::kInt8, DType::kBFloat16,
-                      true, true, true, false, DType::kBFloat16};
+  GemmProblem problem{90,   100,  4096, 512,  DType::kInt8, DType::kInt8,    DType::kBFloat16,
+                      true, true, true, true, false,        DType::kBFloat16};
   test(problem, CUBLAS_COMPUTE_32I, CUDA_R_32I);
   problem.a = DType::kFloat8E4M3;
   problem.b = DType::kFloat8E5M2;

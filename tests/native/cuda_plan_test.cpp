@@ -18,7 +18,7 @@ constexpr DType kPairs[][2] = {{DType::kInt8, DType::kInt8},
 
 // A product of bf16 rows with per-row and per-column scales, on an H100.
 GemmProblem problem_of(DType a, DType b, int64_t m, int64_t n, int64_t k) {
-  return {90, m, n, k, a, b, DType::kBFloat16, true, true, true, false, DType::kFloat32};
+  return {90, m, n, k, a, b, DType::kBFloat16, true, true, true, true, false, DType::kFloat32};
 }
 
 void check_plan(const GemmProblem& problem) {
@@ -40,7 +40,9 @@ void check_plan(const GemmProblem& problem) {
       CHECK(is_int8 && problem.is_aligned && product.a == LtType::kInt8 && product.d == LtType::kInt32, "int8");
       break;
     case GemmPath::kOuter:
-      CHECK(problem.arch == 90 && problem.a_per_row && problem.b_per_column && product.has_outer_scales, "outer");
+      CHECK(problem.arch == 90 && problem.a_per_row && problem.b_per_column && problem.are_vectors_aligned &&
+                product.has_outer_scales,
+            "outer");
       CHECK(product.d == lt_type(problem.y) && product.has_bias == problem.has_bias, "outer result");
       CHECK(!problem.has_bias || problem.bias == problem.y, "outer bias");
       CHECK(plan.rows_together == problem.m, "no sums are kept");
@@ -79,6 +81,9 @@ void test_choices() {
   problem.a_per_row = false;
   CHECK(path_of(problem) == GemmPath::kFp8, "one scale for all rows");
   problem.a_per_row = true;
+  problem.are_vectors_aligned = false;
+  CHECK(path_of(problem) == GemmPath::kFp8, "scales in the middle of others");
+  problem.are_vectors_aligned = true;
   problem.has_bias = true;
   CHECK(path_of(problem) == GemmPath::kFp8, "a bias of another type");
   problem.bias = DType::kBFloat16;
@@ -114,10 +119,10 @@ int main() {
       for (int64_t m : {0, 1, 8, 9, 16, 17, 8192, 100000}) {
         for (int64_t n : {0, 1, 4, 8, 12, 16, 24, 576, 4095, 4096, 128256}) {
           for (int64_t k : {0, 1, 4, 8, 16, 24, 32, 577, 4096, 133144}) {
-            for (int flags = 0; flags < 16; ++flags) {
+            for (int flags = 0; flags < 32; ++flags) {
               for (int types = 0; types < 9; ++types) {
                 check_plan({arch, m, n, k, pair[0], pair[1], kFloats[types % 3], (flags & 1) != 0, (flags & 2) != 0,
-                            (flags & 4) != 0, (flags & 8) != 0, kFloats[types / 3]});
+                            (flags & 4) != 0, (flags & 8) != 0, (flags & 16) != 0, kFloats[types / 3]});
               }
             }
           }
