@@ -24,8 +24,11 @@
 namespace sq {
 
 constexpr int64_t kMostSkinnyRows = 8;
-// Sums in int32 or fp32 that are kept at a time: rows beyond are another product. Untuned.
-constexpr int64_t kMostSumBytes = int64_t{256} << 20;
+// Sums in int32 or fp32 that are kept at a time: rows beyond are another product. Untuned; tests make it small.
+#ifndef SQ_MOST_SUM_BYTES
+#define SQ_MOST_SUM_BYTES (int64_t{256} << 20)
+#endif
+constexpr int64_t kMostSumBytes = SQ_MOST_SUM_BYTES;
 
 struct GemmProblem {
   int arch;  // 90 for sm_90

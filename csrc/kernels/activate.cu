@@ -1,8 +1,7 @@
 // Chooses the instance of the activation kernel and launches it.
 #include "kernels/activate.cuh"
 
-#include <cuda_runtime.h>
-
+#include "kernels/launch.cuh"
 #include "kernels/rows.h"
 #include "kernels/with_type.h"
 
@@ -39,12 +38,7 @@ void launch_activate_rows(const ActivateJob& job, int64_t shared_bytes, void* st
     rows.wide = can_move_groups(job.columns, rows.gate, rows.up, rows.target.q);
     rows.is_kept = room <= shared_bytes;
     const auto kernel = choose_activation<T>(job.activation);
-    const auto bytes = rows.is_kept ? static_cast<size_t>(room) : size_t{0};
-    // More than 48 KB have to be asked for.
-    if (bytes > 48 * 1024) {
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-    }
-    kernel<<<static_cast<unsigned>(job.rows), threads, bytes, static_cast<cudaStream_t>(stream)>>>(rows);
+    launch(kernel, job.rows, threads, rows.is_kept ? room : 0, stream, rows);
   });
 }
 

@@ -1,9 +1,8 @@
 // Chooses the instances of the kernels of gemm.h and launches them.
 #include "kernels/gemm.h"
 
-#include <cuda_runtime.h>
-
 #include "kernels/epilogue.cuh"
+#include "kernels/launch.cuh"
 #include "kernels/skinny.cuh"
 #include "kernels/with_type.h"
 
@@ -11,15 +10,15 @@ namespace sq {
 namespace {
 
 template <typename Sum, int kRows>
-void launch_skinny(const SkinnyJob& job, cudaStream_t stream) {
+void launch_skinny(const SkinnyJob& job, void* stream) {
   const auto column_blocks = static_cast<unsigned>((job.finish.n + kSkinnyColumns - 1) / kSkinnyColumns);
   const auto row_blocks = static_cast<unsigned>((job.finish.m + kRows - 1) / kRows);
-  skinny_gemm_kernel<Sum, kRows, kSkinnyColumns><<<column_blocks * row_blocks, skinny_threads(job.k), 0, stream>>>(
-      job, column_blocks, can_move_words(job.a, job.b, job.k));
+  launch(skinny_gemm_kernel<Sum, kRows, kSkinnyColumns>, int64_t{column_blocks} * row_blocks, skinny_threads(job.k), 0,
+         stream, job, column_blocks, can_move_words(job.a, job.b, job.k));
 }
 
 template <typename Sum>
-void launch_skinny(const SkinnyJob& job, cudaStream_t stream) {
+void launch_skinny(const SkinnyJob& job, void* stream) {
   if (job.finish.m == 1) return launch_skinny<Sum, 1>(job, stream);
   if (job.finish.m == 2) return launch_skinny<Sum, 2>(job, stream);
   if (job.finish.m <= 4) return launch_skinny<Sum, 4>(job, stream);
@@ -27,7 +26,7 @@ void launch_skinny(const SkinnyJob& job, cudaStream_t stream) {
 }
 
 template <typename Sum>
-void launch_epilogue_of(const EpilogueJob& job, cudaStream_t stream) {
+void launch_epilogue_of(const EpilogueJob& job, void* stream) {
   with_float_type(job.finish.y_dtype, [&](auto type) {
     using Y = typename decltype(type)::type;
     const auto* sums = static_cast<const Sum*>(job.sums);
@@ -35,8 +34,8 @@ void launch_epilogue_of(const EpilogueJob& job, cudaStream_t stream) {
                       reinterpret_cast<uintptr_t>(job.sums) % alignof(Four<Sum>) == 0 &&
                       reinterpret_cast<uintptr_t>(job.finish.y) % alignof(Four<Y>) == 0;
     const auto row_blocks = static_cast<unsigned>(epilogue_blocks(job.finish.n));
-    const auto blocks = static_cast<unsigned>(job.finish.m * row_blocks);
-    epilogue_kernel<Sum, Y><<<blocks, kEpilogueThreads, 0, stream>>>(sums, job.finish, row_blocks, wide);
+    launch(epilogue_kernel<Sum, Y>, job.finish.m * row_blocks, kEpilogueThreads, 0, stream, sums, job.finish,
+           row_blocks, wide);
   });
 }
 
@@ -44,14 +43,12 @@ void launch_epilogue_of(const EpilogueJob& job, cudaStream_t stream) {
 
 void launch_skinny_gemm(const SkinnyJob& job, void* stream) {
   if (job.finish.m == 0 || job.finish.n == 0) return;
-  const auto own = static_cast<cudaStream_t>(stream);
-  job.a_dtype == DType::kInt8 ? launch_skinny<int32_t>(job, own) : launch_skinny<float>(job, own);
+  job.a_dtype == DType::kInt8 ? launch_skinny<int32_t>(job, stream) : launch_skinny<float>(job, stream);
 }
 
 void launch_epilogue(const EpilogueJob& job, void* stream) {
   if (job.finish.m == 0 || job.finish.n == 0) return;
-  const auto own = static_cast<cudaStream_t>(stream);
-  job.is_int32 ? launch_epilogue_of<int32_t>(job, own) : launch_epilogue_of<float>(job, own);
+  job.is_int32 ? launch_epilogue_of<int32_t>(job, stream) : launch_epilogue_of<float>(job, stream);
 }
 
 void launch_widen(const WidenJob& job, void* stream) {
@@ -59,10 +56,9 @@ void launch_widen(const WidenJob& job, void* stream) {
   constexpr int kThreads = 256;
   constexpr int64_t kMostBlocks = 8192;
   const int64_t needed = (job.count + kThreads * kGroup - 1) / (kThreads * kGroup);
-  const auto blocks = static_cast<unsigned>(needed < kMostBlocks ? needed : kMostBlocks);
+  const int64_t blocks = needed < kMostBlocks ? needed : kMostBlocks;
   const bool is_aligned = is_group_aligned(job.q) && is_group_aligned(job.wide);
-  widen_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(job.q, job.dtype, job.wide, job.count,
-                                                                           is_aligned);
+  launch(widen_kernel, blocks, kThreads, 0, stream, job.q, job.dtype, job.wide, job.count, is_aligned);
 }
 
 }  // namespace sq

@@ -1,8 +1,7 @@
 // Chooses the instance of the norm kernel and launches it.
 #include "kernels/norm.cuh"
 
-#include <cuda_runtime.h>
-
+#include "kernels/launch.cuh"
 #include "kernels/rows.h"
 #include "kernels/with_type.h"
 
@@ -49,12 +48,9 @@ void launch_norm_rows(const NormJob& job, void* stream) {
                 is_aligned(job.weight) && is_aligned(job.bias);
     const NormConfig config = norm_config(job.columns, rows.wide);
     const auto kernel = job.y == nullptr ? choose_norm<T, true>(config.groups) : choose_norm<T, false>(config.groups);
-    const auto bytes = config.groups == 0 ? size_t{0} : static_cast<size_t>(job.columns) * sizeof(T);
-    // More than 48 KB have to be asked for; every GPU from sm_80 on gives the 64 KB of the longest row of fp32.
-    if (bytes > 48 * 1024) {
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-    }
-    kernel<<<static_cast<unsigned>(job.rows), config.threads, bytes, static_cast<cudaStream_t>(stream)>>>(rows);
+    // 64 KB at most, which every GPU from sm_80 on has.
+    const int64_t bytes = config.groups == 0 ? 0 : job.columns * static_cast<int64_t>(sizeof(T));
+    launch(kernel, job.rows, config.threads, bytes, stream, rows);
   });
 }
 

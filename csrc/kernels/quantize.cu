@@ -1,8 +1,7 @@
 // Chooses the instance of each quantize kernel and launches it.
 #include "kernels/quantize.h"
 
-#include <cuda_runtime.h>
-
+#include "kernels/launch.cuh"
 #include "kernels/quantize.cuh"
 #include "kernels/with_type.h"
 
@@ -29,8 +28,7 @@ void launch_quantize_rows(const QuantizeRowsJob& job, void* stream) {
           return quantize_rows_kernel<T, 0>;
       }
     }();
-    kernel<<<static_cast<unsigned>(job.rows), config.threads, 0, static_cast<cudaStream_t>(stream)>>>(
-        x, job.smooth, job.target, job.columns, wide);
+    launch(kernel, job.rows, config.threads, 0, stream, x, job.smooth, job.target, job.columns, wide);
   });
 }
 
@@ -39,13 +37,12 @@ void launch_quantize_static(const QuantizeStaticJob& job, void* stream) {
   constexpr int kThreads = 256;
   constexpr int64_t kMostBlocks = 8192;  // enough to fill any GPU; the threads step over the rest
   const int64_t needed = (job.count + kThreads * kGroup - 1) / (kThreads * kGroup);
-  const auto blocks = static_cast<unsigned>(needed < kMostBlocks ? needed : kMostBlocks);
+  const int64_t blocks = needed < kMostBlocks ? needed : kMostBlocks;
   with_float_type(job.x_dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const T* x = static_cast<const T*>(job.x);
     const bool wide = is_group_aligned(x) && is_group_aligned(job.q);
-    quantize_static_kernel<T>
-        <<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(x, job.scale, job.q, job.q_dtype, job.count, wide);
+    launch(quantize_static_kernel<T>, blocks, kThreads, 0, stream, x, job.scale, job.q, job.q_dtype, job.count, wide);
   });
 }
 
