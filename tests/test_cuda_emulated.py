@@ -29,6 +29,7 @@ SOURCES = [
 OPS = [op.partition(",")[0] for op, _, families in backends._OPS if families]
 ARCHS = (80, 89, 90, 100)
 EPS = torch.finfo(torch.float32).eps
+LIBRARY = torch.library.Library("sq_emulated", "DEF")  # its ops are there as long as it is
 
 pytestmark = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="the sources are not here")
 
@@ -58,9 +59,8 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def registered(emulated: Path) -> Any:
     """``torch.ops.sq_emulated``, with the schemas of ``torch.ops.sq``."""
-    library = torch.library.Library("sq_emulated", "DEF")
     for op in set(OPS):
-        library.define(str(getattr(torch.ops.sq, op).default._schema).removeprefix("sq::"))
+        LIBRARY.define(str(getattr(torch.ops.sq, op).default._schema).removeprefix("sq::"))
     torch.ops.load_library(emulated)
     return torch.ops.sq_emulated
 
