@@ -5,10 +5,8 @@
 
 #ifdef __CUDA_ARCH__
 #define SQ_UNROLL _Pragma("unroll")
-#define SQ_KEEP_LOOP _Pragma("unroll 1")
 #else
 #define SQ_UNROLL
-#define SQ_KEEP_LOOP
 #endif
 
 namespace sq {

@@ -34,34 +34,29 @@ inline bool can_move_words(const uint8_t* a, const uint8_t* b, int64_t k) {
   return k % kSkinnyBytes == 0 && (reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b)) % 16 == 0;
 }
 
-// row[k, k + 16), zeros past its end. kStream: read once, so that it need not push others out of L1.
-template <bool kWide, bool kStream>
-SQ_HOST_DEVICE inline Words load_words(const uint8_t* row, int64_t k, int64_t end) {
-  Words words;
-  if constexpr (kWide) {
+// row[k, k + 16). kStream: read once, so that it need not push others out of L1.
+template <bool kStream>
+SQ_HOST_DEVICE inline Words load_words(const uint8_t* row, int64_t k) {
 #ifdef __CUDA_ARCH__
-    if constexpr (kStream) {
-      asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-          : "=r"(words.at[0]), "=r"(words.at[1]), "=r"(words.at[2]), "=r"(words.at[3])
-          : "l"(row + k));
-      return words;
-    }
-#endif
-    return *reinterpret_cast<const Words*>(row + k);
-  } else {
-    SQ_UNROLL
-    for (int w = 0; w < 4; ++w) {
-      uint32_t word = 0;
-      // Rare, and not worth the registers of so many loads.
-      SQ_KEEP_LOOP
-      for (int i = 0; i < 4; ++i) {
-        const int64_t at = k + 4 * w + i;
-        if (at < end) word |= static_cast<uint32_t>(row[at]) << 8 * i;
-      }
-      words.at[w] = word;
-    }
+  if constexpr (kStream) {
+    Words words;
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(words.at[0]), "=r"(words.at[1]), "=r"(words.at[2]), "=r"(words.at[3])
+        : "l"(row + k));
     return words;
   }
+#endif
+  return *reinterpret_cast<const Words*>(row + k);
+}
+
+// row[k, k + 4), byte by byte, with zeros past its end.
+SQ_HOST_DEVICE inline uint32_t load_word(const uint8_t* row, int64_t k, int64_t end) {
+  uint32_t word = 0;
+  SQ_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    if (k + i < end) word |= static_cast<uint32_t>(row[k + i]) << 8 * i;
+  }
+  return word;
 }
 
 // Adds kCount values over the lanes of a warp with few exchanges: each halves the values that a lane still cares for.
@@ -100,55 +95,73 @@ SQ_HOST_DEVICE inline void store_float(void* y, DType dtype, int64_t index, floa
   }
 }
 
+// The products of one word of each row with one of each column, 4 values of k.
 template <int kRows, int kColumns>
-__device__ __forceinline__ void add_products(int32_t (&sums)[kRows * kColumns], const Words (&a)[kRows],
-                                             const Words (&b)[kColumns], DType, DType) {
+__device__ __forceinline__ void add_products(int32_t (&sums)[kRows * kColumns], const uint32_t (&a)[kRows],
+                                             const uint32_t (&b)[kColumns], DType, DType) {
   SQ_UNROLL
-  for (int w = 0; w < 4; ++w) {
+  for (int r = 0; r < kRows; ++r) {
     SQ_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      SQ_UNROLL
-      for (int c = 0; c < kColumns; ++c) {
-        int32_t& sum = sums[r * kColumns + c];
-        sum = __dp4a(static_cast<int32_t>(a[r].at[w]), static_cast<int32_t>(b[c].at[w]), sum);
-      }
+    for (int c = 0; c < kColumns; ++c) {
+      int32_t& sum = sums[r * kColumns + c];
+      sum = __dp4a(static_cast<int32_t>(a[r]), static_cast<int32_t>(b[c]), sum);
     }
   }
 }
 
 template <int kRows, int kColumns>
-__device__ __forceinline__ void add_products(float (&sums)[kRows * kColumns], const Words (&a)[kRows],
-                                             const Words (&b)[kColumns], DType a_dtype, DType b_dtype) {
+__device__ __forceinline__ void add_products(float (&sums)[kRows * kColumns], const uint32_t (&a)[kRows],
+                                             const uint32_t (&b)[kColumns], DType a_dtype, DType b_dtype) {
+  float b_values[kColumns][4];
   SQ_UNROLL
-  for (int w = 0; w < 4; ++w) {
-    float b_values[kColumns][4];
+  for (int c = 0; c < kColumns; ++c) decode_fp8(b[c], b_dtype, b_values[c]);
+  SQ_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    float a_values[4];
+    decode_fp8(a[r], a_dtype, a_values);
     SQ_UNROLL
-    for (int c = 0; c < kColumns; ++c) decode_fp8(b[c].at[w], b_dtype, b_values[c]);
-    SQ_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      float a_values[4];
-      decode_fp8(a[r].at[w], a_dtype, a_values);
+    for (int c = 0; c < kColumns; ++c) {
       SQ_UNROLL
-      for (int c = 0; c < kColumns; ++c) {
-        SQ_UNROLL
-        for (int i = 0; i < 4; ++i) sums[r * kColumns + c] += a_values[i] * b_values[c][i];
-      }
+      for (int i = 0; i < 4; ++i) sums[r * kColumns + c] += a_values[i] * b_values[c][i];
     }
   }
 }
 
 // A thread's share of K. No branch stands between its loads, so that all of a turn are under way before the first is used.
-template <bool kWide, int kRows, int kColumns, typename Sum>
-__device__ __forceinline__ void add_rows(Sum (&sums)[kRows * kColumns], const uint8_t* const (&a_rows)[kRows],
+template <int kRows, int kColumns, typename Sum>
+__device__ __forceinline__ void add_wide(Sum (&sums)[kRows * kColumns], const uint8_t* const (&a_rows)[kRows],
                                          const uint8_t* const (&b_rows)[kColumns], const SkinnyJob& job) {
-  const int64_t k = job.k, step = static_cast<int64_t>(blockDim.x) * kSkinnyBytes;
-  for (int64_t at = static_cast<int64_t>(threadIdx.x) * kSkinnyBytes; at < k; at += step) {
+  const int64_t step = static_cast<int64_t>(blockDim.x) * kSkinnyBytes;
+  for (int64_t at = static_cast<int64_t>(threadIdx.x) * kSkinnyBytes; at < job.k; at += step) {
     Words a[kRows], b[kColumns];
     SQ_UNROLL
-    for (int c = 0; c < kColumns; ++c) b[c] = load_words<kWide, true>(b_rows[c], at, k);
+    for (int c = 0; c < kColumns; ++c) b[c] = load_words<true>(b_rows[c], at);
     SQ_UNROLL
-    for (int r = 0; r < kRows; ++r) a[r] = load_words<kWide, false>(a_rows[r], at, k);
-    add_products<kRows, kColumns>(sums, a, b, job.a_dtype, job.b_dtype);
+    for (int r = 0; r < kRows; ++r) a[r] = load_words<false>(a_rows[r], at);
+    SQ_UNROLL
+    for (int w = 0; w < 4; ++w) {
+      uint32_t a_words[kRows], b_words[kColumns];
+      SQ_UNROLL
+      for (int r = 0; r < kRows; ++r) a_words[r] = a[r].at[w];
+      SQ_UNROLL
+      for (int c = 0; c < kColumns; ++c) b_words[c] = b[c].at[w];
+      add_products<kRows, kColumns>(sums, a_words, b_words, job.a_dtype, job.b_dtype);
+    }
+  }
+}
+
+// The same of rows that do not begin at multiples of 16 bytes, which is rare.
+template <int kRows, int kColumns, typename Sum>
+__device__ __forceinline__ void add_narrow(Sum (&sums)[kRows * kColumns], const uint8_t* const (&a_rows)[kRows],
+                                           const uint8_t* const (&b_rows)[kColumns], const SkinnyJob& job) {
+  const int64_t step = static_cast<int64_t>(blockDim.x) * 4;
+  for (int64_t at = static_cast<int64_t>(threadIdx.x) * 4; at < job.k; at += step) {
+    uint32_t a_words[kRows], b_words[kColumns];
+    SQ_UNROLL
+    for (int c = 0; c < kColumns; ++c) b_words[c] = load_word(b_rows[c], at, job.k);
+    SQ_UNROLL
+    for (int r = 0; r < kRows; ++r) a_words[r] = load_word(a_rows[r], at, job.k);
+    add_products<kRows, kColumns>(sums, a_words, b_words, job.a_dtype, job.b_dtype);
   }
 }
 
@@ -178,8 +191,7 @@ __global__ void __launch_bounds__(32 * kSkinnyWarps, skinny_blocks_together<Sum>
   }
 
   Sum sums[kCount] = {};
-  wide ? add_rows<true, kRows, kColumns>(sums, a_rows, b_rows, job)
-       : add_rows<false, kRows, kColumns>(sums, a_rows, b_rows, job);
+  wide ? add_wide<kRows, kColumns>(sums, a_rows, b_rows, job) : add_narrow<kRows, kColumns>(sums, a_rows, b_rows, job);
 
   warp_sums(sums);
   const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
