@@ -191,11 +191,12 @@ def check_fp8(y: Tensor, a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor,
     assert bool(((y.double() - exact).abs() <= bound).all())
 
 
+@pytest.mark.parametrize("refused", ["outer", "all"])
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
-def test_without_an_algorithm_the_other_kernel_computes(
-    arch: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+def test_without_an_algorithm_another_way_is_taken(
+    arch: int, dtype: torch.dtype, refused: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SQ_EMULATED_REFUSES", "1")
+    monkeypatch.setenv("SQ_EMULATED_REFUSES", refused)
     a, a_scale = reference.quantize_per_token(randn(20, 64), dtype)
     b, b_scale = reference.quantize_per_token(randn(32, 64, seed=1), dtype)
     y = ops.w8a8_gemm(a, b, a_scale, b_scale, None, torch.float32)

@@ -154,8 +154,7 @@ bool lt_multiply(const char* op, const LtProduct& product, const LtOperands& ope
                       layout(op, product.d, product.rows, product.columns), describe(op, product, operands)};
   const std::optional<Algorithm> algorithm = choose(op, own, product, choice, device);
   if (!algorithm.has_value()) return false;
-  const Tensor workspace =
-      empty_like_device(like, {static_cast<int64_t>(algorithm->workspace_bytes)}, ScalarType::Byte);
+  Tensor workspace = empty_like_device(like, {static_cast<int64_t>(algorithm->workspace_bytes)}, ScalarType::Byte);
   const int32_t one_int = 1, zero_int = 0;
   const float one = 1.0f, zero = 0.0f;
   const bool is_int8 = product.a == LtType::kInt8;
@@ -163,7 +162,7 @@ bool lt_multiply(const char* op, const LtProduct& product, const LtOperands& ope
   const void* beta = is_int8 ? static_cast<const void*>(&zero_int) : &zero;
   check(op, cublasLtMatmul(own, choice.description.get(), alpha, operands.a, choice.a.get(), operands.b, choice.b.get(),
                            beta, operands.d, choice.d.get(), operands.d, choice.d.get(), &algorithm->algorithm,
-                           const_cast<void*>(workspace.const_data_ptr()), algorithm->workspace_bytes,
+                           workspace.mutable_data_ptr(), algorithm->workspace_bytes,
                            static_cast<cudaStream_t>(current_stream(like))));
   return true;
 }

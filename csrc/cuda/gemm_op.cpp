@@ -110,10 +110,11 @@ Tensor multiply_cuda(const char* op, const Tensor& a, const Tensor& a_scale, con
   problem.b_per_column = finish.b_scale_step != 0;
   problem.has_bias = finish.bias != nullptr;
   problem.bias = finish.bias_dtype;
-  const GemmPlan plan = plan_gemm(problem);
-  if (plan.path != GemmPath::kSkinny) {
+  GemmPlan plan = plan_gemm(problem);
+  while (plan.path != GemmPath::kSkinny) {
     check_blocks(op, shape, shape.m * ((shape.n + 1023) / 1024));
     if (multiply_with_library(op, plan, a, b, finish)) return y;
+    plan = plan_without_algorithm(problem, plan);
   }
   check_blocks(op, shape, skinny_blocks(shape.m, shape.n));
   launch_skinny_gemm({pointer<uint8_t>(a), pointer<uint8_t>(b), problem.a, problem.b, shape.k, finish},

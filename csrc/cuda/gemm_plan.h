@@ -132,6 +132,18 @@ inline GemmPlan plan_gemm(const GemmProblem& problem) {
   return plan;
 }
 
+// What is left where cuBLASLt has no algorithm for a plan: without its outer scales, then without the library.
+inline GemmPlan plan_without_algorithm(GemmProblem problem, const GemmPlan& refused) {
+  if (refused.path == GemmPath::kOuter) {
+    problem.are_vectors_aligned = false;
+    return plan_gemm(problem);
+  }
+  GemmPlan plan{};
+  plan.path = GemmPath::kSkinny;
+  plan.rows_together = problem.m;
+  return plan;
+}
+
 // The bytes that cuBLASLt may use beside its operands: what NVIDIA recommends for each architecture.
 inline int64_t lt_workspace_bytes(int arch) { return int64_t{arch >= 90 ? 32 : 4} << 20; }
 

@@ -103,6 +103,20 @@ void test_choices() {
   }
 }
 
+void test_refusals() {
+  constexpr DType kE4M3 = DType::kFloat8E4M3;
+  for (DType b : {kE4M3, DType::kFloat8E5M2}) {
+    const GemmProblem problem = problem_of(kE4M3, b, 100, 4096, 4096);
+    const GemmPlan outer = plan_gemm(problem), plain = plan_without_algorithm(problem, outer);
+    CHECK(outer.path == GemmPath::kOuter && plain.path == GemmPath::kFp8, "scales in the epilogue");
+    CHECK(!plain.product.has_outer_scales && plain.product.d == LtType::kFloat32, "of fp32 sums");
+    CHECK(plan_without_algorithm(problem, plain).path == GemmPath::kSkinny, "and without the library");
+  }
+  const GemmProblem problem = problem_of(DType::kInt8, DType::kInt8, 100, 4096, 4096);
+  const GemmPlan last = plan_without_algorithm(problem, plan_gemm(problem));
+  CHECK(last.path == GemmPath::kSkinny && last.rows_together == 100, "INT8 too");
+}
+
 void test_rows_together() {
   // Llama-3-8B's gate projection for 8192 tokens: 450 MiB of sums, in pieces of 256 MiB.
   const GemmPlan plan = plan_gemm(problem_of(DType::kInt8, DType::kInt8, 8192, 14336, 4096));
@@ -131,6 +145,7 @@ int main() {
     }
   }
   test_choices();
+  test_refusals();
   test_rows_together();
   // Two products that differ in anything have different places in the memory of choices.
   const LtProduct one{LtType::kInt8, LtType::kInt8, LtType::kInt32, 16, 32, 64, false, false};
