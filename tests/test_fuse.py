@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from op_cases import HAS_CUDA
 from torch import Tensor, nn
 
 from smoothquant_ext import ops
@@ -234,6 +235,28 @@ def test_a_quantized_model_is_fused_where_it_can_be() -> None:
         narrow = copy.deepcopy(model).to(torch.bfloat16)(ids).logits
     assert narrow.dtype == torch.bfloat16
     assert float((narrow.float() - before).norm() / before.norm()) < 0.1
+
+
+# A model on "meta" computes nothing, but calls what it would call on a GPU.
+@pytest.mark.parametrize("device", ["meta", *(["cuda"] if HAS_CUDA else [])])
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_off_the_cpu_a_fused_model_runs_its_modules(device: str, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = quantize(tiny.build("llama"), tiny.token_ids(), Recipe(scheme=scheme), progress=False)
+    ids = tiny.token_ids(seed=9)
+    with torch.no_grad():
+        expected = model(ids).logits
+        calls = []
+        for op in ("attention", "linear", "rms_norm", "w8a8_decoder_layer_", "w8a8_mlp", "w8a8_linears"):
+            monkeypatch.setattr(ops, op, lambda *_, op=op: calls.append(op))
+        logits = model.to(device)(ids.to(device)).logits
+    assert not calls
+    assert (logits.device.type, logits.shape) == (device, expected.shape)
+    if device == "cuda":
+        # The norms and the attention of torch round elsewhere.
+        assert float((logits.cpu() - expected).norm() / expected.norm()) < 0.05
+        monkeypatch.undo()
+        with torch.no_grad():
+            assert torch.equal(model.to("cpu")(ids).logits, expected)
 
 
 def test_what_takes_the_place_of_down_is_called() -> None:
