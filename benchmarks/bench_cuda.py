@@ -72,6 +72,13 @@ def _ours(case: Gemm, make: Callable[..., Tensor]) -> Call:
     return lambda: ops.w8a8_gemm(a, b, a_scale, b_scale)
 
 
+def _linear(case: Gemm) -> Call:
+    """A whole layer: quantization and product."""
+    x = torch.randn(case.m, case.k, device=DEVICE, dtype=torch.bfloat16)
+    b, b_scale = _random_int8(case.n, case.k), _scales(case.n)
+    return lambda: ops.w8a8_linear(x, b, b_scale)
+
+
 def _bf16(case: Gemm) -> Call:
     x = torch.randn(case.m, case.k, device=DEVICE, dtype=torch.bfloat16)
     w = torch.randn(case.n, case.k, device=DEVICE, dtype=torch.bfloat16)
@@ -92,6 +99,7 @@ def _scaled_mm(case: Gemm) -> Call:
 ENGINES: dict[str, Callable[[Gemm], Call]] = {
     "int8": lambda case: _ours(case, _random_int8),
     "fp8": lambda case: _ours(case, _random_fp8),
+    "linear": _linear,
     "bf16": _bf16,
     "int_mm": _int_mm,
     "scaled_mm": _scaled_mm,
@@ -107,7 +115,7 @@ def time_gemm(case: Gemm, cache_bytes: int) -> Iterator[Record]:
             calls = [make(case) for _ in range(copies(moved, cache_bytes))]
             taken = time_us(calls)
         except RuntimeError as error:  # _int_mm wants more than 16 rows, _scaled_mm a new GPU
-            if name in ("int8", "fp8"):
+            if name in ("int8", "fp8", "linear"):
                 raise
             yield {"what": f"{name} refused", "m": case.m, "n": case.n, "k": case.k, "reason": str(error)[:200]}
             continue

@@ -9,6 +9,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ LINEARS = {"q/o": (4096, 4096), "k/v": (1024, 4096), "gate/up": (14336, 4096), "
 TOKENS = (1, 4096, 2048, 8, 16, 128, 8192, 4, 64, 512, 1024, 2, 32, 256)
 LARGE = 2048
 LAST_STEP = "benchmarks"
+VALIDATIONS = "smoothquant_ext/validated_kernels.json"
 PRODUCER_ROWS, PRODUCER_COLUMNS = 4096, (4096, 14336)
 MIB = 2**20
 
@@ -160,7 +162,7 @@ def read_lines(path: Path) -> list[Record]:
 
 def speed_table(records: Sequence[Record]) -> list[str]:
     """Products in TOPS, then producers in GB/s, by what was measured."""
-    engines = ("int8", "int_mm", "fp8", "scaled_mm", "bf16")
+    engines = ("int8", "linear", "int_mm", "fp8", "scaled_mm", "bf16")
     by_engine = {engine: _times(records, engine) for engine in engines}
     shapes = sorted({shape for times in by_engine.values() for shape in times}, key=lambda s: (s[1], s[2], s[0]))
     lines = (
@@ -194,8 +196,25 @@ def summary(folder: Path) -> tuple[list[str], bool]:
     elif not steps or steps[-1]["name"] != LAST_STEP:
         lines.append("CUT OFF: what is not listed above did not run")
     else:
-        lines.append("PASSED")
+        lines += [*validation(folder), "PASSED"]
     return lines, lines[-1] == "PASSED"
+
+
+def validation(folder: Path) -> list[str]:
+    """The entry that smoothquant_ext/validated_kernels.json gets for a run that passed."""
+    path = folder / "machine.json"
+    if not path.is_file():
+        return []
+    machine = json.loads(path.read_text())
+    entry = {
+        "device": machine["device"],
+        "arch": machine["arch"],
+        "kernels": ["quantize", "rows", "gemm_int8", "gemm_fp8"],
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "commit": machine["commit"],
+        "evidence": f"cuda-{machine['device'].lower().replace(' ', '-')}.jsonl",
+    }
+    return [f"For {VALIDATIONS}, with bench.jsonl as benchmarks/results/{entry['evidence']}:", f"  {json.dumps(entry)}"]
 
 
 def main() -> int:

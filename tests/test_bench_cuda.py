@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from smoothquant_ext.cuda_kernels import FAMILIES, read_validations
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench_cuda  # noqa: E402
@@ -95,13 +97,24 @@ def test_the_summary_says_what_passed(tmp_path: Path, steps: list[Record], last:
     assert process.stdout.splitlines() == lines
 
 
+def test_what_passed_is_an_entry_of_the_table(tmp_path: Path) -> None:
+    write_lines(tmp_path / "steps.jsonl", step("tests"), step("benchmarks"))
+    write_lines(tmp_path / "machine.json", {"device": "NVIDIA H200", "arch": 90, "commit": "abc1234"})
+    entry = json.loads(summary(tmp_path)[0][-2])
+    table = tmp_path / "table.json"
+    table.write_text(json.dumps({"validated": [entry]}))
+    (validated,) = read_validations(table)
+    assert (validated.device, validated.arch, validated.kernels) == ("NVIDIA H200", 90, FAMILIES)
+    assert ROOT.joinpath(cuda_cases.VALIDATIONS).is_file()
+
+
 def test_every_call_of_the_benchmark_works(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, where nothing is timed."""
     monkeypatch.setattr(bench_cuda, "DEVICE", "cpu")
     for name in cuda_cases.PRODUCERS:
         bench_cuda.producer_call(name, 3, 64)()
     case = Gemm("small", 17, 32, 64)
-    for name in ("int8", "fp8", "bf16", "int_mm"):
+    for name in ("int8", "fp8", "linear", "bf16", "int_mm"):
         assert bench_cuda.ENGINES[name](case)().shape == (17, 32)
 
 
