@@ -89,15 +89,28 @@ SQ_HOST_DEVICE inline Group<T> load_sum(const NormTask<T>& job, int64_t row, int
 template <typename T>
 SQ_HOST_DEVICE inline void normalize(float (&values)[kGroup], const NormTask<T>& job, const Group<T>& h, float mean,
                                      float gain, int64_t first, bool wide) {
+  if (wide && first >= job.columns) {  // all of it or nothing
+    SQ_UNROLL
+    for (int i = 0; i < kGroup; ++i) values[i] = 0.0f;
+    return;
+  }
   load_group(values, job.weight, job.weight_dtype, job.offset, first, job.columns, wide);
+  float deviations[kGroup];
   SQ_UNROLL
-  for (int i = 0; i < kGroup; ++i) values[i] = (to_float(h.at[i]) - mean) * gain * values[i];
+  for (int i = 0; i < kGroup; ++i) deviations[i] = to_float(h.at[i]);
+  if (job.is_layer) {  // x - 0 is x
+    SQ_UNROLL
+    for (int i = 0; i < kGroup; ++i) deviations[i] = deviations[i] - mean;
+  }
+  SQ_UNROLL
+  for (int i = 0; i < kGroup; ++i) values[i] = deviations[i] * gain * values[i];
   if (job.bias != nullptr) {
     float bias[kGroup];
     load_group(bias, job.bias, job.bias_dtype, -0.0f, first, job.columns, wide);
     SQ_UNROLL
     for (int i = 0; i < kGroup; ++i) values[i] = values[i] + bias[i];
   }
+  if (wide) return;
   SQ_UNROLL
   for (int i = 0; i < kGroup; ++i) values[i] = first + i < job.columns ? values[i] : 0.0f;
 }

@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   for (int64_t first = begin; first < count; first += step) {
     const bool whole = wide && first + kGroup <= count;
     load_group(values, x, first, count, whole, 0.0f);
-    store_group(q, quantize_group(values, inverse, dtype), first, count, whole);
+    store_group(q, quantize_group<false>(values, inverse, dtype), first, count, whole);
   }
 }
 

@@ -11,17 +11,23 @@
 
 namespace sq {
 
-// The bits of `value` in the 8-bit type. NaN becomes 0 in INT8 and stays NaN in FP8.
+// Of a number; of a NaN any value within the limits.
+SQ_HOST_DEVICE inline float clamp_number(float value, float limit) {
+#ifdef __CUDA_ARCH__
+  return fmaxf(fminf(value, limit), -limit);  // an instruction each
+#else
+  const float at_most = value > limit ? limit : value;
+  return at_most < -limit ? -limit : at_most;
+#endif
+}
+
+// The bits of a value within the limits in the 8-bit type. In FP8 it may be NaN.
 template <DType kQuantized>
-SQ_HOST_DEVICE inline uint8_t round_to(float value) {
-  constexpr float kMax = quantized_max(kQuantized);
-  // A NaN fails both comparisons and stays.
-  const float at_most = value > kMax ? kMax : value;
-  const float clamped = at_most < -kMax ? -kMax : at_most;
+SQ_HOST_DEVICE inline uint8_t round_clamped(float clamped) {
   if constexpr (kQuantized == DType::kInt8) {
     // Adding 1.5 * 2^23 rounds to an integer, to nearest even, which is then in the low bits.
     constexpr float kRound = 12582912.0f;
-    return static_cast<uint8_t>(float_bits((value == value ? clamped : 0.0f) + kRound));
+    return static_cast<uint8_t>(float_bits(clamped + kRound));
   } else {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
     // The instruction converts two values; the second operand becomes the low byte.
@@ -36,6 +42,19 @@ SQ_HOST_DEVICE inline uint8_t round_to(float value) {
     return kQuantized == DType::kFloat8E4M3 ? float_to_float8_e4m3(clamped) : float_to_float8_e5m2(clamped);
 #endif
   }
+}
+
+// The bits of `value` in the 8-bit type. NaN becomes 0 in INT8 and stays NaN in FP8.
+template <DType kQuantized>
+SQ_HOST_DEVICE inline uint8_t round_to(float value) {
+  const float of_nan = kQuantized == DType::kInt8 ? 0.0f : value;
+  return round_clamped<kQuantized>(value == value ? clamp_number(value, quantized_max(kQuantized)) : of_nan);
+}
+
+// The same of a number, which takes fewer instructions.
+template <DType kQuantized>
+SQ_HOST_DEVICE inline uint8_t round_number(float value) {
+  return round_clamped<kQuantized>(clamp_number(value, quantized_max(kQuantized)));
 }
 
 }  // namespace sq

@@ -39,12 +39,13 @@ struct Values {
 
 constexpr int64_t kRows = 6;
 
-// Row 1 is zero, 2 and 3 have something that is not finite, 4 is tiny.
+// Row 1 is zero, 2 and 3 have something that is not finite, 4 is tiny; 5 is constant, and mean times gain overflows.
 template <class T>
 void make_strange(T* x, int64_t columns) {
   for (int64_t c = 0; c < columns; ++c) {
     from_float(0.0f, &x[columns + c]);
     from_float(to_float(x[4 * columns + c]) * 1e-30f, &x[4 * columns + c]);
+    from_float(std::is_same_v<T, Float16> ? 60000.0f : 3e36f, &x[5 * columns + c]);
   }
   if (columns == 0) return;
   from_float(NAN, &x[2 * columns + columns / 2]);

@@ -19,8 +19,13 @@ enum class Activation { kSilu, kGelu, kGeluTanh, kRelu };
 // divides by the constant that a limit leads to for every element, and subnormal quotients take four times as long. A NaN
 // stays.
 SQ_MATH float exp_polynomial(float x) {
+#ifdef __CUDA_ARCH__
+  x = fmaxf(fminf(x, 60.0f),
+            -87.0f);  // an instruction each; of a NaN some number, but all who ask multiply with x then
+#else
   x = x > 60.0f ? 60.0f : x;
   x = x < -87.0f ? -87.0f : x;
+#endif
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits
   const float shifted = x * 1.44269504088896341f + kRound;
   const float n = shifted - kRound;
