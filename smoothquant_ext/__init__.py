@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .modules import W8A8Linear
     from .ops import info
     from .quantize import quantize
+    from .runtime import disable, enable
     from .scheme import SCHEMES, Recipe, Scheme
 
 # Imported when first used: transformers takes seconds, and `smoothquant --help` should not.
@@ -21,6 +22,8 @@ _HOME = {
     "Scheme": "scheme",
     "SmoothQuantError": "errors",
     "W8A8Linear": "modules",
+    "disable": "runtime",
+    "enable": "runtime",
     "evaluate": "evaluate",
     "info": "ops",
     "load": "checkpoint",
@@ -34,6 +37,8 @@ __all__ = [
     "Scheme",
     "SmoothQuantError",
     "W8A8Linear",
+    "disable",
+    "enable",
     "evaluate",
     "info",
     "load",

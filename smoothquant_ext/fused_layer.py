@@ -81,7 +81,7 @@ class FusedDecoderLayer:
         roles, projections = mlp.fused_roles, attention._modules
         layers = [projections[name] for name in parts.qkvo]
         layers += [mlp._modules[name] for name in (roles.gate, roles.up, roles.down)]
-        if any(type(layer) is not W8A8Linear or layer.smooth is not None for layer in layers):
+        if any(type(layer) is not W8A8Linear or not layer.is_plain for layer in layers):
             return None
         if len({layer.input_scale is None for layer in layers}) > 1:  # some inputs static, others dynamic
             return None

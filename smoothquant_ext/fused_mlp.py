@@ -98,7 +98,7 @@ def mlp_attributes(module: nn.Module) -> dict[str, Any] | None:
         return None
     if any(linear.weight.device.type != "cpu" for linear in module.modules() if isinstance(linear, W8A8Linear)):
         return None
-    if any(linear.smooth is not None for linear in linears.values()):
+    if not all(linear.is_plain for linear in linears.values()):
         return None
     for width in {linear.in_features for linear in linears.values()}:  # of the input, or of what is inside
         roles = _find_roles(module, linears, width)

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .blocks import Batch, find_blocks, token_ids
 from .calibrate import calibrate
 from .convert import convert_
+from .describe import describe_
 from .discover import Discovery, discover
 from .errors import SmoothQuantError
 from .fuse import fuse_
@@ -145,6 +147,8 @@ def quantize(
     rest = [name for name in selection.linears if name not in done.layers]  # outside of every block
     convert_(model, rest, absmax, recipe.resolved_scheme)
     report.fused = fuse_(model)
+    if isinstance(model, PreTrainedModel):
+        describe_(model)
     notes.remove()
 
     smoothed = {consumer for group in done.smoothing.groups for consumer in group.consumers}
