@@ -6,6 +6,7 @@ changes the name: ``"smoothquant"`` is ours. What our kernel does not compute go
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -30,7 +31,19 @@ def use_attention_(model: nn.Module) -> bool:
     if model.config._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
         return False
     model.set_attn_implementation(IMPLEMENTATION)
+    vars(model)["init_continuous_batching"] = MethodType(_init_continuous_batching, model)
     return True
+
+
+def _init_continuous_batching(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """transformers' own, which knows no attention but its own, with ``"sdpa"`` for as long as it runs."""
+    ours = model.config._attn_implementation == IMPLEMENTATION
+    if ours:
+        model.set_attn_implementation("sdpa")
+    manager = type(model).init_continuous_batching(model, *args, **kwargs)
+    if ours:
+        manager._original_attn_impl = IMPLEMENTATION  # what it goes back to when it stops
+    return manager
 
 
 def attention_forward(

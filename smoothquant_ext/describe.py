@@ -65,12 +65,14 @@ def naming(model: PreTrainedModel, layers: Mapping[str, W8A8Linear], plain: Mapp
 def describe_(model: PreTrainedModel) -> None:
     """Gives a quantized model the ``quantization_config`` of its state dict, so that ``save_pretrained`` is right.
 
-    It also refuses, with a sentence, what 8-bit layers cannot do: gradient checkpointing, and ``save_pretrained`` of
+    It also freezes what is left in floating point, so that a forward pass without ``no_grad`` is as fast as one with,
+    and refuses, with a sentence, what 8-bit layers cannot do: gradient checkpointing, and ``save_pretrained`` of
     FP8 e5m2, whose only format has other names.
     """
     layers = quantized_layers(model)
     if not layers:
         return
+    model.requires_grad_(False)
     explicit = any(layer.smooth is not None for layer in layers.values())
     fmt = choose_format(None, [layer.scheme for layer in layers.values()], explicit)
     names = naming(model, layers, stored_tensors(model))
@@ -78,7 +80,7 @@ def describe_(model: PreTrainedModel) -> None:
         model.config.tie_word_embeddings = False  # its 8-bit weight is its own now
     model.config.quantization_config = quantization_config(fmt, names.schemes, names.ignore)
     refused = {
-        "gradient_checkpointing_enable": "gradient checkpointing is for training, and 8-bit layers have no gradient"
+        "gradient_checkpointing_enable": "an 8-bit model cannot use gradient checkpointing; train adapters without it"
     }
     if fmt.name == "lmdeploy":
         refused["save_pretrained"] = "FP8 e5m2 has a format of its own: use smoothquant_ext.save(model, directory)"

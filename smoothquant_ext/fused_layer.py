@@ -22,7 +22,7 @@ from .cache import GrowingLayer, room_for
 from .fused import fused_class
 from .fused_mlp import FusedMLP
 from .fused_norm import FusedRMSNorm
-from .modules import W8A8Linear
+from .modules import W8A8Linear, needs_grad
 
 # With more rows, calling the modules one by one costs nothing, and their intermediate results would pile up.
 MOST_ROWS = 1024
@@ -64,7 +64,7 @@ class FusedDecoderLayer:
     def _is_understood(self, x: Tensor, kwargs: dict[str, Any]) -> bool:
         if not x.is_cpu or x.dim() != 3 or x.shape[0] * x.shape[1] > MOST_ROWS or torch.compiler.is_compiling():
             return False
-        if torch.is_grad_enabled() and x.requires_grad:
+        if needs_grad(x):
             return False
         for name, value in kwargs.items():
             if name not in UNDERSTOOD and (isinstance(value, Tensor) or value):

@@ -67,7 +67,10 @@ class W8A8Linear(nn.Module):
         self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N] in the dtype of ``x``."""
+        """[..., K] -> [..., N] in the dtype of ``x``. Its gradient is that of the dequantized weight."""
+        if needs_grad(x):
+            output: Tensor = StraightThrough.apply(x, self)
+            return output
         if not self.scheme.symmetric:
             return asymmetric_linear(self, x)
         if self.shared is not None and (y := self.shared.output(self, x)) is not None:
@@ -144,6 +147,33 @@ class W8A8Linear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"scheme={self.scheme.name}, packed={self.is_packed}"
         )
+
+
+def needs_grad(x: Tensor) -> bool:
+    """Whether somebody will ask for the gradient of what is computed from ``x``: fused ops have none."""
+    return x.requires_grad and torch.is_grad_enabled()
+
+
+class StraightThrough(torch.autograd.Function):
+    """An 8-bit layer whose gradient passes the rounding of its input unchanged (Bengio et al. 2013, section 4).
+
+    It lets adapters before the layer be trained; the layer itself has nothing to train.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: W8A8Linear) -> Tensor:
+        """[..., K] -> [..., N]"""
+        ctx.layer = layer
+        output: Tensor = layer(x.detach())
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """[..., N] -> [..., K]"""
+        layer: W8A8Linear = ctx.layer
+        weight = layer.plain_weight().to(grad.dtype)
+        gradient = (grad * layer._plain_scale().reshape(-1).to(grad.dtype)) @ weight
+        return (gradient if layer.smooth is None else gradient / layer.smooth.to(grad.dtype)), None
 
 
 def asymmetric_linear(layer: W8A8Linear, x: Tensor) -> Tensor:

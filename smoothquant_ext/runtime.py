@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
+from .adapters import use_adapters
 from .assemble import W8A8Config
 from .errors import SmoothQuantError
 from .layouts import METHODS, parse_quantization_config
@@ -45,8 +46,10 @@ def enable() -> None:
     From then on ``AutoModelForCausalLM.from_pretrained(directory_or_hub_id, ...)``, and whatever calls it (pipelines,
     the server, PEFT), gives a model like that of ``smoothquant_ext.load``. Float weights never exist while it loads;
     ``device_map`` and ``dtype`` work as ever, and ``save_pretrained`` writes compressed-tensors. Checkpoints that are
-    quantized in other ways load as before. Calling it again changes nothing.
+    quantized in other ways load as before. PEFT, if it is installed, learns to put LoRA adapters on the 8-bit layers.
+    Calling it again changes nothing.
     """
+    use_adapters()
     for method in METHODS:
         former = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
         if not isinstance(former, _Entry):
