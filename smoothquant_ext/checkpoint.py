@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
@@ -20,13 +21,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import assemble
+from .card import CARD, model_card
 from .describe import naming, quantized_layers, stored_tensors
 from .errors import SmoothQuantError
 from .formats import Format, choose_format, quantization_config
 from .hf import first_line, quiet_transformers
 from .layouts import parse_quantization_config
 from .modules import W8A8Linear
-from .record import RECORD, record
+from .record import RECORD, read_record, record
 from .staging import check_free_space, check_place, replace_directory
 from .stored import CONFIG, COPY_AGAIN, INDEX, ZERO_POINT, find_quantization, read_config
 
@@ -49,6 +51,7 @@ _OUR_FILES = (
     "chat_template.*",
     "additional_chat_templates",
     RECORD,
+    CARD,
 )
 
 
@@ -97,8 +100,9 @@ def save(
     """Writes a quantized model as a Hugging Face directory that other engines also load.
 
     A killed save leaves the previous directory or none. Files: config.json with the quantization_config, safetensors
-    (with an index when there are several), generation_config.json, the tokenizer and its chat template, and
-    smoothquant.json, the record of how the model was quantized, which other tools ignore.
+    (with an index when there are several), generation_config.json, the tokenizer and its chat template, README.md, a
+    model card, and smoothquant.json, the record of how the model was quantized, which other tools ignore. A model that
+    was loaded keeps the record it came with.
 
     Args:
         model: a transformers causal LM holding ``W8A8Linear`` layers, on any device.
@@ -137,8 +141,13 @@ def save(
                 index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
                 (staging / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
             _write_configs(model, quantization_config(fmt, tensors.names.schemes, tensors.names.ignore), staging)
-            if (report := getattr(model, "smoothquant_report", None)) is not None:
-                (staging / RECORD).write_text(json.dumps(record(report), indent=1) + "\n", encoding="utf-8")
+            report = getattr(model, "smoothquant_report", None)
+            made = record(report) if report is not None else getattr(model, "smoothquant_record", None)
+            if made is not None:
+                (staging / RECORD).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+            schemes = [scheme for scheme, _ in Counter(layer.scheme for layer in layers.values()).most_common()]
+            text = model_card(target.name, fmt, schemes, len(layers), made)
+            (staging / CARD).write_text(text, encoding="utf-8")
             if tokenizer is not None:
                 tokenizer.save_pretrained(staging)
 
@@ -276,6 +285,8 @@ def load(
         except Exception as error:  # whatever transformers raises for a configuration it cannot build
             raise SmoothQuantError(f"{path}: transformers cannot load this model ({first_line(error)})") from error
     _check_loaded(path, info)
+    if (path / RECORD).is_file():
+        model.smoothquant_record = read_record(path)
     model.eval()
     return model if on_cpu else model.to(device)
 

@@ -105,8 +105,8 @@ def test_what_8_bit_layers_cannot_do_is_refused(checkpoints: dict[str, Path], tm
     assert not (tmp_path / "model").exists()
     with pytest.raises(SmoothQuantError, match="cannot use gradient checkpointing; train adapters without it"):
         model.gradient_checkpointing_enable()
+    config = model.config.from_pretrained(checkpoints["int8"])
     with pytest.raises(SmoothQuantError, match="loaded from files, not from a state dict"):
-        config = model.config.from_pretrained(checkpoints["int8"])
         type(model).from_pretrained(None, config=config, state_dict=model.state_dict())
 
 

@@ -1,0 +1,104 @@
+"""The OpenAI-compatible server and the chat of transformers, on 8-bit kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+import signal
+import socket
+import sys
+import tempfile
+from typing import Any, NoReturn
+
+from .errors import SmoothQuantError
+from .hf import first_line
+from .runtime import enable
+
+BLOCK = 32  # tokens of a block of the cache
+STEP_TOKENS = 512  # of all requests, in one step of a continuous batch
+PACKAGES = ("accelerate", "fastapi", "openai", "uvicorn")
+
+
+def serve(model: str, host: str, port: int, dtype: str = "auto", cache_tokens: int | None = None) -> None:
+    """Serves a model until SIGINT or SIGTERM; then answers what was asked already, and returns or exits with 0.
+
+    Args:
+        model: a directory or a hub id, quantized or not; clients call it by this name.
+        host: address to listen on.
+        port: port to listen on.
+        dtype: of what is not quantized; ``"auto"`` is the checkpoint's own.
+        cache_tokens: for continuous batching, how many tokens its cache holds; ``None`` answers one by one.
+
+    Raises:
+        SmoothQuantError: a package is missing, the port is taken, or the model cannot be loaded.
+    """
+    _check_packages()
+    _check_port(host, port)
+    batching: dict[str, Any] = {}
+    if cache_tokens is not None:
+        batching = {
+            "continuous_batching": True,
+            "cb_block_size": BLOCK,
+            "cb_num_blocks": -(-cache_tokens // BLOCK),
+            "cb_max_batch_tokens": STEP_TOKENS,
+        }
+    # The server takes both signals for itself while it runs, and raises the one it got again when it is done.
+    signal.signal(signal.SIGTERM, _exit)
+    signal.signal(signal.SIGINT, _exit)
+    _make_server(model, host, port, dtype, **batching)
+
+
+def chat(
+    model: str, dtype: str = "auto", system: str | None = None, max_new_tokens: int = 512, temperature: float = 0.0
+) -> None:
+    """Talks with a model in the terminal, through a server on this machine that lives as long as the talk.
+
+    Raises:
+        SmoothQuantError: a package is missing, or the model cannot be loaded.
+    """
+    _check_packages()
+    from transformers.cli.chat import Chat
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = _make_server(model, "127.0.0.1", port, dtype, non_blocking=True)
+    flags = [f"max_new_tokens={max_new_tokens}", f"do_sample={temperature > 0}"]
+    flags += [f"temperature={temperature}"] if temperature else []
+    try:
+        Chat(model, f"http://127.0.0.1:{port}", flags, system_prompt=system, save_folder=tempfile.gettempdir())
+    finally:
+        server.kill_server()
+
+
+def _make_server(model: str, host: str, port: int, dtype: str, **options: Any) -> Any:
+    from transformers.cli.serve import Serve
+
+    enable()
+    try:
+        return Serve(force_model=model, host=host, port=port, device="auto", dtype=dtype, **options)
+    except SmoothQuantError:
+        raise
+    except Exception as error:  # whatever transformers raises for a model that it cannot load
+        raise SmoothQuantError(f"{model}: transformers cannot serve this model ({first_line(error)})") from error
+
+
+def _check_packages() -> None:
+    for package in PACKAGES:
+        if importlib.util.find_spec(package) is None:
+            raise SmoothQuantError(f"serving needs the package {package}; run pip install 'smoothquant-ext[serve]'")
+
+
+def _check_port(host: str, port: int) -> None:
+    """Before the model is loaded, which takes longer."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise SmoothQuantError(f"cannot listen on {host}:{port}: {reason}; choose another --port or --host") from error
+
+
+def _exit(*_: Any) -> NoReturn:
+    sys.exit(0)
