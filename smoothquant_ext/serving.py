@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 import signal
 import socket
-import sys
 import tempfile
-from typing import Any, NoReturn
+import threading
+from typing import Any
 
 from .errors import SmoothQuantError
 from .hf import first_line
@@ -19,7 +19,7 @@ PACKAGES = ("accelerate", "fastapi", "openai", "uvicorn")
 
 
 def serve(model: str, host: str, port: int, dtype: str = "auto", cache_tokens: int | None = None) -> None:
-    """Serves a model until SIGINT or SIGTERM; then answers what was asked already, and returns or exits with 0.
+    """Serves a model until SIGINT or SIGTERM; then answers what was asked already, and returns.
 
     Args:
         model: a directory or a hub id, quantized or not; clients call it by this name.
@@ -41,10 +41,18 @@ def serve(model: str, host: str, port: int, dtype: str = "auto", cache_tokens: i
             "cb_num_blocks": -(-cache_tokens // BLOCK),
             "cb_max_batch_tokens": STEP_TOKENS,
         }
-    # The server takes both signals for itself while it runs, and raises the one it got again when it is done.
-    signal.signal(signal.SIGTERM, _exit)
-    signal.signal(signal.SIGINT, _exit)
-    _make_server(model, host, port, dtype, **batching)
+    asked = threading.Event()
+    before = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        server = _start(model, host, port, dtype, **batching)
+        while not asked.wait(0.2) and server._thread.is_alive():
+            pass
+        for number, handler in before.items():  # asked again, it ends at once
+            signal.signal(number, handler)
+        _stop(server)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def chat(
@@ -61,25 +69,33 @@ def chat(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = _make_server(model, "127.0.0.1", port, dtype, non_blocking=True)
+    server = _start(model, "127.0.0.1", port, dtype)
     flags = [f"max_new_tokens={max_new_tokens}", f"do_sample={temperature > 0}"]
     flags += [f"temperature={temperature}"] if temperature else []
     try:
         Chat(model, f"http://127.0.0.1:{port}", flags, system_prompt=system, save_folder=tempfile.gettempdir())
     finally:
-        server.kill_server()
+        _stop(server)
 
 
-def _make_server(model: str, host: str, port: int, dtype: str, **options: Any) -> Any:
+def _start(model: str, host: str, port: int, dtype: str, **options: Any) -> Any:
+    """transformers' server with its model loaded, serving in a thread, so that the signals are ours."""
     from transformers.cli.serve import Serve
 
     enable()
     try:
-        return Serve(force_model=model, host=host, port=port, device="auto", dtype=dtype, **options)
+        return Serve(force_model=model, host=host, port=port, device="auto", dtype=dtype, non_blocking=True, **options)
     except SmoothQuantError:
         raise
     except Exception as error:  # whatever transformers raises for a model that it cannot load
         raise SmoothQuantError(f"{model}: transformers cannot serve this model ({first_line(error)})") from error
+
+
+def _stop(server: Any) -> None:
+    """Answers what was asked already, then ends the server and the threads that generate."""
+    server.server.should_exit = True
+    server._thread.join()
+    server.kill_server()
 
 
 def _check_packages() -> None:
@@ -98,7 +114,3 @@ def _check_port(host: str, port: int) -> None:
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise SmoothQuantError(f"cannot listen on {host}:{port}: {reason}; choose another --port or --host") from error
-
-
-def _exit(*_: Any) -> NoReturn:
-    sys.exit(0)

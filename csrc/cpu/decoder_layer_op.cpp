@@ -6,6 +6,7 @@
 
 #include "kernels/epilogue.h"
 #include "mlp.h"
+#include "op_string.h"
 #include "parallel_attention.h"
 #include "rows_args.h"
 
@@ -94,7 +95,7 @@ Tensor w8a8_decoder_layer_cpu(const Tensor& x_in, const Tensor& norm_in, const T
                               const std::vector<Tensor>& b_scale, const std::vector<Tensor>& bias,
                               const std::vector<Tensor>& a_scale, const Tensor& cos_in, const Tensor& sin_in,
                               const Tensor& keys, const Tensor& values, int64_t past, const OptionalTensor& mask_in,
-                              double scale, bool causal, std::string activation) {
+                              double scale, bool causal, const OpString& activation) {
   check_float(kOp, "x", x_in.scalar_type());
   SQ_CHECK(x_in.dim() == 3, kOp, ": x has shape ", shape_text(x_in), ", expected [B, T, K]");
   check_norm_weight("norm", norm_in, x_in);

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "mlp.h"
+#include "op_string.h"
 #include "rows_args.h"
 
 namespace sq {
@@ -15,7 +16,7 @@ constexpr OperandNames kDownNames{"act(gate)", "down", "down_scale", "down_bias"
 Tensor w8a8_mlp_cpu(const Tensor& x_in, const Tensor& gate_b, const Tensor& gate_scale, const Tensor& down_b,
                     const Tensor& down_scale, const OptionalTensor& up_b, const OptionalTensor& up_scale,
                     const OptionalTensor& gate_bias, const OptionalTensor& up_bias, const OptionalTensor& down_bias,
-                    const OptionalTensor& a_scale, const OptionalTensor& down_a_scale, std::string activation) {
+                    const OptionalTensor& a_scale, const OptionalTensor& down_a_scale, const OpString& activation) {
   check_activation(kOp, x_in);
   const GemmShape shape = check_gemm(kOp, kGateNames, x_in, gate_b, gate_scale, gate_bias);
   const int64_t m = shape.m, inner = shape.n;
