@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import signal
 import socket
 import tempfile
@@ -69,7 +70,9 @@ def chat(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = _start(model, "127.0.0.1", port, dtype)
+    for name in ("uvicorn", "uvicorn.access", "uvicorn.error"):  # somebody is talking on this terminal
+        logging.getLogger(name).addFilter(lambda entry: entry.levelno >= logging.WARNING)
+    server = _start(model, "127.0.0.1", port, dtype, log_level="error")
     flags = [f"max_new_tokens={max_new_tokens}", f"do_sample={temperature > 0}"]
     flags += [f"temperature={temperature}"] if temperature else []
     try:

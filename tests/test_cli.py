@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from smoothquant_ext import cli
 from smoothquant_ext.scheme import SCHEMES
 
-COMMANDS = ("quantize", "eval", "compare", "generate", "inspect", "report", "info")
+COMMANDS = ("quantize", "convert", "eval", "compare", "generate", "chat", "serve", "inspect", "report", "info")
 SMALL = ("--samples", "4", "--seqlen", "24")
 
 
@@ -59,7 +59,7 @@ def no_loading(monkeypatch):
     def refuse(*_: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(cli, "_load", refuse)
+    monkeypatch.setattr("smoothquant_ext.models.load_model", refuse)
 
 
 def test_help_names_every_command_and_scheme_and_gives_examples():
@@ -339,7 +339,7 @@ def test_what_nobody_foresaw_keeps_its_traceback(monkeypatch):
     def break_down(*_: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(cli, "_load", break_down)
+    monkeypatch.setattr("smoothquant_ext.models.load_model", break_down)
     result = CliRunner().invoke(cli.app, ["eval", "any"])
     assert isinstance(result.exception, ZeroDivisionError)
 
