@@ -31,6 +31,9 @@ struct Avx2 {
   SQ_ATTENTION_INLINE static Vec widen(const Float16* source) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
   }
+  SQ_ATTENTION_INLINE static Vec widen(const int8_t* source) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(source))));
+  }
 };
 
 }  // namespace

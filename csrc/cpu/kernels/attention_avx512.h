@@ -26,6 +26,9 @@ struct Avx512 {
   SQ_ATTENTION_INLINE static Vec widen(const Float16* source) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
   }
+  SQ_ATTENTION_INLINE static Vec widen(const int8_t* source) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source))));
+  }
 };
 
 }  // namespace
