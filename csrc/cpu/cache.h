@@ -13,8 +13,8 @@ namespace sq {
 class CacheBuffer {
  public:
   // For an op that appends to x's batches, and has `total` tokens then.
-  CacheBuffer(const char* op, const char* name, const Tensor& buffer, const char* scale_name, const OptionalTensor& scale,
-              const Tensor& x, int64_t heads, int64_t total, int64_t d)
+  CacheBuffer(const char* op, const char* name, const Tensor& buffer, const char* scale_name,
+              const OptionalTensor& scale, const Tensor& x, int64_t heads, int64_t total, int64_t d)
       : dtype_(kernel_dtype(x.scalar_type())), heads_(heads), d_(d) {
     check_same_device(op, name, buffer, "x", x);
     if (scale.has_value()) {

@@ -31,9 +31,9 @@ struct AttentionArgs {
   int64_t d, v_d;  // elements of a row of q and k, and of v and y
   const void *q, *k, *v;
   AttentionStrides q_strides, k_strides, v_strides;
-  const float *k_scale, *v_scale;  // of every row of k and v, which are INT8 then; or both null
+  const float *k_scale, *v_scale;                     // of every row of k and v, which are INT8 then; or both null
   AttentionStrides k_scale_strides, v_scale_strides;  // row: 1
-  const uint8_t* mask;  // [b, h, i, j], not 0 where query i may see key j; or null
+  const uint8_t* mask;                                // [b, h, i, j], not 0 where query i may see key j; or null
   AttentionStrides mask_strides;
   float scale;  // positive
   bool causal;  // query i sees the keys up to i + kv_len - q_len
