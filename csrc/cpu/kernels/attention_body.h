@@ -204,6 +204,21 @@ SQ_ATTENTION_TARGET void attend_packed(const AttentionArgs& args, const Attentio
 
 // --- few rows: keys and values as they lie ----------------------------------------------------------------------------
 
+// Rows that are needed soon. A chunk of keys and one of values are too short for what the processor would fetch ahead by
+// itself: asking for the values while the keys are read, and for the next keys meanwhile, takes a third off the time of
+// 64 elements a head and half of that of 128, when neither is in cache (Zen 5, November 2026).
+template <class E>
+struct Ahead {
+  const E* rows;
+  int64_t stride, count, d;
+
+  SQ_ATTENTION_INLINE void prefetch(int64_t row) const {
+    if (row >= count) return;
+    const auto* address = reinterpret_cast<const char*>(rows + row * stride);
+    for (int64_t byte = 0; byte < d * static_cast<int64_t>(sizeof(E)); byte += 64) __builtin_prefetch(address + byte);
+  }
+};
+
 // scores[r][j] = q[r] . k[j] of kCount rows and kSome keys.
 template <class W, class E, int kCount, int kSome>
 SQ_ATTENTION_INLINE void direct_scores_of(const float* q, int64_t q_stride, const E* k, int64_t stride, int64_t d,
@@ -239,9 +254,10 @@ SQ_ATTENTION_INLINE void direct_scores_of(const float* q, int64_t q_stride, cons
 // it gets alone.
 template <class W, class E, int kCount>
 SQ_ATTENTION_TARGET void direct_scores(const float* q, int64_t q_stride, const E* k, int64_t stride, int64_t count,
-                                       int64_t d, float* s, int64_t s_stride) {
+                                       int64_t d, float* s, int64_t s_stride, const Ahead<E>& ahead) {
   int64_t j = 0;
   for (; j + 4 <= count; j += 4) {
+    for (int64_t row = j; row < j + 4; ++row) ahead.prefetch(row);
     direct_scores_of<W, E, kCount, 4>(q, q_stride, k + j * stride, stride, d, s + j, s_stride);
   }
   for (; j < count; ++j) {
@@ -252,10 +268,11 @@ SQ_ATTENTION_TARGET void direct_scores(const float* q, int64_t q_stride, const E
 // o[r] = sum over j of p[r][j] v[j], of kCount rows and kVecs vectors of columns, of which the last has `width` elements.
 template <class W, class E, int kCount, int kVecs>
 SQ_ATTENTION_INLINE void direct_values_of(const float* p, int64_t p_stride, const E* v, int64_t stride, int64_t count,
-                                          int64_t width, float* o, int64_t o_stride) {
+                                          int64_t width, float* o, int64_t o_stride, const Ahead<E>& ahead) {
   using Vec = typename W::Vec;
   Vec acc[kCount][kVecs] = {};
   for (int64_t j = 0; j < count; ++j, v += stride) {
+    ahead.prefetch(j);
     Vec values[kVecs];
 #pragma GCC unroll 4
     for (int i = 0; i < kVecs; ++i) {
@@ -274,15 +291,18 @@ SQ_ATTENTION_INLINE void direct_values_of(const float* p, int64_t p_stride, cons
 
 template <class W, class E, int kCount>
 SQ_ATTENTION_TARGET void direct_values(const float* p, int64_t p_stride, const E* v, int64_t stride, int64_t count,
-                                       int64_t d, float* o, int64_t o_stride) {
+                                       int64_t d, float* o, int64_t o_stride, const Ahead<E>& ahead) {
+  const Ahead<E> nothing{};
   constexpr int kWide = W::kVecs;
   constexpr int64_t kStep = kWide * W::kLanes;
   int64_t i = 0;
   for (; i + kStep <= d; i += kStep) {
-    direct_values_of<W, E, kCount, kWide>(p, p_stride, v + i, stride, count, W::kLanes, o + i, o_stride);
+    direct_values_of<W, E, kCount, kWide>(p, p_stride, v + i, stride, count, W::kLanes, o + i, o_stride,
+                                          i == 0 ? ahead : nothing);
   }
   for (; i < d; i += W::kLanes) {
-    direct_values_of<W, E, kCount, 1>(p, p_stride, v + i, stride, count, smaller(W::kLanes, d - i), o + i, o_stride);
+    direct_values_of<W, E, kCount, 1>(p, p_stride, v + i, stride, count, smaller(W::kLanes, d - i), o + i, o_stride,
+                                      i == 0 ? ahead : nothing);
   }
 }
 
@@ -311,12 +331,15 @@ SQ_ATTENTION_TARGET void attend_direct(const AttentionArgs& args, const Attentio
     for (int64_t r = 0; r < some; ++r) {
       copy_row(query_address<T>(args, task, row + r), args.d, q_stride, q + r * q_stride);
     }
-    kScores[some - 1](q, q_stride, k, args.k_strides.row, count, args.d, s, padded);
+    const Ahead<E> values{v, args.v_strides.row, row == 0 ? count : 0, args.v_d};
+    kScores[some - 1](q, q_stride, k, args.k_strides.row, count, args.d, s, padded, values);
     for (int64_t r = 0; r < some; ++r) {
       float* row_s = s + r * padded;
       softmax_row<W, W>(args, task, row + r, task.keys.begin, count, padded, states + r, row_s, row_s);
     }
-    kValues[some - 1](s, padded, v, args.v_strides.row, count, args.v_d, o, o_stride);
+    const Ahead<E> next{k + count * args.k_strides.row, args.k_strides.row,
+                        row + some == rows ? args.kv_len - task.keys.end : 0, args.d};
+    kValues[some - 1](s, padded, v, args.v_strides.row, count, args.v_d, o, o_stride, next);
     for (int64_t r = 0; r < some; ++r) store_row<T>(args, task, row + r, states[r], o + r * o_stride);
   }
 }
