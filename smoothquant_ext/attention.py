@@ -85,8 +85,8 @@ def attention_forward(
     if isinstance(key, Int8Heads) and isinstance(value, Int8Heads):
         if not is_supported:
             raise SmoothQuantError(
-                f"{type(module).__name__} wants what attention over an INT8 cache does not compute: gradients, dropout, "
-                "a soft cap, a bias of positions or a mask that is not boolean; use another cache"
+                f"{type(module).__name__} wants what attention over an INT8 cache does not compute: gradients, "
+                "dropout, a soft cap, a bias of positions or a mask that is not boolean; use another cache"
             )
         causal = _is_causal(module, query.shape[2], attention_mask, is_causal)
         return ops.attention(query, key.q, value.q, attention_mask, scale, causal, key.scale, value.scale), None

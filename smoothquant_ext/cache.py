@@ -6,7 +6,7 @@ behind those it has. It is the same class of layer otherwise: everything else th
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,15 @@ from transformers.cache_utils import DynamicLayer
 
 LEAST_ROOM = 64  # tokens
 CACHE_NAMES = ("cache", "past_key_values")  # of a model's argument: it changed in transformers 5
+
+
+class Buffers(NamedTuple):
+    """Room for keys and values [B, H, room, D] and, of an INT8 cache, their scales [B, H, room]."""
+
+    keys: Tensor
+    values: Tensor
+    keys_scale: Tensor | None = None
+    values_scale: Tensor | None = None
 
 
 class GrowingLayer(DynamicLayer):
@@ -35,8 +44,8 @@ class GrowingLayer(DynamicLayer):
         self.value_buffer, self.values = append(self.value_buffer, self.values, value_states)
         return self.keys, self.values
 
-    def reserve(self, x: Tensor, shape: tuple[int, int, int, int]) -> tuple[tuple[Tensor, ...], int]:
-        """Buffers of keys and values with room for ``shape`` [B, H, T, D] more like x, and the tokens in them.
+    def reserve(self, x: Tensor, shape: tuple[int, int, int, int]) -> tuple[Buffers, int]:
+        """Buffers with room for ``shape`` [B, H, T, D] more like x, and the tokens in them.
 
         Who writes there tells ``fill``.
         """
@@ -44,7 +53,7 @@ class GrowingLayer(DynamicLayer):
             self.lazy_initialization(x, x)
         self.key_buffer, past = reserve(self.key_buffer, self.keys, x, shape)
         self.value_buffer, _ = reserve(self.value_buffer, self.values, x, shape)
-        return (self.key_buffer, self.value_buffer), past
+        return Buffers(self.key_buffer, self.value_buffer), past
 
     def fill(self, total: int) -> None:
         """Says that the buffers hold so many tokens now."""

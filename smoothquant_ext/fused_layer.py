@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer
 
 from . import ops
 from .attention import IMPLEMENTATION, is_causal, takes_mask
-from .cache import GrowingLayer
+from .cache import Buffers, GrowingLayer
 from .fused import fused_class
 from .fused_mlp import FusedMLP
 from .fused_norm import FusedRMSNorm
@@ -100,12 +100,14 @@ class FusedDecoderLayer:
         shape = (x.shape[0], heads, x.shape[1], d)
         if cache is None:
             stored, past = None, 0
-            buffers: tuple[Tensor, ...] = (x.new_empty(shape), x.new_empty(shape))
+            buffers = Buffers(x.new_empty(shape), x.new_empty(shape))
         else:
             stored = cache.layers[attention.layer_idx] if attention.layer_idx < len(cache.layers) else None
             if type(stored) is DynamicLayer:  # of a cache that the model has just made
                 stored.__class__ = GrowingLayer
-            if type(stored) not in (GrowingLayer, Int8Layer) or getattr(cache, "offloading", False):
+            if type(stored) is not GrowingLayer and type(stored) is not Int8Layer:
+                return None
+            if getattr(cache, "offloading", False):
                 return None
             buffers, past = stored.reserve(x, shape)
         total, mask = past + x.shape[1], kwargs.get("attention_mask")
@@ -130,13 +132,15 @@ class FusedDecoderLayer:
             else [],
             cos,
             sin,
-            *buffers[:2],
+            buffers.keys,
+            buffers.values,
             past,
             mask,
             attention.scaling,
             is_causal(attention, x.shape[1], mask),
             roles.activation,
-            *buffers[2:],
+            buffers.keys_scale,
+            buffers.values_scale,
         )
         if stored is not None:
             stored.fill(total)

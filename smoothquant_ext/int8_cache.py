@@ -17,10 +17,10 @@ from transformers.cache_utils import DynamicLayer
 
 from . import ops
 from .attention import IMPLEMENTATION, Int8Heads, use_attention_
-from .cache import CACHE_NAMES, GrowingLayer, append, reserve
+from .cache import CACHE_NAMES, Buffers, GrowingLayer, append, reserve
 from .errors import SmoothQuantError
 
-PARTS = ("keys", "values", "keys_scale", "values_scale")
+PARTS = Buffers._fields
 
 
 class Int8Layer(DynamicLayer):
@@ -53,15 +53,15 @@ class Int8Layer(DynamicLayer):
             setattr(self, name, tokens)
         return Int8Heads.of(self.keys, self.keys_scale), Int8Heads.of(self.values, self.values_scale)
 
-    def reserve(self, x: Tensor, shape: tuple[int, int, int, int]) -> tuple[tuple[Tensor, ...], int]:
-        """As ``GrowingLayer.reserve``: buffers of keys and values, and of their scales."""
+    def reserve(self, x: Tensor, shape: tuple[int, int, int, int]) -> tuple[Buffers, int]:
+        """As ``GrowingLayer.reserve``."""
         if not self.is_initialized:
             self.lazy_initialization(x, x)
         past = self.get_seq_length()
         for name in PARTS:
             own: Tensor = getattr(self, name)
             self.buffers[name], _ = reserve(self.buffers.get(name), own, own, shape[:3] if "scale" in name else shape)
-        return tuple(self.buffers[name] for name in PARTS), past
+        return Buffers(**self.buffers), past
 
     def fill(self, total: int) -> None:
         """As ``GrowingLayer.fill``."""
@@ -146,7 +146,8 @@ def use_int8_cache_(model: PreTrainedModel) -> RemovableHandle:
         raise SmoothQuantError(
             f"{type(model).__name__} gains nothing from an INT8 cache: no layer keeps more than its sliding window"
         )
-    return model.register_forward_pre_hook(_use_int8, with_kwargs=True)
+    handle: RemovableHandle = model.register_forward_pre_hook(_use_int8, with_kwargs=True)
+    return handle
 
 
 def _use_int8(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -159,5 +160,5 @@ def _use_int8(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         uses_cache = getattr(model.config, "use_cache", False)
     if not given and uses_cache and not torch.is_grad_enabled():
         known = inspect.signature(model.forward).parameters
-        kwargs[next(name for name in CACHE_NAMES if name in known)] = Int8Cache(model.config)  # type: ignore[arg-type]
+        kwargs[next(name for name in CACHE_NAMES if name in known)] = Int8Cache(model.config)
     return args, kwargs

@@ -55,8 +55,8 @@ def bound(q: Tensor, k: Tensor, v: Tensor, scale: float, expected: Tensor) -> Te
 
     A score, a sum of D products, is off by at most (D + 3) eps times the sum of its magnitudes, its scales included,
     and its exponential by that relatively; fp32 exponentials, sums over S keys and the scales of values by a few eps
-    more; a probability that is rounded to bf16, by 2^-9. Every one of these moves the weighted mean of v by its relative
-    size times at most 2 max|v|. Then one cast. Keys and values that were INT8 are given dequantized, in fp64.
+    more; a probability that is rounded to bf16, by 2^-9. Every one of these moves the weighted mean of v by its
+    relative size times at most 2 max|v|. Then one cast. INT8 keys and values are given dequantized, in fp64.
     """
     eps = torch.finfo(torch.float32).eps
     group = q.shape[1] // k.shape[1]
@@ -68,9 +68,7 @@ def bound(q: Tensor, k: Tensor, v: Tensor, scale: float, expected: Tensor) -> Te
     return absolute + torch.finfo(q.dtype).eps * expected.double().abs() + torch.finfo(q.dtype).tiny
 
 
-def check(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, **scales: Tensor
-) -> None:
+def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, **scales: Tensor) -> None:
     y = ops.attention(q, k, v, mask, scale, causal, **scales)
     expected = reference.attention(q, k, v, mask, scale, causal, **scales)
     if scales:
