@@ -4,7 +4,7 @@
 //   widen(x)      Vec of fp32, bf16, fp16 or int8;  sum(Vec) of its lanes, sums(Vec[4], float*) of four: W only
 //   Operand       what products multiply: float, or the bits of a bf16. kPair of them along the depth make one Factor
 //   kRows, kVecs  rows and vectors of the block of sums that stays in registers
-//   load(operands), broadcast(operands), multiply_add(Factor, Factor, Vec), store(Vec, operands)
+//   load(operands), broadcast(operands), multiply_add(Factor, Factor, Vec), store(Vec, operands) (W too)
 #include "attention_softmax.h"
 
 namespace sq {
@@ -280,7 +280,7 @@ SQ_ATTENTION_INLINE void direct_values_of(const float* p, int64_t p_stride, cons
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kCount; ++r) {
-      const Vec weight = Vec{} + p[r * p_stride + j];
+      const Vec weight = W::broadcast(p + r * p_stride + j);
 #pragma GCC unroll 4
       for (int i = 0; i < kVecs; ++i) acc[r][i] = W::multiply_add(weight, values[i], acc[r][i]);
     }
