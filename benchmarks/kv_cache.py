@@ -5,9 +5,10 @@
 SmolLM2-135M-Instruct in W8A8, made as demo.py does, with its floating-point parts in bf16. Accuracy: test windows go
 through a cache in pieces, the last tokens one by one, as in a conversation; predictions are compared with those through
 a bf16 cache in the same pieces, and with the float32 original's. The W8A8 model without a cache shows what other
-roundings of bf16 do, the float32 model with an INT8 cache what that does by itself. Speed: caches are filled with random
-numbers up to a context, and the two kinds take turns; so do calls of the attention alone, in the shape of a larger model
-and over so many layers that none is still in the processor's caches.
+roundings of bf16 do, the float32 model with an INT8 cache what that does by itself. Speed: caches are filled with
+random numbers up to a context, and the two kinds take turns; so do calls of the attention alone, in the shape of a
+larger model and over so many layers that none is still in the processor's caches. OMP_NUM_THREADS=1 is steadier where
+other work shares the cores.
 """
 
 from __future__ import annotations
