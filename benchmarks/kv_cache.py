@@ -5,14 +5,15 @@
 SmolLM2-135M-Instruct in W8A8, made as demo.py does, with its floating-point parts in bf16. Accuracy: test windows go
 through a cache in pieces, the last tokens one by one, as in a conversation; predictions are compared with those through
 a bf16 cache in the same pieces, and with the float32 original's. The W8A8 model without a cache shows what other
-roundings of bf16 do, the float32 model with an INT8 cache what that does by itself. Speed: caches are filled with
-random numbers up to a context, and the two kinds take turns; so do calls of the attention alone, in the shape of a
-larger model and over so many layers that none is still in the processor's caches. OMP_NUM_THREADS=1 is steadier where
-other work shares the cores.
+roundings of bf16 do; the float32 model, and one with 8-bit weights only, what the INT8 cache does by itself. Speed:
+caches are filled with random numbers up to a context, and the two kinds take turns; so do calls of the attention alone,
+in the shape of a larger model and over so many layers that none is still in the processor's caches. OMP_NUM_THREADS=1
+is steadier where other work shares the cores.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import statistics
@@ -27,13 +28,14 @@ import torch
 import typer
 from machine import describe, write_results
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from smoothquant_ext import Int8Cache, Recipe, SmoothQuantError, ops, quantize
 from smoothquant_ext.attention import use_attention_
 from smoothquant_ext.evaluate import Evaluation, Tally
 from smoothquant_ext.models import load_model
+from smoothquant_ext.modules import W8A8Linear
 from smoothquant_ext.progress import track
 from smoothquant_ext.text import token_windows
 
@@ -104,12 +106,16 @@ def measure_accuracy(model: Any, original: Any, test: Tensor) -> dict[str, dict[
         "W8A8, no cache": {"float32": Tally(), "W8A8, bf16 cache": Tally()},
         "W8A8, bf16 cache": {"float32": Tally()},
         "W8A8, int8 cache": {"float32": Tally(), "W8A8, bf16 cache": Tally()},
+        "8-bit weights only, int8 cache": {"float32": Tally(), "8-bit weights only": Tally()},
         "float32, int8 cache": {"float32": Tally()},
     }
+    weights_only = with_float_products(model)
     for window in track(test.split(1), "Evaluating", True):
         logits = {
             "float32": original(window, use_cache=False).logits[0, :-1],
             "float32, int8 cache": through_cache(original, window, "int8"),
+            "8-bit weights only": weights_only(window, use_cache=False).logits[0, :-1],
+            "8-bit weights only, int8 cache": through_cache(weights_only, window, "int8"),
             "W8A8, no cache": model(window, use_cache=False).logits[0, :-1],
             **{f"W8A8, {kind} cache": through_cache(model, window, kind) for kind in KINDS},
         }
@@ -117,6 +123,22 @@ def measure_accuracy(model: Any, original: Any, test: Tensor) -> dict[str, dict[
             for base, tally in own.items():
                 tally.add(window, logits[name], logits[base])
     return {name: {base: tally.result(SEQLEN - 1) for base, tally in own.items()} for name, own in tallies.items()}
+
+
+def with_float_products(model: Any) -> Any:
+    """A float32 copy with the same weights, 8-bit ones dequantized: what is left without rounding activations."""
+    copied = copy.deepcopy(model).float()
+    for name, layer in list(copied.named_modules()):
+        if isinstance(layer, W8A8Linear):
+            weight = layer.weight
+            if weight.dim() == 4:
+                weight = ops.unpack_weight(weight, layer.out_features, layer.in_features)
+            plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+            plain.weight.copy_(weight.float() * layer.weight_scale.reshape(-1, 1))
+            if layer.bias is not None:
+                plain.bias.copy_(layer.bias)
+            copied.set_submodule(name, plain)
+    return copied
 
 
 def through_cache(model: Any, window: Tensor, kind: str) -> Tensor:
