@@ -61,6 +61,7 @@ def accuracy(found: dict[str, Any]) -> list[str]:
     rows = [f"| {name} | {cells(own['float32'])} |" for name, own in measured.items()]
     pure, base, int8 = (measured[f"{name} cache"]["float32"] for name in ("float32, int8", "W8A8, bf16", "W8A8, int8"))
     apart, control = (measured[f"W8A8, {name}"]["W8A8, bf16 cache"] for name in ("int8 cache", "no cache"))
+    weights = measured["8-bit weights only, int8 cache"]["8-bit weights only"]
     return [
         "## Accuracy\n",
         prose(
@@ -77,11 +78,11 @@ def accuracy(found: dict[str, Any]) -> list[str]:
             f"The INT8 cache by itself costs {pure['kl']:.4f} nats; it takes the W8A8 model's divergence from",
             f"{base['kl']:.4f} to {int8['kl']:.4f}, and changes its perplexity by {100 * apart['change']:+.2f} %",
             f"±{100 * apart['change_error']:.2f}. Side by side, the two W8A8 models diverge by {apart['kl']:.4f}",
-            f"±{apart['kl_error']:.4f} nats and agree on the likeliest token in {100 * apart['top1']:.1f} %: the small",
-            "change lets many 8-bit activations round to the other side, so that the error of W8A8 itself is drawn",
-            "anew.",
-            f"(Roundings of bf16 alone, with its cache or without one, make {control['kl']:.4f}.) Other models were",
-            "not measured; keys with a few much larger channels, as some models have, will lose more.",
+            f"±{apart['kl_error']:.4f} nats and agree on the likeliest token in {100 * apart['top1']:.1f} %. That",
+            "is the rounding of activations: a small change sends many of them to the other side, and so draws the error",
+            f"of W8A8 anew. With the same 8-bit weights and products in floating point, the cache makes",
+            f"{weights['kl']:.4f}; roundings of bf16 alone, with its cache or without one, make {control['kl']:.4f}.",
+            "Other models were not measured; keys with a few much larger channels, as some have, are likely to lose more.",
         ),
     ]
 
@@ -90,7 +91,7 @@ def cells(evaluation: dict[str, Any]) -> str:
     """One row's numbers."""
     e = evaluation
     change = f"{100 * e['change']:+.2f} % ±{100 * e['change_error']:.2f}"
-    return f"{e['kl']:.4f} ±{e['kl_error']:.4f} | {e['perplexity']:.3f} | {change} | {100 * e['top1']:.1f} %"
+    return f"{e['kl']:.5f} ±{e['kl_error']:.5f} | {e['perplexity']:.3f} | {change} | {100 * e['top1']:.1f} %"
 
 
 def speed(found: dict[str, Any]) -> list[str]:
