@@ -79,10 +79,11 @@ def accuracy(found: dict[str, Any]) -> list[str]:
             f"{base['kl']:.4f} to {int8['kl']:.4f}, and changes its perplexity by {100 * apart['change']:+.2f} %",
             f"±{100 * apart['change_error']:.2f}. Side by side, the two W8A8 models diverge by {apart['kl']:.4f}",
             f"±{apart['kl_error']:.4f} nats and agree on the likeliest token in {100 * apart['top1']:.1f} %. That",
-            "is the rounding of activations: a small change sends many of them to the other side, and so draws the error",
-            f"of W8A8 anew. With the same 8-bit weights and products in floating point, the cache makes",
+            "is the rounding of activations: a small change sends many of them to the other side, and so draws the",
+            "error of W8A8 anew. With the same 8-bit weights and products in floating point, the cache makes",
             f"{weights['kl']:.4f}; roundings of bf16 alone, with its cache or without one, make {control['kl']:.4f}.",
-            "Other models were not measured; keys with a few much larger channels, as some have, are likely to lose more.",
+            "Other models were not measured; keys with a few much larger channels, as some have, are likely to lose",
+            "more.",
         ),
     ]
 
