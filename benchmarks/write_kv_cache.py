@@ -41,11 +41,13 @@ On the command line it is `smoothquant generate smol-w8a8 "Once upon a time" --k
 It acts on the caches that the model starts: pipelines and servers that call `generate` need not know of it.
 """
 
+MADE = "Made by `benchmarks/kv_cache.py`, written by `benchmarks/write_kv_cache.py`.\n"
+
 
 def main() -> None:
     """Writes the page."""
     found = json.loads(RESULTS.read_text(encoding="utf-8"))
-    parts = [INTRODUCTION, *accuracy(found), *speed(found), about(found)]
+    parts = [INTRODUCTION, *accuracy(found["model"], found["accuracy"]), *speed(found["speed"]), MADE]
     (ROOT / "docs" / "kv-cache.md").write_text("\n".join(parts), encoding="utf-8")
 
 
@@ -54,9 +56,9 @@ def prose(*pieces: str) -> str:
     return textwrap.fill(" ".join(pieces), 120, break_long_words=False, break_on_hyphens=False) + "\n"
 
 
-def accuracy(found: dict[str, Any]) -> list[str]:
+def accuracy(model: str, found: dict[str, Any]) -> list[str]:
     """What it costs."""
-    measured, (windows, length) = found["accuracy"], found["windows"]
+    measured, (windows, length) = found["results"], found["windows"]
     prompt, chunk, single = (found["pieces"].count(size) for size in (256, 64, 1))
     rows = [f"| {name} | {cells(own['float32'])} |" for name, own in measured.items()]
     pure, base, int8 = (measured[f"{name} cache"]["float32"] for name in ("float32, int8", "W8A8, bf16", "W8A8, int8"))
@@ -65,7 +67,7 @@ def accuracy(found: dict[str, Any]) -> list[str]:
     return [
         "## Accuracy\n",
         prose(
-            f"{found['model']}, on {pure['tokens']:,} predicted tokens of speeches of 2010 and later: {windows}",
+            f"{model}, on {pure['tokens']:,} predicted tokens of speeches of 2010 and later: {windows}",
             f"windows of {length}. Every token went through the cache, in {prompt} piece of 256, {chunk} of 64 and",
             f"{single} single tokens. Compared with the float32 model: KL divergence in nats a token,",
             "with its standard error over windows.",
@@ -85,6 +87,7 @@ def accuracy(found: dict[str, Any]) -> list[str]:
             "Other models were not measured; keys with a few much larger channels, as some have, are likely to lose",
             "more.",
         ),
+        about(found),
     ]
 
 
@@ -120,6 +123,7 @@ def speed(found: dict[str, Any]) -> list[str]:
             "than times. In this small model weights and arithmetic take most of a step. VNNI's integer products are",
             "not used: they would want q rounded, too.",
         ),
+        about(found),
     ]
 
 
@@ -137,8 +141,7 @@ def about(found: dict[str, Any]) -> str:
     """What it was measured with."""
     machine = dict(found["machine"])
     versions = ", ".join(f"{name} {version}" for name, version in machine.pop("versions").items())
-    facts = ", ".join(f"{name} {value}" for name, value in machine.items())
-    return prose(f"Made by `benchmarks/kv_cache.py`, written by `benchmarks/write_kv_cache.py`: {facts}; {versions}.")
+    return prose(f"Measured with: {', '.join(f'{name} {value}' for name, value in machine.items())}; {versions}.")
 
 
 if __name__ == "__main__":
