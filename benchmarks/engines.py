@@ -68,7 +68,9 @@ def main(
         )
     out.print(table)
     if output is not None:
-        versions = subprocess.run([vllm, "-m", "pip", "list"], capture_output=True, text=True, check=False) if vllm else None
+        versions = (
+            subprocess.run([vllm, "-m", "pip", "list"], capture_output=True, text=True, check=False) if vllm else None
+        )
         own_version = [line.split() for line in (versions.stdout if versions else "").splitlines() if "vllm" in line]
         about = describe("compressed-tensors") | {"vllm": dict(own_version), "windows": list(windows.shape)}
         output.write_text(json.dumps({"machine": about, "engines": rows}, indent=1) + "\n", encoding="utf-8")

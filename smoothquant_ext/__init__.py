@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .checkpoint import load, save
     from .errors import SmoothQuantError
     from .evaluate import evaluate
+    from .int8_cache import Int8Cache, use_int8_cache_
     from .modules import W8A8Linear
     from .ops import info
     from .quantize import quantize
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 # Imported when first used: transformers takes seconds, and `smoothquant --help` should not.
 _HOME = {
     "SCHEMES": "scheme",
+    "Int8Cache": "int8_cache",
     "Recipe": "scheme",
     "Scheme": "scheme",
     "SmoothQuantError": "errors",
@@ -29,10 +31,12 @@ _HOME = {
     "load": "checkpoint",
     "quantize": "quantize",
     "save": "checkpoint",
+    "use_int8_cache_": "int8_cache",
 }
 
 __all__ = [
     "SCHEMES",
+    "Int8Cache",
     "Recipe",
     "Scheme",
     "SmoothQuantError",
@@ -44,6 +48,7 @@ __all__ = [
     "load",
     "quantize",
     "save",
+    "use_int8_cache_",
 ]
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from .cli_options import Dtype, Model, Seed
-from .cli_support import load, parse_dtype
+from .cli_support import KV_CACHES, choose, load, parse_dtype
 from .console import err
 from .errors import SmoothQuantError
 
@@ -25,6 +25,10 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="Treat PROMPT as a message to an instruction-tuned model.")
     ] = False,
+    kv_cache: Annotated[
+        str,
+        typer.Option(help="int8 keeps what the model remembers of the text in 8 bits: about half the memory of auto."),
+    ] = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
 ) -> None:
@@ -35,7 +39,12 @@ def generate(
     import torch
     from transformers import TextStreamer
 
+    wants_int8_cache = choose("kv-cache", kv_cache, KV_CACHES) == "int8"
     network, tokenizer = load(model, parse_dtype(dtype))
+    if wants_int8_cache:
+        from .int8_cache import use_int8_cache_
+
+        use_int8_cache_(network)
     if chat and not getattr(tokenizer, "chat_template", None):
         raise SmoothQuantError(f"{model} has no chat template, so it is no chat model: leave --chat out")
     if chat:

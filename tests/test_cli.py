@@ -199,6 +199,23 @@ def test_generate_prints_the_answer_on_stdout_and_the_rest_on_stderr(work):
     assert warm[0] == warm[1] != warm[2]
 
 
+def test_generate_keeps_its_cache_in_8_bits_if_told_to(work, monkeypatch):
+    from smoothquant_ext.int8_cache import Int8Layer
+
+    seen = []
+    for name in ("update", "reserve"):  # module by module, and in fused layers
+        plain = getattr(Int8Layer, name)
+        monkeypatch.setattr(Int8Layer, name, lambda *a, plain=plain, **k: seen.append(a) or plain(*a, **k))
+    for model in ("model", "w8a8"):
+        arguments = ("generate", work / model, "once upon", "--max-new-tokens", 3)
+        smoothquant(*arguments)
+        assert not seen
+        smoothquant(*arguments, "--kv-cache", "int8")
+        assert len(seen) == 2 * 3
+        seen.clear()
+    assert complaint(*arguments, "--kv-cache", "int4") == "--kv-cache is 'int4', expected one of auto, int8"
+
+
 def test_generate_answers_with_the_chat_template_of_the_model(work, tmp_path):
     from transformers import AutoTokenizer
 
