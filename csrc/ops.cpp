@@ -38,16 +38,20 @@ STABLE_TORCH_LIBRARY(sq, m) {
       "Tensor? up_scale=None, Tensor? gate_bias=None, Tensor? up_bias=None, Tensor? down_bias=None, "
       "Tensor? a_scale=None, Tensor? down_a_scale=None, str activation=\"silu\") -> Tensor");
 
-  // A whole layer of a Llama-like decoder. b: q, k, v, o, gate, up, down. Appends to keys and values [B, H, room, D].
+  // A whole layer of a Llama-like decoder. b: q, k, v, o, gate, up, down. Appends to keys and values [B, H, room, D],
+  // quantized where these have scales [B, H, room].
   m.def(
       "w8a8_decoder_layer_(Tensor x, Tensor norm, Tensor post_norm, float eps, float post_eps, float offset, "
       "Tensor[] b, Tensor[] b_scale, Tensor[] bias, Tensor[] a_scale, Tensor cos, Tensor sin, Tensor(a!) keys, "
-      "Tensor(b!) values, int past, Tensor? mask, float scale, bool causal, str activation) -> Tensor");
+      "Tensor(b!) values, int past, Tensor? mask, float scale, bool causal, str activation, "
+      "Tensor(c!)? keys_scale=None, Tensor(d!)? values_scale=None) -> Tensor");
 
   // What stays in floating point between the products.
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float offset=0.0) -> Tensor");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
-  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, *, float scale, bool causal=False) -> Tensor");
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, *, float scale, bool causal=False, "
+      "Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor");
 
   // Which CPU instruction set and kernels run: cpu_isa_why_not is empty for one that can; the families of cpu_kernel are
   // quantize, pack, gemm_int8, gemm_fp8, rows, linear and attention; _set_cpu_isa is for tests and benchmarks.

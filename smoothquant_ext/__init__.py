@@ -9,36 +9,46 @@ if TYPE_CHECKING:
     from .checkpoint import load, save
     from .errors import SmoothQuantError
     from .evaluate import evaluate
+    from .int8_cache import Int8Cache, use_int8_cache_
     from .modules import W8A8Linear
     from .ops import info
     from .quantize import quantize
+    from .runtime import disable, enable
     from .scheme import SCHEMES, Recipe, Scheme
 
 # Imported when first used: transformers takes seconds, and `smoothquant --help` should not.
 _HOME = {
     "SCHEMES": "scheme",
+    "Int8Cache": "int8_cache",
     "Recipe": "scheme",
     "Scheme": "scheme",
     "SmoothQuantError": "errors",
     "W8A8Linear": "modules",
+    "disable": "runtime",
+    "enable": "runtime",
     "evaluate": "evaluate",
     "info": "ops",
     "load": "checkpoint",
     "quantize": "quantize",
     "save": "checkpoint",
+    "use_int8_cache_": "int8_cache",
 }
 
 __all__ = [
     "SCHEMES",
+    "Int8Cache",
     "Recipe",
     "Scheme",
     "SmoothQuantError",
     "W8A8Linear",
+    "disable",
+    "enable",
     "evaluate",
     "info",
     "load",
     "quantize",
     "save",
+    "use_int8_cache_",
 ]
 
 

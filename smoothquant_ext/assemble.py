@@ -1,12 +1,14 @@
 """Puts ``W8A8Linear`` modules in place while ``from_pretrained`` loads a checkpoint.
 
 transformers builds the model on the meta device, asks its quantizer to swap modules, then reads each tensor from the
-files straight into the modules. This quantizer swaps in empty 8-bit layers, so the float weights never exist.
+files straight into the modules. This quantizer swaps in empty 8-bit layers, so the float weights never exist. Once they
+are filled it packs and fuses them, and leaves: what remains is an ordinary model, to be cast, moved and saved.
 """
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,13 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .describe import describe_
 from .errors import SmoothQuantError
+from .fuse import fuse_
 from .hf import to_model_names
 from .linears import Linear, weight_nk
 from .modules import W8A8Linear
-from .stored import COPY_AGAIN, StoredLayer, read_checkpoint
+from .stored import COPY_AGAIN, StoredCheckpoint, StoredLayer, read_checkpoint
 
 METHOD = "smoothquant_ext"
 
@@ -32,14 +36,22 @@ class W8A8Config(QuantizationConfigMixin):
     """Tells the quantizer what is being loaded; it never reaches a file.
 
     Attributes:
-        directory: the checkpoint's.
+        directory: the checkpoint's; ``None`` if transformers finds the files.
         infer_dtype: whether neither the caller nor the configuration names a dtype for what is not quantized.
+        ready: whether to pack and fuse what is loaded, for the CPU.
     """
 
-    def __init__(self, directory: str, infer_dtype: bool, quant_method: str = METHOD) -> None:
+    def __init__(
+        self,
+        directory: str | None = None,
+        infer_dtype: bool = False,
+        ready: bool = True,
+        quant_method: str = METHOD,
+    ) -> None:
         self.quant_method = quant_method
         self.directory = directory
         self.infer_dtype = infer_dtype
+        self.ready = ready
 
 
 @register_quantizer(METHOD)
@@ -50,13 +62,25 @@ class W8A8Quantizer(HfQuantizer):
 
     def __init__(self, quantization_config: W8A8Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.stored = read_checkpoint(Path(quantization_config.directory))
+        self.stored: StoredCheckpoint
+        if quantization_config.directory is not None:
+            self.stored = read_checkpoint(Path(quantization_config.directory))
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         # Left alone, transformers would take the dtype of the first tensor, which may be an FP8 weight or a scale.
-        return self.stored.float_dtype if self.quantization_config.infer_dtype else dtype
+        if self.quantization_config.infer_dtype:
+            return self.stored.float_dtype
+        return dtype if dtype.itemsize > 1 else torch.bfloat16
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if self.quantization_config.directory is None:
+            if not checkpoint_files:
+                raise SmoothQuantError("a quantized model is loaded from files, not from a state dict")
+            self.stored = read_checkpoint(Path(checkpoint_files[0]).parent)
+        for note in self.stored.layout.notes:
+            warnings.warn(f"{self.stored.directory}: {note}", stacklevel=2)
         optional = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
         stored = {
             name: layer
@@ -85,10 +109,18 @@ class W8A8Quantizer(HfQuantizer):
                 shape = (-1, 1) if layer.scheme.weight == "channel" else (1,)
                 scale = getattr(layer, fmt.weight_scale)
                 _rename_buffer(layer, fmt.weight_scale, "weight_scale", scale.float().reshape(shape))
-                if layer.input_scale is not None:
-                    layer.input_scale = layer.input_scale.float().reshape(1)
+                if layer.scheme.is_static:
+                    assert fmt.input_scale is not None
+                    scale = getattr(layer, fmt.input_scale)
+                    _rename_buffer(layer, fmt.input_scale, "input_scale", scale.float().reshape(1))
+                if layer.input_zero_point is not None:
+                    layer.input_zero_point = layer.input_zero_point.float().reshape(1)
                 if layer.smooth is not None:
                     layer.smooth = layer.smooth.float()
+        self.remove_quantization_config(model)
+        describe_(model)
+        if self.quantization_config.ready:
+            make_ready_(model)
 
     def _linears(self, model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple[str, str, Linear | None]]:
         """Name in the checkpoint, path in the model, and the linear layer that is there, if any."""
@@ -144,7 +176,12 @@ class W8A8Quantizer(HfQuantizer):
         scale = torch.empty(stored.weight_scale_shape, dtype=torch.float32, device=meta)
         _rename_buffer(layer, "weight_scale", self.stored.layout.fmt.weight_scale, scale)
         if stored.input_scale_shape is not None:
-            layer.input_scale = torch.empty(stored.input_scale_shape, dtype=torch.float32, device=meta)
+            name = self.stored.layout.fmt.input_scale
+            assert name is not None
+            scale = torch.empty(stored.input_scale_shape, dtype=torch.float32, device=meta)
+            _rename_buffer(layer, "input_scale", name, scale)
+        if stored.zero_point_shape is not None:
+            layer.input_zero_point = torch.empty(stored.zero_point_shape, dtype=torch.float32, device=meta)
         if stored.smooth:
             layer.smooth = torch.empty(stored.in_features, dtype=torch.float32, device=meta)
         return layer
@@ -159,6 +196,14 @@ class W8A8Quantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def make_ready_(model: PreTrainedModel) -> None:
+    """Packs the 8-bit layers that are on the CPU for its kernels, and fuses what can be fused."""
+    for module in model.modules():
+        if isinstance(module, W8A8Linear):
+            module.prepack_()  # one at a time: each frees its plain weight
+    fuse_(model)
 
 
 def _rename_buffer(module: nn.Module, name: str, new_name: str, value: Tensor) -> None:

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
@@ -16,20 +17,23 @@ import torch
 from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
 from . import assemble
+from .card import CARD, model_card
+from .describe import naming, quantized_layers, stored_tensors
 from .errors import SmoothQuantError
-from .formats import Format, choose_format, parse_quantization_config, quantization_config
-from .fuse import fuse_
-from .hf import first_line, plain_tensors, quiet_transformers, to_checkpoint_modules, to_checkpoint_tensors
+from .formats import Format, choose_format, quantization_config
+from .hf import first_line, quiet_transformers
+from .layouts import parse_quantization_config
 from .modules import W8A8Linear
-from .record import RECORD, record
+from .record import RECORD, read_record, record
 from .staging import check_free_space, check_place, replace_directory
-from .stored import CONFIG, COPY_AGAIN, INDEX, read_config
+from .stored import CONFIG, COPY_AGAIN, INDEX, ZERO_POINT, find_quantization, read_config
 
+# Tensors that nothing is lost without: zero points of zero, and scales of caches that are kept in floating point.
+_DISPENSABLE = ("_zero_point", ".k_scale", ".v_scale", ".kv_scale", ".q_scale", ".output_scale", ".input_scale_ub")
 # What a save may leave in a directory, tokenizer files included. Anything else belongs to somebody.
 _OUR_FILES = (
     CONFIG,
@@ -47,6 +51,7 @@ _OUR_FILES = (
     "chat_template.*",
     "additional_chat_templates",
     RECORD,
+    CARD,
 )
 
 
@@ -75,8 +80,11 @@ def check_destination(directory: str | os.PathLike[str]) -> Path:
 
 def _check_replaceable(target: Path) -> None:
     try:
-        parse_quantization_config(read_config(target)["quantization_config"], str(target / CONFIG))
-    except (SmoothQuantError, KeyError):
+        found = find_quantization(target)
+        if found is None:
+            raise SmoothQuantError("not quantized")
+        parse_quantization_config(found[0], str(found[1]))
+    except SmoothQuantError:
         raise SmoothQuantError(
             f"{target} already holds something that is not a W8A8 checkpoint; choose an empty or a new directory"
         ) from None
@@ -92,8 +100,9 @@ def save(
     """Writes a quantized model as a Hugging Face directory that other engines also load.
 
     A killed save leaves the previous directory or none. Files: config.json with the quantization_config, safetensors
-    (with an index when there are several), generation_config.json, the tokenizer and its chat template, and
-    smoothquant.json, the record of how the model was quantized, which other tools ignore.
+    (with an index when there are several), generation_config.json, the tokenizer and its chat template, README.md, a
+    model card, and smoothquant.json, the record of how the model was quantized, which other tools ignore. A model that
+    was loaded keeps the record it came with.
 
     Args:
         model: a transformers causal LM holding ``W8A8Linear`` layers, on any device.
@@ -109,7 +118,7 @@ def save(
             or the directory cannot be written.
     """
     target = check_destination(directory)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, W8A8Linear)}
+    layers = quantized_layers(model)
     if not layers:
         raise SmoothQuantError(f"{type(model).__name__} has no quantized layer; call quantize on it before saving")
     is_explicit = any(layer.smooth is not None for layer in layers.values())
@@ -131,9 +140,14 @@ def save(
             if shards.is_sharded:
                 index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
                 (staging / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            _write_configs(model, quantization_config(fmt, tensors.schemes, tensors.ignore), staging)
-            if (report := getattr(model, "smoothquant_report", None)) is not None:
-                (staging / RECORD).write_text(json.dumps(record(report), indent=1) + "\n", encoding="utf-8")
+            _write_configs(model, quantization_config(fmt, tensors.names.schemes, tensors.names.ignore), staging)
+            report = getattr(model, "smoothquant_report", None)
+            made = record(report) if report is not None else getattr(model, "smoothquant_record", None)
+            if made is not None:
+                (staging / RECORD).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+            schemes = [scheme for scheme, _ in Counter(layer.scheme for layer in layers.values()).most_common()]
+            text = model_card(target.name, fmt, schemes, len(layers), made)
+            (staging / CARD).write_text(text, encoding="utf-8")
             if tokenizer is not None:
                 tokenizer.save_pretrained(staging)
 
@@ -145,35 +159,24 @@ class _Tensors:
 
     Attributes:
         sizes: bytes of each tensor.
-        schemes: scheme of each quantized layer, by its name in the checkpoint and in transformers.
-        ignore: names of the layers that other tools take for linear ones and that stay in floating point.
+        names: what the layers are called in the checkpoint.
     """
 
     def __init__(self, model: PreTrainedModel, layers: Mapping[str, W8A8Linear], fmt: Format) -> None:
         self.sizes: dict[str, int] = {}
         self._readers: dict[str, Callable[[], Tensor]] = {}
-        plain = to_checkpoint_tensors(model, plain_tensors(model, besides=W8A8Linear))
-        for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
-            plain.pop(name, None)
+        plain = stored_tensors(model)
         for name, tensor in plain.items():
             if tensor.is_meta:
                 raise SmoothQuantError(f"{name} is offloaded to disk; load the model without offloading to save it")
             self._add(name, tensor.nbytes, partial(torch.Tensor.detach, tensor))
-        modules = dict(model.named_modules())
-        linears = [path for path, module in modules.items() if isinstance(module, nn.Linear | Conv1D)]
-        embeddings = [path for path, module in modules.items() if isinstance(module, nn.Embedding)]
-        names = to_checkpoint_modules(model, [*layers, *linears, *embeddings])
+        self.names = naming(model, layers, plain)
         for path, layer in layers.items():
+            name = self.names.layers[path]
             for suffix, tensor in _small_tensors(layer, fmt).items():
-                self._add(f"{names[path]}.{suffix}", tensor.nbytes, partial(torch.Tensor.detach, tensor))
+                self._add(f"{name}.{suffix}", tensor.nbytes, partial(torch.Tensor.detach, tensor))
             size = layer.out_features * layer.in_features * layer.scheme.dtype.itemsize
-            self._add(f"{names[path]}.weight", size, layer.plain_weight)
-        # transformers compares with its own names, other engines with those of the checkpoint.
-        self.schemes = {name: layer.scheme for path, layer in layers.items() for name in (names[path], path)}
-        # Routers and the experts that transformers fuses are no nn.Linear here, but are linear layers to vLLM.
-        matrices = {name for name, tensor in plain.items() if tensor.dim() == 2 and name.endswith(".weight")}
-        others = {name.removesuffix(".weight") for name in matrices} - {names[path] for path in (*linears, *embeddings)}
-        self.ignore = list(dict.fromkeys([*(names[path] for path in linears), *linears, *sorted(others)]))
+            self._add(f"{name}.weight", size, layer.plain_weight)
 
     def _add(self, name: str, size: int, reader: Callable[[], Tensor]) -> None:
         self.sizes[name] = size
@@ -195,6 +198,7 @@ def _small_tensors(layer: W8A8Linear, fmt: Format) -> dict[str, Tensor]:
     tensors = {
         fmt.weight_scale: scale,
         fmt.input_scale: layer.input_scale,
+        ZERO_POINT: None if layer.input_zero_point is None else layer.input_zero_point.to(torch.int8),
         fmt.smooth: layer.smooth,
         "bias": layer.bias,
     }
@@ -246,7 +250,7 @@ def load(
     The 8-bit weights go from the files into ``W8A8Linear`` modules; the float weights never exist.
 
     Args:
-        directory: a Hugging Face directory in compressed-tensors or LMDeploy format, safetensors only.
+        directory: a Hugging Face directory in a format that ``layouts`` knows, safetensors only.
         device: where to, the CPU by default.
         dtype: of everything that is not quantized; ``None`` takes what the checkpoint says.
 
@@ -257,7 +261,8 @@ def load(
         SmoothQuantError: the checkpoint is incomplete, damaged, inconsistent, or not W8A8.
     """
     path = Path(directory)
-    raw = read_config(path)
+    read_config(path)  # says what is missing before transformers does
+    on_cpu = device is None or torch.device(device).type == "cpu"
     with quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -265,6 +270,7 @@ def load(
                 "quant_method": assemble.METHOD,
                 "directory": str(path),
                 "infer_dtype": dtype is None and getattr(config, "dtype", None) is None,
+                "ready": on_cpu,
             }
             model, info = AutoModelForCausalLM.from_pretrained(
                 path,
@@ -279,23 +285,16 @@ def load(
         except Exception as error:  # whatever transformers raises for a configuration it cannot build
             raise SmoothQuantError(f"{path}: transformers cannot load this model ({first_line(error)})") from error
     _check_loaded(path, info)
-    # From here on it is an ordinary module: it may be cast, moved and saved like any other.
-    model.hf_quantizer.remove_quantization_config(model)
-    model.config.quantization_config = raw["quantization_config"]
+    if (path / RECORD).is_file():
+        model.smoothquant_record = read_record(path)
     model.eval()
-    if device is not None and torch.device(device).type != "cpu":
-        return model.to(device)
-    for module in model.modules():
-        if isinstance(module, W8A8Linear):
-            module.prepack_()  # one at a time: each frees its plain weight
-    fuse_(model)
-    return model
+    return model if on_cpu else model.to(device)
 
 
 def _check_loaded(path: Path, info: Mapping[str, Any]) -> None:
     for name in sorted(info["missing_keys"]):
         raise SmoothQuantError(f"{path} lacks the tensor {name}, which config.json calls for; {COPY_AGAIN}")
-    unexpected = sorted(name for name in info["unexpected_keys"] if not name.endswith("_zero_point"))
+    unexpected = sorted(name for name in info["unexpected_keys"] if not name.endswith(_DISPENSABLE))
     if unexpected:
         warnings.warn(
             f"{path}: ignored {len(unexpected)} tensors that the model has no place for, such as {unexpected[0]}",

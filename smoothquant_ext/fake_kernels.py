@@ -122,8 +122,11 @@ def _(
     scale: float,
     causal: bool,
     activation: str,
+    keys_scale: Tensor | None = None,
+    values_scale: Tensor | None = None,
 ) -> Tensor:
-    _check_devices("w8a8_decoder_layer_", "x", x, norm=norm, cos=cos, sin=sin, keys=keys, values=values, mask=mask)
+    cache = {"keys": keys, "values": values, "keys_scale": keys_scale, "values_scale": values_scale}
+    _check_devices("w8a8_decoder_layer_", "x", x, norm=norm, cos=cos, sin=sin, mask=mask, **cache)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -198,6 +201,16 @@ def _(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
 
 
 @torch.library.register_fake("sq::attention")
-def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, scale: float, causal: bool = False) -> Tensor:
-    _check_devices("attention", "q", q, k=k, v=v, mask=mask)
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float,
+    causal: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    _check_devices("attention", "q", q, k=k, v=v, mask=mask, k_scale=k_scale, v_scale=v_scale)
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))

@@ -18,11 +18,12 @@ from transformers.cache_utils import DynamicLayer
 
 from . import ops
 from .attention import IMPLEMENTATION, is_causal, takes_mask
-from .cache import GrowingLayer, room_for
+from .cache import Buffers, GrowingLayer
 from .fused import fused_class
 from .fused_mlp import FusedMLP
 from .fused_norm import FusedRMSNorm
-from .modules import W8A8Linear
+from .int8_cache import Int8Layer
+from .modules import W8A8Linear, needs_grad
 
 # With more rows, calling the modules one by one costs nothing, and their intermediate results would pile up.
 MOST_ROWS = 1024
@@ -64,7 +65,7 @@ class FusedDecoderLayer:
     def _is_understood(self, x: Tensor, kwargs: dict[str, Any]) -> bool:
         if not x.is_cpu or x.dim() != 3 or x.shape[0] * x.shape[1] > MOST_ROWS or torch.compiler.is_compiling():
             return False
-        if torch.is_grad_enabled() and x.requires_grad:
+        if needs_grad(x):
             return False
         for name, value in kwargs.items():
             if name not in UNDERSTOOD and (isinstance(value, Tensor) or value):
@@ -81,7 +82,7 @@ class FusedDecoderLayer:
         roles, projections = mlp.fused_roles, attention._modules
         layers = [projections[name] for name in parts.qkvo]
         layers += [mlp._modules[name] for name in (roles.gate, roles.up, roles.down)]
-        if any(type(layer) is not W8A8Linear or layer.smooth is not None for layer in layers):
+        if any(type(layer) is not W8A8Linear or not layer.is_plain for layer in layers):
             return None
         if len({layer.input_scale is None for layer in layers}) > 1:  # some inputs static, others dynamic
             return None
@@ -99,14 +100,16 @@ class FusedDecoderLayer:
         shape = (x.shape[0], heads, x.shape[1], d)
         if cache is None:
             stored, past = None, 0
-            keys, values = x.new_empty(shape), x.new_empty(shape)
+            buffers = Buffers(x.new_empty(shape), x.new_empty(shape))
         else:
             stored = cache.layers[attention.layer_idx] if attention.layer_idx < len(cache.layers) else None
             if type(stored) is DynamicLayer:  # of a cache that the model has just made
                 stored.__class__ = GrowingLayer
-            if type(stored) is not GrowingLayer or getattr(cache, "offloading", False):
+            if type(stored) is not GrowingLayer and type(stored) is not Int8Layer:
                 return None
-            keys, values, past = room_for(stored, x, shape)
+            if getattr(cache, "offloading", False):
+                return None
+            buffers, past = stored.reserve(x, shape)
         total, mask = past + x.shape[1], kwargs.get("attention_mask")
         if not takes_mask(mask, x.shape[0], layers[0].out_features // d, x.shape[1], total):
             return None
@@ -129,16 +132,18 @@ class FusedDecoderLayer:
             else [],
             cos,
             sin,
-            keys,
-            values,
+            buffers.keys,
+            buffers.values,
             past,
             mask,
             attention.scaling,
             is_causal(attention, x.shape[1], mask),
             roles.activation,
+            buffers.keys_scale,
+            buffers.values_scale,
         )
         if stored is not None:
-            stored.keys, stored.values = keys.narrow(2, 0, total), values.narrow(2, 0, total)
+            stored.fill(total)
         return output
 
 

@@ -12,7 +12,7 @@ from torch.nn.functional import gelu, relu, silu
 
 from . import ops
 from .fused import agrees, output_of
-from .modules import W8A8Linear, have_one_input_scale
+from .modules import W8A8Linear, have_one_input_scale, needs_grad
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": silu,
@@ -61,7 +61,7 @@ class FusedMLP:
         gate, down = modules[roles.gate], modules[roles.down]
         up = None if roles.up is None else modules[roles.up]
         is_ours = _is_plain(gate) and _is_plain(down) and (up is None or up is gate or _is_plain(up))
-        if not is_ours or not hidden_states.is_cpu:
+        if not is_ours or not hidden_states.is_cpu or needs_grad(hidden_states):
             return super().forward(hidden_states)  # type: ignore[misc, no-any-return]
         first, second = self._halves(gate) if roles.is_packed else (_operands(gate), up and _operands(up))
         last = _operands(down)
@@ -98,7 +98,7 @@ def mlp_attributes(module: nn.Module) -> dict[str, Any] | None:
         return None
     if any(linear.weight.device.type != "cpu" for linear in module.modules() if isinstance(linear, W8A8Linear)):
         return None
-    if any(linear.smooth is not None for linear in linears.values()):
+    if not all(linear.is_plain for linear in linears.values()):
         return None
     for width in {linear.in_features for linear in linears.values()}:  # of the input, or of what is inside
         roles = _find_roles(module, linears, width)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import ops
 from .fused import agrees, output_of
 from .linears import values_of
+from .modules import needs_grad
 
 
 class FusedRMSNorm:
@@ -21,7 +22,7 @@ class FusedRMSNorm:
 
     def forward(self, hidden_states: Tensor, *gate: Tensor | None) -> Tensor:
         """[..., K] -> [..., K]; called with a gate too, as some norms may be, it is computed by its own class."""
-        if hidden_states.is_cpu and not gate:
+        if hidden_states.is_cpu and not gate and not needs_grad(hidden_states):
             return ops.rms_norm(hidden_states, self.weight, self.fused_eps, self.fused_offset)
         return super().forward(hidden_states, *gate)  # type: ignore[misc, no-any-return]
 

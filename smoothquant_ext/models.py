@@ -14,11 +14,12 @@ from urllib.request import getproxies
 import torch
 from huggingface_hub import constants, snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from . import checkpoint
 from .errors import SmoothQuantError
 from .hf import first_line, quiet_transformers
-from .stored import read_config
+from .stored import MODELOPT_CONFIG, find_quantization
 
 CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 
@@ -47,7 +48,7 @@ def load_model(
         if path.suffix.lower() == ".gguf":
             return _load_gguf(path, dtype or torch.float32, device)
         if path.is_dir():
-            quantized = read_config(path).get("quantization_config") is not None
+            quantized = find_quantization(path) is not None
             return _load(str(path), path, quantized, dtype, device)
         if path.exists():
             raise SmoothQuantError(f"{path} is neither a directory nor a .gguf file; name a model's directory")
@@ -99,13 +100,27 @@ def _load_from_hub(
     # Without a network the hub's client would retry for half a minute; what it downloaded before still counts.
     offline = _is_offline()
     config = _call(f"{absent} that can be reached", AutoConfig, name, local_files_only=offline)
-    if getattr(config, "quantization_config", None) is None:
+    if not _is_quantized(name, config, offline):
         return _load(name, name, False, dtype, device, local_files_only=offline)
     try:
         directory = snapshot_download(name, allow_patterns=CHECKPOINT_FILES, local_files_only=offline)
     except (OSError, ValueError) as error:
         raise SmoothQuantError(f"{name} cannot be downloaded from the hub ({first_line(error)})") from error
     return _load(name, Path(directory), True, dtype, device)
+
+
+def _is_quantized(name: str, config: Any, offline: bool) -> bool:
+    """Whether a model on the hub is quantized, in its configuration or in ModelOpt's file beside it."""
+    if getattr(config, "quantization_config", None) or getattr(config, "compression_config", None):
+        return True
+    found: str | None = cached_file(
+        name,
+        MODELOPT_CONFIG,
+        local_files_only=offline,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return found is not None
 
 
 def _is_offline() -> bool:

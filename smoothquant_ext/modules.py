@@ -25,6 +25,7 @@ class W8A8Linear(nn.Module):
         weight: 8-bit [N, K], or packed (see ``torch.ops.sq.prepack_weight``).
         weight_scale: fp32 [N, 1] (per channel) or [1] (per tensor).
         input_scale: fp32 [1] with static activations, else ``None`` (a scale per token, measured at run time).
+        input_zero_point: fp32 [1], a whole number, with static asymmetric activations, else ``None``.
         smooth: fp32 [K] that the input is divided by before it is quantized, or ``None``; then ``weight`` is that of a
             layer whose columns were multiplied by it.
         bias: floating point [N], or ``None``.
@@ -35,6 +36,7 @@ class W8A8Linear(nn.Module):
     weight: Tensor
     weight_scale: Tensor
     input_scale: Tensor | None
+    input_zero_point: Tensor | None
     smooth: Tensor | None
     bias: Tensor | None
 
@@ -53,16 +55,24 @@ class W8A8Linear(nn.Module):
         self.out_features = out_features
         self.scheme = scheme
         self.shared = None
+        self._weight_sum: Tensor | None = None
         scale_shape = (out_features, 1) if scheme.weight == "channel" else (1,)
         self.register_buffer("weight", torch.empty(out_features, in_features, dtype=scheme.dtype, device=device))
         self.register_buffer("weight_scale", torch.empty(scale_shape, dtype=torch.float32, device=device))
         input_scale = torch.empty(1, dtype=torch.float32, device=device) if scheme.is_static else None
         self.register_buffer("input_scale", input_scale)
+        zero_point = torch.empty(1, dtype=torch.float32, device=device) if input_scale is not None else None
+        self.register_buffer("input_zero_point", None if scheme.symmetric else zero_point)
         self.register_buffer("smooth", None)
         self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N] in the dtype of ``x``."""
+        """[..., K] -> [..., N] in the dtype of ``x``. Its gradient is that of the dequantized weight."""
+        if needs_grad(x):
+            output: Tensor = StraightThrough.apply(x, self)
+            return output
+        if not self.scheme.symmetric:
+            return asymmetric_linear(self, x)
         if self.shared is not None and (y := self.shared.output(self, x)) is not None:
             return y
         buffers: dict[str, Any] = self._buffers  # an attribute of a module costs as much as a small kernel
@@ -74,6 +84,11 @@ class W8A8Linear(nn.Module):
             buffers["input_scale"],
             buffers["smooth"],
         )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its input is quantized as it comes, so that fused ops can do it: not smoothed, and symmetric."""
+        return self.smooth is None and self.scheme.symmetric
 
     @property
     def is_packed(self) -> bool:
@@ -89,6 +104,14 @@ class W8A8Linear(nn.Module):
     def plain_weight(self) -> Tensor:
         """The weight as [N, K], 8 bits, whether or not it is packed."""
         return ops.unpack_weight(self.weight, self.out_features, self.in_features) if self.is_packed else self.weight
+
+    def weight_sum(self) -> Tensor:
+        """fp32 [N]: the sum of each row of the dequantized weight, computed once for a weight."""
+        if self._weight_sum is None or self._weight_sum.device != self.weight.device:
+            weight = self.plain_weight()
+            exact = weight.sum(1, dtype=torch.int32) if weight.dtype == torch.int8 else weight.float().sum(1)
+            self._weight_sum = exact.float() * self._plain_scale().reshape(-1)
+        return self._weight_sum
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> W8A8Linear:
         # Casts (.half(), .to(bfloat16)) are for the bias alone: scales are fp32 and the weight is 8 bits by contract.
@@ -126,11 +149,59 @@ class W8A8Linear(nn.Module):
         )
 
 
-def have_one_input_scale(layers: Sequence[W8A8Linear]) -> bool:
-    """Whether an input quantized for one of these layers is right for all: no explicit smoothing, and scales per token
-    or the same static one.
+def needs_grad(x: Tensor) -> bool:
+    """Whether somebody will ask for the gradient of what is computed from ``x``: fused ops have none."""
+    return x.requires_grad and torch.is_grad_enabled()
+
+
+class StraightThrough(torch.autograd.Function):
+    """An 8-bit layer whose gradient passes the rounding of its input unchanged (Bengio et al. 2013, section 4).
+
+    It lets adapters before the layer be trained; the layer itself has nothing to train.
     """
-    if any(layer.smooth is not None for layer in layers):
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: W8A8Linear) -> Tensor:
+        """[..., K] -> [..., N]"""
+        ctx.layer = layer
+        output: Tensor = layer(x.detach())
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """[..., N] -> [..., K]"""
+        layer: W8A8Linear = ctx.layer
+        weight = layer.plain_weight().to(grad.dtype)
+        gradient = (grad * layer._plain_scale().reshape(-1).to(grad.dtype)) @ weight
+        return (gradient if layer.smooth is None else gradient / layer.smooth.to(grad.dtype)), None
+
+
+def asymmetric_linear(layer: W8A8Linear, x: Tensor) -> Tensor:
+    """The output [..., N] of a layer with asymmetric activations: those of [low, high], by 255 steps around the middle.
+
+    ``x = (x - middle) + middle``, of which the first part is symmetric, and the second the same for all columns:
+    ``y = W (x - middle) + middle * sum(W, 1)``. With a stored scale s and zero point z, of q in [-128, 127], the range
+    is ``[(-128 - z) s, (127 - z) s]``; without, that of each token.
+    """
+    x32 = x.float()
+    if layer.input_scale is None:
+        low, high = x32.aminmax(dim=-1, keepdim=True) if x.shape[-1] else (x32.sum(-1, keepdim=True),) * 2
+        middle, scale = (low + high) / 2, None
+    else:
+        assert layer.input_zero_point is not None
+        middle = (-0.5 - layer.input_zero_point) * layer.input_scale
+        scale = layer.input_scale * (127.5 / 127.0)
+    x32 = x32 - middle
+    y = ops.w8a8_linear(x32, layer.weight, layer.weight_scale, None, scale, layer.smooth, torch.float32)
+    y = y + middle * layer.weight_sum()
+    return (y if layer.bias is None else y + layer.bias.float()).to(x.dtype)
+
+
+def have_one_input_scale(layers: Sequence[W8A8Linear]) -> bool:
+    """Whether an input quantized for one of these layers is right for all: no explicit smoothing, symmetric, and
+    scales per token or the same static one.
+    """
+    if not all(layer.is_plain for layer in layers):
         return False
     scales = [layer.input_scale for layer in layers]
     if scales[0] is None:

@@ -302,12 +302,15 @@ def w8a8_decoder_layer_(
     scale: float,
     causal: bool,
     activation: str = "silu",
+    keys_scale: Tensor | None = None,
+    values_scale: Tensor | None = None,
 ) -> Tensor:
     """A decoder layer of the Llama family: ``h = x + o(attention(q, k, v))``, ``y = h + mlp(rms_norm(h))``.
 
     q, k and v are the layers of ``rms_norm(x)``; q and k are rotated by ``cos`` and ``sin`` (Su et al. 2021, the halves
     of a head being the two coordinates). It has the bits of ``rms_norm``, ``w8a8_linears``, torch's rotation,
-    ``attention``, ``w8a8_linear``, torch's addition and ``w8a8_mlp`` one after the other.
+    ``attention``, ``w8a8_linear``, torch's addition and ``w8a8_mlp`` one after the other; with an INT8 cache, also of
+    ``quantize_per_token`` of the new keys, once rotated, and values.
 
     Args:
         x: fp32, bf16 or fp16 [B, T, K].
@@ -322,13 +325,15 @@ def w8a8_decoder_layer_(
         a_scale: static scales of the inputs of q/k/v, o, gate/up and down; or nothing for scales per token.
         cos: of the dtype of ``x`` [1 or B, T, D].
         sin: the same.
-        keys: of the dtype of ``x`` [B, Hkv, room, D], contiguous; gets T more tokens behind ``past``.
-        values: the same.
+        keys: of the dtype of ``x``, or int8, [B, Hkv, room, D], contiguous; gets T more tokens behind ``past``.
+        values: the same dtype and, but for the room, shape.
         past: tokens that are in ``keys`` and ``values``.
         mask: bool [1 or B, 1 or H, T, past + T], true where a query may see a key; or ``None``.
         scale: of the attention, usually ``D ** -0.5``.
         causal: whether query i sees only keys up to past + i.
         activation: of the MLP, see ``w8a8_mlp``.
+        keys_scale: fp32 [B, Hkv, room], contiguous, of int8 ``keys``; gets T more as well. ``None`` for others.
+        values_scale: the same for ``values``.
 
     Returns:
         y, of the dtype of ``x`` [B, T, K].
@@ -356,6 +361,8 @@ def w8a8_decoder_layer_(
         scale,
         causal,
         activation,
+        keys_scale,
+        values_scale,
     )
     return y
 
@@ -543,19 +550,31 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool = False) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
     """Scaled dot-product attention: ``softmax(scale * q @ k.T) @ v`` over the keys that each query may see.
 
     Scores, softmax and sums are fp32; probabilities of bf16 inputs are rounded to bf16 where the CPU multiplies bf16.
-    A query that sees no key gives 0.
+    A query that sees no key gives 0. INT8 keys and values are read as they are: scores are multiplied by ``k_scale``
+    and probabilities by ``v_scale``.
 
     Args:
         q: fp32, bf16 or fp16 [B, H, T, D], any strides.
-        k: the same dtype, [B, Hkv, S, D], where H is a multiple of Hkv: head h reads head h // (H // Hkv).
-        v: the same dtype, [B, Hkv, S, Dv].
+        k: the same dtype, or int8, [B, Hkv, S, D], where H is a multiple of Hkv: head h reads head h // (H // Hkv).
+        v: the dtype of ``k``, [B, Hkv, S, Dv].
         mask: bool [1 or B, 1 or H, T, S], true where a query may see a key; or ``None``.
         scale: positive, usually ``D ** -0.5``.
         causal: whether query i sees only keys up to i + S - T, as the last T of S tokens do.
+        k_scale: fp32 [B, Hkv, S], of an int8 ``k``, as ``quantize_per_token`` makes both; ``None`` for others.
+        v_scale: the same for ``v``.
 
     Returns:
         y, of the dtype of ``q`` [B, T, H, Dv], contiguous: heads side by side, as the output projection reads them.
@@ -563,5 +582,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     Raises:
         RuntimeError: for dtypes, shapes or devices that do not fit, or a scale that is not positive and finite.
     """
-    y: Tensor = _attention(q, k, v, mask, scale=scale, causal=causal)
+    y: Tensor = _attention(q, k, v, mask, scale=scale, causal=causal, k_scale=k_scale, v_scale=v_scale)
     return y

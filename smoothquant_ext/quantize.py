@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .blocks import Batch, find_blocks, token_ids
 from .calibrate import calibrate
 from .convert import convert_
+from .describe import describe_
 from .discover import Discovery, discover
 from .errors import SmoothQuantError
 from .fuse import fuse_
@@ -52,6 +54,8 @@ class Report:
         outliers: fp32 [K] absmax of each layer's input, before and after smoothing.
         fused: names of the norms and MLPs that run in one pass now.
         seconds: wall-clock seconds of each step.
+        base: what the model was loaded from: a hub id, or the last part of a path; empty if that is not known.
+        calibration: ``windows`` and ``tokens`` of the calibration data, and ``text`` where whoever read it says so.
     """
 
     recipe: Recipe
@@ -68,6 +72,8 @@ class Report:
     outliers: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     fused: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    base: str = ""
+    calibration: dict[str, Any] = field(default_factory=dict)
 
 
 def quantize(
@@ -98,7 +104,7 @@ def quantize(
             point then, but some blocks are smoothed.
     """
     recipe = recipe or Recipe()
-    report = Report(recipe)
+    report = Report(recipe, base=_name_of(model))
     bar = _progress_bars(report, progress)
     model.eval()
 
@@ -118,6 +124,7 @@ def quantize(
     discovery = Discovery()
     if recipe.smooth:
         discovery = discover(model, data.first, lambda blocks: bar(blocks, "Finding smoothing groups"), absmax)
+    report.calibration = {"windows": data.windows, "tokens": data.tokens}
     before = dict(absmax)
     done = quantize_blocks(
         model,
@@ -145,6 +152,8 @@ def quantize(
     rest = [name for name in selection.linears if name not in done.layers]  # outside of every block
     convert_(model, rest, absmax, recipe.resolved_scheme)
     report.fused = fuse_(model)
+    if isinstance(model, PreTrainedModel):
+        describe_(model)
     notes.remove()
 
     smoothed = {consumer for group in done.smoothing.groups for consumer in group.consumers}
@@ -164,11 +173,14 @@ class CalibrationData:
 
     Attributes:
         held_out: the batches that are kept, by their number.
+        windows: rows of all batches so far.
+        tokens: tokens in them.
     """
 
     def __init__(self, batches: Tensor | Iterable[Batch]) -> None:
         self._batches = batches.split(1) if isinstance(batches, Tensor) and len(batches) else batches
         self.held_out: dict[int, Batch] = {}
+        self.windows = self.tokens = 0
 
     def __len__(self) -> int:
         return len(self._batches)  # type: ignore[arg-type]  # a TypeError is how an iterator says that it has none
@@ -176,8 +188,11 @@ class CalibrationData:
     def __iter__(self) -> Iterator[Batch]:
         stride, wanted = HELD_OUT_SHARE, 1
         for index, batch in enumerate(self._batches):
+            rows, length = token_ids(batch).shape[:2]
+            self.windows += rows
+            self.tokens += rows * length
             if index == 0:
-                tokens = token_ids(batch).shape[:2].numel()
+                tokens = rows * length
                 wanted = max(1, HELD_OUT_TOKENS // max(1, tokens))
                 stride = max(HELD_OUT_SHARE, operator.length_hint(self._batches) // wanted)
             if index % stride == 0 and len(self.held_out) < wanted:
@@ -194,6 +209,12 @@ class CalibrationData:
     def first(self) -> Batch:
         """The first batch, which is always held out."""
         return self.held_out[0]
+
+
+def _name_of(model: nn.Module) -> str:
+    """What a model was loaded from, without the folders it lies in here."""
+    name = str(getattr(getattr(model, "config", None), "name_or_path", "") or "")
+    return name if name.count("/") == 1 and not Path(name).exists() else Path(name).name
 
 
 def _progress_bars(report: Report, show: bool) -> Callable[[Iterable[Any], str], Iterable[Any]]:

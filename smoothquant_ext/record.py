@@ -22,7 +22,8 @@ MOST_BINS = 128  # of channels, in what is kept of the outliers
 def record(report: Report) -> dict[str, Any]:
     """A report as plain numbers and names.
 
-    Keys: ``version``, ``package``, ``recipe`` (its fields; ``scheme`` by name), ``quantized``, ``skipped``, ``failed``,
+    Keys: ``version``, ``package``, ``base``, ``calibration``, ``measured`` (rows of ``card.measured_facts``; none yet),
+    ``recipe`` (its fields; ``scheme`` by name), ``quantized``, ``skipped``, ``failed``,
     ``unsmoothed``, ``groups`` (see ``SmoothedGroup``), ``errors``, ``damages``, ``limits``, ``massive``,
     ``sensitivity`` (a list of ``{"layers", "kl"}``), ``seconds``, and ``outliers``: for each layer ``before`` and
     ``after``, the absmax of its input's channels (the largest of each of up to 128 bins of neighbours), and the
@@ -32,6 +33,9 @@ def record(report: Report) -> dict[str, Any]:
     return {
         "version": VERSION,
         "package": version("smoothquant-ext"),
+        "base": report.base,
+        "calibration": report.calibration,
+        "measured": [],
         "recipe": recipe,
         "quantized": report.quantized,
         "skipped": report.skipped,

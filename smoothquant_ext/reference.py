@@ -316,10 +316,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return (y if bias is None else y + bias.double().reshape(-1)).to(x.dtype)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool = False) -> Tensor:
-    """See ``ops.attention``. Computed in fp64, rounded once."""
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """See ``ops.attention``. Computed in fp64, on dequantized keys and values; rounded once."""
     group = q.shape[1] // max(1, k.shape[1])
-    k, v = k.double().repeat_interleave(group, 1), v.double().repeat_interleave(group, 1)
+    k, v = (
+        (x.double() if own is None else x.double() * own.double().unsqueeze(-1)).repeat_interleave(group, 1)
+        for x, own in ((k, k_scale), (v, v_scale))
+    )
     visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
     if causal:
         visible = visible.tril(k.shape[2] - q.shape[2])
@@ -357,6 +369,8 @@ def w8a8_decoder_layer_(
     scale: float,
     causal: bool,
     activation: str = "silu",
+    keys_scale: Tensor | None = None,
+    values_scale: Tensor | None = None,
     attend: Callable[..., Tensor] = attention,
 ) -> Tensor:
     """See ``ops.w8a8_decoder_layer_``; ``attend`` computes the attention."""
@@ -369,8 +383,13 @@ def w8a8_decoder_layer_(
         for i in range(3)
     )
     total = past + x.shape[1]
-    keys[:, :, past:total], values[:, :, past:total] = rotate(k, cos, sin), v
-    attended = attend(rotate(q, cos, sin), keys[:, :, :total], values[:, :, :total], mask, scale, causal)
+    k, scales = rotate(k, cos, sin), list[Tensor]()
+    if keys_scale is not None and values_scale is not None:
+        k, keys_scale[:, :, past:total] = quantize_per_token(k, torch.int8)
+        v, values_scale[:, :, past:total] = quantize_per_token(v, torch.int8)
+        scales = [keys_scale[:, :, :total], values_scale[:, :, :total]]
+    keys[:, :, past:total], values[:, :, past:total] = k, v
+    attended = attend(rotate(q, cos, sin), keys[:, :, :total], values[:, :, :total], mask, scale, causal, *scales)
     h = x + w8a8_linear(attended.flatten(2), b[3], b_scale[3], biases[3], static[1])
     _, _, _, _, gate, up, down = zip(b, b_scale, biases, strict=True)
     operands = *gate[:2], *down[:2], *up[:2], gate[2], up[2], down[2]

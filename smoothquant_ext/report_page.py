@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,11 @@ import numpy as np
 from jinja2 import Environment
 from markupsafe import Markup
 
-from .errors import SmoothQuantError
 from .report import COLUMNS, Measured, by_reason, collapse, comparison_cells
 from .report_facts import Facts, Kind
 from .report_figures import Pictures, decibels, log_limits
 from .scheme import SCHEMES
+from .staging import replace_file
 
 TEMPLATE = Path(__file__).with_name("report_page.html.j2")
 BRIGHTEST = 99.8  # percentile of the magnitudes: a single token's must not take the colours from all others
@@ -54,16 +53,7 @@ def write_page(
     Raises:
         SmoothQuantError: matplotlib is not installed, or the file cannot be written.
     """
-    page = render_page(record, title, measured or (), weight_bytes)
-    target = Path(path)
-    unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    try:
-        unfinished.write_text(page, encoding="utf-8")
-        unfinished.replace(target)
-    except OSError as error:
-        raise SmoothQuantError(f"{target} cannot be written: {error.strerror or error}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+    replace_file(Path(path), render_page(record, title, measured or (), weight_bytes))
 
 
 def render_page(

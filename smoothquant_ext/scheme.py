@@ -37,6 +37,8 @@ class Scheme:
             calibration (static).
         alpha: default migration strength for SmoothQuant (Xiao et al. 2022, eq. 4). Static activations share one scale
             among all channels, so they want more of the outliers moved into the weight.
+        symmetric: whether the activation's scale spans the same range on both sides of zero. Others' checkpoints may
+            have asymmetric ones, INT8 with a zero point; ``quantize`` makes none.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Scheme:
     weight: Literal["channel", "tensor"]
     activation: Literal["token", "tensor"]
     alpha: float
+    symmetric: bool = True
 
     @property
     def is_static(self) -> bool:

@@ -75,6 +75,22 @@ def replace_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)  # a no-op once it is published
 
 
+def replace_file(target: Path, text: str) -> None:
+    """Writes a text file, UTF-8, that appears whole or not at all.
+
+    Raises:
+        SmoothQuantError: it cannot be written.
+    """
+    unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(target)
+    except OSError as error:
+        raise SmoothQuantError(f"{target} cannot be written: {error.strerror or error}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def _publish(staging: Path, target: Path) -> None:
     retired = target.parent / staging.name.replace(f".{FILLING}-", f".{RETIRED}-")
     if target.is_dir():

@@ -14,16 +14,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import SmoothQuantError
-from .formats import Layout, parse_quantization_config
-from .scheme import Scheme
+from .layouts import Layout, parse_quantization_config
+from .scheme import Scheme, scheme_of
 
 CONFIG = "config.json"
+MODELOPT_CONFIG = "hf_quant_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 COPY_AGAIN = "copy or download the checkpoint again"
+ZERO_POINT = "input_zero_point"  # of static asymmetric activations, in compressed-tensors
 
 # safetensors' names of the dtypes that matter here.
 _EIGHT_BIT = {torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
+_INTEGERS = ("I8", "I32", "I64")
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -47,6 +50,7 @@ class StoredLayer:
         bias: whether a bias is stored.
         weight_scale_shape: [N, 1], [N], [1], ... as stored.
         input_scale_shape: the same for the static activation scale, ``None`` for dynamic schemes.
+        zero_point_shape: the same for the zero point of static asymmetric activations, else ``None``.
         smooth: whether an explicit smoothing scale [K] is stored.
     """
 
@@ -56,6 +60,7 @@ class StoredLayer:
     bias: bool
     weight_scale_shape: tuple[int, ...]
     input_scale_shape: tuple[int, ...] | None
+    zero_point_shape: tuple[int, ...] | None
     smooth: bool
 
 
@@ -86,18 +91,33 @@ def read_config(directory: Path) -> dict[str, Any]:
     return _read_json(directory / CONFIG, "name the directory of a saved model")
 
 
+def find_quantization(directory: Path) -> tuple[Any, Path] | None:
+    """What a model directory says of its quantization and the file that says it, ``None`` if it is not quantized.
+
+    Raises:
+        SmoothQuantError: as ``read_config``.
+    """
+    config = read_config(directory)
+    for key in ("quantization_config", "compression_config"):  # the second is compressed-tensors' former name
+        if (raw := config.get(key)) is not None:
+            inner = raw.get("quantization_config") if key == "compression_config" and isinstance(raw, dict) else None
+            return inner or raw, directory / CONFIG
+    modelopt = directory / MODELOPT_CONFIG
+    return (_read_json(modelopt, COPY_AGAIN), modelopt) if modelopt.is_file() else None
+
+
 def read_checkpoint(directory: Path) -> StoredCheckpoint:
     """Reads the configuration, the headers and the scales of a W8A8 checkpoint, and checks that they agree.
 
     Raises:
         SmoothQuantError: a file or tensor is missing, truncated, unreadable, of the wrong shape or dtype, or not W8A8.
     """
-    config = read_config(directory)
-    raw = config.get("quantization_config")
-    if raw is None:
+    found = find_quantization(directory)
+    if found is None:
         raise SmoothQuantError(f"{directory} is not quantized; run it through 'smoothquant quantize' first")
-    layout = parse_quantization_config(raw, str(directory / CONFIG))
+    layout = parse_quantization_config(found[0], str(found[1]))
     tensors = _read_headers(directory)
+    layout = layout.spelled_as(tensors)
     layers = dict(_layers(layout, tensors))
     if not layers:
         raise SmoothQuantError(f"{directory} says it is quantized but holds no 8-bit weight; {COPY_AGAIN}")
@@ -147,18 +167,23 @@ def _layer(name: str, layout: Layout, tensors: Mapping[str, StoredTensor]) -> St
             f"scheme {scheme.name!r}; {COPY_AGAIN}"
         )
     n, k = weight.shape
-    per_channel = scheme.weight == "channel"
     scale_name = f"{name}.{layout.fmt.weight_scale}"
+    if not layout.complete:
+        per_tensor = math.prod(tensors[scale_name].shape) == 1 and n > 1 and layout.fmt.name != "lmdeploy"
+        scheme = scheme_of(scheme.dtype, "tensor" if per_tensor else "channel", scheme.activation)
+    per_channel = scheme.weight == "channel"
     allowed = ((n, 1), (n,)) if per_channel else ((1,), (), (1, 1))
     weight_scale_shape = _scale_shape(scale_name, tensors[scale_name], allowed)
-    input_scale_shape = None
+    static = {}
     if scheme.is_static:
-        input_name = f"{name}.{layout.fmt.input_scale}"
-        if input_name not in tensors:
-            raise SmoothQuantError(
-                f"{weight.file}: {CONFIG} says that activations are static but {input_name} is missing; {COPY_AGAIN}"
-            )
-        input_scale_shape = _scale_shape(input_name, tensors[input_name], ((1,), (), (1, 1)))
+        suffixes = (layout.fmt.input_scale, *([] if scheme.symmetric else [ZERO_POINT]))
+        for input_name in (f"{name}.{suffix}" for suffix in suffixes):
+            if input_name not in tensors:
+                raise SmoothQuantError(
+                    f"{weight.file}: {CONFIG} says that activations are static but {input_name} is missing; "
+                    f"{COPY_AGAIN}"
+                )
+            static[input_name] = _scale_shape(input_name, tensors[input_name], ((1,), (), (1, 1)))
     bias = tensors.get(name + ".bias")
     if bias is not None and (bias.dtype not in _FLOATS or bias.shape != (n,)):
         raise SmoothQuantError(
@@ -167,14 +192,18 @@ def _layer(name: str, layout: Layout, tensors: Mapping[str, StoredTensor]) -> St
     smooth_name = f"{name}.{layout.fmt.smooth}"
     if has_smooth := layout.fmt.smooth is not None and smooth_name in tensors:
         _scale_shape(smooth_name, tensors[smooth_name], ((k,),))
-    return StoredLayer(scheme, n, k, bias is not None, weight_scale_shape, input_scale_shape, has_smooth)
+    input_scale_shape, zero_point_shape = (*static.values(), None, None)[:2]
+    return StoredLayer(
+        scheme, n, k, bias is not None, weight_scale_shape, input_scale_shape, zero_point_shape, has_smooth
+    )
 
 
 def _scale_shape(name: str, scale: StoredTensor, allowed: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
     allowed = tuple(allowed)
-    if scale.dtype not in _FLOATS or scale.shape not in allowed:
+    kinds, kind = (_INTEGERS, "an integer") if name.endswith(ZERO_POINT) else (_FLOATS, "a float")
+    if scale.dtype not in kinds or scale.shape not in allowed:
         raise SmoothQuantError(
-            f"{scale.file}: {name} is {scale.dtype} {list(scale.shape)}, expected a float {list(allowed[0])}; "
+            f"{scale.file}: {name} is {scale.dtype} {list(scale.shape)}, expected {kind} {list(allowed[0])}; "
             f"{COPY_AGAIN}"
         )
     return scale.shape
@@ -185,7 +214,8 @@ def _check_values(layout: Layout, tensors: Mapping[str, StoredTensor], layers: I
     fmt = layout.fmt
     suffixes = [suffix for suffix in (fmt.weight_scale, fmt.input_scale, fmt.smooth) if suffix is not None]
     scales = [f"{layer}.{suffix}" for layer in layers for suffix in suffixes]
-    zero_points = [f"{layer}.{kind}_zero_point" for layer in layers for kind in ("weight", "input")]
+    zero_points = [f"{layer}.weight_zero_point" for layer in layers]
+    zero_points += [f"{layer}.{ZERO_POINT}" for layer in layers if _is_symmetric(layout.scheme_of(layer))]
     for name, value in _read_tensors(tensors, scales):
         bad = ~(value.isfinite() & (value > 0))
         if bad.any():
@@ -196,6 +226,10 @@ def _check_values(layout: Layout, tensors: Mapping[str, StoredTensor], layers: I
     for name, value in _read_tensors(tensors, zero_points):
         if value.any():
             raise SmoothQuantError(f"{tensors[name].file}: {name} is not zero, expected symmetric quantization")
+
+
+def _is_symmetric(scheme: Scheme | None) -> bool:
+    return scheme is None or scheme.symmetric
 
 
 def _read_tensors(tensors: Mapping[str, StoredTensor], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:

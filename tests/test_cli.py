@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from smoothquant_ext import cli
 from smoothquant_ext.scheme import SCHEMES
 
-COMMANDS = ("quantize", "eval", "compare", "generate", "inspect", "report", "info")
+COMMANDS = ("quantize", "convert", "eval", "compare", "generate", "chat", "serve", "inspect", "report", "info")
 SMALL = ("--samples", "4", "--seqlen", "24")
 
 
@@ -59,7 +59,7 @@ def no_loading(monkeypatch):
     def refuse(*_: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(cli, "_load", refuse)
+    monkeypatch.setattr("smoothquant_ext.models.load_model", refuse)
 
 
 def test_help_names_every_command_and_scheme_and_gives_examples():
@@ -197,6 +197,23 @@ def test_generate_prints_the_answer_on_stdout_and_the_rest_on_stderr(work):
         for s in (1, 1, 2)
     ]
     assert warm[0] == warm[1] != warm[2]
+
+
+def test_generate_keeps_its_cache_in_8_bits_if_told_to(work, monkeypatch):
+    from smoothquant_ext.int8_cache import Int8Layer
+
+    seen = []
+    for name in ("update", "reserve"):  # module by module, and in fused layers
+        plain = getattr(Int8Layer, name)
+        monkeypatch.setattr(Int8Layer, name, lambda *a, plain=plain, **k: seen.append(a) or plain(*a, **k))
+    for model in ("model", "w8a8"):
+        arguments = ("generate", work / model, "once upon", "--max-new-tokens", 3)
+        smoothquant(*arguments)
+        assert not seen
+        smoothquant(*arguments, "--kv-cache", "int8")
+        assert len(seen) == 2 * 3
+        seen.clear()
+    assert complaint(*arguments, "--kv-cache", "int4") == "--kv-cache is 'int4', expected one of auto, int8"
 
 
 def test_generate_answers_with_the_chat_template_of_the_model(work, tmp_path):
@@ -339,7 +356,7 @@ def test_what_nobody_foresaw_keeps_its_traceback(monkeypatch):
     def break_down(*_: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(cli, "_load", break_down)
+    monkeypatch.setattr("smoothquant_ext.models.load_model", break_down)
     result = CliRunner().invoke(cli.app, ["eval", "any"])
     assert isinstance(result.exception, ZeroDivisionError)
 

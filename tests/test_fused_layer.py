@@ -16,6 +16,7 @@ from smoothquant_ext import ops, reference
 from smoothquant_ext.convert import quantize_linear
 from smoothquant_ext.fuse import fuse_
 from smoothquant_ext.fused_layer import MOST_ROWS, FusedDecoderLayer
+from smoothquant_ext.int8_cache import Int8Cache
 from smoothquant_ext.modules import W8A8Linear
 from smoothquant_ext.quantize import quantize
 from smoothquant_ext.scheme import SCHEMES, Recipe
@@ -81,9 +82,18 @@ def operands(
     }
 
 
+def with_int8_cache(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same with the cache quantized."""
+    keys, keys_scale = reference.quantize_per_token(arguments["keys"], torch.int8)
+    values, values_scale = reference.quantize_per_token(arguments["values"], torch.int8)
+    cache = {"keys": keys, "values": values, "keys_scale": keys_scale, "values_scale": values_scale}
+    return arguments | {"activation": "silu"} | cache
+
+
 def check_op(arguments: dict[str, Any]) -> None:
     """The bits of the op made of plain torch and our attention, in the result and in the cache."""
-    expected_cache = {name: arguments[name].clone() for name in ("keys", "values")}
+    names = [name for name in ("keys", "values", "keys_scale", "values_scale") if name in arguments]
+    expected_cache = {name: arguments[name].clone() for name in names}
     expected = reference.w8a8_decoder_layer_(**arguments | expected_cache, attend=ops.attention)
     assert_same_bits(ops.w8a8_decoder_layer_(**arguments), expected)
     for name, values in expected_cache.items():
@@ -99,6 +109,7 @@ def test_the_op_equals_the_oracle(batch: int, time: int, past: int, dtype: torch
     with cpu_isa(isa):
         for has_bias, is_static in ((False, False), (True, False), (False, True)):
             check_op(operands(batch, time, past, dtype, has_bias, is_static, torch.int8))
+            check_op(with_int8_cache(operands(batch, time, past, dtype, has_bias, is_static, torch.int8)))
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -108,6 +119,7 @@ def test_the_op_with_a_mask_and_with_weights_that_are_not_packed(isa: str) -> No
         arguments["mask"] = torch.rand(2, 1, 5, 14, generator=torch.Generator().manual_seed(0)) > 0.3
         arguments["causal"] = False
         check_op(arguments)
+        check_op(with_int8_cache(arguments))
         arguments["b"] = [
             ops.unpack_weight(b, scale.numel(), 70 if i == 6 else 40)
             for i, (b, scale) in enumerate(zip(arguments["b"], arguments["b_scale"], strict=True))
@@ -122,7 +134,19 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
             with threads(count):
                 arguments = operands(batch, time, 300, torch.bfloat16, False, False, torch.int8)
                 results.append(ops.w8a8_decoder_layer_(**arguments))
-        assert all(torch.equal(result, results[0]) for result in results)
+                results.append(ops.w8a8_decoder_layer_(**with_int8_cache(arguments)))
+        assert all(torch.equal(result, results[0]) for result in results[::2])
+        assert all(torch.equal(result, results[1]) for result in results[1::2])
+
+
+def test_keys_and_values_may_have_different_room() -> None:
+    arguments = operands(2, 3, 4, torch.float32, False, False, torch.int8)
+    expected = ops.w8a8_decoder_layer_(**arguments)
+    for own in (arguments, with_int8_cache(arguments)):
+        own = own | {name: own[name][:, :, :7].contiguous() for name in ("values", "values_scale") if name in own}
+        check_op(own)
+        if own["keys"].dtype == torch.float32:
+            assert torch.equal(ops.w8a8_decoder_layer_(**own), expected)
 
 
 def test_a_row_that_is_not_finite_spoils_no_other_sequence() -> None:
@@ -164,9 +188,28 @@ def test_errors_name_the_culprit(wrong: dict[str, Any], sentence: str) -> None:
     assert torch.equal(arguments["keys"], before)
 
 
+INT8_CACHE_ERRORS: list[tuple[dict[str, Any], str]] = [
+    ({"keys_scale": None}, "one of keys_scale and values_scale is given, expected both or neither"),
+    ({"keys": torch.ones(2, 2, 12, 10)}, "keys is float32, expected int8, because it has scales"),
+    ({"keys_scale": torch.ones(2, 2, 12).half()}, "keys_scale is float16, expected float32"),
+    ({"values_scale": torch.ones(2, 2, 11)}, r"values_scale has shape \[2, 2, 11\], expected contiguous \[2, 2, 12\]"),
+    ({"values_scale": torch.ones(2, 12, 2).mT}, r"values_scale has shape \[2, 2, 12\], expected contiguous"),
+    ({"keys_scale": None, "values_scale": None}, "keys is int8 and x is float32, expected the same dtype"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "sentence"), INT8_CACHE_ERRORS, ids=[sentence for _, sentence in INT8_CACHE_ERRORS])
+def test_errors_about_an_int8_cache(wrong: dict[str, Any], sentence: str) -> None:
+    arguments = with_int8_cache(operands(2, 3, 4, torch.float32, False, False, torch.int8))
+    with pytest.raises(RuntimeError, match=f"w8a8_decoder_layer_: {sentence}"):
+        ops.w8a8_decoder_layer_(**arguments | wrong)
+
+
 def test_opcheck() -> None:
     arguments = operands(2, 3, 4, torch.float32, False, False, torch.int8) | {"activation": "silu"}
-    torch.library.opcheck(torch.ops.sq.w8a8_decoder_layer_.default, tuple(arguments.values()))
+    op = torch.ops.sq.w8a8_decoder_layer_.default
+    torch.library.opcheck(op, tuple(arguments.values()))
+    torch.library.opcheck(op, tuple(with_int8_cache(arguments).values()))
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
@@ -175,13 +218,14 @@ def test_opcheck() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scheme", ["int8", "int8-static", "fp8"])
 @pytest.mark.parametrize("model_type", FAMILY)
+@pytest.mark.parametrize("cache_class", [DynamicCache, Int8Cache])
 def test_models_of_the_family_have_the_same_bits(
-    model_type: str, scheme: str, dtype: torch.dtype, calls: list[Tensor]
+    cache_class: type[DynamicCache], model_type: str, scheme: str, dtype: torch.dtype, calls: list[Tensor]
 ) -> None:
     model = quantized(model_type, scheme, dtype)
     assert {"model.layers.0", "model.layers.1"} <= set(model.smoothquant_report.fused)
     plain, ids = layer_by_layer(model), token_ids(3, 20, seed=8)
-    caches = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    caches = cache_class(config=model.config), cache_class(config=model.config)
     calls.clear()
     with torch.no_grad():
         for begin, end in ((0, 12), (12, 13), (13, 14), (14, 20)):
@@ -194,6 +238,9 @@ def test_models_of_the_family_have_the_same_bits(
     for ours, theirs in zip(*(cache.layers for cache in caches), strict=True):
         assert torch.equal(ours.keys, theirs.keys)
         assert torch.equal(ours.values, theirs.values)
+        if cache_class is Int8Cache:
+            assert torch.equal(ours.keys_scale, theirs.keys_scale)
+            assert torch.equal(ours.values_scale, theirs.values_scale)
 
 
 @pytest.mark.parametrize(

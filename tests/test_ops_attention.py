@@ -41,26 +41,38 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype, size: float = 1.0) -> tup
     return q, (k * size).to(dtype), randn(b, hkv, s, dv, seed=2, dtype=dtype)
 
 
+def int8_inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """q, integers of k and v, and their scales; one key and one value are zeros."""
+    q, k, v = inputs(shape, dtype)
+    k, v = k * 3, v * torch.logspace(-3, 3, v.shape[2])[:, None]  # scales far apart
+    k[..., :1, :], v[..., -1:, :] = 0, 0
+    (k, k_scale), (v, v_scale) = (reference.quantize_per_token(x, torch.int8) for x in (k, v))
+    return q, k, v, {"k_scale": k_scale, "v_scale": v_scale}
+
+
 def bound(q: Tensor, k: Tensor, v: Tensor, scale: float, expected: Tensor) -> Tensor:
     """How far roundings may move the result [B, T, H, Dv].
 
-    A score, a sum of D products, is off by at most (D + 2) eps times the sum of its magnitudes, and its exponential by
-    that relatively; fp32 exponentials and sums over S keys by a few eps more; a probability that is rounded to bf16, by
-    2^-9. Every one of these moves the weighted mean of v by its relative size times at most 2 max|v|. Then one cast.
+    A score, a sum of D products, is off by at most (D + 3) eps times the sum of its magnitudes, its scales included,
+    and its exponential by that relatively; fp32 exponentials, sums over S keys and the scales of values by a few eps
+    more; a probability that is rounded to bf16, by 2^-9. Every one of these moves the weighted mean of v by its
+    relative size times at most 2 max|v|. Then one cast. INT8 keys and values are given dequantized, in fp64.
     """
     eps = torch.finfo(torch.float32).eps
     group = q.shape[1] // k.shape[1]
     magnitudes = scale * q.double().abs() @ k.double().abs().repeat_interleave(group, 1).transpose(2, 3)
-    score = (q.shape[3] + 4) * eps * magnitudes.amax((2, 3))  # [B, H]
+    score = (q.shape[3] + 5) * eps * magnitudes.amax((2, 3))  # [B, H]
     relative = score + (k.shape[2] + 16) * eps + (2**-9 if q.dtype == torch.bfloat16 else 0)
     largest = v.double().abs().amax((2, 3)).repeat_interleave(group, 1)
     absolute = (2 * relative * largest)[:, None, :, None]
     return absolute + torch.finfo(q.dtype).eps * expected.double().abs() + torch.finfo(q.dtype).tiny
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool) -> None:
-    y = ops.attention(q, k, v, mask, scale, causal)
-    expected = reference.attention(q, k, v, mask, scale, causal)
+def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, **scales: Tensor) -> None:
+    y = ops.attention(q, k, v, mask, scale, causal, **scales)
+    expected = reference.attention(q, k, v, mask, scale, causal, **scales)
+    if scales:
+        k, v = (x.double() * own.double().unsqueeze(-1) for x, own in zip((k, v), scales.values(), strict=True))
     assert y.dtype == q.dtype
     assert y.shape == (q.shape[0], q.shape[2], q.shape[1], v.shape[3])
     assert y.is_contiguous()
@@ -89,6 +101,17 @@ def test_masks(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     check(*inputs(shape, dtype), torch.ones(1, 1, 1, 1, dtype=torch.bool).expand(b, h, t, s), 1.0, False)
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_int8_keys_and_values(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    b, h, _, t, s, d, _ = shape
+    q, k, v, scales = int8_inputs(shape, dtype)
+    mask = randn(b, h, t, s) > 0.3
+    mask[0, 0, 0] = False
+    for own, causal in ((None, False), (None, True), (mask, False), (mask, True)):
+        check(q, k, v, own, 1 / math.sqrt(d), causal, **scales)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     b=st.integers(0, 3),
@@ -100,16 +123,19 @@ def test_masks(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     dv=st.integers(1, 70),
     dtype=st.sampled_from(FLOATS),
     causal=st.booleans(),
+    int8=st.booleans(),
 )
 def test_any_shape(
-    b: int, hkv: int, group: int, t: int, s: int, d: int, dv: int, dtype: torch.dtype, causal: bool
+    b: int, hkv: int, group: int, t: int, s: int, d: int, dv: int, dtype: torch.dtype, causal: bool, int8: bool
 ) -> None:
+    shape = (b, hkv * group, hkv, t, s, d, dv)
+    q, k, v, scales = int8_inputs(shape, dtype) if int8 else (*inputs(shape, dtype), {})
     if b == 0 or s == 0 or t == 0:
-        y = ops.attention(*inputs((b, hkv * group, hkv, t, s, d, dv), dtype), None, 0.5, causal)
+        y = ops.attention(q, k, v, None, 0.5, causal, **scales)
         assert y.shape == (b, t, hkv * group, dv)
         assert not y.any()
     else:
-        check(*inputs((b, hkv * group, hkv, t, s, d, dv), dtype), None, 1 / math.sqrt(d), causal)
+        check(q, k, v, None, 1 / math.sqrt(d), causal, **scales)
 
 
 @pytest.mark.parametrize("t", [1, 100])
@@ -141,6 +167,12 @@ def test_any_number_of_threads_gives_the_same_bits(t: int) -> None:
         with threads(count):
             outputs.append(ops.attention(q, k, v, None, 0.125, causal=True))
     assert all(torch.equal(y, outputs[0]) for y in outputs)
+    q, k, v, scales = int8_inputs((2, 6, 2, t, 1100, 64, 64), torch.bfloat16)
+    outputs = []
+    for count in (1, 2, 3, 7):
+        with threads(count):
+            outputs.append(ops.attention(q, k, v, None, 0.125, causal=True, **scales))
+    assert all(torch.equal(y, outputs[0]) for y in outputs)
 
 
 @pytest.mark.parametrize("t", [1, 50])
@@ -155,6 +187,41 @@ def test_any_strides(t: int) -> None:
     assert torch.equal(ops.attention(q, longer[:, :, :90], v, None, 0.2), expected)
     one_for_all = ops.attention(q, k[:1].expand(2, -1, -1, -1), v[:1].expand(2, -1, -1, -1), None, 0.2)
     assert torch.equal(one_for_all[0], expected[0])
+
+
+@pytest.mark.parametrize("t", [1, 50])
+def test_any_strides_of_an_int8_cache(t: int) -> None:
+    q, k, v, scales = int8_inputs((2, 6, 2, t, 90, 32, 48), torch.float32)
+    expected = ops.attention(q, k, v, None, 0.2, **scales)
+
+    def strided(x: Tensor) -> Tensor:
+        every_second = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), 77)
+        every_second[..., ::2] = x
+        return every_second[..., ::2]
+
+    def in_a_buffer(x: Tensor) -> Tensor:  # a cache that is not full yet
+        return torch.cat([x, x.new_full((2, 2, 9, *x.shape[3:]), 77)], 2)[:, :, :90]
+
+    def by_token(x: Tensor) -> Tensor:
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+    for layout in (strided, in_a_buffer, by_token):
+        own = {name: layout(scale) for name, scale in scales.items()}
+        assert torch.equal(ops.attention(q, layout(k), layout(v), None, 0.2, **own), expected)
+    first = [x[:1].expand(2, *x.shape[1:]) for x in (k, v, *scales.values())]
+    assert torch.equal(ops.attention(q, *first[:2], None, 0.2, False, *first[2:])[0], expected[0])
+
+
+@pytest.mark.parametrize("t", [1, 50])
+def test_a_token_that_was_not_finite_spoils_its_head(t: int) -> None:
+    q, k, v, scales = int8_inputs((1, 4, 2, t, 90, 16, 16), torch.float32)
+    clean = ops.attention(q, k, v, None, 0.25, **scales)
+    for scale in scales.values():
+        scale[0, 1, 3] = torch.nan
+        y = ops.attention(q, k, v, None, 0.25, **scales)
+        assert y[:, :, 2:].isnan().all()
+        assert torch.equal(y[:, :, :2], clean[:, :, :2])
+        scale[0, 1, 3] = 1.0
 
 
 def test_what_cannot_be_said_is_not_a_number_and_stays_in_its_head() -> None:
@@ -187,6 +254,20 @@ def test_errors_name_the_culprit() -> None:
     ):
         with pytest.raises(RuntimeError, match=f"attention: {sentence}"):
             ops.attention(*arguments)
+    q, k, v, scales = int8_inputs((2, 6, 2, 5, 7, 16, 8), torch.float32)
+    own = scales["k_scale"]
+    for wrong, sentence in (
+        ({"k_scale": None}, "v_scale is given and k_scale is not, expected both or neither"),
+        ({"v_scale": None}, "k_scale is given and v_scale is not, expected both or neither"),
+        ({"k_scale": own.half()}, "k_scale is float16, expected float32"),
+        ({"v_scale": own[..., :6]}, r"v_scale has shape \[2, 2, 6\], expected \[2, 2, 7\]"),
+        ({"v_scale": own[..., None]}, r"v_scale has shape \[2, 2, 7, 1\], expected \[2, 2, 7\]"),
+        ({"k": k.float()}, "k is float32, expected int8, because it has scales"),
+        ({"v": v.float()}, "v is float32, expected int8, because it has scales"),
+        ({"k_scale": None, "v_scale": None}, "k is int8 and q is float32, expected the same dtype"),
+    ):
+        with pytest.raises(RuntimeError, match=f"attention: {sentence}"):
+            ops.attention(**{"q": q, "k": k, "v": v, "mask": None, "scale": 1.0} | scales | wrong)  # type: ignore[arg-type]
 
 
 def test_opcheck() -> None:
@@ -195,3 +276,5 @@ def test_opcheck() -> None:
     op = torch.ops.sq.attention.default
     torch.library.opcheck(op, (q, k, v), {"scale": 0.25})
     torch.library.opcheck(op, (q, k, v, mask), {"scale": 0.25, "causal": True})
+    q, k, v, scales = int8_inputs((2, 6, 2, 5, 7, 16, 8), torch.bfloat16)
+    torch.library.opcheck(op, (q, k, v, mask), {"scale": 0.25, "causal": True, **scales})

@@ -313,7 +313,7 @@ def test_the_command_measures_where_a_base_is_given(work, tmp_path):
 
 
 def test_a_checkpoint_without_a_record_or_a_place_without_a_folder_is_one_sentence(work, tmp_path, monkeypatch):
-    monkeypatch.setattr("smoothquant_ext.cli._load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("smoothquant_ext.models.load_model", lambda *_: pytest.fail("a model was loaded"))
     assert "has no smoothquant.json" in complaint("report", tmp_path, "--base", work / "model")
     nowhere = tmp_path / "no" / "page.html"
     assert "does not exist, make it first" in complaint("report", work / "w8a8", "-o", nowhere, "--base", "any")

@@ -156,7 +156,10 @@ def set_quantization(key: str, value: object) -> Callable[[dict[str, Any]], Any]
 
 DAMAGED_CONFIGS = {
     "not quantized": (lambda config: config.pop("quantization_config"), "is not quantized; run it through"),
-    "another method": (set_quantization("quant_method", "gptq"), "quantized with 'gptq', which is not W8A8"),
+    "another method": (
+        set_quantization("quant_method", "gptq"),
+        "with GPTQ: weights only, .*, which is not W8A8",
+    ),
     "ignored layer": (
         set_quantization("ignore", ["lm_head", UP]),
         "up_proj is quantized but config.json says it is not",

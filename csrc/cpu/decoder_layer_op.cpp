@@ -1,11 +1,12 @@
 // w8a8_decoder_layer_ on the CPU: what a Llama-like layer does between its input and its output, in one call.
 #include <torch/csrc/stable/library.h>
 
-#include <cstring>
 #include <string>
 
+#include "cache.h"
 #include "kernels/epilogue.h"
 #include "mlp.h"
+#include "op_string.h"
 #include "parallel_attention.h"
 #include "rows_args.h"
 
@@ -79,22 +80,13 @@ void check_angles(const char* name, const Tensor& angles, const Tensor& x) {
            kOp, ": ", name, " has shape ", shape_text(angles), ", expected [1 or B, T, D] with an even D");
 }
 
-void check_buffer(const char* name, const Tensor& buffer, const Tensor& x, int64_t heads, int64_t total, int64_t d) {
-  check_same_device(kOp, name, buffer, "x", x);
-  SQ_CHECK(buffer.scalar_type() == x.scalar_type(), kOp, ": ", name, " is ", dtype_text(buffer.scalar_type()),
-           " and x is ", dtype_text(x.scalar_type()), ", expected the same dtype");
-  SQ_CHECK(buffer.dim() == 4 && buffer.is_contiguous() && buffer.size(0) == x.size(0) && buffer.size(1) == heads &&
-               buffer.size(2) >= total && buffer.size(3) == d,
-           kOp, ": ", name, " has shape ", shape_text(buffer), ", expected contiguous [", x.size(0), ", ", heads, ", ",
-           total, " or more, ", d, "]");
-}
-
 Tensor w8a8_decoder_layer_cpu(const Tensor& x_in, const Tensor& norm_in, const Tensor& post_norm_in, double eps,
                               double post_eps, double offset, const std::vector<Tensor>& b,
                               const std::vector<Tensor>& b_scale, const std::vector<Tensor>& bias,
                               const std::vector<Tensor>& a_scale, const Tensor& cos_in, const Tensor& sin_in,
                               const Tensor& keys, const Tensor& values, int64_t past, const OptionalTensor& mask_in,
-                              double scale, bool causal, std::string activation) {
+                              double scale, bool causal, const OpString& activation, const OptionalTensor& keys_scale,
+                              const OptionalTensor& values_scale) {
   check_float(kOp, "x", x_in.scalar_type());
   SQ_CHECK(x_in.dim() == 3, kOp, ": x has shape ", shape_text(x_in), ", expected [B, T, K]");
   check_norm_weight("norm", norm_in, x_in);
@@ -120,8 +112,10 @@ Tensor w8a8_decoder_layer_cpu(const Tensor& x_in, const Tensor& norm_in, const T
   SQ_CHECK(o.n() == k && down.n() == k, kOp, ": o and down have N=", o.n(), " and ", down.n(), ", expected K=", k);
   const Mlp mlp{gate, up, down, activation_kind(kOp, activation), static_scale(2), static_scale(3)};
   const int64_t heads = q.n() / d, kv_heads = key.n() / d, total = past + time;
-  check_buffer("keys", keys, x_in, kv_heads, total, d);
-  check_buffer("values", values, x_in, kv_heads, total, d);
+  SQ_CHECK(keys_scale.has_value() == values_scale.has_value(), kOp, ": one of keys_scale and values_scale is given, ",
+           "expected both or neither");
+  const CacheBuffer k_cache(kOp, "keys", keys, "keys_scale", keys_scale, x_in, kv_heads, total, d);
+  const CacheBuffer v_cache(kOp, "values", values, "values_scale", values_scale, x_in, kv_heads, total, d);
   if (mask_in.has_value()) {
     const Tensor& mask = *mask_in;
     check_same_device(kOp, "mask", mask, "x", x_in);
@@ -150,6 +144,8 @@ Tensor w8a8_decoder_layer_cpu(const Tensor& x_in, const Tensor& norm_in, const T
                 part_at = plan.add(m * row_bytes);
   const int64_t q_at = plan.add(m * q.n() * element), rotated_at = plan.add(m * q.n() * element);
   const int64_t k_at = plan.add(m * key.n() * element), v_at = plan.add(m * key.n() * element);
+  // Keys that are to be quantized wait here for it.
+  const int64_t rotated_k_at = plan.add(k_cache.is_int8() ? m * key.n() * element : 0);
   Scratch scratch(plan.bytes());
   uint8_t* memory = scratch.data();
   input.place(memory + input_at);
@@ -180,7 +176,7 @@ Tensor w8a8_decoder_layer_cpu(const Tensor& x_in, const Tensor& norm_in, const T
       q.dtype(), m);
 
   // q and the new keys are rotated, keys and values go behind those of before.
-  const int64_t room = keys.size(2) * d, angle_batch = cos.size(0) == 1 ? 0 : time * d;
+  const int64_t angle_batch = cos.size(0) == 1 ? 0 : time * d;
   RotateArgs rotate_q{dtype,
                       time,
                       heads,
@@ -196,19 +192,24 @@ Tensor w8a8_decoder_layer_cpu(const Tensor& x_in, const Tensor& norm_in, const T
   RotateArgs rotate_k = rotate_q;
   rotate_k.heads = kv_heads;
   rotate_k.x = memory + k_at;
-  rotate_k.y = static_cast<uint8_t*>(keys.mutable_data_ptr()) + past * d * element;
-  rotate_k.y_batch = kv_heads * room;
-  rotate_k.y_head = room;
-  rotate_k.y_time = d;
-  auto* value_rows = static_cast<uint8_t*>(values.mutable_data_ptr());
+  if (k_cache.is_int8()) {
+    rotate_k.y = memory + rotated_k_at;
+    rotate_k.y_batch = time * key.n();
+    rotate_k.y_time = key.n();
+  } else {
+    const AttentionStrides strides = k_cache.strides();
+    rotate_k.y = k_cache.address(0, 0, past);
+    rotate_k.y_batch = strides.batch;
+    rotate_k.y_head = strides.head;
+    rotate_k.y_time = strides.row;
+  }
   parallel_rows(m, (q.n() + 2 * key.n()) * element, [&](Range range) {
     kernels.rotate_rows(rotate_q, range);
     kernels.rotate_rows(rotate_k, range);
     for (int64_t row = range.begin; row < range.end; ++row) {
-      for (int64_t head = 0; head < kv_heads; ++head) {
-        const int64_t target = (row / time * kv_heads + head) * room + (past + row % time) * d;
-        std::memcpy(value_rows + target * element, memory + v_at + (row * kv_heads + head) * d * element, d * element);
-      }
+      const int64_t own_batch = row / time, token = past + row % time, offset = row * key.n() * element;
+      if (k_cache.is_int8()) k_cache.put(kernels, own_batch, token, memory + rotated_k_at + offset);
+      v_cache.put(kernels, own_batch, token, memory + v_at + offset);
     }
   });
 
@@ -220,10 +221,15 @@ Tensor w8a8_decoder_layer_cpu(const Tensor& x_in, const Tensor& norm_in, const T
   attention.kv_len = total;
   attention.d = attention.v_d = d;
   attention.q = memory + rotated_at;
-  attention.k = keys.const_data_ptr();
-  attention.v = values.const_data_ptr();
+  attention.k = k_cache.data();
+  attention.v = v_cache.data();
+  attention.k_scale = k_cache.scale();
+  attention.v_scale = v_cache.scale();
   attention.q_strides = {time * heads * d, d, heads * d};
-  attention.k_strides = attention.v_strides = {kv_heads * room, room, d};
+  attention.k_strides = k_cache.strides();
+  attention.v_strides = v_cache.strides();
+  attention.k_scale_strides = k_cache.scale_strides();
+  attention.v_scale_strides = v_cache.scale_strides();
   if (mask.has_value()) {
     attention.mask = pointer<uint8_t>(*mask);
     attention.mask_strides = {mask->size(0) == 1 ? 0 : mask->stride(0), mask->size(1) == 1 ? 0 : mask->stride(1),

@@ -6,32 +6,33 @@
 #include <string>
 
 #include "kernels/kernels.h"
+#include "op_string.h"
 
 namespace sq {
 namespace {
 
 std::string cpu_isa() { return isa_name(current_isa()); }
 
-std::string cpu_isa_why_not(std::string name) {
+std::string cpu_isa_why_not(const OpString& name) {
   for (Isa isa : kIsas) {
-    if (name == isa_name(isa)) return why_not(isa);
+    if (name.value == isa_name(isa)) return why_not(isa);
   }
-  throw std::runtime_error("cpu_isa_why_not: there is no instruction set '" + name + "'");
+  throw std::runtime_error("cpu_isa_why_not: there is no instruction set '" + name.value + "'");
 }
 
-std::string cpu_kernel(std::string family) {
+std::string cpu_kernel(const OpString& family) {
   const Kernels& kernels = current_kernels();
-  if (family == "quantize") return kernels.quantize_name;
-  if (family == "pack") return "portable";
-  if (family == "gemm_int8") return kernels.gemm_int8_name;
-  if (family == "gemm_fp8") return kernels.gemm_fp8_name;
-  if (family == "rows") return kernels.rows_name;
-  if (family == "linear") return kernels.linear_name;
-  if (family == "attention") return kernels.attention_name;
-  throw std::runtime_error("cpu_kernel: there is no family '" + family + "'");
+  if (family.value == "quantize") return kernels.quantize_name;
+  if (family.value == "pack") return "portable";
+  if (family.value == "gemm_int8") return kernels.gemm_int8_name;
+  if (family.value == "gemm_fp8") return kernels.gemm_fp8_name;
+  if (family.value == "rows") return kernels.rows_name;
+  if (family.value == "linear") return kernels.linear_name;
+  if (family.value == "attention") return kernels.attention_name;
+  throw std::runtime_error("cpu_kernel: there is no family '" + family.value + "'");
 }
 
-void set_cpu_isa(std::string name) { set_isa(name); }
+void set_cpu_isa(const OpString& name) { set_isa(name.value); }
 
 }  // namespace
 

@@ -3,6 +3,7 @@
 
 #include "gemm_args.h"
 #include "mlp.h"
+#include "op_string.h"
 
 namespace sq {
 namespace {
@@ -12,7 +13,7 @@ constexpr const char* kOp = "w8a8_mlp";
 Tensor w8a8_mlp_cpu(const Tensor& x_in, const Tensor& gate_b, const Tensor& gate_scale, const Tensor& down_b,
                     const Tensor& down_scale, const OptionalTensor& up_b, const OptionalTensor& up_scale,
                     const OptionalTensor& gate_bias, const OptionalTensor& up_bias, const OptionalTensor& down_bias,
-                    const OptionalTensor& a_scale, const OptionalTensor& down_a_scale, std::string activation) {
+                    const OptionalTensor& a_scale, const OptionalTensor& down_a_scale, const OpString& activation) {
   const MlpShapes shapes = check_mlp(kOp, x_in, gate_b, gate_scale, down_b, down_scale, up_b, up_scale, gate_bias,
                                      up_bias, down_bias, activation);
   const Mlp mlp{Weight(shapes.gate, gate_b, gate_scale, gate_bias),

@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "kernels/epilogue.h"
+#include "op_string.h"
 #include "parallel.h"
 #include "rows_args.h"
 #include "torch_args.h"
@@ -142,12 +143,13 @@ Quantized silu_mul_quantize_cpu(const Tensor& gate, const Tensor& up, ScalarType
 }
 
 Quantized gelu_mul_quantize_cpu(const Tensor& gate, const Tensor& up, ScalarType dtype, const OptionalTensor& a_scale,
-                                std::string approximate) {
+                                const OpString& approximate) {
   constexpr const char* kOp = "gelu_mul_quantize";
   return activate_quantize(kOp, gelu_kind(kOp, approximate), gate, up, dtype, a_scale);
 }
 
-Quantized gelu_quantize_cpu(const Tensor& x, ScalarType dtype, const OptionalTensor& a_scale, std::string approximate) {
+Quantized gelu_quantize_cpu(const Tensor& x, ScalarType dtype, const OptionalTensor& a_scale,
+                            const OpString& approximate) {
   constexpr const char* kOp = "gelu_quantize";
   return activate_quantize(kOp, gelu_kind(kOp, approximate), x, std::nullopt, dtype, a_scale);
 }

@@ -11,6 +11,7 @@
 #include <string>
 
 #include "checks.h"
+#include "op_string.h"
 
 namespace sq {
 namespace {
@@ -38,7 +39,8 @@ int once(std::atomic<int> (&known)[kDeviceCount], int device, const Look& look) 
   return value;
 }
 
-void set_cuda_validated(std::string family, int64_t arch) {
+void set_cuda_validated(const OpString& name, int64_t arch) {
+  const std::string& family = name;
   SQ_CHECK(arch > 0 && arch < kArchCount, "_set_cuda_validated: arch is ", arch, ", expected 10 * major + minor");
   for (int i = 0; i < kFamilyCount; ++i) {
     if (family != kFamilies[i]) continue;

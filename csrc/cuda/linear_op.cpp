@@ -1,12 +1,12 @@
 // w8a8_linear, w8a8_linears and w8a8_mlp on CUDA devices: quantization, products and activations one after the other.
 #include <torch/csrc/stable/library.h>
 
-#include <string>
 #include <vector>
 
 #include "cpu/gemm_args.h"
 #include "cuda/producers.h"
 #include "cuda/product.h"
+#include "op_string.h"
 
 namespace sq {
 namespace {
@@ -43,7 +43,7 @@ std::vector<Tensor> w8a8_linears_cuda(const Tensor& x, const std::vector<Tensor>
 Tensor w8a8_mlp_cuda(const Tensor& x, const Tensor& gate_b, const Tensor& gate_scale, const Tensor& down_b,
                      const Tensor& down_scale, const OptionalTensor& up_b, const OptionalTensor& up_scale,
                      const OptionalTensor& gate_bias, const OptionalTensor& up_bias, const OptionalTensor& down_bias,
-                     const OptionalTensor& a_scale, const OptionalTensor& down_a_scale, std::string activation) {
+                     const OptionalTensor& a_scale, const OptionalTensor& down_a_scale, const OpString& activation) {
   constexpr const char* kOp = "w8a8_mlp";
   const MlpShapes shapes = check_mlp(kOp, x, gate_b, gate_scale, down_b, down_scale, up_b, up_scale, gate_bias, up_bias,
                                      down_bias, activation);

@@ -1,12 +1,12 @@
 // The ops between the products on CUDA devices: rms_norm, and norms and activations that quantize what they compute.
 #include <torch/csrc/stable/library.h>
 
-#include <string>
 #include <tuple>
 
 #include "cpu/rows_args.h"
 #include "cuda/devices.h"
 #include "cuda/producers.h"
+#include "op_string.h"
 
 namespace sq {
 
@@ -127,13 +127,13 @@ Quantized silu_mul_quantize_cuda(const Tensor& gate, const Tensor& up, ScalarTyp
 }
 
 Quantized gelu_mul_quantize_cuda(const Tensor& gate, const Tensor& up, ScalarType dtype, const OptionalTensor& a_scale,
-                                 std::string approximate) {
+                                 const OpString& approximate) {
   constexpr const char* kOp = "gelu_mul_quantize";
   return activate_quantize(kOp, gelu_kind(kOp, approximate), gate, up, dtype, a_scale);
 }
 
 Quantized gelu_quantize_cuda(const Tensor& x, ScalarType dtype, const OptionalTensor& a_scale,
-                             std::string approximate) {
+                             const OpString& approximate) {
   constexpr const char* kOp = "gelu_quantize";
   return activate_quantize(kOp, gelu_kind(kOp, approximate), x, std::nullopt, dtype, a_scale);
 }

@@ -3,6 +3,9 @@
 // Scores, the running maximum and sum of the softmax, and y are fp32 until y is cast; p is rounded to the dtype in which
 // the CPU multiplies, bf16 or fp32. Blocks of keys are visited in order and their number depends on shapes alone, so that
 // any number of threads gives the same bits. A query that sees no key gives 0.
+// k and v may be INT8 with a scale for every row, as the per-token quantizer makes them: k[j] is then k_scale[j] times the
+// integers, and v[j] likewise. Scores are multiplied by k_scale, and p, after it was summed, by v_scale; integers are exact
+// in every type that products read, so that nothing is rounded that was not before.
 // (Online softmax: Milakov and Gimelshein, arXiv:1805.02867; blocks: FlashAttention, arXiv:2205.14135.)
 //
 // Few rows of q (decoding) read k and v as they lie, each once: the cost is the bytes. Many rows pack blocks of kKeys keys
@@ -22,13 +25,15 @@ struct AttentionStrides {
 };
 
 struct AttentionArgs {
-  DType dtype;  // of q, k, v and y: fp32, bf16 or fp16
+  DType dtype;  // of q and y, and of k and v unless these have scales: fp32, bf16 or fp16
   int64_t heads, group;
   int64_t q_len, kv_len;
   int64_t d, v_d;  // elements of a row of q and k, and of v and y
   const void *q, *k, *v;
   AttentionStrides q_strides, k_strides, v_strides;
-  const uint8_t* mask;  // [b, h, i, j], not 0 where query i may see key j; or null
+  const float *k_scale, *v_scale;                     // of every row of k and v, which are INT8 then; or both null
+  AttentionStrides k_scale_strides, v_scale_strides;  // row: 1
+  const uint8_t* mask;                                // [b, h, i, j], not 0 where query i may see key j; or null
   AttentionStrides mask_strides;
   float scale;  // positive
   bool causal;  // query i sees the keys up to i + kv_len - q_len

@@ -22,6 +22,9 @@ struct Portable {
   static Vec multiply_add(Vec a, Vec b, Vec sum) { return sum + a * b; }
   static void store(Vec value, float* target) { __builtin_memcpy(target, &value, sizeof value); }
   static float sum(Vec value) { return (value[0] + value[2]) + (value[1] + value[3]); }
+  static void sums(const Vec* four, float* target) {
+    for (int i = 0; i < 4; ++i) target[i] = sum(four[i]);
+  }
   template <class T>
   static Vec widen(const T* source) {
     return Vec{to_float(source[0]), to_float(source[1]), to_float(source[2]), to_float(source[3])};

@@ -1,0 +1,161 @@
+// What a row of scores goes through: where its operands lie, which keys it may see, and the online softmax. Part of
+// attention_body.h, which names the classes W and P.
+#pragma once
+
+#include <limits>
+
+#include "../scratch.h"
+#include "attention.h"
+
+#define SQ_ATTENTION_INLINE inline __attribute__((always_inline)) SQ_ATTENTION_TARGET
+
+namespace sq {
+namespace {
+
+constexpr int64_t kKeys = 128;   // packed at a time
+constexpr int64_t kStripe = 48;  // rows whose scores for kKeys keys wait in L1: 24 KB
+constexpr float kNothing = -std::numeric_limits<float>::infinity();
+
+SQ_ATTENTION_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class T>
+SQ_ATTENTION_INLINE const T* row_address(const void* base, const AttentionStrides& strides, int64_t batch, int64_t head,
+                                         int64_t row) {
+  return static_cast<const T*>(base) + batch * strides.batch + head * strides.head + row * strides.row;
+}
+
+template <class T>
+SQ_ATTENTION_INLINE const T* query_address(const AttentionArgs& args, const AttentionTask& task, int64_t row) {
+  return row_address<T>(args.q, args.q_strides, task.batch, task.kv_head * args.group + row % args.group,
+                        task.queries.begin + row / args.group);
+}
+
+// Keys from the first on that the row of the task may see, the mask aside.
+SQ_ATTENTION_INLINE int64_t visible_keys(const AttentionArgs& args, const AttentionTask& task, int64_t row) {
+  if (!args.causal) return args.kv_len;
+  const int64_t last = task.queries.begin + row / args.group + args.kv_len - args.q_len;
+  return last < 0 ? 0 : smaller(last + 1, args.kv_len);
+}
+
+SQ_ATTENTION_INLINE void to_operand(float value, float* target) { *target = value; }
+SQ_ATTENTION_INLINE void to_operand(BFloat16 value, float* target) { *target = to_float(value); }
+SQ_ATTENTION_INLINE void to_operand(Float16 value, float* target) { *target = to_float(value); }
+SQ_ATTENTION_INLINE void to_operand(BFloat16 value, uint16_t* target) { *target = value.bits; }
+SQ_ATTENTION_INLINE void to_operand(int8_t value, float* target) { *target = value; }
+SQ_ATTENTION_INLINE void to_operand(int8_t value, uint16_t* target) {  // exact: bf16 has 8 significant bits
+  *target = static_cast<uint16_t>(float_bits(value) >> 16);
+}
+
+template <class T, class Operand>
+SQ_ATTENTION_INLINE void copy_row(const T* source, int64_t count, int64_t padded, Operand* target) {
+  for (int64_t i = 0; i < count; ++i) to_operand(source[i], target + i);
+  for (int64_t i = count; i < padded; ++i) target[i] = 0;
+}
+
+// Up to a vector of values; those beyond `count` are 0.
+template <class W, class T>
+SQ_ATTENTION_INLINE typename W::Vec widen_some(const T* source, int64_t count) {
+  T padded[W::kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) padded[i] = source[i];
+  return W::widen(padded);
+}
+
+// s *= scale, element by element.
+template <class W>
+SQ_ATTENTION_INLINE void scale_scores(const float* scale, int64_t count, float* s) {
+  int64_t j = 0;
+  for (; j + W::kLanes <= count; j += W::kLanes) {
+    const typename W::Vec product = W::widen(s + j) * W::widen(scale + j);
+    __builtin_memcpy(s + j, &product, sizeof product);
+  }
+  for (; j < count; ++j) s[j] *= scale[j];
+}
+
+// --- softmax --------------------------------------------------------------------------------------------------------
+
+// 2^t for t <= 0: 2^n 2^r with n the nearest integer and Cephes' polynomial (exp2f) for |r| <= 1/2; 0 below 2^-126. A NaN
+// stays.
+template <class W>
+SQ_ATTENTION_INLINE typename W::Vec exp2_vector(typename W::Vec t) {
+  using Vec = typename W::Vec;
+  using Int = decltype(Vec{} < Vec{});
+  constexpr float kLeast = -126.0f, kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves n in the low bits
+  const Vec clamped = t < kLeast ? Vec{} + kLeast : t;
+  const Vec shifted = clamped + kRound;
+  const Vec r = clamped - (shifted - kRound);
+  Vec p = W::multiply_add(Vec{} + 1.535336188319500e-4f, r, Vec{} + 1.339887440266574e-3f);
+  p = W::multiply_add(p, r, Vec{} + 9.618437357674640e-3f);
+  p = W::multiply_add(p, r, Vec{} + 5.550332471162809e-2f);
+  p = W::multiply_add(p, r, Vec{} + 2.402264791363012e-1f);
+  p = W::multiply_add(p, r, Vec{} + 6.931472028550421e-1f);
+  p = W::multiply_add(p, r, Vec{} + 1.0f);
+  Int bits, n;
+  __builtin_memcpy(&bits, &p, sizeof bits);
+  __builtin_memcpy(&n, &shifted, sizeof n);
+  bits += n << 23;
+  __builtin_memcpy(&p, &bits, sizeof p);
+  return t < kLeast ? Vec{} : p;
+}
+
+// The state of one row: what it has seen so far.
+struct RowState {
+  float max = kNothing;  // of the scores
+  float sum = 0.0f;      // of exp(scale * (score - max))
+};
+
+// Scores s of keys [first, first + count) to probabilities p, times the scales of the values where these have some; p may
+// lie in the same place, `padded` is a multiple of the lanes. Returns what the sums that came before must be multiplied with.
+template <class W, class P>
+SQ_ATTENTION_INLINE float softmax_row(const AttentionArgs& args, const AttentionTask& task, int64_t row, int64_t first,
+                                      int64_t count, int64_t padded, RowState* state, float* s,
+                                      typename P::Operand* p) {
+  using Vec = typename W::Vec;
+  const int64_t visible = smaller(visible_keys(args, task, row) - first, count);
+  const float* v_scale = nullptr;
+  if (args.k_scale != nullptr) {
+    scale_scores<W>(row_address<float>(args.k_scale, args.k_scale_strides, task.batch, task.kv_head, first), count, s);
+    v_scale = row_address<float>(args.v_scale, args.v_scale_strides, task.batch, task.kv_head, first);
+  }
+  if (args.mask != nullptr) {
+    const uint8_t* mask =
+        row_address<uint8_t>(args.mask, args.mask_strides, task.batch, task.kv_head * args.group + row % args.group,
+                             task.queries.begin + row / args.group) +
+        first;
+    for (int64_t j = 0; j < visible; ++j) s[j] = mask[j] != 0 ? s[j] : kNothing;
+  }
+  for (int64_t j = visible < 0 ? 0 : visible; j < padded; ++j) s[j] = kNothing;
+
+  Vec most = Vec{} + state->max;
+  for (int64_t j = 0; j < padded; j += W::kLanes) {
+    Vec value;
+    __builtin_memcpy(&value, s + j, sizeof value);
+    most = most > value ? most : value;
+  }
+  float max = most[0];
+  for (int lane = 1; lane < W::kLanes; ++lane) max = max > most[lane] ? max : most[lane];
+  if (max == kNothing) {
+    for (int64_t j = 0; j < padded; ++j) p[j] = 0;
+    return 1.0f;
+  }
+  constexpr float kLog2E = 1.44269504088896341f;
+  const float gain = args.scale * kLog2E;
+  const float factor = state->max == kNothing ? 0.0f : exp2_vector<W>(Vec{} + (state->max - max) * gain)[0];
+  Vec sum = {};
+  for (int64_t j = 0; j < padded; j += W::kLanes) {
+    Vec value;
+    __builtin_memcpy(&value, s + j, sizeof value);
+    value = exp2_vector<W>((value - max) * gain);
+    sum += value;
+    if (v_scale != nullptr) {
+      const bool whole = j + W::kLanes <= count;
+      value *= whole ? W::widen(v_scale + j) : widen_some<W>(v_scale + j, count - j);
+    }
+    P::store(value, p + j);
+  }
+  state->max = max;
+  state->sum = state->sum * factor + W::sum(sum);
+  return factor;
+}
+
+}  // namespace
+}  // namespace sq
