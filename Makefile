@@ -23,7 +23,7 @@ SANITIZE     ?= address,undefined
 comma        := ,
 NATIVE_BUILD := build/native-$(or $(subst $(comma),-,$(SANITIZE)),plain)
 
-.PHONY: help demo test acceptance peers bench accuracy lint format native-test abi cuda-headers wheel wheel-test clean distclean
+.PHONY: help demo test acceptance peers bench accuracy lint format native-test abi docs cuda-headers wheel wheel-test clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -65,6 +65,9 @@ native-test: ## build the kernels without torch and run their tests under SANITI
 
 abi: $(STAMPS)/dev ## prove that what was built needs only torch's stable ABI
 	@for object in smoothquant_ext/_C*.so; do $(BIN)/torch-abi-audit --check torch -v "$$object"; done
+
+docs: $(STAMPS)/installed ## write docs/ops.md from the schemas and docstrings
+	@$(BIN)/python docs/write_ops.py
 
 cuda-headers: $(STAMPS)/torch ## fetch cuBLASLt's headers, which with nvcc are what the CUDA kernels need to compile, and the disassembler
 	@$(INSTALL) --no-deps 'nvidia-cublas>=13,<14' 'nvidia-cuda-cuobjdump>=13,<14' 'nvidia-cuda-nvdisasm>=13,<14'

@@ -104,7 +104,7 @@ def select_linears(model: nn.Module, recipe: Recipe) -> Selection:
                     f"--{option} pattern {pattern!r} matches no linear layer; names look like {_examples(linears)}"
                 )
     reasons = _default_skips(model, linears)
-    selection = Selection(skipped=_unsupported_weights(model))
+    selection = Selection(skipped=_unsupported_weights(model, linears))
     for name, linear in linears.items():
         if any(_matches(name, pattern) for pattern in recipe.skip):
             selection.skipped[name] = "skipped by pattern"
@@ -146,13 +146,19 @@ def _examples(linears: dict[str, Linear]) -> str:
     return ", ".join(dict.fromkeys((names[0], names[len(names) // 2], names[-1]))) if names else "nothing here"
 
 
-def _unsupported_weights(model: nn.Module) -> dict[str, str]:
-    """Modules with weights of more dimensions (fused experts, convolutions), so that none is left out silently."""
-    return {
-        name: f"{type(module).__name__} is not a linear layer"
-        for name, module in model.named_modules()
-        if any(parameter.dim() > 2 for parameter in module.parameters(recurse=False))
-    }
+def _unsupported_weights(model: nn.Module, linears: dict[str, Linear]) -> dict[str, str]:
+    """Modules with weights that are no linear layer's, so that none is left out silently: those of more dimensions
+    (fused experts, convolutions), and matrices with a forward of their own (routers).
+    """
+    reasons = {}
+    for name, module in model.named_modules():
+        if name in linears or isinstance(module, nn.Embedding):
+            continue
+        weight = values_of(module, "weight")
+        is_matrix = weight is not None and weight.dim() == 2
+        if is_matrix or any(parameter.dim() > 2 for parameter in module.parameters(recurse=False)):
+            reasons[name] = f"{type(module).__name__} is not a linear layer"
+    return reasons
 
 
 def _default_skips(model: nn.Module, linears: dict[str, Linear]) -> dict[str, str]:

@@ -58,7 +58,7 @@ def rounding_of_inputs(layer: W8A8Linear, x: Tensor) -> Tensor:
     return torch.maximum(x.abs() / 16, step * 2.0**-10) * 1.0001 + beyond  # the smallest subnormal is 2**-9
 
 
-def assert_computes(model: nn.Module, dequantized: dict[str, Tensor]) -> None:
+def assert_computes(model: nn.Module, dequantized: dict[str, Tensor], ids: Tensor = foreign.IDS) -> None:
     """Every layer has the weight, and its output is off by no more than the rounding of its input allows."""
     layers = quantized_layers(model)
     assert set(layers) == set(dequantized)
@@ -68,7 +68,7 @@ def assert_computes(model: nn.Module, dequantized: dict[str, Tensor]) -> None:
         for name, layer in layers.items()
     ]
     with torch.no_grad():
-        model(foreign.IDS)
+        model(ids)
     for handle in handles:
         handle.remove()
     assert set(calls) == set(layers)
@@ -189,3 +189,31 @@ def test_scales_of_the_cache_are_left_aside(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         checkpoint.load(directory)
+
+
+WRITTEN = sorted(path.name for path in (Path(__file__).parent / "data" / "llmcompressor").iterdir())
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_llmcompressor(name: str, tmp_path: Path) -> None:
+    """What llm-compressor itself wrote, see data/write_llmcompressor.py: its weights, and logits as near as its own."""
+    directory = Path(__file__).parent / "data" / "llmcompressor" / name
+    model = checkpoint.load(directory, dtype=torch.float32)
+    layers = quantized_layers(model)
+    stored = foreign.load_file(directory / "model.safetensors")
+    weights = {layer: stored[f"{layer}.weight"].float() * stored[f"{layer}.weight_scale"].float() for layer in layers}
+    expected = foreign.load_file(directory / "expected.safetensors")
+    assert_computes(model, weights, expected["windows"])
+    with torch.no_grad():
+        ours = model(expected["windows"]).logits
+        for layer, weight in weights.items():
+            exact = nn.Linear(weight.shape[1], weight.shape[0], bias=layers[layer].bias is not None)
+            exact.weight.copy_(weight)
+            if exact.bias is not None:
+                exact.bias.copy_(layers[layer].bias)
+            model.set_submodule(layer, exact)
+        unrounded = model(expected["windows"]).logits
+    theirs = (expected["logits"] - unrounded).norm()
+    assert theirs > 0
+    assert (ours - unrounded).norm() < 1.25 * theirs  # twice rounded at random: the norms of thousands of numbers
+    assert (ours - unrounded).norm() < 0.1 * unrounded.norm()
