@@ -58,6 +58,7 @@ def model_card(
         calibration=record.get("calibration") or {},
         groups=len(record.get("groups") or ()),
         skipped={reason: len(names) for reason, names in by_reason(record.get("skipped") or {}).items()},
+        per_token=len(record.get("per_token") or ()),
         measured=record.get("measured") or [],
         package=record.get("package") or version("smoothquant-ext"),
     )

@@ -84,8 +84,6 @@ class FusedDecoderLayer:
         layers += [mlp._modules[name] for name in (roles.gate, roles.up, roles.down)]
         if any(type(layer) is not W8A8Linear or not layer.is_plain for layer in layers):
             return None
-        if len({layer.input_scale is None for layer in layers}) > 1:  # some inputs static, others dynamic
-            return None
         if any(
             child._forward_hooks or child._forward_pre_hooks for child in (norm, attention, post_norm, mlp, *layers)
         ):
@@ -127,9 +125,7 @@ class FusedDecoderLayer:
             [own["weight"] for own in operands],
             [own["weight_scale"] for own in operands],
             biases,
-            [operands[index]["input_scale"] for index in (0, 3, 4, 6)]
-            if operands[0]["input_scale"] is not None
-            else [],
+            _input_scales([operands[index]["input_scale"] for index in (0, 3, 4, 6)], x),
             cos,
             sin,
             buffers.keys,
@@ -167,6 +163,13 @@ def fuse_layers_(model: PreTrainedModel) -> list[str]:
             layer.__class__ = plain
             del vars(layer)["parts"]
     return fused
+
+
+def _input_scales(scales: list[Tensor | None], x: Tensor) -> list[Tensor]:
+    """Static scales as the op takes them: an empty tensor for an input with a scale per token, nothing if all are."""
+    if all(scale is None for scale in scales):
+        return []
+    return [x.new_empty(0) if scale is None else scale for scale in scales]
 
 
 def _own_output(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

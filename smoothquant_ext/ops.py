@@ -322,7 +322,8 @@ def w8a8_decoder_layer_(
         b: the 8-bit weights of q, k, v, o, gate, up and down, plain or packed, of one dtype.
         b_scale: their scales.
         bias: seven biases, an empty tensor where there is none; or nothing at all.
-        a_scale: static scales of the inputs of q/k/v, o, gate/up and down; or nothing for scales per token.
+        a_scale: static scales of the inputs of q/k/v, o, gate/up and down, an empty tensor for scales per token; or
+            nothing for scales per token everywhere.
         cos: of the dtype of ``x`` [1 or B, T, D].
         sin: the same.
         keys: of the dtype of ``x``, or int8, [B, Hkv, room, D], contiguous; gets T more tokens behind ``past``.

@@ -50,6 +50,8 @@ class Report:
         damages: the same of each decoder block's output, with all its layers quantized (see ``search.damage``).
         limits: where static scales are clipped, the largest magnitude kept relative to the largest seen, by layer.
         massive: inputs at which one token towers over the others: over the median one how much, and its position.
+        per_token: layers of a static scheme whose input has a scale per token all the same, because one for all would
+            not fit its tokens.
         sensitivity: KL divergence of the model's predictions with nothing but these layers quantized, if measured.
         outliers: fp32 [K] absmax of each layer's input, before and after smoothing.
         fused: names of the norms and MLPs that run in one pass now.
@@ -68,6 +70,7 @@ class Report:
     damages: dict[str, float] = field(default_factory=dict)
     limits: dict[str, float] = field(default_factory=dict)
     massive: dict[str, tuple[float, int]] = field(default_factory=dict)
+    per_token: list[str] = field(default_factory=list)
     sensitivity: dict[tuple[str, ...], float] = field(default_factory=dict)
     outliers: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     fused: list[str] = field(default_factory=list)
@@ -144,6 +147,7 @@ def quantize(
         )
         report.sensitivity = {unit.layers: kl for unit, kl in skips.damages.items()}
         done.layers |= skips.dynamic
+        done.per_token += skips.dynamic
         selection.skipped |= skips.reasons
         for name in skips.reasons:
             del done.layers[name], selection.linears[name]
@@ -163,6 +167,7 @@ def quantize(
     report.unsmoothed = [name for name in selection.linears if name not in smoothed]
     report.skipped = selection.skipped
     report.errors, report.damages, report.limits, report.massive = done.errors, done.damages, done.limits, done.massive
+    report.per_token = [name for name in done.per_token if name in selection.linears]
     report.outliers = {name: (before[name], absmax[name]) for name in before}
     model.smoothquant_report = report  # type: ignore[assignment]
     return model

@@ -37,6 +37,7 @@ class Blocks:
         damages: of each block's output (see ``search.damage``).
         limits: largest magnitude that a static scale represents, relative to the absmax, by layer, where it was chosen.
         massive: inputs at which one token towers over the others: by how much over the median one, and its position.
+        per_token: layers of a static scheme whose input has a scale per token.
     """
 
     layers: dict[str, W8A8Linear] = field(default_factory=dict)
@@ -46,9 +47,13 @@ class Blocks:
     damages: dict[str, float] = field(default_factory=dict)
     limits: dict[str, float] = field(default_factory=dict)
     massive: dict[str, tuple[float, int]] = field(default_factory=dict)
+    per_token: list[str] = field(default_factory=list)
 
 
-MASSIVE = 50.0  # times the median token
+MASSIVE = 50.0  # times the median token: worth telling
+# The same for a static scale, which has to fit both. INT8: at four times, the median token is left with 32 of the 127
+# steps. The steps of FP8 grow with the value.
+UNFIT = {torch.int8: 4.0, torch.float8_e4m3fn: 50.0}
 
 
 def quantize_blocks(
@@ -119,13 +124,13 @@ class BlockQuantizer:
 
     @property
     def schemes(self) -> dict[str, Scheme]:
-        """Layers of a static scheme that get a scale per token: no one scale fits a token of massive activations."""
+        """Layers of a static scheme that get a scale per token: no one scale fits all tokens of their input."""
         if not self.recipe.clips:
             return {}
         return {
             full_name(self.name, reader): self.recipe.resolved_scheme.per_token
             for each in self.observation.inputs.values()
-            if each.massive[0] > MASSIVE
+            if each.massive[0] > UNFIT[self.recipe.resolved_scheme.dtype]
             for reader in each.readers
         }
 
@@ -223,6 +228,7 @@ class BlockQuantizer:
                 if each.rows:  # an expert may not run in the held-out windows
                     done.errors[name] = self._error(reader, own[name], each, scales.get(name))
         done.layers |= own
+        done.per_token += self.schemes
         with swapped(model, own):
             done.damages[self.name] = damage([call.replay(self.block) for call in self.test_calls], self.expected)
 

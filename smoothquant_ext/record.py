@@ -24,7 +24,7 @@ def record(report: Report) -> dict[str, Any]:
 
     Keys: ``version``, ``package``, ``base``, ``calibration``, ``measured`` (rows of ``card.measured_facts``; none yet),
     ``recipe`` (its fields; ``scheme`` by name), ``quantized``, ``skipped``, ``failed``,
-    ``unsmoothed``, ``groups`` (see ``SmoothedGroup``), ``errors``, ``damages``, ``limits``, ``massive``,
+    ``unsmoothed``, ``groups`` (see ``SmoothedGroup``), ``errors``, ``damages``, ``limits``, ``massive``, ``per_token``,
     ``sensitivity`` (a list of ``{"layers", "kl"}``), ``seconds``, and ``outliers``: for each layer ``before`` and
     ``after``, the absmax of its input's channels (the largest of each of up to 128 bins of neighbours), and the
     ``ratio_before`` and ``ratio_after`` of the largest channel to the median one.
@@ -45,6 +45,7 @@ def record(report: Report) -> dict[str, Any]:
         "errors": report.errors,
         "damages": report.damages,
         "limits": report.limits,
+        "per_token": report.per_token,
         "massive": {name: list(found) for name, found in report.massive.items()},
         "sensitivity": [{"layers": list(layers), "kl": kl} for layers, kl in report.sensitivity.items()],
         "seconds": report.seconds,

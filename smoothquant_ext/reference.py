@@ -375,7 +375,7 @@ def w8a8_decoder_layer_(
 ) -> Tensor:
     """See ``ops.w8a8_decoder_layer_``; ``attend`` computes the attention."""
     biases = [own if own.numel() else None for own in bias] or [None] * 7
-    static = list[Tensor | None](a_scale) or [None] * 4
+    static = [scale if scale.numel() else None for scale in a_scale] or [None] * 4
     q, k, v = (
         w8a8_linear(rms_norm(x, norm, eps, offset), b[i], b_scale[i], biases[i], static[0])
         .unflatten(-1, (-1, cos.shape[-1]))

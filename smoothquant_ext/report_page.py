@@ -74,6 +74,7 @@ def render_page(
         skipped=_exact_reasons(record["skipped"]),
         failed=[(reason, _named(names)) for reason, names in by_reason(record["failed"]).items()],
         unsmoothed=", ".join(_named(record["unsmoothed"])) if record["recipe"]["smooth"] else "",
+        per_token=", ".join(_named(record.get("per_token", ()))),
         massive=[(name, f"{ratio:,.0f}", position) for name, (ratio, position) in record["massive"].items()],
         limits=_limits(record["limits"]),
         recipe=_recipe(record["recipe"]),

@@ -109,6 +109,10 @@ def test_the_op_equals_the_oracle(batch: int, time: int, past: int, dtype: torch
     with cpu_isa(isa):
         for has_bias, is_static in ((False, False), (True, False), (False, True)):
             check_op(operands(batch, time, past, dtype, has_bias, is_static, torch.int8))
+            for dynamic in ((3,), (0, 2), (1,)) if is_static else ():
+                mixed = operands(batch, time, past, dtype, has_bias, is_static, torch.int8)
+                mixed["a_scale"] = [torch.empty(0) if i in dynamic else s for i, s in enumerate(mixed["a_scale"])]
+                check_op(mixed)
             check_op(with_int8_cache(operands(batch, time, past, dtype, has_bias, is_static, torch.int8)))
 
 

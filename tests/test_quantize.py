@@ -368,6 +368,7 @@ def test_massive_tokens_are_reported_and_get_scales_of_their_own(clipping: str, 
     is_static = {name: model.get_submodule(name).input_scale is not None for name in report.quantized}
     own = scheme == "int8-static" and clipping != "absmax"
     assert is_static == {name: scheme == "int8-static" and not (own and name in report.massive) for name in is_static}
+    assert report.per_token == (["layers.0.down"] if own else [])
     assert ("layers.0.down" in report.limits) is False
     assert own or not report.limits
 

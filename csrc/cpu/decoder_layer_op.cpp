@@ -98,7 +98,8 @@ Tensor w8a8_decoder_layer_cpu(const Tensor& x_in, const Tensor& norm_in, const T
   SQ_CHECK(scale > 0 && std::isfinite(scale), kOp, ": scale is ", scale, ", expected a positive finite number");
   const int64_t batch = x_in.size(0), time = x_in.size(1), k = x_in.size(2), m = batch * time, d = cos_in.size(2);
   const auto static_scale = [&](size_t index) {
-    return a_scale.empty() ? 0.0f : checked_static_scale(kOp, "a_scale", a_scale[index], "x", x_in);
+    const bool per_token = a_scale.empty() || a_scale[index].numel() == 0;
+    return per_token ? 0.0f : checked_static_scale(kOp, "a_scale", a_scale[index], "x", x_in);
   };
 
   const Layers layers(x_in, m, b, b_scale, bias);
