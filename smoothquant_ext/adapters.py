@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import sys
 import warnings
 from typing import Any, NoReturn
 
@@ -16,28 +18,40 @@ def use_adapters() -> bool:
     """Teaches PEFT, where it is installed, to put LoRA adapters on ``W8A8Linear``; whether it is installed."""
     if importlib.util.find_spec("peft") is None:
         return False
-    from peft.tuners.lora import model as lora_model
-
-    former = lora_model.dispatch_default
-    if getattr(former, "takes_w8a8", False):
-        return True
-    adapted = _adapted_class()
-
-    def dispatch(target: Any, adapter_name: str, config: Any, **kwargs: Any) -> Any:
-        base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
-        if not isinstance(base, W8A8Linear):
-            return former(target, adapter_name, config=config, **kwargs)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Unsupported layer type")
-            return adapted(target, adapter_name, config=config, **kwargs)
-
-    dispatch.takes_w8a8 = True  # type: ignore[attr-defined]
-    lora_model.dispatch_default = dispatch
+    lora_model: Any = importlib.import_module("peft.tuners.lora.model")
+    if not isinstance(lora_model.dispatch_default, _Dispatch):
+        lora_model.dispatch_default = _Dispatch(lora_model.dispatch_default)
     return True
 
 
+def forget_adapters() -> None:
+    """Takes back ``use_adapters``."""
+    lora_model: Any = sys.modules.get("peft.tuners.lora.model")
+    if lora_model is not None and isinstance(lora_model.dispatch_default, _Dispatch):
+        lora_model.dispatch_default = lora_model.dispatch_default.former
+
+
+class _Dispatch:
+    """In the place of PEFT's last resort for a layer: ours for 8-bit layers, what was there before for all others."""
+
+    def __init__(self, former: Any) -> None:
+        self.former = former
+        self.adapted = _adapted_class()
+
+    def __call__(self, target: Any, adapter_name: str, **kwargs: Any) -> Any:
+        base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+        if not isinstance(base, W8A8Linear):
+            return self.former(target, adapter_name, **kwargs)
+        config = kwargs.get("config", kwargs.get("lora_config"))  # the name changed in PEFT 0.19
+        if getattr(config, "use_dora", False):
+            raise SmoothQuantError("DoRA needs the norms of a weight in floating point: use LoRA on 8-bit layers")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Unsupported layer type")
+            return self.adapted(target, adapter_name, **kwargs)
+
+
 def _adapted_class() -> Any:
-    """A function, since PEFT takes seconds to import and need not be there."""
+    """A function, since PEFT need not be there."""
     from peft.tuners.lora.layer import Linear
 
     class W8A8LoraLinear(Linear):

@@ -87,6 +87,13 @@ class W8A8Quantizer(HfQuantizer):
             for name, layer in self.stored.layers.items()
             if not any(re.search(pattern, f"{name}.weight") for pattern in optional)
         }
+        head = model.get_output_embeddings()
+        paths = {name for name, module in model.named_modules() if module is head}
+        if model.config.tie_word_embeddings and paths & stored.keys():
+            raise SmoothQuantError(
+                f"{self.stored.directory}: {min(paths & stored.keys())} is quantized, but config.json ties it to the "
+                "token embedding; set tie_word_embeddings to false there"
+            )
         self._check_shapes(model)
         for name, path, linear in list(self._linears(model, stored)):
             if linear is None:
@@ -199,7 +206,12 @@ class W8A8Quantizer(HfQuantizer):
 
 
 def make_ready_(model: PreTrainedModel) -> None:
-    """Packs the 8-bit layers that are on the CPU for its kernels, and fuses what can be fused."""
+    """Packs the 8-bit layers that are on the CPU for its kernels, and fuses what can be fused.
+
+    Where parts of the model come and go between devices, the modules stay as they are: nothing may be kept of them.
+    """
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        return
     for module in model.modules():
         if isinstance(module, W8A8Linear):
             module.prepack_()  # one at a time: each frees its plain weight

@@ -6,7 +6,7 @@ changes the name: ``"smoothquant"`` is ours. What our kernel does not compute go
 
 from __future__ import annotations
 
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ def use_attention_(model: nn.Module) -> bool:
     if model.config._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
         return False
     model.set_attn_implementation(IMPLEMENTATION)
-    vars(model)["init_continuous_batching"] = MethodType(_init_continuous_batching, model)
+    vars(model)["init_continuous_batching"] = partial(_init_continuous_batching, model)
     return True
 
 
@@ -75,7 +75,12 @@ def _init_continuous_batching(model: PreTrainedModel, *args: Any, **kwargs: Any)
     ours = model.config._attn_implementation == IMPLEMENTATION
     if ours:
         model.set_attn_implementation("sdpa")
-    manager = type(model).init_continuous_batching(model, *args, **kwargs)
+    try:
+        manager = type(model).init_continuous_batching(model, *args, **kwargs)
+    except BaseException:
+        if ours:
+            model.set_attn_implementation(IMPLEMENTATION)
+        raise
     if ours:
         manager._original_attn_impl = IMPLEMENTATION  # what it goes back to when it stops
     return manager

@@ -118,6 +118,13 @@ def save(
             or the directory cannot be written.
     """
     target = check_destination(directory)
+    adapted = any(name.rpartition(".")[2] == "base_layer" for name, _ in model.named_modules())
+    if adapted or not isinstance(model, PreTrainedModel):
+        raise SmoothQuantError(
+            f"{type(model).__name__} "
+            + ("has adapters" if adapted else "is no model of transformers")
+            + "; save adapters with their own save_pretrained, and the model below them before it gets any"
+        )
     layers = quantized_layers(model)
     if not layers:
         raise SmoothQuantError(f"{type(model).__name__} has no quantized layer; call quantize on it before saving")

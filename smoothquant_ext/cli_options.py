@@ -9,6 +9,10 @@ import typer
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A model: a directory, a hub id, a GGUF file, or a W8A8 checkpoint.")
 ]
+Served = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A model: a directory or a hub id; W8A8 runs on 8-bit kernels.")
+]
+Device = Annotated[str, typer.Option(help="Where to run: cpu, or a GPU such as cuda:0.")]
 Text = Annotated[
     str,
     typer.Option(

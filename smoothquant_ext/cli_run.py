@@ -7,7 +7,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from .cli_options import Dtype, Model, Seed
+from .cli_options import Device, Dtype, Model, Seed, Served
 from .cli_support import KV_CACHES, choose, load, parse_dtype
 from .console import err
 from .errors import SmoothQuantError
@@ -69,7 +69,7 @@ def generate(
 
 
 def serve(
-    model: Model,
+    model: Served,
     host: Annotated[
         str, typer.Option(help="Address to listen on. The default is for this machine alone; 0.0.0.0 is for everyone.")
     ] = "127.0.0.1",
@@ -83,8 +83,12 @@ def serve(
         ),
     ] = False,
     cache_tokens: Annotated[
-        int, typer.Option(help="With --continuous-batching: room for so many tokens, of all requests.", min=256)
-    ] = 16384,
+        int | None,
+        typer.Option(
+            help="With --continuous-batching: room for so many tokens, of all requests. Default: 16384.", min=256
+        ),
+    ] = None,
+    device: Device = "cpu",
     dtype: Dtype = "auto",
 ) -> None:
     """Serves a model over HTTP, as OpenAI's API: chat, completions, streaming. Ctrl-C or SIGTERM ends it.
@@ -97,16 +101,20 @@ def serve(
     from . import serving
 
     parse_dtype(dtype)
-    serving.serve(model, host, port, dtype, cache_tokens if continuous_batching else None)
+    if cache_tokens is not None and not continuous_batching:
+        raise SmoothQuantError("--cache-tokens is for --continuous-batching: give both or neither")
+    room = (cache_tokens or serving.CACHE_TOKENS) if continuous_batching else None
+    serving.serve(model, host, port, dtype, device, room)
 
 
 def chat(
-    model: Model,
+    model: Served,
     system: Annotated[str | None, typer.Option(help="What the model is told about its role.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 512,
     temperature: Annotated[
         float, typer.Option(help="0 always takes the likeliest token; higher is more adventurous.", min=0.0)
     ] = 0.0,
+    device: Device = "cpu",
     dtype: Dtype = "auto",
 ) -> None:
     """Talks with an instruction-tuned model, in the terminal. !help lists what else one can say.
@@ -118,4 +126,4 @@ def chat(
     from . import serving
 
     parse_dtype(dtype)
-    serving.chat(model, dtype, system, max_new_tokens, temperature)
+    serving.chat(model, dtype, device, system, max_new_tokens, temperature)

@@ -84,6 +84,10 @@ class FusedDecoderLayer:
         layers += [mlp._modules[name] for name in (roles.gate, roles.up, roles.down)]
         if any(type(layer) is not W8A8Linear or not layer.is_plain for layer in layers):
             return None
+        if not (isinstance(norm, FusedRMSNorm) and isinstance(post_norm, FusedRMSNorm)):
+            return None
+        if needs_grad(norm.weight) or needs_grad(post_norm.weight):
+            return None
         if any(
             child._forward_hooks or child._forward_pre_hooks for child in (norm, attention, post_norm, mlp, *layers)
         ):
@@ -105,7 +109,7 @@ class FusedDecoderLayer:
                 stored.__class__ = GrowingLayer
             if type(stored) is not GrowingLayer and type(stored) is not Int8Layer:
                 return None
-            if getattr(cache, "offloading", False):
+            if getattr(cache, "offloading", False) or (stored.is_initialized and needs_grad(stored.keys)):
                 return None
             buffers, past = stored.reserve(x, shape)
         total, mask = past + x.shape[1], kwargs.get("attention_mask")

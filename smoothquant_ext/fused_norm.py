@@ -22,7 +22,8 @@ class FusedRMSNorm:
 
     def forward(self, hidden_states: Tensor, *gate: Tensor | None) -> Tensor:
         """[..., K] -> [..., K]; called with a gate too, as some norms may be, it is computed by its own class."""
-        if hidden_states.is_cpu and not gate and not needs_grad(hidden_states):
+        is_ours = hidden_states.is_cpu and not gate and not needs_grad(hidden_states)
+        if is_ours and not needs_grad(self.weight):
             return ops.rms_norm(hidden_states, self.weight, self.fused_eps, self.fused_offset)
         return super().forward(hidden_states, *gate)  # type: ignore[misc, no-any-return]
 

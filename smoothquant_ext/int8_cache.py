@@ -130,7 +130,7 @@ def use_int8_cache_(model: PreTrainedModel) -> RemovableHandle:
     (``cache_implementation="static"``) stay what they are.
 
     Returns:
-        A handle whose ``remove()`` undoes it.
+        A handle whose ``remove()`` undoes it; the model goes on attending through our kernel.
 
     Raises:
         SmoothQuantError: the model cannot use our attention, or all its layers have sliding windows.

@@ -153,8 +153,12 @@ def _parse_fp8(config: Mapping[str, Any], where: str) -> Layout:
 def _parse_modelopt(config: Mapping[str, Any], where: str) -> Layout:
     config = config.get("quantization") or config
     algorithm = str(config.get("quant_algo")).upper()
+    if algorithm == "W8A8_SQ_PER_CHANNEL":
+        raise SmoothQuantError(
+            f"{where}: ModelOpt's INT8 SmoothQuant has tensors of its own, which TensorRT-LLM reads; {CONVERT_AGAIN}"
+        )
     if algorithm not in ("FP8", "FP8_PER_CHANNEL_PER_TOKEN"):
-        raise _refuse(f"{where}: quant_algo {algorithm!r}", "ModelOpt's blocks, or other bits than 8", "vLLM")
+        raise _refuse(f"{where}: quant_algo {algorithm!r}", "blocks, other bits than 8, or no 8-bit weights", "vLLM")
     static = algorithm == "FP8"
     scheme = scheme_of(torch.float8_e4m3fn, *(("tensor", "tensor") if static else ("channel", "token")))
     cache = config.get("kv_cache_quant_algo") or config.get("kv_cache_scheme")

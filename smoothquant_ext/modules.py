@@ -55,7 +55,7 @@ class W8A8Linear(nn.Module):
         self.out_features = out_features
         self.scheme = scheme
         self.shared = None
-        self._weight_sum: Tensor | None = None
+        self._summed: tuple[Tensor, Tensor] | None = None
         scale_shape = (out_features, 1) if scheme.weight == "channel" else (1,)
         self.register_buffer("weight", torch.empty(out_features, in_features, dtype=scheme.dtype, device=device))
         self.register_buffer("weight_scale", torch.empty(scale_shape, dtype=torch.float32, device=device))
@@ -71,10 +71,14 @@ class W8A8Linear(nn.Module):
         if needs_grad(x):
             output: Tensor = StraightThrough.apply(x, self)
             return output
-        if not self.scheme.symmetric:
-            return asymmetric_linear(self, x)
         if self.shared is not None and (y := self.shared.output(self, x)) is not None:
             return y
+        return self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The output, computed alone, without a gradient."""
+        if not self.scheme.symmetric:
+            return asymmetric_linear(self, x)
         buffers: dict[str, Any] = self._buffers  # an attribute of a module costs as much as a small kernel
         return ops.w8a8_linear(
             x,
@@ -107,11 +111,11 @@ class W8A8Linear(nn.Module):
 
     def weight_sum(self) -> Tensor:
         """fp32 [N]: the sum of each row of the dequantized weight, computed once for a weight."""
-        if self._weight_sum is None or self._weight_sum.device != self.weight.device:
+        if self._summed is None or self._summed[0] is not self.weight:
             weight = self.plain_weight()
             exact = weight.sum(1, dtype=torch.int32) if weight.dtype == torch.int8 else weight.float().sum(1)
-            self._weight_sum = exact.float() * self._plain_scale().reshape(-1)
-        return self._weight_sum
+            self._summed = self.weight, exact.float() * self._plain_scale().reshape(-1)
+        return self._summed[1]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> W8A8Linear:
         # Casts (.half(), .to(bfloat16)) are for the bias alone: scales are fp32 and the weight is 8 bits by contract.
@@ -142,6 +146,14 @@ class W8A8Linear(nn.Module):
             destination[prefix + "weight"] = self.plain_weight()
             destination[prefix + "weight_scale"] = self._plain_scale()
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        was_packed = self.is_packed
+        self._unpack_()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._summed = None
+        if was_packed:
+            self.prepack_()
+
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
@@ -164,8 +176,7 @@ class StraightThrough(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: W8A8Linear) -> Tensor:
         """[..., K] -> [..., N]"""
         ctx.layer = layer
-        output: Tensor = layer(x.detach())
-        return output
+        return layer.product(x.detach())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from .adapters import use_adapters
+from .adapters import forget_adapters, use_adapters
 from .assemble import W8A8Config
 from .errors import SmoothQuantError
 from .layouts import METHODS, parse_quantization_config
@@ -34,6 +34,8 @@ class _Entry:
         return W8A8Config()
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "former":  # as copying and pickling ask for
+            raise AttributeError(name)
         return getattr(self.former, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -46,8 +48,8 @@ def enable() -> None:
     From then on ``AutoModelForCausalLM.from_pretrained(directory_or_hub_id, ...)``, and whatever calls it (pipelines,
     the server, PEFT), gives a model like that of ``smoothquant_ext.load``. Float weights never exist while it loads;
     ``device_map`` and ``dtype`` work as ever, and ``save_pretrained`` writes compressed-tensors. Checkpoints that are
-    quantized in other ways load as before. PEFT, if it is installed, learns to put LoRA adapters on the 8-bit layers.
-    Calling it again changes nothing.
+    quantized in other ways load as before. A ``quantization_config`` beside a W8A8 checkpoint is refused. PEFT, if it
+    is installed, learns to put LoRA adapters on the 8-bit layers. Calling it again changes nothing.
     """
     use_adapters()
     for method in METHODS:
@@ -58,6 +60,7 @@ def enable() -> None:
 
 def disable() -> None:
     """Takes back ``enable``: transformers loads W8A8 checkpoints in its own ways again."""
+    forget_adapters()
     for method, entry in list(AUTO_QUANTIZATION_CONFIG_MAPPING.items()):
         if isinstance(entry, _Entry):
             if entry.former is None:

@@ -8,18 +8,23 @@ import signal
 import socket
 import tempfile
 import threading
+from pathlib import Path
 from typing import Any
 
 from .errors import SmoothQuantError
 from .hf import first_line
 from .runtime import enable
+from .stored import MODELOPT_CONFIG, find_quantization
 
+CACHE_TOKENS = 16384  # room for, by default
 BLOCK = 32  # tokens of a block of the cache
 STEP_TOKENS = 512  # of all requests, in one step of a continuous batch
 PACKAGES = ("accelerate", "fastapi", "openai", "uvicorn")
 
 
-def serve(model: str, host: str, port: int, dtype: str = "auto", cache_tokens: int | None = None) -> None:
+def serve(
+    model: str, host: str, port: int, dtype: str = "auto", device: str = "cpu", cache_tokens: int | None = None
+) -> None:
     """Serves a model until SIGINT or SIGTERM; then answers what was asked already, and returns.
 
     Args:
@@ -27,6 +32,7 @@ def serve(model: str, host: str, port: int, dtype: str = "auto", cache_tokens: i
         host: address to listen on.
         port: port to listen on.
         dtype: of what is not quantized; ``"auto"`` is the checkpoint's own.
+        device: where to run, as torch calls it.
         cache_tokens: for continuous batching, how many tokens its cache holds; ``None`` answers one by one.
 
     Raises:
@@ -42,22 +48,27 @@ def serve(model: str, host: str, port: int, dtype: str = "auto", cache_tokens: i
             "cb_num_blocks": -(-cache_tokens // BLOCK),
             "cb_max_batch_tokens": STEP_TOKENS,
         }
+    server = _start(model, host, port, dtype, device, **batching)
     asked = threading.Event()
     before = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        server = _start(model, host, port, dtype, **batching)
         while not asked.wait(0.2) and server._thread.is_alive():
             pass
-        for number, handler in before.items():  # asked again, it ends at once
-            signal.signal(number, handler)
-        _stop(server)
-    finally:
+    finally:  # asked again, it ends at once
         for number, handler in before.items():
             signal.signal(number, handler)
+    if not asked.is_set():
+        raise SmoothQuantError(f"the server on {host}:{port} ended by itself; what it said last is above")
+    _stop(server)
 
 
 def chat(
-    model: str, dtype: str = "auto", system: str | None = None, max_new_tokens: int = 512, temperature: float = 0.0
+    model: str,
+    dtype: str = "auto",
+    device: str = "cpu",
+    system: str | None = None,
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
 ) -> None:
     """Talks with a model in the terminal, through a server on this machine that lives as long as the talk.
 
@@ -72,7 +83,7 @@ def chat(
         port = free.getsockname()[1]
     for name in ("uvicorn", "uvicorn.access", "uvicorn.error"):  # somebody is talking on this terminal
         logging.getLogger(name).addFilter(lambda entry: entry.levelno >= logging.WARNING)
-    server = _start(model, "127.0.0.1", port, dtype, log_level="error")
+    server = _start(model, "127.0.0.1", port, dtype, device, log_level="error")
     flags = [f"max_new_tokens={max_new_tokens}", f"do_sample={temperature > 0}"]
     flags += [f"temperature={temperature}"] if temperature else []
     try:
@@ -81,13 +92,18 @@ def chat(
         _stop(server)
 
 
-def _start(model: str, host: str, port: int, dtype: str, **options: Any) -> Any:
+def _start(model: str, host: str, port: int, dtype: str, device: str, **options: Any) -> Any:
     """transformers' server with its model loaded, serving in a thread, so that the signals are ours."""
     from transformers.cli.serve import Serve
 
+    if Path(model).is_dir() and (found := find_quantization(Path(model))) and found[1].name == MODELOPT_CONFIG:
+        raise SmoothQuantError(
+            f"{model} says in {MODELOPT_CONFIG} only how it is quantized, where transformers does not look; run "
+            f"'smoothquant convert' on it first"
+        )
     enable()
     try:
-        return Serve(force_model=model, host=host, port=port, device="auto", dtype=dtype, non_blocking=True, **options)
+        return Serve(force_model=model, host=host, port=port, device=device, dtype=dtype, non_blocking=True, **options)
     except SmoothQuantError:
         raise
     except Exception as error:  # whatever transformers raises for a model that it cannot load

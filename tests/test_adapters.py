@@ -81,3 +81,52 @@ def test_the_gradient_is_that_of_the_dequantized_weight(scheme: str, packed: boo
     weight = layer.plain_weight().float() * layer._plain_scale() / smooth
     (gradient,) = torch.autograd.grad((y * y.detach()).sum(), x)
     torch.testing.assert_close(gradient, y.detach() @ weight, rtol=1e-5, atol=1e-5)
+
+
+def test_norms_below_adapters_can_be_trained() -> None:
+    base = quantized("llama")
+    base.requires_grad_(False)
+    config = peft.LoraConfig(
+        r=2, target_modules=["down_proj"], modules_to_save=["input_layernorm", "post_attention_layernorm"]
+    )
+    model = peft.get_peft_model(base, config)
+    model(IDS, labels=IDS).loss.backward()
+    norms = {name: p.grad for name, p in model.named_parameters() if "modules_to_save" in name}
+    assert len(norms) == 4
+    assert all(grad is not None and bool(grad.abs().sum() > 0) for grad in norms.values()), norms
+
+
+def test_prefixes_are_trained_in_every_layer() -> None:
+    base = quantized("llama")
+    base.requires_grad_(False)
+    model = peft.get_peft_model(base, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    (gradient,) = [p.grad for p in model.parameters() if p.requires_grad]
+    per_layer = gradient.reshape(3, 2, -1).abs().sum((0, 2))  # keys and values of a layer lie together
+    assert bool((per_layer > 0).all()), per_layer
+
+
+def test_training_leaves_nothing_waiting() -> None:
+    base = quantized("llama")
+    base.requires_grad_(False)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    model(IDS, labels=IDS).loss.backward()
+    shared = {id(m.shared): m.shared for m in base.modules() if getattr(m, "shared", None) is not None}
+    later = [group for group in shared.values() if group._waiting is not None]
+    assert len(later) <= 1  # the first layer's input has no gradient
+
+
+def test_what_cannot_be_adapted_is_said(tmp_path: Path) -> None:
+    with pytest.raises(SmoothQuantError, match="use LoRA on 8-bit layers"):
+        peft.get_peft_model(quantized("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    model = peft.get_peft_model(quantized("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    for each in (model, model.base_model.model):
+        with pytest.raises(SmoothQuantError, match="has adapters; save adapters with their own save_pretrained"):
+            smoothquant_ext.save(each, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_disable_takes_it_back() -> None:
+    smoothquant_ext.disable()
+    with pytest.raises(ValueError, match="is not supported"):
+        peft.get_peft_model(quantized("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"]))

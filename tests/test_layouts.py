@@ -46,7 +46,7 @@ def change(path: str, value: Any) -> dict[str, Any]:
         ({"quant_method": "something new"}, "quantized with 'something new', which is not W8A8"),
         ({"bits": 4}, "quantized with None"),
         ({"quant_method": "fp8", "weight_block_size": [128, 128]}, r"FP8 weights scaled in blocks of \[128, 128\]"),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo 'NVFP4' has ModelOpt's blocks"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo 'NVFP4' has blocks, other bits"),
         ({"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "W4A16_AWQ"}}, "quant_algo 'W4A16_AWQ'"),
         ({"quant_method": "smooth_quant", "quant_dtype": "int4"}, "quant_dtype 'int4' is not an 8-bit dtype"),
         (change("format", "pack-quantized"), "group_0 is stored as 'pack-quantized'"),

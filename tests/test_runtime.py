@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -187,3 +188,54 @@ def test_compiled_forward(checkpoints: dict[str, Path]) -> None:
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(IDS, use_cache=False).logits, logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_parts_that_come_and_go_are_not_fused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    expected = logits(from_pretrained(checkpoints["int8"]))
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    places |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
+    for buffers in (False, True):
+        model = from_pretrained(
+            checkpoints["int8"], device_map=places, offload_folder=tmp_path / "offload", offload_buffers=buffers
+        )
+        assert not any(layer.is_packed for layer in quantized_layers(model).values())
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_pickled_copied_and_loaded_again(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    model = from_pretrained(checkpoints["int8"])
+    expected = logits(model)
+    torch.save(model, tmp_path / "model.pt")
+    for again in (torch.load(tmp_path / "model.pt", weights_only=False), copy.deepcopy(model)):
+        assert torch.equal(logits(again), expected)
+        assert [type(module) for module in again.modules()] == [type(module) for module in model.modules()]
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    other = from_pretrained(checkpoints["lmdeploy"])
+    for layer in quantized_layers(other).values():
+        layer.weight = torch.zeros_like(layer.weight)
+    assert not torch.equal(logits(other), expected)
+    other.load_state_dict(state)
+    assert torch.equal(logits(other), expected)
+    assert all(layer.is_packed for layer in quantized_layers(other).values())
+
+
+def test_a_batch_that_cannot_begin_leaves_the_attention(checkpoints: dict[str, Path]) -> None:
+    model = from_pretrained(checkpoints["int8"])
+    attention = model.config._attn_implementation
+    with pytest.raises(TypeError):
+        model.init_continuous_batching(nonsense=True)
+    assert model.config._attn_implementation == attention
+
+
+def test_a_quantized_head_that_is_tied_is_said(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    model = quantized("llama", names=["lm_head", "model.layers.0.mlp.up_proj"])
+    checkpoint.save(model, tmp_path / "head")
+    assert torch.equal(logits(from_pretrained(tmp_path / "head")), logits(model))
+    config = json.loads((tmp_path / "head" / "config.json").read_text())
+    (tmp_path / "head" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with pytest.raises(SmoothQuantError, match=r"lm_head is quantized, but config\.json ties it"):
+        checkpoint.load(tmp_path / "head")
+
+
+def test_entries_can_be_copied() -> None:
+    assert copy.deepcopy(AUTO_QUANTIZATION_CONFIG_MAPPING)["fp8"].method == "fp8"

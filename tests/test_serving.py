@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -146,12 +147,27 @@ def test_what_cannot_be_served_is_said_first(model: Path, monkeypatch: pytest.Mo
         with pytest.raises(SmoothQuantError, match=f"cannot listen on 127.0.0.1:{port}: .*choose another --port"):
             serving.serve(str(model), "127.0.0.1", port)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SmoothQuantError, match="empty: transformers cannot serve this model"):
+    with pytest.raises(SmoothQuantError, match=r"empty/config\.json does not exist"):
         serving.serve(str(tmp_path / "empty"), "127.0.0.1", free_port())
     find = serving.importlib.util.find_spec
     monkeypatch.setattr(serving.importlib.util, "find_spec", lambda name: None if name == "fastapi" else find(name))
     with pytest.raises(SmoothQuantError, match=r"needs the package fastapi; run pip install 'smoothquant-ext"):
         serving.chat(str(model))
+
+
+def test_a_server_that_ends_by_itself_is_an_error(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = threading.Thread(target=lambda: None)
+    stopped.start()
+    monkeypatch.setattr(serving, "_start", lambda *_, **__: types.SimpleNamespace(_thread=stopped))
+    with pytest.raises(SmoothQuantError, match="ended by itself"):
+        serving.serve(str(model), "127.0.0.1", free_port())
+
+
+def test_modelopts_own_file_is_not_overlooked(tmp_path: Path) -> None:
+    tiny.build("llama").save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    with pytest.raises(SmoothQuantError, match="run 'smoothquant convert' on it first"):
+        serving.serve(str(tmp_path / "model"), "127.0.0.1", free_port())
 
 
 def test_a_talk(model: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
