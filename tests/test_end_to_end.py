@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-import re
 import struct
 import sys
 import time
@@ -16,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from tiny import amplify_outliers, build, token_ids
-from tiny_text import some_text, write_tiny_model
 from torch import Tensor, nn
 
 from smoothquant_ext import SCHEMES, Recipe, W8A8Linear, load, ops, quantize, reference, save
@@ -127,19 +125,6 @@ def test_a_profile_finds_floating_point_products_outside_of_every_layer():
     assert products.float_inside == {}
     assert products.float_elsewhere.total() >= 2 * 2  # scores and values, in each of two layers
     assert not demo.products_check(model, TEST[:1])[0][0]
-
-
-def test_the_example_of_the_readme_runs(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (tmp_path / "any.txt").write_text(some_text(5_000))
-    write_tiny_model(tmp_path / "model")
-    for name, here in (("HuggingFaceTB/SmolLM2-135M-Instruct", "model"), ("any_text.txt", "any.txt")):
-        assert f'"{name}"' in code
-        code = code.replace(name, str(tmp_path / here))
-    code = code.replace('"smol-w8a8"', repr(str(tmp_path / "w8a8"))).replace("samples=128, seqlen=512", "8, 32")
-    names: dict[str, Any] = {}
-    exec(code, names)
-    assert names["model"].generate(TEST[:1, :8], max_new_tokens=4, do_sample=False).shape[1] > 8
 
 
 # --- SmolLM2-135M ---------------------------------------------------------------------------------------------------
