@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from .evaluate import Evaluation
 from .formats import Format, short_name
 from .layouts import parse_quantization_config
-from .record import RECORD, read_record
+from .record import RECORD, package_version, read_record
 from .report import by_reason
 from .scheme import Scheme
 from .staging import replace_file
@@ -60,7 +59,7 @@ def model_card(
         skipped={reason: len(names) for reason, names in by_reason(record.get("skipped") or {}).items()},
         per_token=len(record.get("per_token") or ()),
         measured=record.get("measured") or [],
-        package=record.get("package") or version("smoothquant-ext"),
+        package=record.get("package") or package_version(),
     )
     return str(card).rstrip() + "\n"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,14 @@ from .quantize import Report
 RECORD = "smoothquant.json"
 VERSION = 1
 MOST_BINS = 128  # of channels, in what is kept of the outliers
+
+
+def package_version() -> str:
+    """This package's, ``"unknown"`` where it runs from its source folder without being installed."""
+    try:
+        return version("smoothquant-ext")
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def record(report: Report) -> dict[str, Any]:
@@ -32,7 +40,7 @@ def record(report: Report) -> dict[str, Any]:
     recipe = asdict(report.recipe) | {"scheme": report.recipe.resolved_scheme.name}
     return {
         "version": VERSION,
-        "package": version("smoothquant-ext"),
+        "package": package_version(),
         "base": report.base,
         "calibration": report.calibration,
         "measured": [],
