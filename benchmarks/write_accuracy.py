@@ -40,8 +40,9 @@ NOTES = """
 def main() -> None:
     """Writes the page."""
     parts = [INTRODUCTION]
-    for path in RESULTS:
-        parts += section(json.loads(path.read_text(encoding="utf-8")))
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS]
+    for each in sorted(found, key=lambda one: float(one["amplify"])):
+        parts += section(each)
     (ROOT / "docs" / "accuracy.md").write_text("\n".join(parts) + NOTES, encoding="utf-8")
 
 
