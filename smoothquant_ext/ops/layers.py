@@ -34,10 +34,14 @@ def w8a8_decoder_layer_(
     activation: str = "silu",
     keys_scale: Tensor | None = None,
     values_scale: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    head_eps: float = 0.0,
 ) -> Tensor:
     """A decoder layer of the Llama family: ``h = x + o(attention(q, k, v))``, ``y = h + mlp(rms_norm(h))``.
 
-    q, k and v are the layers of ``rms_norm(x)``; q and k are rotated by ``cos`` and ``sin`` (Su et al. 2021, the halves
+    q, k and v are the layers of ``rms_norm(x)``; q and k are normalized, head by head, if there are weights for that
+    (Henry et al. 2020), and rotated by ``cos`` and ``sin`` (Su et al. 2021, the halves
     of a head being the two coordinates). It has the bits of ``rms_norm``, ``w8a8_linears``, torch's rotation,
     ``attention``, ``w8a8_linear``, torch's addition and ``w8a8_mlp`` one after the other; with an INT8 cache, also of
     ``quantize_per_token`` of the new keys, once rotated, and values.
@@ -65,6 +69,9 @@ def w8a8_decoder_layer_(
         activation: of the MLP, see ``w8a8_mlp``.
         keys_scale: fp32 [B, Hkv, room], contiguous, of int8 ``keys``; gets T more as well. ``None`` for others.
         values_scale: the same for ``values``.
+        q_norm: fp32, bf16 or fp16 [D], the weight of an RMS norm of every head of q; ``None`` without norms.
+        k_norm: the same of the keys.
+        head_eps: of both.
 
     Returns:
         y, of the dtype of ``x`` [B, T, K].
@@ -94,6 +101,9 @@ def w8a8_decoder_layer_(
         activation,
         keys_scale,
         values_scale,
+        q_norm,
+        k_norm,
+        head_eps,
     )
     return y
 
@@ -121,6 +131,9 @@ def _(
     activation: str,
     keys_scale: Tensor | None = None,
     values_scale: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    head_eps: float = 0.0,
 ) -> Tensor:
     cache = {"keys": keys, "values": values, "keys_scale": keys_scale, "values_scale": values_scale}
     check_devices("w8a8_decoder_layer_", "x", x, norm=norm, cos=cos, sin=sin, mask=mask, **cache)
