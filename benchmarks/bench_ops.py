@@ -18,7 +18,7 @@ import torch
 import typer
 from machine import describe, mean_limits, peaks, write_results
 from ops_timer import Case, OpsTimer
-from peers import BASELINE, METHODS, OURS, OURS_FP8, environment
+from peers import BASELINE, METHODS, OURS, OURS_FP8, OURS_ONE_THREAD, environment
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -26,6 +26,7 @@ from workers import Worker, WorkerError, first_cpus
 
 SHAPES = "4096x4096,11008x4096,4096x11008,2048x2048,8192x2048"
 TOKENS = "1,4,16,64,256,1024"
+OUR_METHODS = {OURS, OURS_ONE_THREAD, OURS_FP8}
 ODD, ODD_TOKENS, EVEN, MULTIPLE = (1, 577, 1376, 2367, 7392), "1,16,256", 4096, 64
 
 out, err = Console(width=180), Console(stderr=True)
@@ -50,8 +51,8 @@ def main(
         if odd:
             results = {"odd": time_odd(workers, _numbers(tokens or ODD_TOKENS), turns)}
         else:
-            names = [OURS, *([OURS_FP8] if fp8 else []), BASELINE]
-            names += [name for name in METHODS if only in name and name not in (OURS, OURS_FP8, BASELINE)]
+            names = [OURS, *([OURS_ONE_THREAD] if threads > 1 else []), *([OURS_FP8] if fp8 else []), BASELINE]
+            names += [name for name in METHODS if only in name and name not in OUR_METHODS | {BASELINE}]
             sizes = [_numbers(shape, "x") for shape in shapes.split(",")]
             cases = [Case(n, k, m) for n, k in sizes for m in _numbers(tokens or TOKENS)]
             results = {"rows": time_all(workers, names, cases, turns, skipped)}
@@ -169,7 +170,7 @@ class Summary(NamedTuple):
 def summary(row: dict[str, Any], limits: dict[str, float]) -> Summary:
     """Of one shape; the best is the fastest correct peer that does all of the work."""
     seconds = {name: result["seconds"] for name, result in row["methods"].items() if is_correct(result)}
-    peers = seconds.keys() - {OURS, OURS_FP8} - {name for name, method in METHODS.items() if method.partial}
+    peers = seconds.keys() - OUR_METHODS - {name for name, method in METHODS.items() if method.partial}
     best = min(seconds[name] for name in peers)
     return Summary(*(s / seconds[OURS] for s in (limit_seconds(row, limits), seconds[BASELINE], best)))
 

@@ -45,6 +45,21 @@ def ours_fp8(weight: Tensor) -> Linear:
     return lambda x: ops.w8a8_linear(x, packed, scale)
 
 
+def ours_one_thread(weight: Tensor) -> Linear:
+    """The INT8 layer on one of the process's threads: what more of them gain."""
+    run = ours(weight)
+
+    def run_on_one(x: Tensor) -> Tensor:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return run(x)
+        finally:
+            torch.set_num_threads(threads)
+
+    return run_on_one
+
+
 def torch_bf16(weight: Tensor) -> Linear:
     """F.linear, what a bf16 model runs."""
     return lambda x: linear(x, weight)
@@ -215,9 +230,10 @@ class Method(NamedTuple):
     partial: bool = False  # leaves the quantization out: shown, but not what ours is compared with
 
 
-OURS, OURS_FP8, BASELINE = "ours int8", "ours fp8", "torch bf16"
+OURS, OURS_ONE_THREAD, OURS_FP8, BASELINE = "ours int8", "ours int8, 1 thread", "ours fp8", "torch bf16"
 METHODS = {
     OURS: Method(ours, "ours"),
+    OURS_ONE_THREAD: Method(ours_one_thread, "ours"),
     OURS_FP8: Method(ours_fp8, "ours"),
     BASELINE: Method(torch_bf16, "torch"),
     "torch bf16 prepacked": Method(torch_bf16_prepacked, "torch"),

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from bench_model import OURS as OUR_MODEL
-from bench_ops import Summary, is_correct, summary
+from bench_ops import OUR_METHODS, Summary, is_correct, summary
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from peers import BASELINE, METHODS, OURS, OURS_FP8
+from peers import BASELINE, METHODS, OURS, OURS_ONE_THREAD
 
 ROOT = Path(__file__).parent.parent
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
@@ -100,12 +100,19 @@ def summary_table(rows: list[dict[str, Any]], limits: dict[str, float]) -> str:
         "| M | of the limit | over torch bf16 | over the best peer |",
         "|---:|---:|---:|---:|",
     ]
+    has_one_thread = all(OURS_ONE_THREAD in row["methods"] for row in rows)
+    if has_one_thread:
+        lines[1:] = [f"{lines[1]} over ours with 1 thread |", f"{lines[2]}---:|"]
     tokens = tokens_of(rows)
     for heading, among in [*((str(m), [m]) for m in tokens), ("all", tokens)]:
         columns = zip(*(summary(row, limits) for row in rows if row["m"] in among), strict=True)
         of_limit, *times = ((statistics.geometric_mean(column), min(column)) for column in columns)
         cells = [f"{of_limit[0]:.0%} ({of_limit[1]:.0%})", *(f"{mean:.2f} ({worst:.2f})" for mean, worst in times)]
         assert len(cells) == len(Summary._fields)
+        if has_one_thread:
+            own = (row["methods"] for row in rows if row["m"] in among)
+            gains = [methods[OURS_ONE_THREAD]["seconds"] / methods[OURS]["seconds"] for methods in own]
+            cells.append(f"{statistics.geometric_mean(gains):.2f} ({min(gains):.2f})")
         lines.append(f"| {heading} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -179,7 +186,7 @@ def _mean(values: list[float]) -> float:
 
 
 def _plot(axes: Axes, rows: list[dict[str, Any]], name: str, values: list[float]) -> None:
-    is_ours = name in (OURS, OURS_FP8)
+    is_ours = name in OUR_METHODS
     color = colormaps["tab20"](list(METHODS).index(name))  # of one's own in every picture
     style = {"marker": "o" if is_ours else ".", "linewidth": 2.5 if is_ours else 1, "color": color}
     axes.plot(tokens_of(rows), values, label=name, **style)
