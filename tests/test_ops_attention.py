@@ -236,6 +236,18 @@ def test_what_cannot_be_said_is_not_a_number_and_stays_in_its_head() -> None:
         assert ops.attention(q, k, v, None, 0.25)[0, 0, 0].isnan().all()
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("t", [1, 50, 300])
+def test_a_query_that_is_not_a_number_gets_no_answer(t: int, causal: bool) -> None:
+    for dtype in FLOATS:
+        q, k, v = inputs((2, 4, 2, t, t, 32, 32), dtype)
+        q[0, 1, t // 2] = torch.nan  # none of its scores is a number
+        y = ops.attention(q, k, v, None, 0.25, causal)
+        assert y[0, t // 2, 1].isnan().all()
+        y[0, t // 2, 1] = 0
+        assert y.isfinite().all()
+
+
 def test_errors_name_the_culprit() -> None:
     q, k, v = inputs((2, 6, 2, 5, 7, 16, 8), torch.float32)
     mask = torch.ones(2, 1, 5, 7, dtype=torch.bool)

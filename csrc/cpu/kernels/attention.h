@@ -61,7 +61,7 @@ void attend_avx512_bf16(const AttentionArgs& args, const AttentionTask& task);
 // y of the task's queries from the partial results [parts, rows, v_d + 2] of ranges of keys.
 void merge_attention(const AttentionArgs& args, const AttentionTask& task, const float* partials, int64_t parts);
 
-constexpr int64_t kAttentionRows = 192;       // rows of a task that packs keys: packing then costs a few percent
+constexpr int64_t kAttentionRows = 384;       // rows of a task that packs keys: packing then costs a few percent
 constexpr int64_t kAttentionDirectRows = 16;  // up to here k and v are read as they lie
 constexpr int64_t kAttentionChunk = 256;      // keys of a task with few rows, for more tasks than heads
 

@@ -26,11 +26,20 @@ struct Avx2 {
     const Vec two = value + Vec(_mm256_permute_ps(value, 0x4E));
     return _mm_cvtss_f32(add_halves(two + Vec(_mm256_permute_ps(two, 0xB1))));
   }
+  SQ_ATTENTION_INLINE static float most(Vec value) {
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
+    const __m128 two = _mm_max_ps(four, _mm_permute_ps(four, 0x4E));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_permute_ps(two, 0xB1)));
+  }
   SQ_ATTENTION_INLINE static void sums(const Vec* four, float* target) {
     const Vec low = Vec(_mm256_unpacklo_ps(four[0], four[1])) + Vec(_mm256_unpackhi_ps(four[0], four[1]));
     const Vec high = Vec(_mm256_unpacklo_ps(four[2], four[3])) + Vec(_mm256_unpackhi_ps(four[2], four[3]));
     const Vec all = Vec(_mm256_shuffle_ps(low, high, 0x44)) + Vec(_mm256_shuffle_ps(low, high, 0xEE));
     _mm_storeu_ps(target, add_halves(all));
+  }
+  SQ_ATTENTION_INLINE static void transpose(const void* words, int64_t stride, int64_t count, void* target,
+                                            int64_t target_stride) {
+    transpose_words<8>(words, stride, count, target, target_stride);
   }
   SQ_ATTENTION_INLINE static Vec widen(const float* source) { return _mm256_loadu_ps(source); }
   SQ_ATTENTION_INLINE static Vec widen(const BFloat16* source) {

@@ -1,10 +1,13 @@
 // The body of attention.h for one instruction set. The file that includes it names the set in SQ_ATTENTION_TARGET (a
 // function's attribute), and has a class W that calculates in fp32 and a class P, perhaps the same, for packed products:
 //   Vec           kLanes floats: a GCC vector, with arithmetic operators
-//   widen(x)      Vec of fp32, bf16, fp16 or int8;  sum(Vec) of its lanes, sums(Vec[4], float*) of four: W only
+//   widen(x)      Vec of fp32, bf16, fp16 or int8;  sum(Vec) and most(Vec), which may ignore NaN, of its lanes,
+//                 sums(Vec[4], float*) of four;  transpose(words, stride, count, target, target_stride): kLanes x kLanes
+//                 of 32 bits, the first `count` rows of the result, strides in bytes: W only
 //   Operand       what products multiply: float, or the bits of a bf16. kPair of them along the depth make one Factor
 //   kRows, kVecs  rows and vectors of the block of sums that stays in registers
 //   load(operands), broadcast(operands), multiply_add(Factor, Factor, Vec), store(Vec, operands) (W too)
+//   interleave(even, odd, target)  32 operands of each, alternating: P with kPair of 2 only
 #include "attention_softmax.h"
 
 namespace sq {
@@ -108,19 +111,24 @@ SQ_ATTENTION_TARGET __attribute__((noinline)) void multiply(const typename P::Op
 }
 
 // Keys [count, d] to [panels of columns][d / kPair][column][kPair]: columns are keys, those beyond `count` are 0.
-template <class P, class T>
+template <class W, class P, class T>
 SQ_ATTENTION_INLINE void pack_keys(const T* k, int64_t stride, int64_t count, int64_t d, int64_t padded_d,
                                    typename P::Operand* packed) {
-  constexpr int64_t kColumns = P::kVecs * P::kLanes;
-  typename P::Operand row[512];
-  for (int64_t key = 0; key < kKeys; ++key) {
-    typename P::Operand* column = packed + key / kColumns * padded_d * kColumns + key % kColumns * P::kPair;
-    for (int64_t begin = 0; begin < padded_d; begin += 512) {
-      const int64_t part = smaller(512, padded_d - begin);
-      const int64_t there = key < count ? smaller(part, d - begin) : 0;
-      copy_row(k + key * stride + begin, there, part, row);
-      for (int64_t i = 0; i < part; i += P::kPair) {
-        __builtin_memcpy(column + (begin + i) * kColumns, row + i, P::kPair * sizeof(row[0]));
+  using Operand = typename P::Operand;
+  static_assert(P::kPair * sizeof(Operand) == 4, "what is transposed are words of 32 bits");
+  constexpr int64_t kColumns = P::kVecs * P::kLanes, kPart = 256, kBlock = W::kLanes * P::kPair;
+  alignas(64) Operand rows[W::kLanes][kPart];
+  for (int64_t key = 0; key < div_up(count, kColumns) * kColumns; key += W::kLanes) {
+    Operand* column = packed + key / kColumns * padded_d * kColumns + key % kColumns * P::kPair;
+    for (int64_t begin = 0; begin < padded_d; begin += kPart) {
+      const int64_t part = smaller(kPart, padded_d - begin);
+      for (int64_t row = 0; row < W::kLanes; ++row) {
+        const int64_t there = key + row < count ? smaller(part, d - begin) : 0;
+        copy_row(k + (key + row) * stride + begin, there, div_up(part, kBlock) * kBlock, rows[row]);
+      }
+      for (int64_t i = 0; i < part; i += kBlock) {
+        W::transpose(rows[0] + i, kPart * sizeof(Operand), smaller(kBlock, part - i) / P::kPair,
+                     column + (begin + i) * kColumns, kColumns * 4);
       }
     }
   }
@@ -131,17 +139,23 @@ template <class P, class T>
 SQ_ATTENTION_INLINE void pack_values(const T* v, int64_t stride, int64_t count, int64_t d, int64_t panels,
                                      typename P::Operand* packed) {
   constexpr int64_t kColumns = P::kVecs * P::kLanes;
-  typename P::Operand rows[P::kPair][kColumns];
+  alignas(64) typename P::Operand rows[P::kPair][kColumns];
   for (int64_t panel = 0; panel < panels; ++panel) {
     const int64_t width = smaller(kColumns, d - panel * kColumns);
-    for (int64_t key = 0; key < kKeys; key += P::kPair) {
+    for (int64_t key = 0; key < div_up(count, P::kLanes) * P::kLanes; key += P::kPair) {
       for (int64_t pair = 0; pair < P::kPair; ++pair) {
         const int64_t there = key + pair < count ? width : 0;
-        copy_row(v + (key + pair) * stride + panel * kColumns, there, kColumns, rows[pair]);
+        const T* source = v + (key + pair) * stride + panel * kColumns;
+        // Of a known length it is a few instructions.
+        there == kColumns ? copy_row(source, kColumns, kColumns, rows[pair])
+                          : copy_row(source, there, kColumns, rows[pair]);
       }
       typename P::Operand* target = packed + (panel * kKeys + key) * kColumns;
-      for (int64_t i = 0; i < kColumns; ++i) {
-        for (int64_t pair = 0; pair < P::kPair; ++pair) target[i * P::kPair + pair] = rows[pair][i];
+      if constexpr (P::kPair == 2) {
+        for (int64_t i = 0; i < kColumns; i += 32) P::interleave(rows[0] + i, rows[1] + i, target + 2 * i);
+      } else {
+        static_assert(P::kPair == 1);
+        for (int64_t i = 0; i < kColumns; ++i) target[i] = rows[0][i];
       }
     }
   }
@@ -180,8 +194,8 @@ SQ_ATTENTION_TARGET void attend_packed(const AttentionArgs& args, const Attentio
   const int64_t end = smaller(task.keys.end, visible_keys(args, task, rows - 1));
   for (int64_t first = task.keys.begin; first < end; first += kKeys) {
     const int64_t count = smaller(kKeys, end - first);
-    pack_keys<P>(row_address<E>(args.k, args.k_strides, task.batch, task.kv_head, first), args.k_strides.row, count,
-                 args.d, padded_d, k);
+    pack_keys<W, P>(row_address<E>(args.k, args.k_strides, task.batch, task.kv_head, first), args.k_strides.row, count,
+                    args.d, padded_d, k);
     pack_values<P>(row_address<E>(args.v, args.v_strides, task.batch, task.kv_head, first), args.v_strides.row, count,
                    args.v_d, panels, v);
     for (int64_t row = 0; row < rows; row += kStripe) {

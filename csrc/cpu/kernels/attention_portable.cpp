@@ -22,8 +22,15 @@ struct Portable {
   static Vec multiply_add(Vec a, Vec b, Vec sum) { return sum + a * b; }
   static void store(Vec value, float* target) { __builtin_memcpy(target, &value, sizeof value); }
   static float sum(Vec value) { return (value[0] + value[2]) + (value[1] + value[3]); }
+  static float most(Vec value) {
+    const float even = value[0] > value[2] ? value[0] : value[2], odd = value[1] > value[3] ? value[1] : value[3];
+    return even > odd ? even : odd;
+  }
   static void sums(const Vec* four, float* target) {
     for (int i = 0; i < 4; ++i) target[i] = sum(four[i]);
+  }
+  static void transpose(const void* words, int64_t stride, int64_t count, void* target, int64_t target_stride) {
+    transpose_words<4>(words, stride, count, target, target_stride);
   }
   template <class T>
   static Vec widen(const T* source) {

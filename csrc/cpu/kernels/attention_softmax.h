@@ -52,6 +52,18 @@ SQ_ATTENTION_INLINE void copy_row(const T* source, int64_t count, int64_t padded
   for (int64_t i = count; i < padded; ++i) target[i] = 0;
 }
 
+// The transpose of a class W, word by word.
+template <int kLanes>
+SQ_ATTENTION_INLINE void transpose_words(const void* words, int64_t stride, int64_t count, void* target,
+                                         int64_t target_stride) {
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t j = 0; j < kLanes; ++j) {
+      __builtin_memcpy(static_cast<uint8_t*>(target) + i * target_stride + 4 * j,
+                       static_cast<const uint8_t*>(words) + j * stride + 4 * i, 4);
+    }
+  }
+}
+
 // Up to a vector of values; those beyond `count` are 0.
 template <class W, class T>
 SQ_ATTENTION_INLINE typename W::Vec widen_some(const T* source, int64_t count) {
@@ -103,6 +115,18 @@ struct RowState {
   float sum = 0.0f;      // of exp(scale * (score - max))
 };
 
+// A row that sees no key so far, or whose scores are all NaN.
+template <class W, class P>
+SQ_ATTENTION_INLINE float hide_row(const float* s, int64_t padded, RowState* state, typename P::Operand* p) {
+  for (int64_t j = 0; j < padded; j += W::kLanes) {
+    typename W::Vec value;
+    __builtin_memcpy(&value, s + j, sizeof value);
+    if (W::sum(value) != kNothing) state->max = state->sum = std::numeric_limits<float>::quiet_NaN();
+    P::store(value == kNothing ? typename W::Vec{} : value, p + j);
+  }
+  return 1.0f;
+}
+
 // Scores s of keys [first, first + count) to probabilities p, times the scales of the values where these have some; p may
 // lie in the same place, `padded` is a multiple of the lanes. Returns what the sums that came before must be multiplied with.
 template <class W, class P>
@@ -131,12 +155,8 @@ SQ_ATTENTION_INLINE float softmax_row(const AttentionArgs& args, const Attention
     __builtin_memcpy(&value, s + j, sizeof value);
     most = most > value ? most : value;
   }
-  float max = most[0];
-  for (int lane = 1; lane < W::kLanes; ++lane) max = max > most[lane] ? max : most[lane];
-  if (max == kNothing) {
-    for (int64_t j = 0; j < padded; ++j) p[j] = 0;
-    return 1.0f;
-  }
+  const float max = W::most(most);
+  if (max == kNothing) return hide_row<W, P>(s, padded, state, p);
   constexpr float kLog2E = 1.44269504088896341f;
   const float gain = args.scale * kLog2E;
   const float factor = state->max == kNothing ? 0.0f : exp2_vector<W>(Vec{} + (state->max - max) * gain)[0];
