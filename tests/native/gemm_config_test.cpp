@@ -1,0 +1,138 @@
+// The choice among our own tensor-core products: what is chosen can run, what cannot run has a reason, what is listed is
+// what exists, and the estimate behaves as times do.
+#include "kernels/gemm_config.h"
+
+#include <set>
+
+#include "kernels/code_arch.h"
+#include "testing.h"
+
+namespace {
+
+using namespace sq;
+
+constexpr DType kInt8 = DType::kInt8, kE4M3 = DType::kFloat8E4M3, kE5M2 = DType::kFloat8E5M2;
+
+TileProblem problem_of(int64_t m, int64_t n, int64_t k, int arch, DType dtype = kInt8) {
+  return {m, n, k, dtype, dtype, 2, true, arch, arch, arch == 90 || arch == 100, arch == 80 ? 108 : 132};
+}
+
+std::string reason_of(const TileProblem& problem, GemmFamily family) {
+  const GemmChoice choice = choose_config(problem, family);
+  CHECK((choice.config == nullptr) == !choice.reason.empty(), "one or the other");
+  return choice.reason;
+}
+
+void test_reasons() {
+  constexpr GemmFamily kMma = GemmFamily::kMma, kWgmma = GemmFamily::kWgmma;
+  const auto expect = [](const TileProblem& problem, GemmFamily family, const std::string& reason) {
+    CHECK(reason_of(problem, family) == reason, "'%s'", reason_of(problem, family).c_str());
+  };
+  for (int arch : {80, 86, 89, 90, 100, 120}) expect(problem_of(1, 1, 16, arch), kMma, "");
+  for (int arch : {89, 90, 100, 120}) expect(problem_of(1, 1, 16, arch, kE5M2), kMma, "");
+  for (DType dtype : {kInt8, kE4M3, kE5M2}) expect(problem_of(1, 1, 16, 90, dtype), kWgmma, "");
+  expect(problem_of(1, 1, 16, 86, kE4M3), kMma, "compute capability 8.6 has no fp8 tensor cores");
+  expect(problem_of(1, 1, 16, 75), kMma, "mma needs compute capability 8.0, and this GPU is of 7.5");
+  expect(problem_of(1, 1, 16, 100), kWgmma,
+         "wgmma is an instruction of compute capability 9.0, and this GPU is of 10.0");
+  expect(problem_of(1, 1, 33, 90), kMma, "K is 33, expected a positive multiple of 16");
+  expect(problem_of(1, 1, 0, 90), kWgmma, "K is 0, expected a positive multiple of 16");
+  expect(problem_of(int64_t{1} << 31, int64_t{1} << 20, 16, 90), kMma, "M=2147483648 and N=1048576 are too many tiles");
+  TileProblem problem = problem_of(1, 1, 16, 90, kE4M3);
+  problem.is_aligned = false;
+  expect(problem, kWgmma, "an operand does not begin at a multiple of 16 bytes");
+  problem.is_aligned = true;
+  problem.is_arch_specific = false;
+  expect(problem, kWgmma, "wgmma needs code for 90a, which this library was built without");
+  problem.code_arch = 80;
+  expect(problem, kMma, "fp8 needs code for 89 or newer, and what this library has for this GPU is for 80");
+  CHECK(choose_config(problem, std::nullopt).reason.find("; ") != std::string::npos, "a reason for each");
+  problem.a = problem.b = kInt8;
+  expect(problem, kMma, "");
+}
+
+void test_choices() {
+  for (int arch : {75, 80, 86, 87, 89, 90, 100, 103, 120, 121}) {
+    for (DType dtype : {kInt8, kE4M3}) {
+      for (int64_t m : {1, 16, 127, 128, 129, 4096, 100000}) {
+        for (int64_t n : {1, 16, 576, 4096, 128256}) {
+          for (int64_t k : {0, 8, 16, 4096, 133136}) {
+            const TileProblem problem = problem_of(m, n, k, arch, dtype);
+            const GemmChoice choice = choose_config(problem, std::nullopt);
+            double least = 1e300;
+            for (const GemmConfig& config : kGemmConfigs) {
+              if (why_not(config, problem).empty()) least = std::min(least, estimate(config, problem));
+            }
+            CHECK((choice.config == nullptr) == (least == 1e300), "what can be taken is");
+            if (choice.config == nullptr) continue;
+            CHECK(why_not(*choice.config, problem).empty(), "what is taken can run");
+            CHECK(estimate(*choice.config, problem) == least, "and is the fastest");
+          }
+        }
+      }
+    }
+  }
+  CHECK(choose_config(problem_of(4096, 4096, 4096, 90), std::nullopt).config->family == GemmFamily::kWgmma, "Hopper");
+  CHECK(choose_config(problem_of(4096, 4096, 4096, 80), std::nullopt).config->family == GemmFamily::kMma, "Ampere");
+}
+
+void test_estimates() {
+  for (const GemmConfig& config : kGemmConfigs) {
+    const int arch = config.family == GemmFamily::kWgmma ? 90 : 80;
+    const double whole = estimate(config, problem_of(4096, 4096, 4096, arch));
+    for (int axis = 0; axis < 3; ++axis) {
+      double before = 0.0;
+      for (int64_t size : {1, 100, 128, 1000, 4096, 10000}) {
+        const double time = estimate(config, problem_of(axis == 0 ? size : 4096, axis == 1 ? size : 4096,
+                                                        axis == 2 ? (size + 15) / 16 * 16 : 4096, arch));
+        CHECK(time >= before, "%s: larger products take no less", config.name);
+        before = time;
+      }
+    }
+    // 2 * 4096^3 operations at the data sheets' dense rates, 624 and 1979 TOPS, are the floor.
+    const double floor = 2.0 * 4096 * 4096 * 4096 / (arch == 80 ? 624e6 : 1979e6);
+    CHECK(whole > floor && whole < 3 * floor, "%s: %g us, floor %g", config.name, whole, floor);
+    // One row of a large weight: its bytes from memory.
+    const double row = estimate(config, problem_of(1, 14336, 4096, arch));
+    CHECK(row >= 14336.0 * 4096 / (device_rates(arch).memory_bytes * 1e3), "%s: %g us", config.name, row);
+  }
+}
+
+// The table is what gemm_op.cpp launches: every family once, of the sizes that its kernel has.
+void test_table() {
+  std::set<GemmFamily> families;
+  for (const GemmConfig& config : kGemmConfigs) families.insert(config.family);
+  CHECK(families.size() == std::size(kGemmConfigs), "one configuration of a family");
+}
+
+void test_code() {
+  const auto expect = [](const char* archs, int arch, int built, bool is_specific) {
+    const CodeArch code = code_arch(archs, arch);
+    CHECK(code.arch == built && code.is_specific == is_specific, "%s on %d: %d", archs, arch, code.arch);
+  };
+  const char* kRelease = "80+PTX 89 90a 100a 120";
+  expect(kRelease, 80, 80, false);
+  expect(kRelease, 86, 80, false);
+  expect(kRelease, 89, 89, false);
+  expect(kRelease, 90, 90, true);
+  expect(kRelease, 100, 100, true);
+  expect(kRelease, 103, 80, false);  // PTX
+  expect(kRelease, 121, 120, false);
+  expect(kRelease, 75, 0, false);
+  expect("80 90", 90, 90, false);
+  expect("90 90a", 90, 90, true);
+  expect("90a 90", 90, 90, true);
+  expect("80", 90, 0, false);
+  expect("100f", 103, 100, false);
+  expect("", 90, 0, false);
+}
+
+}  // namespace
+
+int main() {
+  test_reasons();
+  test_choices();
+  test_estimates();
+  test_table();
+  test_code();
+}
