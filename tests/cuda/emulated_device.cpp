@@ -77,6 +77,13 @@ int device_arch(int) {
   return arch.empty() ? 90 : std::stoi(arch);
 }
 
+CodeArch device_code(int device) {
+  const std::string archs = environment("SQ_EMULATED_ARCHS");
+  return code_arch(archs.empty() ? "80+PTX 89 90a 100a 120" : archs, device_arch(device));
+}
+
+int multiprocessors(int) { return 3; }
+
 int64_t shared_bytes(int) { return 98 * 1024; }
 
 void require_validated(const char*, Family, int) {}
