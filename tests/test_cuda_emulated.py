@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [
     *(f"csrc/cuda/{name}_op.cpp" for name in ("quantize", "rows", "gemm", "linear")),
     "csrc/cuda/tile_product.cpp",
-    *(f"csrc/kernels/{name}.cu" for name in ("quantize", "norm", "activate", "gemm", "mma")),
+    *(f"csrc/kernels/{name}.cu" for name in ("quantize", "norm", "activate", "gemm", "mma", "wgmma")),
     "tests/cuda/emulated_device.cpp",
 ]
 OPS = [op.partition(",")[0] for op, _, families in backends._OPS if families]
@@ -223,33 +223,33 @@ def test_memory_that_is_not_aligned(arch: int, dtype: torch.dtype, offset: int) 
 
 # --- our own tensor-core products ---------------------------------------------------------------------------------------
 
-OWN_FAMILIES = {"mma": ARCHS}
+OWN = [*(("mma", arch) for arch in ARCHS), ("wgmma", 90)]
 TILES = [(0, 16, 16), (1, 33, 16), (9, 16, 32), (130, 17, 208), (20, 136, 1040), (300, 16, 16), (12, 0, 16)]
 
 
-@pytest.fixture(params=OWN_FAMILIES)
-def family(request: pytest.FixtureRequest, arch: int, monkeypatch: pytest.MonkeyPatch) -> str:
+@pytest.fixture(params=OWN, ids=lambda own: f"{own[0]} on {own[1]}")
+def own(request: pytest.FixtureRequest, hopper: None, monkeypatch: pytest.MonkeyPatch) -> tuple[str, int]:
     """Asks for one of them, on each architecture that has it."""
-    name: str = request.param
-    if arch not in OWN_FAMILIES[name]:
-        pytest.skip(f"no {name} on {arch}")
-    monkeypatch.setenv("SMOOTHQUANT_CUDA_GEMM", name)
-    return name
+    family, arch = request.param
+    monkeypatch.setenv("SMOOTHQUANT_CUDA_GEMM", family)
+    monkeypatch.setenv("SQ_EMULATED_ARCH", str(arch))
+    return family, arch
 
 
 @pytest.mark.parametrize(("m", "n", "k"), TILES)
-def test_own_int8_products_equal_the_oracle(family: str, m: int, n: int, k: int) -> None:
+def test_own_int8_products_equal_the_oracle(own: tuple[str, int], m: int, n: int, k: int) -> None:
     a, b = random_int8(m, k), random_int8(n, k, seed=1)
     bias = (None, randn(n), randn(n, dtype=torch.bfloat16))[m % 3]
     arguments = (a, b, scales(m if n % 2 else 1), scales(n), bias, FLOATS[(m + n) % 3])
-    same(ops.w8a8_gemm(*arguments), reference.w8a8_gemm(*arguments), (family, m, n, k))
+    same(ops.w8a8_gemm(*arguments), reference.w8a8_gemm(*arguments), (own, m, n, k))
 
 
 @pytest.mark.parametrize("b_dtype", FLOAT8, ids=str)
 @pytest.mark.parametrize("a_dtype", FLOAT8, ids=str)
 def test_own_fp8_products_are_within_the_bound(
-    arch: int, family: str, a_dtype: torch.dtype, b_dtype: torch.dtype
+    own: tuple[str, int], a_dtype: torch.dtype, b_dtype: torch.dtype
 ) -> None:
+    family, arch = own
     a, b = random_float8(20, 208, dtype=a_dtype), random_float8(33, 208, dtype=b_dtype, seed=1)
     arguments = (a, b, scales(20), scales(33, seed=1), randn(33))
     if arch < 89:
@@ -259,7 +259,7 @@ def test_own_fp8_products_are_within_the_bound(
     check_fp8(ops.w8a8_gemm(*arguments, torch.bfloat16), *arguments)
 
 
-@pytest.mark.usefixtures("family")
+@pytest.mark.usefixtures("own")
 def test_layers_on_our_own_products_equal_the_oracle() -> None:
     x = randn(20, 64, dtype=torch.bfloat16)
     x[2, 3], x[3], x[4, 5] = torch.nan, 0.0, torch.inf
@@ -297,7 +297,7 @@ def test_what_our_own_products_refuse(
         ops.w8a8_gemm(random_int8(20, k), random_int8(16, k), ONE, ONE)
 
 
-@pytest.mark.usefixtures("family")
+@pytest.mark.usefixtures("own")
 def test_our_own_products_refuse_memory_that_is_not_aligned() -> None:
     a, b = random_int8(20 * 32 + 8)[8:].view(20, 32), random_int8(16, 32)
     with pytest.raises(RuntimeError, match="an operand does not begin at a multiple of 16 bytes"):

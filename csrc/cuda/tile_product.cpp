@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cuda/devices.h"
+#include "cuda/tensor_map.h"
 
 namespace sq {
 namespace {
@@ -52,7 +53,10 @@ void multiply_tiles(const char* op, const GemmRequest& request, const TileJob& j
       launch_mma_gemm(job, current_stream(like));
       break;
     case GemmFamily::kWgmma:
-      fail(op, ": there is no such kernel");
+      require_validated(op, Family::kGemmWgmma, device);
+      launch_wgmma_gemm(job, map_of_rows(op, job.a, job.finish.m, job.k), map_of_rows(op, job.b, job.finish.n, job.k),
+                        problem.multiprocessors, current_stream(like));
+      break;
   }
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }

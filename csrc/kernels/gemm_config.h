@@ -74,7 +74,7 @@ inline std::string capability_text(int arch) { return std::to_string(arch / 10) 
 
 // Why a configuration cannot take a product, or nothing.
 inline std::string why_not(const GemmConfig& config, const TileProblem& problem) {
-  constexpr int64_t kMostTiles = (int64_t{1} << 31) - 1;
+  constexpr int64_t kMost = (int64_t{1} << 31) - 1;  // rows that TMA can address, blocks of a grid
   const bool is_fp8 = problem.a != DType::kInt8;
   if (config.family == GemmFamily::kWgmma && problem.arch != 90) {
     return "wgmma is an instruction of compute capability 9.0, and this GPU is of " + capability_text(problem.arch);
@@ -94,8 +94,9 @@ inline std::string why_not(const GemmConfig& config, const TileProblem& problem)
     return "K is " + std::to_string(problem.k) + ", expected a positive multiple of 16";
   }
   if (!problem.is_aligned) return "an operand does not begin at a multiple of 16 bytes";
-  if (tiles_of(problem.m, config.tile_m) * tiles_of(problem.n, config.tile_n) > kMostTiles) {
-    return "M=" + std::to_string(problem.m) + " and N=" + std::to_string(problem.n) + " are too many tiles";
+  if (problem.m > kMost || problem.n > kMost ||
+      tiles_of(problem.m, config.tile_m) * tiles_of(problem.n, config.tile_n) > kMost) {
+    return "M=" + std::to_string(problem.m) + " and N=" + std::to_string(problem.n) + " are too many";
   }
   return "";
 }

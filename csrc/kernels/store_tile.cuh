@@ -13,63 +13,63 @@ struct alignas(2 * sizeof(Y)) Two {
   Y at[2];
 };
 
-// Sums of kM x kN fragments of 16 x 8, of which the first is that of y[row, column]. Rows and columns past the last are
-// not stored.
-template <typename Y, typename Sum, int kM, int kN>
-__device__ __forceinline__ void store_tile_as(const Finish& finish, int64_t row, int64_t column,
-                                              const Sum (&sums)[kM][kN][4]) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const MatrixPlace upper = fragment_c(lane, 0), lower = fragment_c(lane, 2);
-  const bool in_pairs = finish.n % 2 == 0 && reinterpret_cast<uintptr_t>(finish.y) % sizeof(Two<Y>) == 0;
-  float row_scales[kM][2];
-  SQ_UNROLL
-  for (int i = 0; i < kM; ++i) {
-    SQ_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const int64_t own = row + i * 16 + (half == 0 ? upper.row : lower.row);
-      row_scales[i][half] = own < finish.m ? finish.a_scale[own * finish.a_scale_step] : 0.0f;
-    }
+// Two neighbouring values of y, of which the second may be past the last column.
+template <typename Y>
+__device__ __forceinline__ void store_two(void* y, int64_t index, bool is_pair, bool in_pairs, float first,
+                                          float second) {
+  Two<Y> two;
+  from_float(first, &two.at[0]);
+  from_float(second, &two.at[1]);
+  Y* target = static_cast<Y*>(y) + index;
+  if (in_pairs) {
+    *reinterpret_cast<Two<Y>*>(target) = two;
+    return;
   }
-  SQ_UNROLL
-  for (int j = 0; j < kN; ++j) {
-    const int64_t first = column + j * 8 + upper.column;
-    if (first >= finish.n) break;
-    const bool is_pair = first + 1 < finish.n;
-    const int64_t second = is_pair ? first + 1 : first;
-    const ColumnFinish columns[2] = {column_finish(finish, first), column_finish(finish, second)};
-    SQ_UNROLL
-    for (int i = 0; i < kM; ++i) {
-      SQ_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const int64_t own = row + i * 16 + (half == 0 ? upper.row : lower.row);
-        if (own >= finish.m) continue;
-        Two<Y> two;
-        SQ_UNROLL
-        for (int e = 0; e < 2; ++e) {
-          from_float(finish_value(row_scales[i][half], columns[e], sums[i][j][2 * half + e]), &two.at[e]);
-        }
-        Y* target = static_cast<Y*>(finish.y) + own * finish.n + first;
-        if (in_pairs) {
-          *reinterpret_cast<Two<Y>*>(target) = two;
-        } else {
-          target[0] = two.at[0];
-          if (is_pair) target[1] = two.at[1];
-        }
-      }
-    }
-  }
+  target[0] = two.at[0];
+  if (is_pair) target[1] = two.at[1];
 }
 
+// Sums of kM x kN fragments of 16 x 8, of which the first is that of y[row, column]. Rows and columns past the last are
+// not stored. Types are told apart for each pair and not for all of them, which would be three times as much code.
 template <typename Sum, int kM, int kN>
 __device__ __forceinline__ void store_tile(const Finish& finish, int64_t row, int64_t column,
                                            const Sum (&sums)[kM][kN][4]) {
-  switch (finish.y_dtype) {
-    case DType::kBFloat16:
-      return store_tile_as<BFloat16>(finish, row, column, sums);
-    case DType::kFloat16:
-      return store_tile_as<Float16>(finish, row, column, sums);
-    default:
-      return store_tile_as<float>(finish, row, column, sums);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const MatrixPlace own = fragment_c(lane, 0);
+  constexpr int kHalf = fragment_c(0, 2).row;  // from the first two values of a fragment to the other two
+  const int64_t pair_bytes = finish.y_dtype == DType::kFloat32 ? 8 : 4;
+  const bool in_pairs = finish.n % 2 == 0 && reinterpret_cast<uintptr_t>(finish.y) % pair_bytes == 0;
+  float row_scales[2 * kM];
+  SQ_UNROLL
+  for (int i = 0; i < 2 * kM; ++i) {
+    const int64_t at = row + own.row + i * kHalf;
+    row_scales[i] = at < finish.m ? finish.a_scale[at * finish.a_scale_step] : 0.0f;
+  }
+  SQ_UNROLL
+  for (int j = 0; j < kN; ++j) {
+    const int64_t first = column + own.column + j * 8;
+    if (first >= finish.n) break;
+    const bool is_pair = first + 1 < finish.n;
+    const ColumnFinish left = column_finish(finish, first);
+    const ColumnFinish right = is_pair ? column_finish(finish, first + 1) : left;
+    SQ_UNROLL
+    for (int i = 0; i < 2 * kM; ++i) {
+      const int64_t at = row + own.row + i * kHalf;
+      if (at >= finish.m) break;
+      const float one = finish_value(row_scales[i], left, sums[i / 2][j][i % 2 * 2]);
+      const float other = finish_value(row_scales[i], right, sums[i / 2][j][i % 2 * 2 + 1]);
+      const int64_t index = at * finish.n + first;
+      switch (finish.y_dtype) {
+        case DType::kBFloat16:
+          store_two<BFloat16>(finish.y, index, is_pair, in_pairs, one, other);
+          break;
+        case DType::kFloat16:
+          store_two<Float16>(finish.y, index, is_pair, in_pairs, one, other);
+          break;
+        default:
+          store_two<float>(finish.y, index, is_pair, in_pairs, one, other);
+      }
+    }
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/gemm.h"
+#include "kernels/tensor_map.h"
 
 namespace sq {
 
@@ -13,5 +14,8 @@ struct TileJob {
 };
 
 void launch_mma_gemm(const TileJob& job, void* stream);
+// The maps are of a and b, in boxes of WgmmaTile's rows and bytes.
+void launch_wgmma_gemm(const TileJob& job, const TensorMap& a_map, const TensorMap& b_map, int multiprocessors,
+                       void* stream);
 
 }  // namespace sq

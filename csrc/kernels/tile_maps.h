@@ -114,13 +114,18 @@ SQ_HOST_DEVICE constexpr MatrixPlace fragment_d(int thread, int index) {
   return {thread / 32 % 4 * 16 + place.row, index / 4 * 8 + place.column};
 }
 
-// "Matrix Descriptor Format", of rows of k in 128 bytes each with the 128-byte swizzle. `address` is where the tile
-// begins, a multiple of 1024, or some multiples of 32 bytes of k further in its first row.
+// "Matrix Descriptor Format", of rows of k in 128 bytes each with the 128-byte swizzle. `address` is where the first row
+// begins, a multiple of 1024.
 SQ_HOST_DEVICE constexpr uint64_t matrix_descriptor(uint32_t address) {
   constexpr uint64_t kLeading = 1;            // not used in a swizzled layout, assumed to be 1
   constexpr uint64_t kStride = 8 * 128 >> 4;  // from 8 rows to the next 8
   constexpr uint64_t kSwizzle128 = 1;
   return (address & 0x3ffff) >> 4 | kLeading << 16 | kStride << 32 | kSwizzle128 << 62;
+}
+
+// Of the same rows, some multiple of 16 bytes of k further in the same 128.
+SQ_HOST_DEVICE constexpr uint64_t advance_descriptor(uint64_t descriptor, int k) {
+  return descriptor + static_cast<uint64_t>(k >> 4);
 }
 
 // --- pipelines ------------------------------------------------------------------------------------------------------

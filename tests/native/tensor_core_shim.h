@@ -11,6 +11,7 @@
 
 #include "cuda_shim.h"
 #include "kernels/round.cuh"
+#include "kernels/tensor_map.h"
 #include "kernels/tile_maps.h"
 
 namespace shim {
@@ -70,7 +71,7 @@ struct Pending {
   }
 };
 
-inline std::vector<Pending> copies;
+inline std::vector<Pending> copies, products;
 
 struct WarpScratch {
   uint8_t a[16][kMmaK], b[8][kMmaK];
@@ -78,13 +79,104 @@ struct WarpScratch {
 };
 inline std::vector<WarpScratch> warps;
 
+// --- mbarrier and TMA
+
+// An mbarrier's 8 bytes.
+struct Mbarrier {
+  uint16_t arrivals, pending;  // of a phase; still to come in this one
+  int32_t bytes : 31;          // still to come
+  uint32_t phase : 1;
+};
+static_assert(sizeof(Mbarrier) == 8);
+
+inline Mbarrier& mbarrier(uint32_t address) {
+  insist(address % 8 == 0, "an mbarrier is not aligned");
+  return *reinterpret_cast<Mbarrier*>(shared(address));
+}
+
+inline void complete(Mbarrier& barrier) {
+  has_progress = true;
+  if (barrier.pending != 0 || barrier.bytes != 0) return;
+  barrier.pending = barrier.arrivals;
+  barrier.phase ^= 1;
+}
+
+// What the driver puts into a CUtensorMap is its own affair; this is ours.
+struct MapOfRows {
+  const uint8_t* data;
+  int64_t rows, k;
+  int box_rows, box_k;
+};
+
+inline TensorMap map_of_rows(const MapOfRows& rows) {
+  static_assert(sizeof rows <= sizeof(TensorMap));
+  TensorMap map{};
+  std::memcpy(&map, &rows, sizeof rows);
+  return map;
+}
+
+struct BoxCopy {
+  uint32_t target;
+  MapOfRows from;
+  int k, row;
+  uint32_t barrier;
+};
+inline std::vector<BoxCopy> boxes;
+
+inline void deliver(const BoxCopy& copy) {
+  const MapOfRows& from = copy.from;
+  for (int r = 0; r < from.box_rows; ++r) {
+    for (int byte = 0; byte < from.box_k; ++byte) {
+      const int64_t row = int64_t{copy.row} + r, k = int64_t{copy.k} + byte;
+      const bool is_inside = row < from.rows && k < from.k;
+      const uint32_t address = copy.target + static_cast<uint32_t>(r * from.box_k + byte);
+      *shared(swizzle_128(address)) = is_inside ? from.data[row * from.k + k] : 0;
+    }
+  }
+  Mbarrier& barrier = mbarrier(copy.barrier);
+  barrier.bytes -= from.box_rows * from.box_k;
+  complete(barrier);
+}
+
+// Some of the copies under way arrive, in any order.
+inline bool deliver_boxes() {
+  const bool has_boxes = !boxes.empty();
+  for (size_t i = boxes.size(); i-- > 0;) {
+    if (by_chance()) continue;
+    const BoxCopy copy = boxes[i];
+    boxes.erase(boxes.begin() + static_cast<std::ptrdiff_t>(i));
+    deliver(copy);
+  }
+  return has_boxes;
+}
+
+// --- wgmma
+
+// Row `row` of what a descriptor describes, its 32 bytes of k.
+inline void read_row(uint64_t descriptor, int row, uint8_t (&bytes)[kMmaK]) {
+  insist(descriptor >> 62 == 1 && (descriptor >> 49 & 7) == 0, "a descriptor of another layout");
+  const auto start = static_cast<uint32_t>(descriptor & 0x3fff) << 4;
+  const auto stride = static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4;
+  const uint32_t address = start + static_cast<uint32_t>(row) / 8 * stride + static_cast<uint32_t>(row) % 8 * 128;
+  for (uint32_t chunk = 0; chunk < kMmaK; chunk += 16) {
+    std::memcpy(bytes + chunk, shared(swizzle_128(address + chunk)), 16);
+  }
+}
+
 template <typename Kernel, typename... Args>
 void run_tensor_cores(Kernel kernel, unsigned blocks, unsigned threads, size_t shared_bytes, Args... args) {
   copies.assign(threads, {});
+  products.assign(threads, {});
+  boxes.clear();
+  meanwhile = deliver_boxes;
   warps.assign(threads / 32, {});
   run_grid(kernel, blocks, threads, shared_bytes, args...);
-  for (const Pending& own : copies) {
-    for (const auto& group : own.groups) insist(group.empty(), "a copy was never waited for");
+  meanwhile = nullptr;
+  insist(boxes.empty(), "a box was never waited for");
+  for (const auto* started : {&copies, &products}) {
+    for (const Pending& own : *started) {
+      for (const auto& group : own.groups) insist(group.empty(), "a copy or a product was never waited for");
+    }
   }
 }
 
@@ -154,6 +246,62 @@ void multiply(SumOf<kA> (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
     sums[i] = shim::dot<kA, kB>(sums[i], warp.a[place.row], warp.b[place.column]);
   }
   shim::wait_for_warp();
+}
+
+// --- wgmma_instructions.cuh -----------------------------------------------------------------------------------------
+
+constexpr bool has_wgmma() { return true; }
+
+inline void init_barrier(uint32_t barrier, uint32_t arrivals) {
+  const auto count = static_cast<uint16_t>(arrivals);
+  shim::mbarrier(barrier) = {count, count, 0, 0};
+}
+inline void fence_barriers() {}
+
+inline void arrive(uint32_t address) {
+  shim::Mbarrier& barrier = shim::mbarrier(address);
+  shim::insist(barrier.pending > 0, "more arrivals than a phase has");
+  --barrier.pending;
+  shim::complete(barrier);
+}
+inline void arrive_expecting(uint32_t address, uint32_t bytes) {
+  shim::mbarrier(address).bytes += static_cast<int32_t>(bytes);
+  arrive(address);
+}
+inline void wait_for_barrier(uint32_t address, uint32_t parity) {
+  while (shim::mbarrier(address).phase == parity) shim::yield();
+}
+
+inline void prefetch_map(const TensorMap&) {}
+inline void copy_box(uint32_t target, const TensorMap& map, int k, int row, uint32_t barrier) {
+  shim::MapOfRows from;
+  std::memcpy(&from, &map, sizeof from);
+  shim::insist(target % 128 == 0 && from.box_k == 128, "a swizzled box is not aligned");
+  shim::boxes.push_back({target, from, k, row, barrier});
+}
+
+inline void fence_products() {}
+inline void commit_products() { shim::products[threadIdx.x].commit(); }
+template <int kNewest>
+void wait_for_products() {
+  shim::products[threadIdx.x].wait(kNewest);
+}
+template <typename Sum, int kN>
+void hold(Sum (&)[kN][4]) {}
+
+template <DType kA, DType kB>
+void multiply_async(SumOf<kA> (&sums)[16][4], uint64_t a, uint64_t b, bool adds) {
+  auto* own = &sums;
+  const int thread = static_cast<int>(threadIdx.x);
+  shim::products[threadIdx.x].start([=] {
+    uint8_t a_rows[2][kMmaK], b_rows[2][kMmaK];
+    for (int half = 0; half < 2; ++half) shim::read_row(a, fragment_d(thread, 2 * half).row, a_rows[half]);
+    for (int i = 0; i < 64; ++i) {
+      if (i % 4 < 2) shim::read_row(b, fragment_d(thread, i).column, b_rows[i % 2]);
+      auto& sum = (*own)[i / 4][i % 4];
+      sum = shim::dot<kA, kB>(adds ? sum : SumOf<kA>{}, a_rows[i / 2 % 2], b_rows[i % 2]);
+    }
+  });
 }
 
 }  // namespace sq

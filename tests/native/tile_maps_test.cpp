@@ -137,9 +137,10 @@ void test_wgmma() {
   CHECK(seen.size() == 64 * WgmmaTile::kN, "every place once");
 
   // "Matrix Descriptor Format", field by field, for every address that the kernel gives.
-  for (uint32_t tile = 1024; tile < 227 * 1024; tile += 64 * 128) {
+  constexpr uint32_t kMostShared = 227 * 1024;
+  for (uint32_t tile = 1024; tile < kMostShared; tile += 64 * 128) {
     for (uint32_t k = 0; k < 128; k += 32) {
-      const uint64_t descriptor = matrix_descriptor(tile + k);
+      const uint64_t descriptor = advance_descriptor(matrix_descriptor(tile), static_cast<int>(k));
       CHECK((descriptor & 0x3fff) == (tile + k) >> 4, "bits 13-0: start address");
       CHECK((descriptor >> 14 & 3) == 0, "bits 15-14");
       CHECK((descriptor >> 16 & 0x3fff) == 1, "bits 29-16: leading dimension, assumed to be 1");
