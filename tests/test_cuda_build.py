@@ -71,6 +71,8 @@ def count(kernel: Counter[str], pattern: str) -> int:
 
 
 KERNELS = ("quantize_rows", "quantize_static", "norm_rows", "activate_rows", "skinny_gemm", "epilogue", "widen")
+KERNELS += ("mma_gemm", "wgmma_gemm")
+TYPES = {"3": "S8", "4": "E4M3", "5": "E5M2"}  # the numbers of DType in mangled names
 
 
 @needs_object
@@ -82,12 +84,22 @@ def test_every_kernel_is_there_for_every_architecture() -> None:
             assert any(f"{name}_kernel" in kernel for kernel in mangled), (arch, name)
 
 
+def number(arch: str) -> int:
+    return int(re.sub(r"\D", "", arch))
+
+
+def own_types(kernel: str) -> tuple[str, ...]:
+    """Of a and b, if it is one of our own tensor-core products."""
+    match = re.search(r"mma_gemm_kernelILNS_5DTypeE(\d)ELS1_(\d)E", kernel)
+    return (TYPES[match[1]], TYPES[match[2]]) if match else ()
+
+
 @needs_object
 @needs_cuobjdump
 def test_no_kernel_spills() -> None:
     for (arch, kernel), usage in resources().items():
         allowed = 0
-        if int(re.sub(r"\D", "", arch)) >= 100:
+        if number(arch) >= 100:
             # Two registers at the limit of two blocks, and the rare way of rows that are read twice.
             allowed = (
                 8 if "skinny_gemm_kernelIiLi8" in kernel else 32 if re.search("quantize_rows.*Li0E", kernel) else 0
@@ -102,6 +114,10 @@ def test_registers_leave_room_for_the_blocks_that_are_meant_to_run_together() ->
     for (arch, kernel), usage in resources().items():
         if "skinny_gemm_kernel" in kernel:  # 256 threads: two blocks, but one of 8 rows of fp8
             assert usage["REG"] <= (255 if "IfLi8" in kernel else 128), (arch, kernel)
+        elif own_types(kernel):
+            is_int8, is_mma = "S8" in own_types(kernel), "wgmma" not in kernel
+            # 256 threads: two blocks of mma, but one of fp8; 288 threads: one block of wgmma.
+            assert usage["REG"] <= (128 if is_int8 and is_mma else 255 if is_mma else 224), (arch, kernel, usage)
         elif "norm_rows" in kernel or "activate_rows" in kernel or "quantize_rows" in kernel:  # up to 512 threads
             assert usage["REG"] <= 128, (arch, kernel)
         else:
@@ -131,10 +147,32 @@ def test_machine_code_has_the_instructions_that_it_is_meant_to_have() -> None:
 @needs_cuobjdump
 def test_fp8_is_converted_by_the_hardware_that_can() -> None:
     for arch in architectures():
-        has_fp8 = int(re.sub(r"\D", "", arch)) >= 89
+        has_fp8 = number(arch) >= 89
         for kernel, found in instructions(arch).items():
             if "quantize_rows" in kernel:
                 assert bool(count(found, r"F2FP\.(SATFINITE\.)?E[45]M[32].*")) == has_fp8, (arch, kernel)
+
+
+@needs_object
+@needs_cuobjdump
+def test_tensor_cores_multiply_where_they_are_meant_to() -> None:
+    """A tile of k, 64 x 32 sums of a warp or 64 x 128 of a warpgroup, and its operands on their own ways."""
+    for arch in architectures():
+        for kernel, found in instructions(arch).items():
+            types = own_types(kernel)
+            if "wgmma" in kernel:
+                name = "IGMMA.64x128x32.S8.S8" if "S8" in types else f"QGMMA.64x128x32.F32.{'.'.join(types)}"
+                is_there = arch == "sm_90a"
+                assert found[name] == count(found, r"[A-Z]+GMMA.*") == (4 if is_there else 0), (arch, kernel)
+                assert found["UTMALDG.2D"] == (2 if is_there else 0), (arch, kernel)
+                assert bool(count(found, r"SYNCS\..*TRYWAIT")) == is_there, (arch, kernel)
+            elif types:
+                # Two instructions of k = 32; GPUs without one for fp8 have four of k = 16 in fp16.
+                products = count(found, r"IMMA\.16832\.S8\.S8" if "S8" in types else r"QMMA\.16832.*|HMMA\.16816\.F32")
+                is_there = "S8" in types or number(arch) >= 89
+                assert products in ((32, 64) if is_there else (0,)), (arch, kernel)
+                assert count(found, r"LDSM\.16\.M88\.4") == (12 if is_there else 0), (arch, kernel)
+                assert count(found, r"LDGSTS.*\.128.*") == (12 if is_there else 0), (arch, kernel)
 
 
 # --- cuBLASLt -------------------------------------------------------------------------------------------------------

@@ -221,7 +221,7 @@ def test_memory_that_is_not_aligned(arch: int, dtype: torch.dtype, offset: int) 
         check_fp8(y, a, b, a_scale, b_scale, None)
 
 
-# --- our own tensor-core products ---------------------------------------------------------------------------------------
+# --- our own tensor-core products -----------------------------------------------------------------------------------
 
 OWN = [*(("mma", arch) for arch in ARCHS), ("wgmma", 90)]
 TILES = [(0, 16, 16), (1, 33, 16), (9, 16, 32), (130, 17, 208), (20, 136, 1040), (300, 16, 16), (12, 0, 16)]
