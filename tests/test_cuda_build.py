@@ -156,12 +156,14 @@ def test_fp8_is_converted_by_the_hardware_that_can() -> None:
 @needs_object
 @needs_cuobjdump
 def test_tensor_cores_multiply_where_they_are_meant_to() -> None:
-    """A tile of k, 64 x 32 sums of a warp or 64 x 128 of a warpgroup, and its operands on their own ways."""
+    """A tile of k, 64 x 32 sums of a warp, 64 x 128 or swapped 64 x 64 of a warpgroup; operands on their own ways."""
     for arch in architectures():
         for kernel, found in instructions(arch).items():
             types = own_types(kernel)
             if "wgmma" in kernel:
-                name = "IGMMA.64x128x32.S8.S8" if "S8" in types else f"QGMMA.64x128x32.F32.{'.'.join(types)}"
+                is_swapped = "ELb1E" in kernel
+                shape, operands = ("64x64x32", types[::-1]) if is_swapped else ("64x128x32", types)
+                name = f"IGMMA.{shape}.S8.S8" if "S8" in types else f"QGMMA.{shape}.F32.{'.'.join(operands)}"
                 is_there = arch == "sm_90a"
                 assert found[name] == count(found, r"[A-Z]+GMMA.*") == (4 if is_there else 0), (arch, kernel)
                 assert found["UTMALDG.2D"] == (2 if is_there else 0), (arch, kernel)

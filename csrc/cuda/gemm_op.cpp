@@ -58,7 +58,7 @@ bool multiply_with_library(const char* op, const GemmPlan& plan, const Tensor& a
     product.columns = std::min(plan.rows_together, finish.m - row);
     operands.b = static_cast<const uint8_t*>(a.const_data_ptr()) + row * row_bytes;
     if (!lt_multiply(op, product, operands, a_in)) return false;
-    launch_epilogue({operands.d, is_int32, finish_rows(finish, row, product.columns)}, current_stream(a_in));
+    launch_epilogue({operands.d, 1, is_int32, finish_rows(finish, row, product.columns)}, current_stream(a_in));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
   return true;

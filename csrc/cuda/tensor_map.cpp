@@ -26,12 +26,12 @@ PFN_cuTensorMapEncodeTiled_v12000 find_encode(const char* op) {
 
 }  // namespace
 
-TensorMap map_of_rows(const char* op, const uint8_t* data, int64_t rows, int64_t k) {
+TensorMap map_of_rows(const char* op, const uint8_t* data, int64_t rows, int64_t k, int box_rows) {
   static const PFN_cuTensorMapEncodeTiled_v12000 encode = find_encode(op);
-  static_assert(WgmmaTile::kM == WgmmaTile::kN);
+  static_assert(WgmmaTile::kK == SwapTile::kK);
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(k), static_cast<cuuint64_t>(rows)};  // the innermost comes first
   const cuuint64_t row_bytes[] = {static_cast<cuuint64_t>(k)};
-  const cuuint32_t box[] = {WgmmaTile::kK, WgmmaTile::kM}, steps[] = {1, 1};
+  const cuuint32_t box[] = {WgmmaTile::kK, static_cast<cuuint32_t>(box_rows)}, steps[] = {1, 1};
   TensorMap map;
   const CUresult result =
       encode(reinterpret_cast<CUtensorMap*>(&map), CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<uint8_t*>(data), sizes,

@@ -17,6 +17,26 @@ constexpr GemmRequest kRequests[] = {
     {"auto", true, std::nullopt},
 };
 
+void multiply_by_wgmma(const char* op, const TileJob& job, const GemmChoice& choice, int multiprocessors,
+                       const Tensor& like) {
+  const Finish& finish = job.finish;
+  WgmmaJob wgmma{};
+  wgmma.product = job;
+  wgmma.is_swapped = choice.config->kernel == GemmKernel::kSwapped;
+  wgmma.a_map = map_of_rows(op, job.a, finish.m, job.k, choice.config->tile_m);
+  wgmma.b_map = map_of_rows(op, job.b, finish.n, job.k, choice.config->tile_n);
+  wgmma.multiprocessors = multiprocessors;
+  wgmma.splits = choice.splits;
+  if (!wgmma.is_swapped) return launch_wgmma_gemm(wgmma, current_stream(like));
+  const bool is_int32 = job.a_dtype == DType::kInt8;
+  Tensor sums =
+      empty_like_device(like, {choice.splits, finish.m, finish.n}, is_int32 ? ScalarType::Int : ScalarType::Float);
+  wgmma.parts = sums.mutable_data_ptr();
+  launch_wgmma_gemm(wgmma, current_stream(like));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch_epilogue({wgmma.parts, choice.splits, is_int32, finish}, current_stream(like));
+}
+
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kChunk == 0; }
 
 }  // namespace
@@ -54,8 +74,7 @@ void multiply_tiles(const char* op, const GemmRequest& request, const TileJob& j
       break;
     case GemmFamily::kWgmma:
       require_validated(op, Family::kGemmWgmma, device);
-      launch_wgmma_gemm(job, map_of_rows(op, job.a, job.finish.m, job.k), map_of_rows(op, job.b, job.finish.n, job.k),
-                        problem.multiprocessors, current_stream(like));
+      multiply_by_wgmma(op, job, choice, problem.multiprocessors, like);
       break;
   }
   STD_CUDA_KERNEL_LAUNCH_CHECK();

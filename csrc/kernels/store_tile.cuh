@@ -73,4 +73,18 @@ __device__ __forceinline__ void store_tile(const Finish& finish, int64_t row, in
   }
 }
 
+// Leaves the sums of a product whose rows are the columns of y as they are, in sums of [m, n]: kN fragments of 16 weights
+// by 8 tokens, of which the first is that of y[row, column]. 8 lanes store 32 bytes of a row.
+template <typename Sum, int kN>
+__device__ __forceinline__ void store_swapped_sums(Sum* target, int64_t m, int64_t n, int64_t row, int64_t column,
+                                                   const Sum (&sums)[kN][4]) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  SQ_UNROLL
+  for (int i = 0; i < 4 * kN; ++i) {
+    const MatrixPlace own = fragment_c(lane, i % 4);
+    const int64_t token = row + i / 4 * 8 + own.column, weight = column + own.row;
+    if (token < m && weight < n) target[token * n + weight] = sums[i / 4][i % 4];
+  }
+}
+
 }  // namespace sq

@@ -13,9 +13,17 @@ struct TileJob {
   Finish finish;
 };
 
+// Of WgmmaTile, or swapped of SwapTile.
+struct WgmmaJob {
+  TileJob product;
+  bool is_swapped;
+  TensorMap a_map, b_map;  // in boxes of the tile's m and n rows
+  int multiprocessors;
+  int splits;   // of k; one if not swapped
+  void* parts;  // swapped: [splits, m, n], int32 or fp32, which are left to launch_epilogue
+};
+
 void launch_mma_gemm(const TileJob& job, void* stream);
-// The maps are of a and b, in boxes of WgmmaTile's rows and bytes.
-void launch_wgmma_gemm(const TileJob& job, const TensorMap& a_map, const TensorMap& b_map, int multiprocessors,
-                       void* stream);
+void launch_wgmma_gemm(const WgmmaJob& job, void* stream);
 
 }  // namespace sq

@@ -24,17 +24,26 @@ struct MmaTile {
   static constexpr int blocks_together(bool is_fp8) { return is_fp8 ? 1 : 2; }
 };
 
-// wgmma.cuh: two warpgroups that multiply, with 64 x 128 of y each, and one warp that loads.
-struct WgmmaTile {
-  static constexpr int kM = 128, kN = 128, kK = 128;  // a row of k is the 128 bytes of a swizzled line
-  static constexpr int kStages = 4;
-  static constexpr int kWarpgroups = 2;
+// wgmma.cuh: two warpgroups that multiply, each with 64 of the rows of what wgmma computes, and one warp that loads.
+// Swapped, those rows are the columns of y: weights fill wgmma's 64 rows when there are few tokens, and tokens are its
+// columns, of which it takes any multiple of 8.
+template <int kTileM, int kTileN, int kRingStages, bool kSwapped>
+struct WgmmaShape {
+  static constexpr bool kIsSwapped = kSwapped;
+  static constexpr int kM = kTileM, kN = kTileN;  // of y
+  static constexpr int kK = 128;                  // a row of k is the 128 bytes of a swizzled line
+  static constexpr int kRows = kSwapped ? kN : kM, kColumns = kSwapped ? kM : kN;
+  static constexpr int kStages = kRingStages;
+  static constexpr int kWarpgroups = kRows / 64;
   static constexpr int kThreads = kWarpgroups * 128 + 32;
-  static constexpr int kStageBytes = (kM + kN) * kK;
+  static constexpr int kStageBytes = (kRows + kColumns) * kK;
   static constexpr int kAlignment = 1024;                // where the pattern of the swizzle begins anew
   static constexpr int kBarrierBytes = kStages * 2 * 8;  // full and empty, for each stage
   static constexpr int kSharedBytes = kAlignment + kStages * kStageBytes + kBarrierBytes;
 };
+using WgmmaTile = WgmmaShape<128, 128, 4, false>;
+// Up to 64 tokens. Memory is what such a product waits for: 6 stages of 16 KB of weights keep its latency filled.
+using SwapTile = WgmmaShape<64, 128, 6, true>;
 
 constexpr int kMmaK = 32;  // values of k that one instruction takes, of either kind
 
@@ -52,6 +61,16 @@ SQ_HOST_DEVICE constexpr TilePlace tile_place(int64_t index, int64_t rows, int64
   const int64_t height = rows - first < kBand ? rows - first : kBand;
   const int64_t within = index - first * columns;
   return {first + within % height, within / height};
+}
+
+// A part of k for each of `splits` blocks that share a tile of y, in tiles of k: at least one each, if there are so many.
+struct SplitRange {
+  int begin, end;
+};
+
+SQ_HOST_DEVICE constexpr SplitRange split_range(int k_tiles, int splits, int split) {
+  return {static_cast<int>(int64_t{k_tiles} * split / splits),
+          static_cast<int>(int64_t{k_tiles} * (split + 1) / splits)};
 }
 
 // --- shared memory --------------------------------------------------------------------------------------------------

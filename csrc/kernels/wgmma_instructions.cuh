@@ -101,7 +101,19 @@ __device__ __forceinline__ void hold(Sum (&sums)[kN][4]) {
 #define SQ_FOUR(letter, i) \
   "+" letter(sums[i][0]), "+" letter(sums[i][1]), "+" letter(sums[i][2]), "+" letter(sums[i][3])
 #define SQ_SIXTEEN(letter, i) SQ_FOUR(letter, i), SQ_FOUR(letter, i + 1), SQ_FOUR(letter, i + 2), SQ_FOUR(letter, i + 3)
-#define SQ_WGMMA(types, letter, signs)                                                                         \
+#define SQ_WGMMA_64(types, letter, signs)                                                                      \
+  asm volatile(                                                                                                \
+      "{\n"                                                                                                    \
+      ".reg .pred adds;\n"                                                                                     \
+      "setp.ne.b32 adds, %34, 0;\n"                                                                            \
+      "wgmma.mma_async.sync.aligned.m64n64k32." types                                                          \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
+      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, adds" signs                                \
+      ";\n"                                                                                                    \
+      "}\n"                                                                                                    \
+      : SQ_SIXTEEN(letter, 0), SQ_SIXTEEN(letter, 4)                                                           \
+      : "l"(rows), "l"(columns), "r"(adds ? 1 : 0))
+#define SQ_WGMMA_128(types, letter, signs)                                                                     \
   asm volatile(                                                                                                \
       "{\n"                                                                                                    \
       ".reg .pred adds;\n"                                                                                     \
@@ -114,26 +126,36 @@ __device__ __forceinline__ void hold(Sum (&sums)[kN][4]) {
       ";\n"                                                                                                    \
       "}\n"                                                                                                    \
       : SQ_SIXTEEN(letter, 0), SQ_SIXTEEN(letter, 4), SQ_SIXTEEN(letter, 8), SQ_SIXTEEN(letter, 12)            \
-      : "l"(a), "l"(b), "r"(adds ? 1 : 0))
+      : "l"(rows), "l"(columns), "r"(adds ? 1 : 0))
+#define SQ_WGMMA(types, letter, signs)  \
+  if constexpr (kN == 16) {             \
+    SQ_WGMMA_128(types, letter, signs); \
+  } else {                              \
+    SQ_WGMMA_64(types, letter, signs);  \
+  }
 
-// Starts sums [64, 128] = a [64, 32] @ b [128, 32].T, or +=, of a warpgroup; a and b are descriptors.
-template <DType kA, DType kB>
-__device__ __forceinline__ void multiply_async(SumOf<kA> (&sums)[16][4], uint64_t a, uint64_t b, bool adds) {
+// Starts sums [64, 8 * kN] = rows [64, 32] @ columns [8 * kN, 32].T, or +=, of a warpgroup; both are descriptors.
+template <DType kRows, DType kColumns, int kN>
+__device__ __forceinline__ void multiply_async(SumOf<kRows> (&sums)[kN][4], uint64_t rows, uint64_t columns,
+                                               bool adds) {
+  static_assert(kN == 8 || kN == 16);
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  if constexpr (kA == DType::kInt8) {
-    SQ_WGMMA("s32.s8.s8", "r", "");
-  } else if constexpr (kA == DType::kFloat8E4M3 && kB == DType::kFloat8E4M3) {
-    SQ_WGMMA("f32.e4m3.e4m3", "f", ", 1, 1");
-  } else if constexpr (kA == DType::kFloat8E4M3) {
-    SQ_WGMMA("f32.e4m3.e5m2", "f", ", 1, 1");
-  } else if constexpr (kB == DType::kFloat8E4M3) {
-    SQ_WGMMA("f32.e5m2.e4m3", "f", ", 1, 1");
+  if constexpr (kRows == DType::kInt8) {
+    SQ_WGMMA("s32.s8.s8", "r", "")
+  } else if constexpr (kRows == DType::kFloat8E4M3 && kColumns == DType::kFloat8E4M3) {
+    SQ_WGMMA("f32.e4m3.e4m3", "f", ", 1, 1")
+  } else if constexpr (kRows == DType::kFloat8E4M3) {
+    SQ_WGMMA("f32.e4m3.e5m2", "f", ", 1, 1")
+  } else if constexpr (kColumns == DType::kFloat8E4M3) {
+    SQ_WGMMA("f32.e5m2.e4m3", "f", ", 1, 1")
   } else {
-    SQ_WGMMA("f32.e5m2.e5m2", "f", ", 1, 1");
+    SQ_WGMMA("f32.e5m2.e5m2", "f", ", 1, 1")
   }
 #endif
 }
 
+#undef SQ_WGMMA_64
+#undef SQ_WGMMA_128
 #undef SQ_WGMMA
 #undef SQ_SIXTEEN
 #undef SQ_FOUR

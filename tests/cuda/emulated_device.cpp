@@ -90,9 +90,9 @@ int64_t shared_bytes(int) { return 98 * 1024; }
 
 void require_validated(const char*, Family, int) {}
 
-TensorMap map_of_rows(const char*, const uint8_t* data, int64_t rows, int64_t k) {
+TensorMap map_of_rows(const char*, const uint8_t* data, int64_t rows, int64_t k, int box_rows) {
   insist(is_aligned(data) && k % 16 == 0, "a tensor map of rows at multiples of 16 bytes");
-  return shim::map_of_rows({data, rows, k, WgmmaTile::kM, WgmmaTile::kK});
+  return shim::map_of_rows({data, rows, k, box_rows, WgmmaTile::kK});
 }
 
 bool lt_multiply(const char*, const LtProduct& product, const LtOperands& operands, const Tensor&) {

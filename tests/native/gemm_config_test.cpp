@@ -3,6 +3,7 @@
 #include "kernels/gemm_config.h"
 
 #include <set>
+#include <utility>
 
 #include "kernels/code_arch.h"
 #include "testing.h"
@@ -47,7 +48,12 @@ void test_reasons() {
   expect(problem, kWgmma, "wgmma needs code for 90a, which this library was built without");
   problem.code_arch = 80;
   expect(problem, kMma, "fp8 needs code for 89 or newer, and what this library has for this GPU is for 80");
-  CHECK(choose_config(problem, std::nullopt).reason.find("; ") != std::string::npos, "a reason for each");
+  CHECK(choose_config(problem, std::nullopt).reason ==
+            "wgmma needs code for 90a, which this library was built without; fp8 needs code for 89 or newer, and what "
+            "this library has for this GPU is for 80",
+        "every reason once");
+  CHECK(why_not(kGemmConfigs[1], problem_of(65, 16, 16, 90)) == "swapped operands take up to 64 rows, and M is 65",
+        "few rows");
   problem.a = problem.b = kInt8;
   expect(problem, kMma, "");
 }
@@ -62,48 +68,79 @@ void test_choices() {
             const GemmChoice choice = choose_config(problem, std::nullopt);
             double least = 1e300;
             for (const GemmConfig& config : kGemmConfigs) {
-              if (why_not(config, problem).empty()) least = std::min(least, estimate(config, problem));
+              if (!why_not(config, problem).empty()) continue;
+              for (int splits = 1; splits <= most_splits(config, problem); ++splits) {
+                least = std::min(least, estimate(config, problem, splits));
+              }
             }
             CHECK((choice.config == nullptr) == (least == 1e300), "what can be taken is");
             if (choice.config == nullptr) continue;
             CHECK(why_not(*choice.config, problem).empty(), "what is taken can run");
-            CHECK(estimate(*choice.config, problem) == least, "and is the fastest");
+            CHECK(estimate(*choice.config, problem, choice.splits) == least, "and is the fastest");
+            CHECK(choice.splits == 1 || choice.config->kernel == GemmKernel::kSwapped, "only one splits k");
+            CHECK(choice.splits <= tiles_of(k, choice.config->tile_k), "and into whole tiles");
           }
         }
       }
     }
   }
-  CHECK(choose_config(problem_of(4096, 4096, 4096, 90), std::nullopt).config->family == GemmFamily::kWgmma, "Hopper");
-  CHECK(choose_config(problem_of(4096, 4096, 4096, 80), std::nullopt).config->family == GemmFamily::kMma, "Ampere");
+  const auto expect = [](int64_t m, int64_t n, int arch, GemmKernel kernel) {
+    CHECK(choose_config(problem_of(m, n, 4096, arch), std::nullopt).config->kernel == kernel, "m %" PRId64, m);
+  };
+  expect(4096, 4096, 80, GemmKernel::kMma);
+  expect(4096, 4096, 90, GemmKernel::kWgmma);
+  expect(65, 4096, 90, GemmKernel::kWgmma);
+  for (int64_t m : {1, 16, 64}) {
+    expect(m, 4096, 90, GemmKernel::kSwapped);
+    const GemmChoice choice = choose_config(problem_of(m, 4096, 4096, 90), GemmFamily::kWgmma);
+    // 32 tiles of weights alone would leave three quarters of the GPU without work.
+    CHECK(choice.config->kernel == GemmKernel::kSwapped && choice.splits >= 2 && 32 * choice.splits <= 132, "%d splits",
+          choice.splits);
+  }
+}
+
+// What tests/test_cuda_emulated.py relies on, on its device of three multiprocessors.
+void test_small_device() {
+  for (const auto& [m, n] : {std::pair{5, 40}, std::pair{20, 33}}) {
+    for (DType dtype : {kInt8, kE4M3}) {
+      TileProblem problem = problem_of(m, n, 4096, 90, dtype);
+      problem.multiprocessors = 3;
+      const GemmChoice choice = choose_config(problem, GemmFamily::kWgmma);
+      CHECK(choice.config->kernel == GemmKernel::kSwapped && choice.splits > 1, "%d splits", choice.splits);
+    }
+  }
 }
 
 void test_estimates() {
   for (const GemmConfig& config : kGemmConfigs) {
     const int arch = config.family == GemmFamily::kWgmma ? 90 : 80;
-    const double whole = estimate(config, problem_of(4096, 4096, 4096, arch));
+    const double whole = estimate(config, problem_of(4096, 4096, 4096, arch), 1);
     for (int axis = 0; axis < 3; ++axis) {
       double before = 0.0;
       for (int64_t size : {1, 100, 128, 1000, 4096, 10000}) {
-        const double time = estimate(config, problem_of(axis == 0 ? size : 4096, axis == 1 ? size : 4096,
-                                                        axis == 2 ? (size + 15) / 16 * 16 : 4096, arch));
-        CHECK(time >= before, "%s: larger products take no less", config.name);
+        const double time = estimate(config,
+                                     problem_of(axis == 0 ? size : 4096, axis == 1 ? size : 4096,
+                                                axis == 2 ? (size + 15) / 16 * 16 : 4096, arch),
+                                     1);
+        CHECK(time >= before, "larger products take no less");
         before = time;
       }
     }
     // 2 * 4096^3 operations at the data sheets' dense rates, 624 and 1979 TOPS, are the floor.
     const double floor = 2.0 * 4096 * 4096 * 4096 / (arch == 80 ? 624e6 : 1979e6);
-    CHECK(whole > floor && whole < 3 * floor, "%s: %g us, floor %g", config.name, whole, floor);
+    CHECK(config.kernel == GemmKernel::kSwapped || (whole > floor && whole < 3 * floor), "%g us, floor %g", whole,
+          floor);
     // One row of a large weight: its bytes from memory.
-    const double row = estimate(config, problem_of(1, 14336, 4096, arch));
-    CHECK(row >= 14336.0 * 4096 / (device_rates(arch).memory_bytes * 1e3), "%s: %g us", config.name, row);
+    const double row = estimate(config, problem_of(1, 14336, 4096, arch), 1);
+    CHECK(row >= 14336.0 * 4096 / (device_rates(arch).memory_bytes * 1e3), "%g us", row);
   }
 }
 
-// The table is what gemm_op.cpp launches: every family once, of the sizes that its kernel has.
+// Every kernel is listed once.
 void test_table() {
-  std::set<GemmFamily> families;
-  for (const GemmConfig& config : kGemmConfigs) families.insert(config.family);
-  CHECK(families.size() == std::size(kGemmConfigs), "one configuration of a family");
+  std::set<GemmKernel> kernels;
+  for (const GemmConfig& config : kGemmConfigs) kernels.insert(config.kernel);
+  CHECK(kernels.size() == 3 && std::size(kGemmConfigs) == 3, "one configuration of a kernel");
 }
 
 void test_code() {
@@ -133,6 +170,7 @@ void test_code() {
 int main() {
   test_reasons();
   test_choices();
+  test_small_device();
   test_estimates();
   test_table();
   test_code();

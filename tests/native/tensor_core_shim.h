@@ -289,17 +289,17 @@ void wait_for_products() {
 template <typename Sum, int kN>
 void hold(Sum (&)[kN][4]) {}
 
-template <DType kA, DType kB>
-void multiply_async(SumOf<kA> (&sums)[16][4], uint64_t a, uint64_t b, bool adds) {
+template <DType kRows, DType kColumns, int kN>
+void multiply_async(SumOf<kRows> (&sums)[kN][4], uint64_t rows, uint64_t columns, bool adds) {
   auto* own = &sums;
   const int thread = static_cast<int>(threadIdx.x);
   shim::products[threadIdx.x].start([=] {
-    uint8_t a_rows[2][kMmaK], b_rows[2][kMmaK];
-    for (int half = 0; half < 2; ++half) shim::read_row(a, fragment_d(thread, 2 * half).row, a_rows[half]);
-    for (int i = 0; i < 64; ++i) {
-      if (i % 4 < 2) shim::read_row(b, fragment_d(thread, i).column, b_rows[i % 2]);
+    uint8_t left[2][kMmaK], right[2][kMmaK];
+    for (int half = 0; half < 2; ++half) shim::read_row(rows, fragment_d(thread, 2 * half).row, left[half]);
+    for (int i = 0; i < 4 * kN; ++i) {
+      if (i % 4 < 2) shim::read_row(columns, fragment_d(thread, i).column, right[i % 2]);
       auto& sum = (*own)[i / 4][i % 4];
-      sum = shim::dot<kA, kB>(adds ? sum : SumOf<kA>{}, a_rows[i / 2 % 2], b_rows[i % 2]);
+      sum = shim::dot<kRows, kColumns>(adds ? sum : SumOf<kRows>{}, left[i / 2 % 2], right[i % 2]);
     }
   });
 }

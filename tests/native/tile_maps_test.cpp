@@ -173,6 +173,21 @@ void test_tiles() {
   CHECK(rows.size() == 8 && columns.size() == 2, "neighbours");
 }
 
+void test_splits() {
+  for (int k_tiles : {1, 2, 7, 32, 1041}) {
+    for (int splits = 1; splits <= std::min(k_tiles, 16); ++splits) {
+      int next = 0;
+      for (int split = 0; split < splits; ++split) {
+        const SplitRange range = split_range(k_tiles, splits, split);
+        CHECK(range.begin == next && range.end > next, "%d of %d of %d", split, splits, k_tiles);
+        CHECK(range.end - range.begin <= (k_tiles + splits - 1) / splits, "shared evenly");
+        next = range.end;
+      }
+      CHECK(next == k_tiles, "all of k");
+    }
+  }
+}
+
 // A ring of barriers that one side fills and the other empties, in any order of the two: whoever may go on may go on
 // rightly. Barriers count phases; waiting for a parity is over once the phase of that parity is complete.
 void test_ring() {
@@ -210,6 +225,9 @@ void test_ring() {
 static_assert(MmaTile::kThreads == 256 && MmaTile::kSharedBytes == 48 * 1024);
 static_assert(2 * (MmaTile::kSharedBytes + 1024) <= 100 * 1024, "two blocks on 8.6 and 8.9; 1 KB each is the system's");
 static_assert(WgmmaTile::kThreads == 288 && WgmmaTile::kSharedBytes <= 227 * 1024);
+static_assert(SwapTile::kThreads == 288 && SwapTile::kSharedBytes <= 227 * 1024 && SwapTile::kRows == SwapTile::kN);
+static_assert(WgmmaTile::kStageBytes % 1024 == 0 && SwapTile::kStageBytes % 1024 == 0, "tiles begin with the pattern");
+static_assert(WgmmaTile::kRows * WgmmaTile::kK % 1024 == 0 && SwapTile::kRows * SwapTile::kK % 1024 == 0);
 static_assert(tiles_of(0, 128) == 0 && tiles_of(1, 128) == 1 && tiles_of(128, 128) == 1 && tiles_of(129, 128) == 2);
 
 }  // namespace
@@ -221,5 +239,6 @@ int main() {
   test_swizzle_128();
   test_wgmma();
   test_tiles();
+  test_splits();
   test_ring();
 }
