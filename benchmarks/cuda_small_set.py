@@ -58,7 +58,7 @@ def products() -> Iterator[tuple[str, tuple[Any, ...]]]:
 
 
 def own_products(arch: int) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
-    """The family to ask for, and a product: a tile and less, several stages or tiles, k that is split; all pairs of types."""
+    """The family to ask for, and a product: less than a tile, several tiles and stages, k that is split; all types."""
     for family in own_gemms(Gpu("", arch), ("gemm_int8",)):
         for m, n, k in ((1, 33, 16), (40, 64, 64), (130, 48, 528), (300, 272, 1040), (20, 256, 4096)):
             for a_type in EIGHT_BIT if arch >= OLDEST_FP8 else EIGHT_BIT[:1]:
