@@ -10,7 +10,7 @@
 namespace sq {
 
 // Values of SMOOTHQUANT_CUDA_GEMM: nothing or "library" (cuBLASLt and the kernel for few rows), "mma", "wgmma", or "auto" for
-// whichever of the two has the smaller estimate.
+// whichever has the smallest estimate.
 struct GemmRequest {
   const char* name;
   bool is_own;

@@ -61,7 +61,8 @@ struct DeviceRates {
 // Dense rates by data sheet over multiprocessors: A100 (624 TOPS, 108), RTX 3090 (284, 82), L40S (733, 142), H100 SXM
 // (1979, 132), B200 (4500, 148), RTX 5090 (838, 170). mma.sync reaches 0.63 of an H100's INT8 rate (Luo et al. 2024,
 // "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture") and half of that in FP8, which it computes in fp16; on
-// 10.0 it is taken to be as on 9.0. L2: 5120 bytes a clock of A100 by its white paper, the others by analogy.
+// 10.0 it is taken to be as on 9.0. L2: 5120 bytes a clock of A100 by its white paper; of the others a guess
+// from that.
 constexpr DeviceRates kDeviceRates[] = {
     {80, 5.8, 0.0, 0.0, 67.0, 2000.0},  {86, 3.5, 0.0, 0.0, 40.0, 936.0},   {89, 5.2, 5.2, 0.0, 40.0, 864.0},
     {90, 9.4, 4.7, 15.0, 66.0, 3350.0}, {100, 9.4, 4.7, 0.0, 66.0, 8000.0}, {120, 4.9, 4.9, 0.0, 40.0, 1792.0},
@@ -80,7 +81,7 @@ inline std::string capability_text(int arch) { return std::to_string(arch / 10) 
 
 // Why a configuration cannot take a product, or nothing.
 inline std::string why_not(const GemmConfig& config, const TileProblem& problem) {
-  constexpr int64_t kMost = (int64_t{1} << 31) - 1;  // rows that TMA can address, blocks of a grid
+  constexpr int64_t kMost = (int64_t{1} << 31) - 1;  // what TMA can address, blocks of a grid
   const bool is_fp8 = problem.a != DType::kInt8;
   if (config.family == GemmFamily::kWgmma && problem.arch != 90) {
     return "wgmma is an instruction of compute capability 9.0, and this GPU is of " + capability_text(problem.arch);
@@ -104,9 +105,10 @@ inline std::string why_not(const GemmConfig& config, const TileProblem& problem)
            std::to_string(problem.m);
   }
   if (!problem.is_aligned) return "an operand does not begin at a multiple of 16 bytes";
-  if (problem.m > kMost || problem.n > kMost ||
+  if (problem.m > kMost || problem.n > kMost || problem.k > kMost ||
       tiles_of(problem.m, config.tile_m) * tiles_of(problem.n, config.tile_n) > kMost) {
-    return "M=" + std::to_string(problem.m) + " and N=" + std::to_string(problem.n) + " are too many";
+    return "M=" + std::to_string(problem.m) + ", N=" + std::to_string(problem.n) +
+           " and K=" + std::to_string(problem.k) + " are too many";
   }
   return "";
 }

@@ -7,8 +7,8 @@
 // registers and finishes them there.
 // Bytes moved: n * k once for every 128 rows of a and m * k once for every 128 rows of b, through L2; m * n * sizeof(Y).
 //
-// INT8 sums are exact int32. Tensor cores keep about 13 bits behind the largest of the fp8 products that they add
-// (DeepSeek-V3's report, 3.3.2), so sums of each tile of k are added up in fp32 outside of them.
+// INT8 sums are exact int32. Tensor cores keep about 14 bits of sums of fp8 products (DeepSeek-V3's report, 3.3.2), so sums
+// of each tile of k are added up in fp32 outside of them.
 #pragma once
 
 #include "kernels/group.cuh"

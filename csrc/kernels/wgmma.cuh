@@ -12,9 +12,9 @@
 // until all multiprocessors read. Each split leaves its sums in memory for epilogue.cuh, which adds them in their order.
 // Bytes moved: n * k, and m * k for every 128 rows of b; 8 * m * n for each split; m * n * sizeof(Y).
 //
-// INT8 sums are exact int32, and products of two stages overlap. Tensor cores keep about 13 bits behind the largest of the
-// fp8 products that they add (DeepSeek-V3's report, 3.3.2), so sums of each stage are added up in fp32 outside of them,
-// while the other warpgroup multiplies.
+// INT8 sums are exact int32, and products of two stages overlap. Tensor cores keep about 14 bits of sums of fp8 products
+// (DeepSeek-V3's report, 3.3.2), so sums of each stage are added up in fp32 outside of them, while the other warpgroup
+// multiplies.
 #pragma once
 
 #include "kernels/group.cuh"

@@ -38,8 +38,8 @@ void test_reasons() {
          "wgmma is an instruction of compute capability 9.0, and this GPU is of 10.0");
   expect(problem_of(1, 1, 33, 90), kMma, "K is 33, expected a positive multiple of 16");
   expect(problem_of(1, 1, 0, 90), kWgmma, "K is 0, expected a positive multiple of 16");
-  expect(problem_of(int64_t{1} << 30, int64_t{1} << 20, 16, 90), kMma, "M=1073741824 and N=1048576 are too many");
-  expect(problem_of(1, int64_t{1} << 31, 16, 90), kWgmma, "M=1 and N=2147483648 are too many");
+  expect(problem_of(int64_t{1} << 30, int64_t{1} << 20, 16, 90), kMma, "M=1073741824, N=1048576 and K=16 are too many");
+  expect(problem_of(1, int64_t{1} << 31, 16, 90), kWgmma, "M=1, N=2147483648 and K=16 are too many");
   TileProblem problem = problem_of(1, 1, 16, 90, kE4M3);
   problem.is_aligned = false;
   expect(problem, kWgmma, "an operand does not begin at a multiple of 16 bytes");
