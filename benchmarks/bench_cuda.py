@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cuda_cases import MIB, OWN_LEAST_M, PRODUCER_COLUMNS, PRODUCER_ROWS, PRODUCERS, Gemm, Record, copies, gemms
+from cuda_cases import MIB, PRODUCER_COLUMNS, PRODUCER_ROWS, PRODUCERS, Gemm, Record, copies, gemms
 from torch import Tensor
 
 from smoothquant_ext import ops
@@ -134,8 +134,7 @@ OWN_ENGINES: dict[str, Callable[[Gemm], Call]] = {
 
 def time_gemm(case: Gemm, cache_bytes: int, has_own: bool) -> Iterator[Record]:
     """A record for each engine that can compute the case."""
-    own = OWN_ENGINES if has_own and case.m >= OWN_LEAST_M else {}
-    for name, make in {**ENGINES, **own}.items():
+    for name, make in {**ENGINES, **(OWN_ENGINES if has_own else {})}.items():
         element = 2 if name == "bf16" else 1
         moved = element * (case.n * case.k + case.m * case.k) + 2 * case.m * case.n
         try:

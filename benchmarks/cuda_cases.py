@@ -24,7 +24,6 @@ VALIDATIONS = "smoothquant_ext/validated_kernels.json"
 PRODUCER_ROWS, PRODUCER_COLUMNS = 4096, (4096, 14336)
 MIB = 2**20
 WGMMA = 90  # the compute capability that has it
-OWN_LEAST_M = 16  # a tile of our own products has 128 rows
 
 Record = dict[str, Any]
 

@@ -223,7 +223,7 @@ def test_memory_that_is_not_aligned(arch: int, dtype: torch.dtype, offset: int) 
 
 # --- our own tensor-core products -----------------------------------------------------------------------------------
 
-OWN = [*(("mma", arch) for arch in ARCHS), ("wgmma", 90)]
+OWN = [*(("mma", arch) for arch in ARCHS), ("wgmma", 90), ("auto", 90)]
 TILES = [(0, 16, 16), (1, 33, 16), (9, 16, 32), (130, 17, 208), (20, 136, 1040), (300, 16, 16), (12, 0, 16)]
 TILES += [(5, 40, 4096)]  # for which wgmma swaps operands and splits k: see gemm_config_test.cpp
 
