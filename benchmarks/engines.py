@@ -52,8 +52,9 @@ def main(
     other = "float32" if dtype == "bfloat16" else "bfloat16"
     engines: dict[str, Callable[[], Said]] = {
         "smoothquant-ext": lambda: ask_ours(checkpoint, windows, dtype),
-        # The yardstick: rounding between the layers moves what is rounded in them, and with it near-ties.
+        # The yardsticks: rounding between the layers moves what is rounded in them, and with it near-ties.
         f"smoothquant-ext in {other}": lambda: ask_ours(checkpoint, windows, other),
+        "smoothquant-ext, embeddings off by one rounding": lambda: ask_ours(checkpoint, windows, dtype, nudge=True),
         "transformers": lambda: ask_transformers(checkpoint, windows, dtype),
     }
     if vllm is not None:
@@ -121,11 +122,21 @@ def ask(model: Any, windows: Tensor) -> Said:
     return {LOG_PROBABILITIES: torch.stack(probabilities), LIKELIEST: torch.stack(likeliest)}
 
 
-def ask_ours(checkpoint: Path, windows: Tensor, dtype: str) -> Said:
-    """This package."""
+def ask_ours(checkpoint: Path, windows: Tensor, dtype: str, nudge: bool = False) -> Said:
+    """This package; with ``nudge``, every value of the embedded tokens is an epsilon of the dtype off, up or down."""
     from smoothquant_ext import load
 
-    return ask(load(checkpoint, dtype=getattr(torch, dtype)), windows)
+    model = load(checkpoint, dtype=getattr(torch, dtype))
+    if nudge:
+        torch.manual_seed(0)
+        model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, embedded: nudged(embedded))
+    return ask(model, windows)
+
+
+def nudged(values: Tensor) -> Tensor:
+    """Values that are at random one epsilon of their dtype larger or smaller, relatively."""
+    signs = torch.randint(2, values.shape) * 2 - 1
+    return (values.float() * (1 + torch.finfo(values.dtype).eps * signs)).to(values.dtype)
 
 
 def ask_transformers(checkpoint: Path, windows: Tensor, dtype: str) -> Said:

@@ -1,5 +1,5 @@
 // Every op of torch.ops.sq. M: tokens, K: input features, N: output features. Shapes, dtypes and numerics are documented
-// on the Python wrappers in smoothquant_ext/ops.py; implementations are in cpu/ and cuda/.
+// in smoothquant_ext/ops/, a file per section, on the Python wrappers; implementations are in cpu/ and cuda/.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(sq, m) {
@@ -44,7 +44,8 @@ STABLE_TORCH_LIBRARY(sq, m) {
       "w8a8_decoder_layer_(Tensor x, Tensor norm, Tensor post_norm, float eps, float post_eps, float offset, "
       "Tensor[] b, Tensor[] b_scale, Tensor[] bias, Tensor[] a_scale, Tensor cos, Tensor sin, Tensor(a!) keys, "
       "Tensor(b!) values, int past, Tensor? mask, float scale, bool causal, str activation, "
-      "Tensor(c!)? keys_scale=None, Tensor(d!)? values_scale=None) -> Tensor");
+      "Tensor(c!)? keys_scale=None, Tensor(d!)? values_scale=None, Tensor? q_norm=None, Tensor? k_norm=None, "
+      "float head_eps=0.0) -> Tensor");
 
   // What stays in floating point between the products.
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float offset=0.0) -> Tensor");

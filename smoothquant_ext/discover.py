@@ -29,9 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import Batch, BlockCall, find_blocks, full_name, probe_batch, record_calls, tied_modules
-from .linears import find_linears, is_linear, output_width, values_of, weight_nk
+from .channel_code import append_digit, digit_count, mapped_channels, read_exponents, spell
+from .linears import find_linears, is_linear, output_width, weight_nk
+from .norms import looks_like_norm, norm_offset
 
-DIGIT_BASE = 16  # exponents are +-1 .. +-8: distinct, never 0 ("not this producer's"), far from fp16's limits
 SMALLEST_CHUNK = 16  # a packed projection is split no finer than this when looking for its homogeneous part
 MOST_CHUNKS = 96  # and tried in at most this many pieces
 
@@ -171,7 +172,7 @@ class BlockProber:
                     seen[name] = 0.0
                     if output.numel():
                         self.unseen.discard(name)
-                elif _looks_like_norm(module, args, output) and (offset := norm_offset(module, *args)) is not None:
+                elif looks_like_norm(module, args, output) and (offset := norm_offset(module, *args)) is not None:
                     seen[name] = offset
 
             handles.append(module.register_forward_hook(note))
@@ -196,7 +197,7 @@ class BlockProber:
             return {}, "a consumer shares its weight with another layer"
         if self.unseen and not is_linear(module):
             return {}, f"{min(self.unseen)} did not run while probing, and may read it too"
-        exponents = torch.where(_mapped_channels(maps, channels), torch.arange(channels) % 3 + 1, 0)
+        exponents = torch.where(mapped_channels(maps, channels), torch.arange(channels) % 3 + 1, 0)
         _, compensated = self._run(producer, exponents, undo=maps)
         if not all(_same(a, b) for a, b in zip(output, compensated, strict=True)):
             return {}, f"its output is also read by something other than {', '.join(maps)}"
@@ -225,7 +226,7 @@ class BlockProber:
         """
         baseline, _ = self._run(producer, torch.zeros(channels, dtype=torch.int64), alike=True)
         everything = torch.ones(channels, dtype=torch.bool)
-        return _mapped_channels(self._channel_maps(producer, everything, baseline, alike=True), channels)
+        return mapped_channels(self._channel_maps(producer, everything, baseline, alike=True), channels)
 
     def _homogeneous_chunks(self, producer: str, channels: int, baseline: dict[str, Tensor]) -> Tensor:
         """The channels of those pieces of the producer, cut ever finer, that pass by themselves.
@@ -262,20 +263,18 @@ class BlockProber:
     ) -> dict[str, Tensor]:
         """The linear layers whose every input channel scales by exactly one masked channel's factor, or stays."""
         channels = mask.numel()
-        digits = max(1, math.ceil(math.log(channels, DIGIT_BASE)))
         maps: dict[str, Tensor] = {}
-        for place in range(digits):
-            digit = torch.arange(channels) // DIGIT_BASE**place % DIGIT_BASE
-            exponents = torch.where(mask, torch.where(digit < 8, digit + 1, 7 - digit), 0)
+        for place in range(digit_count(channels)):
+            exponents = torch.where(mask, spell(channels, place), 0)
             inputs, _ = self._run(producer, exponents, alike=alike)
             seen: dict[str, Tensor] = {}
             for name in baseline if place == 0 else maps:
-                exponent = _exponents(baseline[name], inputs[name]) if name in inputs else None
+                exponent = read_exponents(baseline[name], inputs[name]) if name in inputs else None
                 if exponent is not None and (place > 0 or bool((exponent != 0).any())):
                     seen[name] = exponent
             if place == 0:
                 maps = {name: torch.zeros_like(exponent) for name, exponent in seen.items()}
-            maps = {name: _append_digit(maps[name], exponent, place) for name, exponent in seen.items()}
+            maps = {name: append_digit(maps[name], exponent, place) for name, exponent in seen.items()}
             if not maps:
                 break
         maps = {name: channel_map for name, channel_map in maps.items() if bool((channel_map < channels).all())}
@@ -284,7 +283,7 @@ class BlockProber:
             inputs, _ = self._run(producer, exponents, alike=alike)
             for name, channel_map in list(maps.items()):
                 expected = torch.where(channel_map >= 0, exponents[channel_map.clamp(min=0)], 0)
-                exponent = _exponents(baseline[name], inputs[name])
+                exponent = read_exponents(baseline[name], inputs[name])
                 if exponent is None or not torch.equal(exponent, expected):
                     del maps[name]
         return maps
@@ -337,84 +336,6 @@ class BlockProber:
             generator = torch.Generator().manual_seed(0)
             self.noise[key] = torch.randn(output.shape, generator=generator).to(output)
         return self.noise[key]
-
-
-def norm_offset(norm: nn.Module, *args: Any) -> float | None:
-    """How a norm uses its weight: 0.0 if it multiplies by ``weight``, 1.0 if by ``1 + weight``; ``None`` if neither.
-
-    Found by running a copy of the norm with its weight set to 0, to 1 and to noise. ``args`` is what its block calls it
-    with: its input, and with some norms a gate.
-    """
-    weight = values_of(norm, "weight")
-    assert weight is not None
-    size, device = weight.numel(), weight.device
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(args[0].shape if args else (4, size), generator=generator).to(device)
-    fixed = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in norm.named_parameters(recurse=False)}
-
-    def response(values: Tensor) -> Tensor:
-        with torch.no_grad():
-            output: Tensor = torch.func.functional_call(norm, {**fixed, "weight": values.to(device)}, (x, *args[1:]))
-        return output.float()
-
-    try:
-        at_zero, at_one = response(torch.zeros(size)), response(torch.ones(size))
-        slope = at_one - at_zero
-        offset = float((at_zero / slope).median())
-        noise = torch.randn(size, generator=generator)
-        predicted = (round(offset) + noise.to(device)) * slope
-        fits = torch.allclose(response(noise), predicted, rtol=1e-3, atol=1e-3)
-    except (AttributeError, RuntimeError, TypeError, ValueError):  # needs more than that: no norm that can be tested
-        return None
-    return float(round(offset)) if fits and math.isfinite(offset) and round(offset) in (0, 1) else None
-
-
-def _looks_like_norm(module: nn.Module, args: Any, output: Any) -> bool:
-    weight = getattr(module, "weight", None)
-    return (
-        isinstance(weight, nn.Parameter)
-        and weight.dim() == 1
-        and not list(module.children())
-        and isinstance(output, Tensor)
-        and bool(args)
-        and isinstance(args[0], Tensor)
-        and args[0].shape == output.shape
-        and output.shape[-1:] == weight.shape
-        and {name for name, _ in module.named_parameters(recurse=False)} <= {"weight", "bias"}
-    )
-
-
-def _exponents(before: Tensor, after: Tensor) -> Tensor | None:
-    """The int64 exponents e [K] with ``after == before * 2**e``, 0 for silent channels; ``None`` if there are none."""
-    if before.shape != after.shape or not bool(torch.isfinite(after).all()):
-        return None
-    subnormal = torch.finfo(before.dtype).tiny * torch.finfo(before.dtype).eps
-    before, after = before.double(), after.double()
-    size, scaled = before.abs().amax(0), after.abs().amax(0)
-    audible = size > 2**12 * subnormal  # below that, underflow hides the factor
-    if bool((scaled[audible] == 0).any()) or bool((scaled[~audible] > 2**22 * subnormal).any()):
-        return None
-    exponents = torch.where(audible, torch.log2(scaled / size).round(), 0.0)
-    # Powers of two commute with rounding, except of subnormals; a threaded kernel may also sum in another order.
-    tolerance = 1e-5 * scaled + subnormal * torch.exp2(exponents)
-    if bool(((after - before * torch.exp2(exponents)).abs() > tolerance)[:, audible].any()):
-        return None
-    return exponents.long().cpu()
-
-
-def _mapped_channels(maps: Mapping[str, Tensor], channels: int) -> Tensor:
-    """A mask of the producer's channels that any of the maps names."""
-    mapped = torch.zeros(channels, dtype=torch.bool)
-    for channel_map in maps.values():
-        mapped[channel_map[channel_map >= 0]] = True
-    return mapped
-
-
-def _append_digit(channel_map: Tensor, exponent: Tensor, place: int) -> Tensor:
-    """Adds what one pass says about each channel; exponent 0 means untouched, for good (-1)."""
-    digit = torch.where(exponent > 0, exponent - 1, 7 - exponent)
-    untouched = (exponent == 0) | (channel_map < 0)
-    return torch.where(untouched, -1, channel_map + digit * DIGIT_BASE**place)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -40,13 +40,14 @@ UNDERSTOOD = {
 
 
 class Parts(NamedTuple):
-    """The names of a layer's children, and of its attention's."""
+    """The names of a layer's children, and of its attention's; ``head_norms`` are those of q and k, or none."""
 
     norm: str
     attention: str
     post_norm: str
     mlp: str
     qkvo: tuple[str, str, str, str]
+    head_norms: tuple[str, ...]
 
 
 class FusedDecoderLayer:
@@ -84,18 +85,18 @@ class FusedDecoderLayer:
         layers += [mlp._modules[name] for name in (roles.gate, roles.up, roles.down)]
         if any(type(layer) is not W8A8Linear or not layer.is_plain for layer in layers):
             return None
-        if not (isinstance(norm, FusedRMSNorm) and isinstance(post_norm, FusedRMSNorm)):
+        head_norms = [projections[name] for name in parts.head_norms]
+        norms = (norm, post_norm, *head_norms)
+        if not all(isinstance(each, FusedRMSNorm) and not needs_grad(each.weight) for each in norms):
             return None
-        if needs_grad(norm.weight) or needs_grad(post_norm.weight):
-            return None
-        if any(
-            child._forward_hooks or child._forward_pre_hooks for child in (norm, attention, post_norm, mlp, *layers)
-        ):
+        if any(child._forward_hooks or child._forward_pre_hooks for child in (attention, mlp, *norms, *layers)):
             return None
         if attention.config._attn_implementation != IMPLEMENTATION:
             return None
         cos, sin = kwargs["position_embeddings"]
         heads, d = layers[1].out_features // cos.shape[-1], cos.shape[-1]
+        if any(each.weight.numel() != d for each in head_norms):  # of all heads at once
+            return None
         cache = kwargs.get("cache")
         if cache is None:
             cache = kwargs.get("past_key_values")  # the older name
@@ -141,6 +142,7 @@ class FusedDecoderLayer:
             roles.activation,
             buffers.keys_scale,
             buffers.values_scale,
+            *([each.weight for each in head_norms] + [head_norms[0].fused_eps] if head_norms else []),
         )
         if stored is not None:
             stored.fill(total)
@@ -195,16 +197,22 @@ def _candidates(layer: nn.Module) -> Iterator[Parts]:
     (mlp,), (attention,) = mlps, others
     module, roles = children[attention], vars(children[mlp])["fused_roles"]
     linears = {name: child for name, child in module.named_children() if isinstance(child, W8A8Linear)}
+    head_norms = {name: child for name, child in module.named_children() if isinstance(child, FusedRMSNorm)}
     shared = [name for name, child in linears.items() if child.shared is not None and len(child.shared.layers) == 3]
     is_known = all(hasattr(module, name) for name in ("config", "layer_idx", "scaling"))
     has_parts = len(linears) == 4 and len(shared) == 3 and roles.up is not None and not roles.is_packed
-    if not is_known or not has_parts or children[norms[0]].fused_offset != children[norms[1]].fused_offset:
+    if not is_known or not has_parts or len(head_norms) not in (0, 2):
+        return
+    if len({child.fused_eps for child in head_norms.values()}) > 1:
+        return
+    if len({child.fused_offset for child in (*(children[name] for name in norms), *head_norms.values())}) > 1:
         return
     names = {child: name for name, child in linears.items()}
     q, k, v = (names[child] for child in linears[shared[0]].shared.layers)  # type: ignore[union-attr]
     (o,) = set(linears) - set(shared)
     for norm, post_norm in itertools.permutations(norms):
-        yield Parts(norm, attention, post_norm, mlp, (q, k, v, o))
+        for heads in itertools.permutations(head_norms):
+            yield Parts(norm, attention, post_norm, mlp, (q, k, v, o), heads)
 
 
 def _record_calls(model: PreTrainedModel, names: Any) -> dict[str, tuple[tuple[Any, ...], dict[str, Any], Tensor]]:

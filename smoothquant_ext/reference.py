@@ -371,6 +371,9 @@ def w8a8_decoder_layer_(
     activation: str = "silu",
     keys_scale: Tensor | None = None,
     values_scale: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    head_eps: float = 0.0,
     attend: Callable[..., Tensor] = attention,
 ) -> Tensor:
     """See ``ops.w8a8_decoder_layer_``; ``attend`` computes the attention."""
@@ -382,6 +385,8 @@ def w8a8_decoder_layer_(
         .transpose(1, 2)
         for i in range(3)
     )
+    if q_norm is not None and k_norm is not None:
+        q, k = rms_norm(q, q_norm, head_eps, offset), rms_norm(k, k_norm, head_eps, offset)
     total = past + x.shape[1]
     k, scales = rotate(k, cos, sin), list[Tensor]()
     if keys_scale is not None and values_scale is not None:

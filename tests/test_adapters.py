@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_checkpoint import logits, quantized
+from tiny_w8a8 import logits, quantized
 from torch import Tensor, nn
 
 import smoothquant_ext

@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from test_discover import EXPECTED, REJECTED, WITH_SHARED_EXPERTS, channels_of_values, last, map_behind_attention
+from tiny import logits, relative_error
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 from transformers import CONFIG_MAPPING, AutoModel
@@ -184,15 +185,6 @@ ARCHITECTURES = OTHERS | {
 }
 
 
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(IDS, use_cache=False).logits.double()
-
-
-def relative_error(model: nn.Module, expected: Tensor) -> float:
-    return float((logits(model) - expected).norm() / expected.norm())
-
-
 @pytest.mark.parametrize("name", OTHERS)
 def test_groups(name: str) -> None:
     discovery = discover(OTHERS[name].build(), IDS)
@@ -207,12 +199,12 @@ def test_groups(name: str) -> None:
 @pytest.mark.parametrize("name", OTHERS)
 def test_function_is_preserved(name: str) -> None:
     model = OTHERS[name].build().double()
-    before = logits(model)
+    before = logits(model, IDS)
     absmax = calibrate(model, select_linears(model, Recipe()).linears, CALIBRATION)
     smoothing = smooth_(model, discover(model, IDS).groups, absmax, IDS, Recipe())
     assert not smoothing.failed
     assert all(group.outlier_after != group.outlier_before for group in smoothing.groups)
-    assert relative_error(model, before) < 1e-5  # fp32 inside norms and softmax
+    assert relative_error(model, before, IDS) < 1e-5  # fp32 inside norms and softmax
 
 
 def test_channel_maps_of_packed_projections() -> None:
@@ -228,15 +220,15 @@ def test_outliers_are_smoothed_away(name: str, scheme: str) -> None:
 
     def error(amplified: bool, smooth: bool) -> float:
         model = architecture.build()
-        expected = logits(model)
+        expected = logits(model, IDS)
         if amplified:
             tiny.amplify_outliers(model, 300.0, 1, architecture.groups, architecture.norm_offset)
-            assert relative_error(model, expected) < 1e-4  # fp32, amplified by two layers of random weights
+            assert relative_error(model, expected, IDS) < 1e-4  # fp32, amplified by two layers of random weights
         quantize(model, CALIBRATION, Recipe(scheme, smooth=smooth), progress=False)
         report = model.smoothquant_report
         assert {last(group.producer) for group in report.groups} == (architecture.groups.keys() if smooth else set())
         assert set(map(last, report.failed)) == (REJECTED.get(name, set()) if smooth else set())
-        return relative_error(model, expected)
+        return relative_error(model, expected, IDS)
 
     smoothed = error(amplified=True, smooth=True)
     # A channel 300 times the others costs them log2(300) = 8 bits, all they have. 3 leaves room for what outliers do

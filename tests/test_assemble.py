@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_checkpoint import COMPRESSED, layers_of, logits, quantized
+from tiny_w8a8 import COMPRESSED, layers_of, logits, quantized
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig

@@ -4,84 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from tiny_w8a8 import COMPRESSED, DYNAMIC, IDS, assert_same_model, config_of, layers_of, logits, quantized
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from smoothquant_ext import checkpoint
-from smoothquant_ext.convert import convert_
 from smoothquant_ext.errors import SmoothQuantError
-from smoothquant_ext.fuse import fuse_
 from smoothquant_ext.linears import find_linears
 from smoothquant_ext.modules import W8A8Linear
 from smoothquant_ext.quantize import quantize
-from smoothquant_ext.scheme import SCHEMES, Recipe
-
-IDS = tiny.token_ids()
-COMPRESSED = [scheme.name for scheme in SCHEMES.values() if scheme.dtype != torch.float8_e5m2]
-DYNAMIC = [scheme.name for scheme in SCHEMES.values() if not scheme.is_static]
-
-
-def quantized(
-    model_type: str = "llama", scheme: str = "int8", names: Iterable[str] | None = None, **overrides: object
-) -> PreTrainedModel:
-    """A tiny model whose linear layers, besides the output embedding, are quantized without smoothing."""
-    model = tiny.build(model_type, **overrides)
-    linears = find_linears(model)
-    head = model.get_output_embeddings()
-    names = [name for name, linear in linears.items() if linear is not head] if names is None else list(names)
-    absmax: dict[str, Tensor] = {}
-
-    def measure(name: str) -> Any:
-        def hook(module: nn.Module, arguments: tuple[Tensor]) -> None:
-            absmax[name] = arguments[0].detach().abs().flatten(0, -2).amax(0).float()
-
-        return hook
-
-    handles = [linears[name].register_forward_pre_hook(measure(name)) for name in names]
-    logits(model)
-    for handle in handles:
-        handle.remove()
-    for name in names:  # an expert's router may have sent it nothing
-        absmax.setdefault(name, torch.ones(1))
-    convert_(model, names, absmax, SCHEMES[scheme])
-    fuse_(model)
-    return model
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(IDS, use_cache=False).logits
-
-
-def same_bits(left: Tensor, right: Tensor) -> bool:
-    return left.dtype == right.dtype and torch.equal(
-        left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8)
-    )
-
-
-def assert_same_model(loaded: PreTrainedModel, model: PreTrainedModel) -> None:
-    expected, state = model.state_dict(), loaded.state_dict()
-    assert list(state) == list(expected)
-    assert [name for name in expected if not same_bits(state[name], expected[name])] == []
-    assert torch.equal(logits(loaded), logits(model))
-
-
-def layers_of(model: nn.Module) -> dict[str, W8A8Linear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, W8A8Linear)}
-
-
-def config_of(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "config.json").read_text())
+from smoothquant_ext.scheme import Recipe
 
 
 @pytest.mark.parametrize("model_type", sorted(tiny.CONFIGS))
@@ -221,15 +159,6 @@ def test_save_pretrained_of_a_loaded_model(tmp_path: Path) -> None:
     assert_same_model(checkpoint.load(tmp_path / "second"), model)
 
 
-def test_saving_over_the_directory_that_was_loaded(tmp_path: Path) -> None:
-    checkpoint.save(quantized("llama"), tmp_path / "model")
-    loaded = checkpoint.load(tmp_path / "model")
-    expected = logits(loaded)
-    checkpoint.save(loaded, tmp_path / "model", format="lmdeploy")
-    assert torch.equal(logits(loaded), expected)  # its floats may still be mapped from the file that is gone
-    assert torch.equal(logits(checkpoint.load(tmp_path / "model")), expected)
-
-
 def test_dtype_of_the_rest(tmp_path: Path) -> None:
     model = quantized("qwen2", "int8-static")
     checkpoint.save(model, tmp_path / "model")
@@ -271,125 +200,6 @@ def test_generation_and_tokenizer_settings_come_along(tmp_path: Path) -> None:
     again = PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")
     assert again.chat_template == tokenizer.chat_template
     assert again.get_vocab() == tokenizer.get_vocab()
-
-
-def test_nothing_to_save(tmp_path: Path) -> None:
-    with pytest.raises(SmoothQuantError, match="LlamaForCausalLM has no quantized layer; call quantize"):
-        checkpoint.save(tiny.build("llama"), tmp_path / "model")
-    model = quantized("llama")
-    model.model.layers[1].mlp.up_proj.weight_scale[3] = float("nan")
-    with pytest.raises(
-        SmoothQuantError, match=r"model\.layers\.1\.mlp\.up_proj\.weight_scale is not positive and finite"
-    ):
-        checkpoint.save(model, tmp_path / "model")
-    model = quantized("llama")
-    model.model.norm.to("meta")
-    with pytest.raises(SmoothQuantError, match=r"model\.norm\.weight is offloaded"):
-        checkpoint.save(model, tmp_path / "model")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_destinations(tmp_path: Path) -> None:
-    target = tmp_path / "model"
-    assert checkpoint.check_destination(target) == target
-    assert checkpoint.check_destination(tmp_path / "new" / "model") == tmp_path / "new" / "model"
-    target.mkdir()
-    checkpoint.check_destination(target)
-    checkpoint.save(quantized("llama", "int8"), target)
-    checkpoint.check_destination(target)
-    model = quantized("llama", "fp8")
-    checkpoint.save(model, target)
-    assert_same_model(checkpoint.load(target), model)
-
-    link = tmp_path / "link"
-    link.symlink_to(target)
-    checkpoint.save(quantized("llama", "int8"), link)
-    assert link.is_symlink()
-    assert config_of(target)["quantization_config"]["format"] == "int-quantized"
-
-    (target / "notes.md").write_text("mine")
-    with pytest.raises(SmoothQuantError, match=r"model already holds notes\.md; choose an empty or a new directory"):
-        checkpoint.save(model, target)
-    (target / "notes.md").unlink()
-    (target / "below").mkdir()
-    with pytest.raises(SmoothQuantError, match="already holds below"):
-        checkpoint.check_destination(target)
-    with pytest.raises(SmoothQuantError, match=r"config\.json is a file; name a directory"):
-        checkpoint.check_destination(target / "config.json")
-
-
-def test_a_directory_of_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.access", lambda *arguments: False)  # root may read and write anywhere
-    with pytest.raises(SmoothQuantError, match="is not readable and writable"):
-        checkpoint.check_destination(tmp_path)
-
-
-def test_a_float_model_is_not_replaced(tmp_path: Path) -> None:
-    tiny.build("llama").save_pretrained(tmp_path / "float")
-    with pytest.raises(SmoothQuantError, match="already holds something that is not a W8A8 checkpoint"):
-        checkpoint.check_destination(tmp_path / "float")
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "results.json").write_text("{}")
-    with pytest.raises(SmoothQuantError, match=r"data already holds results\.json"):
-        checkpoint.check_destination(tmp_path / "data")
-    (tmp_path / "data" / "results.json").rename(tmp_path / "data" / "config.json")
-    with pytest.raises(SmoothQuantError, match="already holds something that is not a W8A8 checkpoint"):
-        checkpoint.check_destination(tmp_path / "data")
-
-
-SAVE_AND_DIE = """
-import os, sys
-from smoothquant_ext import checkpoint
-source, target, place = sys.argv[1:]
-model = checkpoint.load(source)
-if place == "weights":
-    write, calls = checkpoint.save_file, []
-    def save_file(*arguments, **kwargs):
-        calls.append(write(*arguments, **kwargs))
-        if len(calls) == 3:
-            os._exit(9)
-    checkpoint.save_file = save_file
-elif place == "configs":
-    write_configs = checkpoint._write_configs
-    def die(*arguments):
-        write_configs(*arguments)
-        os._exit(9)
-    checkpoint._write_configs = die
-elif place == "full disk":
-    import resource, signal
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-checkpoint.save(model, target, format="lmdeploy", max_shard_size="20KB")
-"""
-
-
-def save_and_die(source: Path, target: Path, place: str) -> subprocess.CompletedProcess[str]:
-    arguments = [sys.executable, "-c", SAVE_AND_DIE, str(source), str(target), place]
-    return subprocess.run(arguments, capture_output=True, text=True, check=False)
-
-
-@pytest.mark.parametrize("place", ["weights", "configs"])
-def test_a_killed_save_leaves_the_old_checkpoint(place: str, tmp_path: Path) -> None:
-    model = quantized("llama")
-    target = tmp_path / "model"
-    checkpoint.save(model, target)
-    assert save_and_die(target, target, place).returncode == 9
-    assert_same_model(checkpoint.load(target), model)
-    litter = [path.name for path in tmp_path.iterdir() if path != target]
-    assert len(litter) == 1
-    assert litter[0].startswith(".model.saving-")
-    checkpoint.save(model, target)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
-    checkpoint.save(quantized("llama"), tmp_path / "source")
-    finished = save_and_die(tmp_path / "source", tmp_path / "model", "full disk")
-    last = finished.stderr.strip().splitlines()[-1]
-    assert last.startswith("smoothquant_ext.errors.SmoothQuantError: ")
-    assert "model could not be written" in last
-    assert "File too large" in last
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "olmo2"])

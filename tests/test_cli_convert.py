@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import torch
+from command_line import SMALL, complaint, smoothquant
+from command_line import work as work  # the fixture
 from safetensors.torch import load_file
-from test_cli import SMALL, complaint, smoothquant
-from test_cli import work as work  # the fixture
 
 from smoothquant_ext.card import CARD
 from smoothquant_ext.record import RECORD, read_record

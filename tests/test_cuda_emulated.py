@@ -66,13 +66,18 @@ def registered(emulated: Path) -> Any:
     return torch.ops.sq_emulated
 
 
+def call_instead(registered: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts the emulated op behind every wrapper in ``ops``."""
+    for op in set(OPS):
+        monkeypatch.setattr(f"{getattr(ops, op).__module__}._{op}", getattr(registered, op).default)
+
+
 @pytest.fixture(params=ARCHS)
 def arch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, registered: Any) -> int:
     """Makes every wrapper in ``ops`` call the emulated op, on each architecture in turn."""
     value: int = request.param
     monkeypatch.setenv("SQ_EMULATED_ARCH", str(value))
-    for op in set(OPS):
-        monkeypatch.setattr(ops, f"_{op}", getattr(registered, op).default)
+    call_instead(registered, monkeypatch)
     return value
 
 
@@ -80,8 +85,7 @@ def arch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, regist
 def hopper(monkeypatch: pytest.MonkeyPatch, registered: Any) -> None:
     """The same on one architecture, for what does not depend on it."""
     monkeypatch.setenv("SQ_EMULATED_ARCH", "90")
-    for op in set(OPS):
-        monkeypatch.setattr(ops, f"_{op}", getattr(registered, op).default)
+    call_instead(registered, monkeypatch)
 
 
 def same(actual: Any, expected: Any, what: object = "") -> None:

@@ -7,7 +7,8 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from smoothquant_ext.discover import discover, norm_offset
+from smoothquant_ext.discover import discover
+from smoothquant_ext.norms import norm_offset
 
 HIDDEN, INTERMEDIATE = 64, 112
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import tiny
-from test_cli import smoothquant
+from command_line import smoothquant
 from test_serving import TEMPLATE, served
 from tiny_text import some_text, tiny_tokenizer
 

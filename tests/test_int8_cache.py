@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from smoothquant_ext import Int8Cache, Recipe, SmoothQuantError, quantize, reference, use_int8_cache_
 from smoothquant_ext.attention import IMPLEMENTATION, Int8Heads, attention_forward, use_attention_
-from smoothquant_ext.cache import LEAST_ROOM
 from smoothquant_ext.int8_cache import PARTS, Int8Layer
 
 
@@ -38,84 +36,6 @@ def rounding_cache(config: Any) -> DynamicCache:
         if type(layer) is DynamicLayer:
             layer.__class__ = RoundingLayer
     return cache
-
-
-def step(layers: tuple[Int8Layer, DynamicLayer], tokens: int, batch: int = 2, seed: int = 0) -> None:
-    """Appends the same to ours and to transformers' own layer, and compares ours with what the latter holds, quantized.
-
-    Keys and values have heads of different sizes, and lie as the projections leave them.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    keys, values = (torch.randn(batch, tokens, 3, d, generator=generator).transpose(1, 2) for d in (8, 5))
-    ours, theirs = (layer.update(keys, values) for layer in layers)
-    for heads, plain, name in zip(ours, theirs, ("keys", "values"), strict=True):
-        q, scale = reference.quantize_per_token(plain, torch.int8)
-        assert isinstance(heads, Int8Heads)
-        for part, expected in ((heads.q, q), (heads.scale, scale)):
-            assert_same_bits(part, expected)
-        assert_same_bits(getattr(layers[0], name), q)
-        assert_same_bits(getattr(layers[0], f"{name}_scale"), scale)
-    assert layers[0].get_seq_length() == layers[1].get_seq_length()
-
-
-def test_it_holds_what_the_quantizer_makes_of_every_token() -> None:
-    layers = Int8Layer(), DynamicLayer()
-    buffers = set()
-    for index, tokens in enumerate((5, 1, 1, 70, 1, 200, 1, 1, 1)):
-        step(layers, tokens, seed=index)
-        buffers.add(layers[0].buffers["keys"].data_ptr())
-    assert len(buffers) < 5
-
-
-def test_single_tokens_are_not_copied_again() -> None:
-    layer, _ = layers = Int8Layer(), DynamicLayer()
-    step(layers, 10)
-    starts = [getattr(layer, name).data_ptr() for name in PARTS]
-    for index in range(LEAST_ROOM):
-        step(layers, 1, seed=index)
-        assert [getattr(layer, name).data_ptr() for name in PARTS] == starts
-    step(layers, 1)
-    assert layer.keys.data_ptr() != starts[0]
-
-
-def test_what_generation_does_with_it() -> None:
-    layers = Int8Layer(), DynamicLayer()
-    step(layers, 10)
-    for layer in layers:
-        layer.crop(-4)
-    step(layers, 2, seed=1)
-    for layer in layers:
-        layer.reorder_cache(torch.tensor([1, 1]))
-    step(layers, 1, seed=2)
-    for layer in layers:
-        layer.batch_repeat_interleave(2)
-    step(layers, 1, batch=4, seed=3)
-    for layer in layers:
-        layer.batch_select_indices(torch.tensor([0, 3, 2]))
-    step(layers, 3, batch=3, seed=4)
-    for layer in layers:
-        layer.crop(-layer.get_seq_length())
-    step(layers, 3, batch=3, seed=5)
-    for layer in layers:
-        layer.reset()
-    step(layers, 2, batch=1, seed=6)
-    untouched = Int8Layer(), DynamicLayer()
-    for layer in untouched:
-        layer.crop(-1)
-        layer.reset()
-        layer.reorder_cache(torch.tensor([0]))
-        layer.batch_repeat_interleave(2)
-        layer.batch_select_indices(torch.tensor([0]))
-    step(untouched, 1)
-
-
-def test_copies_do_not_share_room() -> None:
-    layers = Int8Layer(), DynamicLayer()
-    step(layers, 10)
-    twins = copy.deepcopy(layers)
-    step(layers, 1, seed=1)
-    step(twins, 1, seed=2)
-    step(layers, 1, seed=3)
 
 
 def test_tokens_that_cannot_be_quantized() -> None:

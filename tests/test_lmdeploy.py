@@ -16,7 +16,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from test_checkpoint import quantized
+from tiny_w8a8 import quantized
 from torch import Tensor, nn
 
 from smoothquant_ext import checkpoint

@@ -11,7 +11,7 @@ import numpy
 import pytest
 import tiny
 import torch
-from test_checkpoint import assert_same_model, layers_of, quantized
+from tiny_w8a8 import assert_same_model, layers_of, quantized
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_cli import SMALL, complaint, smoothquant
+from command_line import SMALL, complaint, smoothquant
 from tiny import amplify_outliers, build, token_ids
 from tiny_text import some_text, write_tiny_model
 

@@ -12,7 +12,7 @@ import foreign
 import pytest
 import tiny
 import torch
-from test_checkpoint import logits, quantized
+from tiny_w8a8 import logits, quantized
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING

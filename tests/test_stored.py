@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from test_checkpoint import assert_same_model, layers_of, logits, quantized
+from tiny_w8a8 import assert_same_model, layers_of, logits, quantized
 from torch import Tensor
 
 from smoothquant_ext import checkpoint

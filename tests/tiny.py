@@ -107,6 +107,17 @@ def token_ids(rows: int = 2, tokens: int = 24, seed: int = 1) -> Tensor:
     return torch.randint(3, VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(seed))
 
 
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """fp64, whatever the model computes in."""
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits.double()
+
+
+def relative_error(model: nn.Module, expected: Tensor, ids: Tensor) -> float:
+    """Of the model's logits, in the Euclidean norm over all of them."""
+    return float((logits(model, ids) - expected).norm() / expected.norm())
+
+
 def amplify_outliers(
     model: nn.Module,
     factor: float = 30.0,

@@ -64,8 +64,7 @@ class Plan {
   int64_t bytes_ = 0;
 };
 
-void check_norm_weight(const char* name, const Tensor& weight, const Tensor& x) {
-  const int64_t k = x.size(x.dim() - 1);
+void check_norm_weight(const char* name, const Tensor& weight, const Tensor& x, int64_t k) {
   check_same_device(kOp, name, weight, "x", x);
   check_float(kOp, name, weight.scalar_type());
   SQ_CHECK(weight.numel() == k, kOp, ": ", name, " has ", weight.numel(), " elements, expected ", k);
@@ -86,17 +85,24 @@ Tensor w8a8_decoder_layer_cpu(const Tensor& x_in, const Tensor& norm_in, const T
                               const std::vector<Tensor>& a_scale, const Tensor& cos_in, const Tensor& sin_in,
                               const Tensor& keys, const Tensor& values, int64_t past, const OptionalTensor& mask_in,
                               double scale, bool causal, const OpString& activation, const OptionalTensor& keys_scale,
-                              const OptionalTensor& values_scale) {
+                              const OptionalTensor& values_scale, const OptionalTensor& q_norm,
+                              const OptionalTensor& k_norm, double head_eps) {
   check_float(kOp, "x", x_in.scalar_type());
   SQ_CHECK(x_in.dim() == 3, kOp, ": x has shape ", shape_text(x_in), ", expected [B, T, K]");
-  check_norm_weight("norm", norm_in, x_in);
-  check_norm_weight("post_norm", post_norm_in, x_in);
+  check_norm_weight("norm", norm_in, x_in, x_in.size(2));
+  check_norm_weight("post_norm", post_norm_in, x_in, x_in.size(2));
   check_angles("cos", cos_in, x_in);
   check_angles("sin", sin_in, x_in);
   SQ_CHECK(a_scale.empty() || a_scale.size() == 4, kOp, ": a_scale has ", a_scale.size(), " tensors, expected 0 or 4");
   SQ_CHECK(past >= 0, kOp, ": past is ", past, ", expected 0 or more");
   SQ_CHECK(scale > 0 && std::isfinite(scale), kOp, ": scale is ", scale, ", expected a positive finite number");
   const int64_t batch = x_in.size(0), time = x_in.size(1), k = x_in.size(2), m = batch * time, d = cos_in.size(2);
+  SQ_CHECK(q_norm.has_value() == k_norm.has_value(), kOp,
+           ": one of q_norm and k_norm is given, expected both or neither");
+  if (q_norm.has_value()) {
+    check_norm_weight("q_norm", *q_norm, x_in, d);
+    check_norm_weight("k_norm", *k_norm, x_in, d);
+  }
   const auto static_scale = [&](size_t index) {
     const bool per_token = a_scale.empty() || a_scale[index].numel() == 0;
     return per_token ? 0.0f : checked_static_scale(kOp, "a_scale", a_scale[index], "x", x_in);
@@ -140,7 +146,7 @@ Tensor w8a8_decoder_layer_cpu(const Tensor& x_in, const Tensor& norm_in, const T
   Operand input(kernels, m, k, q.dtype()), attended(kernels, m, q.n(), o.dtype());
   Plan plan;
   const int64_t input_at = plan.add(input.bytes()), attended_at = plan.add(attended.bytes());
-  const int64_t weights_at = plan.add(2 * k * static_cast<int64_t>(sizeof(float)));
+  const int64_t weights_at = plan.add(2 * (k + d) * static_cast<int64_t>(sizeof(float)));
   const int64_t normed_at = plan.add(m * row_bytes), sum_at = plan.add(m * row_bytes),
                 part_at = plan.add(m * row_bytes);
   const int64_t q_at = plan.add(m * q.n() * element), rotated_at = plan.add(m * q.n() * element);
@@ -152,9 +158,18 @@ Tensor w8a8_decoder_layer_cpu(const Tensor& x_in, const Tensor& norm_in, const T
   input.place(memory + input_at);
   attended.place(memory + attended_at);
   auto* norm_weights = reinterpret_cast<float*>(memory + weights_at);
-  widen(norm.const_data_ptr(), kernel_dtype(norm.scalar_type()), static_cast<float>(offset), k, norm_weights);
-  widen(post_norm.const_data_ptr(), kernel_dtype(post_norm.scalar_type()), static_cast<float>(offset), k,
-        norm_weights + k);
+  const auto widen_weight = [offset](const Tensor& weight, float* target) {
+    widen(weight.const_data_ptr(), kernel_dtype(weight.scalar_type()), static_cast<float>(offset), weight.numel(),
+          target);
+  };
+  float *post_norm_weights = norm_weights + k, *q_norm_weights = post_norm_weights + k,
+        *k_norm_weights = q_norm_weights + d;
+  widen_weight(norm, norm_weights);
+  widen_weight(post_norm, post_norm_weights);
+  if (q_norm.has_value()) {
+    widen_weight(as_contiguous(*q_norm), q_norm_weights);
+    widen_weight(as_contiguous(*k_norm), k_norm_weights);
+  }
 
   NormArgs norm_args{};
   norm_args.norm = Norm::kRms;
@@ -175,6 +190,20 @@ Tensor w8a8_decoder_layer_cpu(const Tensor& x_in, const Tensor& norm_in, const T
   input.multiply(
       {q.product(memory + q_at, dtype), key.product(memory + k_at, dtype), value.product(memory + v_at, dtype)},
       q.dtype(), m);
+
+  // In place, every head on its own.
+  NormArgs head_norm{};
+  head_norm.norm = Norm::kRms;
+  head_norm.k = d;
+  head_norm.x_dtype = head_norm.y_dtype = dtype;
+  head_norm.eps = static_cast<float>(head_eps);
+  const auto normalize_heads = [&](int64_t at, int64_t count, const float* weights, Range range) {
+    NormArgs own = head_norm;
+    own.weight = weights;
+    own.x = memory + at;
+    own.y = memory + at + range.begin * count * d * element;
+    kernels.norm_rows(own, {range.begin * count, range.end * count});
+  };
 
   // q and the new keys are rotated, keys and values go behind those of before.
   const int64_t angle_batch = cos.size(0) == 1 ? 0 : time * d;
@@ -205,6 +234,10 @@ Tensor w8a8_decoder_layer_cpu(const Tensor& x_in, const Tensor& norm_in, const T
     rotate_k.y_time = strides.row;
   }
   parallel_rows(m, (q.n() + 2 * key.n()) * element, [&](Range range) {
+    if (q_norm.has_value()) {
+      normalize_heads(q_at, heads, q_norm_weights, range);
+      normalize_heads(k_at, kv_heads, k_norm_weights, range);
+    }
     kernels.rotate_rows(rotate_q, range);
     kernels.rotate_rows(rotate_k, range);
     for (int64_t row = range.begin; row < range.end; ++row) {
@@ -246,7 +279,7 @@ Tensor w8a8_decoder_layer_cpu(const Tensor& x_in, const Tensor& norm_in, const T
   norm_args.x = memory + part_at;
   norm_args.residual = x.const_data_ptr();
   norm_args.sum = memory + sum_at;
-  norm_args.weight = norm_weights + k;
+  norm_args.weight = post_norm_weights;
   norm_args.eps = static_cast<float>(post_eps);
   normalize();
   mlp.run(kernels, memory + normed_at, m, dtype, memory + part_at);

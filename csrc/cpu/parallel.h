@@ -60,20 +60,22 @@ inline void parallel_activate_quantize(const Kernels& kernels, const ActivateArg
   });
 }
 
-// Into how many blocks to cut m rows, so that a block of a stays in L2 and, where that is not far off, every thread gets as
-// many of the blocks * panels tasks as the others.
-inline int64_t row_blocks(int64_t m, int64_t a_stride, int64_t panels, int64_t block_bytes) {
+// How many rows of a to multiply at a time: few enough for a block to stay in L2, and with many threads so few that every
+// thread gets one of the blocks * panels tasks. Multiples of 32 rows, the height of AMX's blocks.
+inline int64_t block_rows(int64_t m, int64_t a_stride, int64_t panels, int64_t block_bytes) {
   constexpr int64_t kMostRows = 512, kFewestRows = 64;
-  const int64_t rows = std::clamp(block_bytes / std::max<int64_t>(1, a_stride), kFewestRows, kMostRows);
+  const int64_t most = std::clamp(block_bytes / std::max<int64_t>(1, a_stride), kFewestRows, kMostRows);
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t fewest = div_up(m, rows);
-  int64_t best = fewest;
-  double best_idle = 2.0;
+  const int64_t fewest = div_up(m, most);
+  int64_t best = m;
+  double best_idle = 0.0;
   for (int64_t blocks = fewest; blocks < fewest + 4 && (blocks == fewest || m / blocks >= kFewestRows); ++blocks) {
-    const int64_t tasks = blocks * panels;
-    const double idle = static_cast<double>(div_up(tasks, threads) * threads) / static_cast<double>(tasks);
-    if (idle < best_idle - 0.04) {
-      best = blocks;
+    const int64_t rows = m <= 32 ? m : padded_rows(div_up(m, blocks));
+    // What the thread with the most work does: its share, rounded up to whole tasks.
+    const double share = static_cast<double>(m * panels) / static_cast<double>(threads);
+    const double idle = static_cast<double>(div_up(m * panels, threads * rows) * rows) / share;
+    if (blocks == fewest || idle < best_idle - 0.04) {
+      best = rows;
       best_idle = idle;
     }
   }
@@ -81,30 +83,30 @@ inline int64_t row_blocks(int64_t m, int64_t a_stride, int64_t panels, int64_t b
 }
 
 // Several products of the same m rows of a, in one parallel region. Tasks are (block of rows, panel), panels of all
-// products one after the other and fastest; a thread takes consecutive ones, so that few rows split panels, many rows
-// split rows, and the pieces are even either way.
+// products one after the other and fastest; a thread takes consecutive ones, so that few rows split panels and many rows
+// split rows. What is shared out is rows of a panel, not tasks, because the last block may be lower: a thread takes the
+// tasks that begin in its share.
 inline void parallel_gemm(GemmRange gemm, const std::vector<GemmArgs>& products, int64_t m, int64_t block_bytes) {
   int64_t panels = 0;
   for (const GemmArgs& args : products) panels += panel_count(args.n);
   if (m == 0 || panels == 0) return;
   const int64_t k = products.front().k;
-  const int64_t blocks = row_blocks(m, products.front().a_stride, panels, block_bytes);
-  // Multiples of 32 rows, the height of AMX's blocks.
-  const int64_t rows = m <= 32 ? m : padded_rows(div_up(m, blocks));
-  const int64_t tasks = div_up(m, rows) * panels;
-  const int64_t grain = std::max<int64_t>(1, kGemmGrain / (rows * kPanel * std::max<int64_t>(1, k)));
-  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end;) {
-      const int64_t row = task / panels * rows;
-      const int64_t first = task % panels, last = std::min(panels, first + end - task);
+  const int64_t most_rows = block_rows(m, products.front().a_stride, panels, block_bytes);
+  const int64_t grain = std::max(most_rows, kGemmGrain / (kPanel * std::max<int64_t>(1, k)));
+  torch::stable::parallel_for(0, m * panels, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin / (most_rows * panels) * most_rows; row < m && row * panels < end; row += most_rows) {
+      const int64_t rows = std::min(most_rows, m - row);
+      const auto task_from = [&](int64_t place) {
+        return std::clamp<int64_t>(div_up(std::max<int64_t>(0, place - row * panels), rows), 0, panels);
+      };
+      const int64_t first = task_from(begin), last = task_from(end);
       int64_t base = 0;
       for (const GemmArgs& args : products) {
         const int64_t count = panel_count(args.n);
         const Range own{std::max<int64_t>(0, first - base), std::min(count, last - base)};
-        if (own.begin < own.end) gemm(args, {row, std::min(m, row + rows)}, own);
+        if (own.begin < own.end) gemm(args, {row, row + rows}, own);
         base += count;
       }
-      task += last - first;
     }
   });
 }

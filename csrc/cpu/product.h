@@ -133,13 +133,4 @@ class Weight {
   OptionalTensor bias_;
 };
 
-// The value of an activation's static scale, 0 where there is none.
-inline float checked_static_scale(const char* op, const char* name, const OptionalTensor& scale, const char* a_name,
-                                  const Tensor& a) {
-  if (!scale.has_value()) return 0.0f;
-  check_same_device(op, name, *scale, a_name, a);
-  check_static_scale(op, name, *scale);
-  return static_scale_value(op, name, *scale);
-}
-
 }  // namespace sq

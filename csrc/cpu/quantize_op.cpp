@@ -38,8 +38,7 @@ Tensor quantize_static_cpu(const Tensor& x_in, const Tensor& scale, ScalarType d
   constexpr const char* kOp = "quantize_static";
   check_activation(kOp, x_in);
   check_8bit(kOp, "dtype", dtype);
-  check_same_device(kOp, "scale", scale, "x", x_in);
-  check_static_scale(kOp, "scale", scale);
+  const float static_scale = checked_static_scale(kOp, "scale", scale, "x", x_in);
   const Tensor x = as_contiguous(x_in);
   Tensor q = empty_cpu(shape_of(x), dtype);
 
@@ -50,7 +49,7 @@ Tensor quantize_static_cpu(const Tensor& x_in, const Tensor& scale, ScalarType d
   args.q = static_cast<uint8_t*>(q.mutable_data_ptr());
   args.q_stride = args.k;
   args.q_dtype = kernel_dtype(dtype);
-  args.static_scale = static_scale_value(kOp, "scale", scale);
+  args.static_scale = static_scale;
   parallel_quantize(current_kernels().quantize_rows, args, row_count(x));
   return q;
 }

@@ -1,36 +1,26 @@
 // The ops between the products on the CPU: rms_norm, and norms and activations that quantize what they compute.
 #include <torch/csrc/stable/library.h>
 
-#include <string>
-#include <tuple>
-
 #include "kernels/epilogue.h"
 #include "op_string.h"
 #include "parallel.h"
 #include "rows_args.h"
-#include "torch_args.h"
 
 namespace sq {
 namespace {
-
-using Quantized = std::tuple<Tensor, Tensor>;
-using QuantizedSum = std::tuple<Tensor, Tensor, Tensor>;
 
 // q [..., K] and scale [...] of what is in the shape of x, and the arguments of the quantizer that fills them.
 struct QuantizeTarget {
   Tensor q, scale;
   QuantizeArgs args{};
 
-  QuantizeTarget(const char* op, const char* x_name, const Tensor& x, ScalarType dtype, const OptionalTensor& a_scale)
+  QuantizeTarget(const Tensor& x, ScalarType dtype, float static_scale)
       : q(empty_cpu(shape_of(x), dtype)), scale(empty_cpu(drop_last(x), ScalarType::Float)) {
     args.k = args.q_stride = x.size(x.dim() - 1);
     args.q = static_cast<uint8_t*>(q.mutable_data_ptr());
     args.q_dtype = kernel_dtype(dtype);
     args.scale = static_cast<float*>(scale.mutable_data_ptr());
-    if (!a_scale.has_value()) return;
-    check_same_device(op, "a_scale", *a_scale, x_name, x);
-    check_static_scale(op, "a_scale", *a_scale);
-    args.static_scale = static_scale_value(op, "a_scale", *a_scale);
+    args.static_scale = static_scale;
   }
 };
 
@@ -44,8 +34,7 @@ void widen_channels(const Tensor& values, double offset, float* target) {
 
 Tensor rms_norm_cpu(const Tensor& x_in, const Tensor& weight, double eps, double offset) {
   constexpr const char* kOp = "rms_norm";
-  check_activation(kOp, x_in);
-  check_channels(kOp, "weight", weight, x_in);
+  check_norm(kOp, x_in, weight);
   const Tensor x = as_contiguous(x_in);
   Tensor y = empty_cpu(shape_of(x), x.scalar_type());
 
@@ -72,15 +61,12 @@ Tensor rms_norm_cpu(const Tensor& x_in, const Tensor& weight, double eps, double
 QuantizedSum norm_quantize(const char* op, Norm norm, const Tensor& x_in, const Tensor& weight,
                            const OptionalTensor& bias, double eps, double offset, ScalarType dtype,
                            const OptionalTensor& residual_in, const OptionalTensor& a_scale) {
-  check_activation(op, x_in);
-  check_8bit(op, "dtype", dtype);
-  check_channels(op, "weight", weight, x_in);
-  if (bias.has_value()) check_channels(op, "bias", *bias, x_in);
-  if (residual_in.has_value()) check_alike(op, "residual", *residual_in, "x", x_in);
+  check_norm_quantize(op, x_in, weight, bias, dtype, residual_in);
+  const float static_scale = checked_static_scale(op, "a_scale", a_scale, "x", x_in);
   const Tensor x = as_contiguous(x_in);
   const OptionalTensor residual = as_contiguous(residual_in);
-  Tensor sum = empty_cpu(residual.has_value() ? shape_of(x) : std::vector<int64_t>{0}, x.scalar_type());
-  QuantizeTarget target(op, "x", x, dtype, a_scale);
+  Tensor sum = empty_cpu(sum_shape(x, residual), x.scalar_type());
+  QuantizeTarget target(x, dtype, static_scale);
 
   NormArgs args{};
   args.k = target.args.k;
@@ -121,13 +107,11 @@ QuantizedSum layer_norm_quantize_cpu(const Tensor& x, const Tensor& weight, cons
 
 Quantized activate_quantize(const char* op, Activation activation, const Tensor& gate_in, const OptionalTensor& up_in,
                             ScalarType dtype, const OptionalTensor& a_scale) {
-  const char* name = up_in.has_value() ? "gate" : "x";
-  check_activation(op, gate_in, name);
-  check_8bit(op, "dtype", dtype);
-  if (up_in.has_value()) check_alike(op, "up", *up_in, name, gate_in);
+  const char* name = check_activate_quantize(op, gate_in, up_in, dtype);
+  const float static_scale = checked_static_scale(op, "a_scale", a_scale, name, gate_in);
   const Tensor gate = as_contiguous(gate_in);
   const OptionalTensor up = as_contiguous(up_in);
-  QuantizeTarget target(op, name, gate, dtype, a_scale);
+  QuantizeTarget target(gate, dtype, static_scale);
   ActivateArgs args{};
   args.activation = activation;
   args.k = target.args.k;

@@ -101,9 +101,13 @@ inline void advise_huge_pages(const Tensor& tensor) {
 #endif
 }
 
-// The value of a static scale, which on the CPU can be looked at.
-inline float static_scale_value(const char* op, const char* name, const Tensor& scale) {
-  const float value = *pointer<float>(scale);
+// The value of an activation's static scale, which on the CPU can be looked at; 0 where there is none.
+inline float checked_static_scale(const char* op, const char* name, const OptionalTensor& scale, const char* a_name,
+                                  const Tensor& a) {
+  if (!scale.has_value()) return 0.0f;
+  check_same_device(op, name, *scale, a_name, a);
+  check_static_scale(op, name, *scale);
+  const float value = *pointer<float>(*scale);
   SQ_CHECK(value > 0.0f && std::isfinite(value), op, ": ", name, " is ", value, ", expected a positive finite number");
   return value;
 }

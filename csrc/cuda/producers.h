@@ -1,14 +1,11 @@
 // The quantizing steps as other ops call them: their tensors are checked already.
 #pragma once
 
-#include <tuple>
-
+#include "cpu/rows_args.h"
 #include "cuda/launch.h"
 #include "kernels/rows.h"
 
 namespace sq {
-
-using Quantized = std::tuple<Tensor, Tensor>;
 
 // q [..., K] and scale [...] of what has the shape of x, and where a kernel writes them.
 struct QuantizeTarget {

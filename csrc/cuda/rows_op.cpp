@@ -1,9 +1,6 @@
 // The ops between the products on CUDA devices: rms_norm, and norms and activations that quantize what they compute.
 #include <torch/csrc/stable/library.h>
 
-#include <tuple>
-
-#include "cpu/rows_args.h"
 #include "cuda/devices.h"
 #include "cuda/producers.h"
 #include "op_string.h"
@@ -30,8 +27,6 @@ Quantized activate_quantize_cuda(const char* op, Activation activation, const Te
 
 namespace {
 
-using QuantizedSum = std::tuple<Tensor, Tensor, Tensor>;
-
 // --- norms ----------------------------------------------------------------------------------------------------------
 
 NormJob norm_job(const Tensor& x, const Tensor& weight, double eps, double offset) {
@@ -55,8 +50,7 @@ void launch(const char* op, const NormJob& job, const Tensor& x) {
 
 Tensor rms_norm_cuda(const Tensor& x_in, const Tensor& weight_in, double eps, double offset) {
   constexpr const char* kOp = "rms_norm";
-  check_activation(kOp, x_in);
-  check_channels(kOp, "weight", weight_in, x_in);
+  check_norm(kOp, x_in, weight_in);
   require_validated(kOp, Family::kRows, x_in.get_device_index());
   const DeviceGuard guard(x_in.get_device_index());
   const Tensor x = as_contiguous(x_in), weight = as_contiguous(weight_in);
@@ -71,17 +65,13 @@ Tensor rms_norm_cuda(const Tensor& x_in, const Tensor& weight_in, double eps, do
 QuantizedSum norm_quantize(const char* op, bool is_layer, const Tensor& x_in, const Tensor& weight_in,
                            const OptionalTensor& bias_in, double eps, double offset, ScalarType dtype,
                            const OptionalTensor& residual_in, const OptionalTensor& a_scale) {
-  check_activation(op, x_in);
-  check_8bit(op, "dtype", dtype);
-  check_channels(op, "weight", weight_in, x_in);
-  if (bias_in.has_value()) check_channels(op, "bias", *bias_in, x_in);
-  if (residual_in.has_value()) check_alike(op, "residual", *residual_in, "x", x_in);
+  check_norm_quantize(op, x_in, weight_in, bias_in, dtype, residual_in);
   const float* static_scale = static_scale_pointer(op, "a_scale", a_scale, "x", x_in);
   require_validated(op, Family::kRows, x_in.get_device_index());
   const DeviceGuard guard(x_in.get_device_index());
   const Tensor x = as_contiguous(x_in), weight = as_contiguous(weight_in);
   const OptionalTensor bias = as_contiguous(bias_in), residual = as_contiguous(residual_in);
-  Tensor sum = empty_like_device(x, residual.has_value() ? shape_of(x) : std::vector<int64_t>{0}, x.scalar_type());
+  Tensor sum = empty_like_device(x, sum_shape(x, residual), x.scalar_type());
   QuantizeTarget target(x, dtype, static_scale);
   NormJob job = norm_job(x, weight, eps, offset);
   job.is_layer = is_layer;
@@ -112,10 +102,7 @@ QuantizedSum layer_norm_quantize_cuda(const Tensor& x, const Tensor& weight, con
 
 Quantized activate_quantize(const char* op, Activation activation, const Tensor& gate, const OptionalTensor& up,
                             ScalarType dtype, const OptionalTensor& a_scale) {
-  const char* name = up.has_value() ? "gate" : "x";
-  check_activation(op, gate, name);
-  check_8bit(op, "dtype", dtype);
-  if (up.has_value()) check_alike(op, "up", *up, name, gate);
+  const char* name = check_activate_quantize(op, gate, up, dtype);
   const float* static_scale = static_scale_pointer(op, "a_scale", a_scale, name, gate);
   const DeviceGuard guard(gate.get_device_index());
   return activate_quantize_cuda(op, activation, as_contiguous(gate), as_contiguous(up), dtype, static_scale);

@@ -15,27 +15,25 @@ struct AttentionProblem {
   bool is_causal, has_mask;
 };
 
-template <class T>
-Buffer<T> random_values(int64_t count) {
-  Buffer<T> values(count);
-  for (int64_t i = 0; i < count; ++i) from_float(random_float(), &values[i]);
-  return values;
-}
-
-template <>
-Buffer<int8_t> random_values<int8_t>(int64_t count) {
-  Buffer<int8_t> values(count);
-  for (int64_t i = 0; i < count; ++i) values[i] = static_cast<int8_t>(random_int(-127, 127));
-  return values;
+template <class E>
+Buffer<E> random_elements(int64_t count) {
+  if constexpr (std::is_same_v<E, int8_t>) {
+    Buffer<int8_t> values(count);
+    for (int64_t i = 0; i < count; ++i) values[i] = static_cast<int8_t>(random_int(-127, 127));
+    return values;
+  } else {
+    return random_values<E>(count, 1);
+  }
 }
 
 // E: the elements of k and v, T or int8_t.
 template <class T, class E>
-void test_attention(const Kernels& kernels, DType dtype, const AttentionProblem& p) {
+void test_attention(const Kernels& kernels, const AttentionProblem& p) {
   const int64_t kv_heads = p.heads / p.group;
   constexpr bool kHasScales = std::is_same<E, int8_t>::value;
-  const Buffer<T> q = random_values<T>(p.heads * p.q_len * p.d), y(p.q_len * p.heads * p.v_d);
-  const Buffer<E> k = random_values<E>(kv_heads * p.kv_len * p.d), v = random_values<E>(kv_heads * p.kv_len * p.v_d);
+  const Buffer<T> q = random_elements<T>(p.heads * p.q_len * p.d), y(p.q_len * p.heads * p.v_d);
+  const Buffer<E> k = random_elements<E>(kv_heads * p.kv_len * p.d),
+                  v = random_elements<E>(kv_heads * p.kv_len * p.v_d);
   const Buffer<float> k_scale(kv_heads * p.kv_len), v_scale(kv_heads * p.kv_len);
   for (const Buffer<float>* scale : {&k_scale, &v_scale}) {
     for (int64_t i = 0; i < scale->size(); ++i) (*scale)[i] = kHasScales ? std::exp(random_float()) / 64 : 1.0f;
@@ -43,7 +41,7 @@ void test_attention(const Kernels& kernels, DType dtype, const AttentionProblem&
   const Buffer<uint8_t> mask(p.q_len * p.kv_len);
   for (int64_t i = 0; i < mask.size(); ++i) mask[i] = random_int(0, 2) != 0;
   AttentionArgs args{};
-  args.dtype = dtype;
+  args.dtype = kDType<T>;
   args.heads = p.heads;
   args.group = p.group;
   args.q_len = p.q_len;
@@ -108,8 +106,8 @@ void test_attention(const Kernels& kernels, DType dtype, const AttentionProblem&
           largest = std::fmax(largest, std::fabs(value));
         }
         // Weights rounded to bf16 at worst, and one cast to T, whose last bit is worth at most 2^-8.
-        const double bound = (dtype == DType::kBFloat16 ? 0x1p-8 : 1e-4) * largest +
-                             (dtype == DType::kFloat32 ? 0 : 0x1p-8 * std::fabs(expected)) + 1e-6;
+        const double bound = (kDType<T> == DType::kBFloat16 ? 0x1p-8 : 1e-4) * largest +
+                             (kDType<T> == DType::kFloat32 ? 0 : 0x1p-8 * std::fabs(expected)) + 1e-6;
         const double error = std::fabs(to_float(y[(i * p.heads + head) * p.v_d + c]) - expected);
         CHECK(error <= bound, "[%" PRId64 ", %" PRId64 ", %" PRId64 "]: off by %g, allowed %g", i, head, c, error,
               bound);
@@ -125,12 +123,12 @@ void test_attention(const Kernels& kernels) {
       {2, 1, 60, 129, 16, 96, false, true}, {8, 8, 24, 128, 128, 128, true, true},
   };
   for (const AttentionProblem& problem : problems) {
-    test_attention<float, float>(kernels, DType::kFloat32, problem);
-    test_attention<BFloat16, BFloat16>(kernels, DType::kBFloat16, problem);
-    test_attention<Float16, Float16>(kernels, DType::kFloat16, problem);
-    test_attention<float, int8_t>(kernels, DType::kFloat32, problem);
-    test_attention<BFloat16, int8_t>(kernels, DType::kBFloat16, problem);
-    test_attention<Float16, int8_t>(kernels, DType::kFloat16, problem);
+    test_attention<float, float>(kernels, problem);
+    test_attention<BFloat16, BFloat16>(kernels, problem);
+    test_attention<Float16, Float16>(kernels, problem);
+    test_attention<float, int8_t>(kernels, problem);
+    test_attention<BFloat16, int8_t>(kernels, problem);
+    test_attention<Float16, int8_t>(kernels, problem);
   }
 }
 

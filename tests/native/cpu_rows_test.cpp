@@ -10,18 +10,6 @@ namespace {
 using namespace sq;
 
 template <class T>
-Buffer<T> random_values(int64_t count) {
-  Buffer<T> values(count);
-  for (int64_t i = 0; i < count; ++i) from_float(random_float() * 3, &values[i]);
-  return values;
-}
-
-template <class T>
-constexpr DType kDType = std::is_same_v<T, float>      ? DType::kFloat32
-                         : std::is_same_v<T, BFloat16> ? DType::kBFloat16
-                                                       : DType::kFloat16;
-
-template <class T>
 void test_norm(const Kernels& kernels, Norm norm, int64_t rows, int64_t k, bool has_residual, bool has_bias) {
   const Buffer<T> x = random_values<T>(rows * k), residual = random_values<T>(rows * k);
   const Buffer<float> weight = random_values<float>(k), bias = random_values<float>(k);

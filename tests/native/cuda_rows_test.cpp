@@ -21,19 +21,12 @@ using namespace sq;
 constexpr uint8_t kGuard = 0xa5;
 constexpr DType kEightBit[] = {DType::kInt8, DType::kFloat8E4M3, DType::kFloat8E5M2};
 
-template <class T>
-constexpr DType kDType = std::is_same_v<T, float>      ? DType::kFloat32
-                         : std::is_same_v<T, BFloat16> ? DType::kBFloat16
-                                                       : DType::kFloat16;
-
 // `offset` elements before the values take the alignment away.
 template <class T>
 struct Values {
   Buffer<T> memory;
   int64_t offset;
-  Values(int64_t count, int64_t offset) : memory(count + offset), offset(offset) {
-    for (int64_t i = 0; i < memory.size(); ++i) from_float(random_float() * 3, &memory[i]);
-  }
+  Values(int64_t count, int64_t offset) : memory(random_values<T>(count + offset)), offset(offset) {}
   T* data() const { return memory.data() + offset; }
 };
 

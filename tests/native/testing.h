@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <memory>
 #include <random>
+#include <type_traits>
 
 #include "cpu/kernels/dtypes.h"
 
@@ -48,6 +49,19 @@ inline std::mt19937 generator(0);
 
 inline int random_int(int low, int high) { return std::uniform_int_distribution<int>(low, high)(generator); }
 inline float random_float() { return std::normal_distribution<float>()(generator); }
+
+// Normally distributed, by default as far as activations bend.
+template <class T>
+Buffer<T> random_values(int64_t count, float spread = 3) {
+  Buffer<T> values(count);
+  for (int64_t i = 0; i < count; ++i) from_float(random_float() * spread, &values[i]);
+  return values;
+}
+
+template <class T>
+constexpr DType kDType = std::is_same_v<T, float>      ? DType::kFloat32
+                         : std::is_same_v<T, BFloat16> ? DType::kBFloat16
+                                                       : DType::kFloat16;
 
 // The same bits; a NaN equals any NaN.
 inline bool same(float a, float b) { return std::isnan(a) ? std::isnan(b) : float_bits(a) == float_bits(b); }

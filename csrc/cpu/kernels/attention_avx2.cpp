@@ -48,14 +48,7 @@ struct Avx2 {
 }  // namespace
 
 SQ_ATTENTION_TARGET void attend_avx2(const AttentionArgs& args, const AttentionTask& task) {
-  switch (args.dtype) {
-    case DType::kBFloat16:
-      return attend<Avx2, Avx2, BFloat16>(args, task);
-    case DType::kFloat16:
-      return attend<Avx2, Avx2, Float16>(args, task);
-    default:
-      return attend<Avx2, Avx2, float>(args, task);
-  }
+  attend_in_dtype<Avx2, Avx2>(args, task);
 }
 
 }  // namespace sq

@@ -8,14 +8,7 @@
 namespace sq {
 
 SQ_ATTENTION_TARGET void attend_avx512(const AttentionArgs& args, const AttentionTask& task) {
-  switch (args.dtype) {
-    case DType::kBFloat16:
-      return attend<Avx512, Avx512, BFloat16>(args, task);
-    case DType::kFloat16:
-      return attend<Avx512, Avx512, Float16>(args, task);
-    default:
-      return attend<Avx512, Avx512, float>(args, task);
-  }
+  attend_in_dtype<Avx512, Avx512>(args, task);
 }
 
 }  // namespace sq

@@ -363,5 +363,18 @@ SQ_ATTENTION_TARGET void attend(const AttentionArgs& args, const AttentionTask& 
   }
 }
 
+// Of q, and of k and v unless they have scales, in the dtype that the arguments name.
+template <class W, class P>
+SQ_ATTENTION_TARGET void attend_in_dtype(const AttentionArgs& args, const AttentionTask& task) {
+  switch (args.dtype) {
+    case DType::kBFloat16:
+      return attend<W, P, BFloat16>(args, task);
+    case DType::kFloat16:
+      return attend<W, P, Float16>(args, task);
+    default:
+      return attend<W, P, float>(args, task);
+  }
+}
+
 }  // namespace
 }  // namespace sq

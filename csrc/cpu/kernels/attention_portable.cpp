@@ -57,14 +57,7 @@ void merge(const AttentionArgs& args, const AttentionTask& task, const float* pa
 }  // namespace
 
 void attend_portable(const AttentionArgs& args, const AttentionTask& task) {
-  switch (args.dtype) {
-    case DType::kBFloat16:
-      return attend<Portable, Portable, BFloat16>(args, task);
-    case DType::kFloat16:
-      return attend<Portable, Portable, Float16>(args, task);
-    default:
-      return attend<Portable, Portable, float>(args, task);
-  }
+  attend_in_dtype<Portable, Portable>(args, task);
 }
 
 void merge_attention(const AttentionArgs& args, const AttentionTask& task, const float* partials, int64_t parts) {

@@ -38,15 +38,18 @@ SQ_BF16_INLINE void decode_bf16(const Bf16Table& table, __m512i bytes, __m512i* 
   *high = _mm512_or_si512(magnitude, _mm512_and_si512(bytes, _mm512_set1_epi8(static_cast<char>(0x80))));
 }
 
-// 16 columns x 4 k of a packed weight to bf16: 16 columns x the first 2 k, and, second_offset bytes later, x the last 2 k.
-SQ_BF16_INLINE void decode_weight_pairs(const Bf16Table& table, const uint8_t* b, uint8_t* target,
-                                        int64_t second_offset) {
+// 16 columns of a weight in bf16: x the first 2 and x the last 2 of 4 k.
+struct WeightPairs {
+  __m512i first, second;
+};
+
+SQ_BF16_INLINE WeightPairs decode_weight_pairs(const Bf16Table& table, const uint8_t* b) {
   __m512i low, high;
   decode_bf16(table, _mm512_loadu_si512(b), &low, &high);
   const __m512 begin = _mm512_castsi512_ps(_mm512_unpacklo_epi8(low, high));
   const __m512 end = _mm512_castsi512_ps(_mm512_unpackhi_epi8(low, high));
-  _mm512_store_ps(target, _mm512_shuffle_ps(begin, end, _MM_SHUFFLE(2, 0, 2, 0)));
-  _mm512_store_ps(target + second_offset, _mm512_shuffle_ps(begin, end, _MM_SHUFFLE(3, 1, 3, 1)));
+  return {_mm512_castps_si512(_mm512_shuffle_ps(begin, end, _MM_SHUFFLE(2, 0, 2, 0))),
+          _mm512_castps_si512(_mm512_shuffle_ps(begin, end, _MM_SHUFFLE(3, 1, 3, 1)))};
 }
 
 }  // namespace sq

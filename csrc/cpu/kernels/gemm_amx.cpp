@@ -120,7 +120,9 @@ SQ_AMX_INLINE Weight decode_weight(const Bf16Table& table, const uint8_t* b, int
   for (int64_t part = 0; part < steps * 16; ++part) {
     const int64_t group = part / 2;
     uint8_t* target = copy + group / 8 * 2 * kTileBytes + part % 2 * kTileBytes + group % 8 * 128;
-    decode_weight_pairs(table, b + group * 4 * kPanel + part % 2 * 64, target, 64);
+    const WeightPairs pairs = decode_weight_pairs(table, b + group * 4 * kPanel + part % 2 * 64);
+    _mm512_store_si512(target, pairs.first);
+    _mm512_store_si512(target + 64, pairs.second);
   }
   return {copy, 64, kTileBytes, 2 * kTileBytes};
 }

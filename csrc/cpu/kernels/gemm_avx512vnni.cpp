@@ -115,7 +115,8 @@ template <DType kOut, bool kBias>
 SQ_AVX512 void gemm_panel(const GemmArgs& args, const Walk& walk, const PanelColumns& columns, int64_t panel,
                           Range rows) {
   alignas(64) int32_t sums[kBlockRows * kPanel];
-  const int64_t used4 = div_up(args.k, 4);
+  // The stream ahead must not skip what lies between K and its multiple of 64: what it skips is fetched too late.
+  const int64_t used4 = walk.tiles == 1 ? padded_k(args.k) / 4 : div_up(args.k, 4);
   const uint8_t* b = args.b + panel * panel_bytes(args.k);
   for (int64_t k4 = 0; k4 == 0 || k4 < used4; k4 += walk.depth4) {
     const int64_t depth4 = used4 - k4 < walk.depth4 ? used4 - k4 : walk.depth4;

@@ -1,9 +1,9 @@
-// FP8 product with vdpbf16ps, which multiplies pairs of bf16 and adds them to fp32: 64 columns x 256 k of the weight are
-// decoded (32 KB, stays in L1) and multiplied by activations that were widened before. A micro kernel holds 6 rows x 64
-// columns. Subnormals, which vdpbf16ps takes for zero, do not occur: fp8 values are normal in bf16, and sums are multiples
+// FP8 product with vdpbf16ps, which multiplies pairs of bf16 and adds them to fp32. Chunks of a panel of the weight are
+// decoded into cache and multiplied by activations that were widened before; a micro kernel holds 6 rows x 64 columns.
+// For up to 6 rows the decoded values stay in registers. The order of the sums is the same. Subnormals, which vdpbf16ps takes for zero, do not occur: fp8 values are normal in bf16, and sums are multiples
 // of e5m2's smallest value squared, 2^-32.
 //
-//   for panel: for depth chunk: decode it; for tile of rows: micro kernel, which prefetches the next chunk
+//   for panel: for depth chunk: decode it; for tile of rows: micro kernel, the first of which prefetch the next chunk
 #include "fp8_bf16.h"
 
 #if SQ_X86
@@ -13,19 +13,63 @@ namespace {
 
 constexpr int64_t kRows = 6;
 constexpr int64_t kBlockRows = 252;             // rows whose sums wait for the next depth chunk: 63 KB
-constexpr int64_t kDepth = 256;                 // of a chunk
+constexpr int64_t kMostDepth = 512;             // of a chunk: 64 KB decoded, in L2
+constexpr int64_t kFewTiles = 3;                // with so few, 256: 32 KB, in L1 (Zen 5, November 2026)
 constexpr int64_t kLine = 64;                   // bytes of a cache line
 constexpr int64_t kStreamAhead = 8192;          // bytes
 constexpr int64_t kPairBytes = 2 * 2 * kPanel;  // 64 columns x 2 k, decoded
 
 // `groups` times 4 k of a panel to bf16 [2 * groups][64][2].
-template <bool kFetch>
 SQ_BF16 void decode_chunk(const Bf16Table& table, const uint8_t* b, int64_t groups, uint8_t* decoded) {
   for (int64_t part = 0; part < groups * 4; ++part) {
-    if constexpr (kFetch) _mm_prefetch(reinterpret_cast<const char*>(b + part * kLine + kStreamAhead), _MM_HINT_T0);
-    decode_weight_pairs(table, b + part * kLine, decoded + part / 4 * 2 * kPairBytes + part % 4 * kLine, kPairBytes);
+    uint8_t* target = decoded + part / 4 * 2 * kPairBytes + part % 4 * kLine;
+    const WeightPairs pairs = decode_weight_pairs(table, b + part * kLine);
+    _mm512_store_si512(target, pairs.first);
+    _mm512_store_si512(target + kPairBytes, pairs.second);
   }
 }
+
+SQ_BF16_INLINE __m512bh broadcast2(const uint8_t* a) {
+  int32_t bits;
+  __builtin_memcpy(&bits, a, sizeof bits);
+  return reinterpret_cast<__m512bh>(_mm512_set1_epi32(bits));
+}
+
+// sums[r][0..64) = kCount rows of a times `groups` times 4 k of a panel, which is read once.
+template <int kCount>
+SQ_BF16 void stream_kernel(const Bf16Table& table, const uint8_t* a, int64_t a_stride, const uint8_t* b, int64_t groups,
+                           float* sums) {
+  __m512 sum[kCount][4];
+#pragma GCC unroll 6
+  for (int r = 0; r < kCount; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) sum[r][c] = _mm512_setzero_ps();
+  }
+  for (int64_t group = 0; group < groups; ++group) {
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+      const WeightPairs pairs = decode_weight_pairs(table, b + c * kLine);
+      _mm_prefetch(reinterpret_cast<const char*>(b + c * kLine + kStreamAhead), _MM_HINT_T0);
+#pragma GCC unroll 6
+      for (int r = 0; r < kCount; ++r) {
+        const uint8_t* values = a + r * a_stride;
+        sum[r][c] = _mm512_dpbf16_ps(sum[r][c], broadcast2(values), reinterpret_cast<__m512bh>(pairs.first));
+        sum[r][c] = _mm512_dpbf16_ps(sum[r][c], broadcast2(values + 4), reinterpret_cast<__m512bh>(pairs.second));
+      }
+    }
+    a += 8;
+    b += 4 * kPanel;
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < kCount; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) _mm512_store_ps(sums + r * kPanel + 16 * c, sum[r][c]);
+  }
+}
+
+using StreamKernel = void (*)(const Bf16Table&, const uint8_t*, int64_t, const uint8_t*, int64_t, float*);
+constexpr StreamKernel kStreamKernels[] = {nullptr,          stream_kernel<1>, stream_kernel<2>, stream_kernel<3>,
+                                           stream_kernel<4>, stream_kernel<5>, stream_kernel<6>};
 
 // sums[r][0..64) += kCount rows of a times a decoded chunk of `pairs` times 2 k. With kFetch, a cache line a step is
 // prefetched from `next` on.
@@ -45,9 +89,7 @@ SQ_BF16 void micro_kernel(const uint8_t* a, int64_t a_stride, const uint8_t* b, 
     if constexpr (kFetch) _mm_prefetch(reinterpret_cast<const char*>(next + pair * kLine), _MM_HINT_T0);
 #pragma GCC unroll 6
     for (int r = 0; r < kCount; ++r) {
-      int32_t bits;
-      __builtin_memcpy(&bits, a + r * a_stride + 4 * pair, sizeof bits);
-      const auto value = reinterpret_cast<__m512bh>(_mm512_set1_epi32(bits));
+      const __m512bh value = broadcast2(a + r * a_stride + 4 * pair);
 #pragma GCC unroll 4
       for (int c = 0; c < 4; ++c) sum[r][c] = _mm512_dpbf16_ps(sum[r][c], value, columns[c]);
     }
@@ -70,28 +112,39 @@ constexpr MicroKernel kMicroKernels[] = {nullptr,
                                          micro_kernel<5, kFetch>,
                                          micro_kernel<6, kFetch>};
 
-template <DType kOut, bool kBias>
-SQ_BF16 void gemm_panel(const GemmArgs& args, const Bf16Table& table, const PanelColumns& columns, Range rows) {
-  alignas(64) float sums[kBlockRows * kPanel];
-  alignas(64) uint8_t decoded[kDepth / 2 * kPairBytes];
+void multiply_chunks(const GemmArgs& args, const Bf16Table& table, const uint8_t* b, Range rows, float* sums) {
+  alignas(64) uint8_t decoded[kMostDepth / 2 * kPairBytes];
   const int64_t tiles = div_up(rows.end - rows.begin, kRows);
-  const uint8_t* b = args.b + columns.first / kPanel * panel_bytes(args.k);
+  const int64_t depth = tiles <= kFewTiles ? kMostDepth / 2 : kMostDepth;
   __builtin_memset(sums, 0, (rows.end - rows.begin) * kPanel * sizeof(float));
-  for (int64_t k = 0; k < args.k; k += kDepth) {
-    const int64_t groups = div_up(args.k - k < kDepth ? args.k - k : kDepth, 4);
-    const uint8_t* next = b + (k + kDepth) * kPanel;
-    (tiles == 1 ? decode_chunk<true> : decode_chunk<false>)(table, b + k * kPanel, groups, decoded);
+  for (int64_t k = 0; k < args.k; k += depth) {
+    const int64_t groups = div_up(args.k - k < depth ? args.k - k : depth, 4);
+    const uint8_t* next = b + (k + depth) * kPanel;
+    decode_chunk(table, b + k * kPanel, groups, decoded);
     int64_t row = rows.begin;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t count = div_up(rows.end - row, tiles - tile);
-      // Two tiles of kDepth / 2 steps pass over the lines of a chunk.
-      const MicroKernel* kernels = tiles > 1 && tile < 2 ? kMicroKernels<true> : kMicroKernels<false>;
+      // Two tiles of depth / 2 steps pass over the lines of a chunk.
+      const MicroKernel* kernels = tile < 2 ? kMicroKernels<true> : kMicroKernels<false>;
       kernels[count](args.a + row * args.a_stride + 2 * k, args.a_stride, decoded, 2 * groups,
-                     sums + (row - rows.begin) * kPanel, next + tile * kDepth / 2 * kLine);
+                     sums + (row - rows.begin) * kPanel, next + tile * depth / 2 * kLine);
       row += count;
     }
   }
-  store_panel<kOut, kBias>(args, columns, rows.begin, rows.end - rows.begin, sums);
+}
+
+template <DType kOut, bool kBias>
+SQ_BF16 void gemm_panel(const GemmArgs& args, const Bf16Table& table, const PanelColumns& columns, Range rows) {
+  alignas(64) float sums[kBlockRows * kPanel];
+  const int64_t count = rows.end - rows.begin;
+  const uint8_t* b = args.b + columns.first / kPanel * panel_bytes(args.k);
+  if (count <= kRows) {
+    // Through the padding too: what the stream ahead skips would be fetched too late.
+    kStreamKernels[count](table, args.a + rows.begin * args.a_stride, args.a_stride, b, padded_k(args.k) / 4, sums);
+  } else {
+    multiply_chunks(args, table, b, rows, sums);
+  }
+  store_panel<kOut, kBias>(args, columns, rows.begin, count, sums);
 }
 
 template <DType kOut, bool kBias>

@@ -1,0 +1,57 @@
+"""Tells a norm by what it does, not by its class."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .linears import values_of
+
+
+def looks_like_norm(module: nn.Module, args: Any, output: Any) -> bool:
+    """Whether a module that made ``output`` of ``args`` may be a norm: one weight per channel, and nothing inside."""
+    weight = getattr(module, "weight", None)
+    return (
+        isinstance(weight, nn.Parameter)
+        and weight.dim() == 1
+        and not list(module.children())
+        and isinstance(output, Tensor)
+        and bool(args)
+        and isinstance(args[0], Tensor)
+        and args[0].shape == output.shape
+        and output.shape[-1:] == weight.shape
+        and {name for name, _ in module.named_parameters(recurse=False)} <= {"weight", "bias"}
+    )
+
+
+def norm_offset(norm: nn.Module, *args: Any) -> float | None:
+    """How a norm uses its weight: 0.0 if it multiplies by ``weight``, 1.0 if by ``1 + weight``; ``None`` if neither.
+
+    Found by running a copy of the norm with its weight set to 0, to 1 and to noise. ``args`` is what its block calls it
+    with: its input, and with some norms a gate.
+    """
+    weight = values_of(norm, "weight")
+    assert weight is not None
+    size, device = weight.numel(), weight.device
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(args[0].shape if args else (4, size), generator=generator).to(device)
+    fixed = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in norm.named_parameters(recurse=False)}
+
+    def response(values: Tensor) -> Tensor:
+        with torch.no_grad():
+            output: Tensor = torch.func.functional_call(norm, {**fixed, "weight": values.to(device)}, (x, *args[1:]))
+        return output.float()
+
+    try:
+        at_zero, at_one = response(torch.zeros(size)), response(torch.ones(size))
+        slope = at_one - at_zero
+        offset = float((at_zero / slope).median())
+        noise = torch.randn(size, generator=generator)
+        predicted = (round(offset) + noise.to(device)) * slope
+        fits = torch.allclose(response(noise), predicted, rtol=1e-3, atol=1e-3)
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # needs more than that: no norm that can be tested
+        return None
+    return float(round(offset)) if fits and math.isfinite(offset) and round(offset) in (0, 1) else None
