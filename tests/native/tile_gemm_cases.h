@@ -3,10 +3,10 @@
 
 #include <vector>
 
+#include "codes.h"
 #include "kernels/finish.cuh"
 #include "kernels/tile_gemm.h"
 #include "kernels/with_type.h"
-#include "testing.h"
 
 namespace sq {
 
@@ -15,27 +15,6 @@ struct TileCase {
   DType a_dtype, b_dtype, bias_dtype, y_dtype;
   bool has_bias, a_per_row, b_per_column;
 };
-
-inline double tile_value(uint8_t code, DType dtype) {
-  if (dtype == DType::kInt8) return static_cast<int8_t>(code);
-  return dtype == DType::kFloat8E4M3 ? float8_e4m3_to_float(code) : float8_e5m2_to_float(code);
-}
-
-inline Buffer<uint8_t> tile_codes(int64_t count, DType dtype) {
-  Buffer<uint8_t> codes(count);
-  for (int64_t i = 0; i < count; ++i) {
-    do {
-      codes[i] = static_cast<uint8_t>(random_int(0, 255));
-    } while (!std::isfinite(tile_value(codes[i], dtype)));
-  }
-  return codes;
-}
-
-inline Buffer<float> tile_scales(int64_t count) {
-  Buffer<float> scales(count);
-  for (int64_t i = 0; i < count; ++i) scales[i] = 0.01f * std::fabs(random_float()) + 1e-4f;
-  return scales;
-}
 
 inline void store_value(void* x, DType dtype, int64_t index, float value) {
   if (dtype == DType::kBFloat16) return from_float(value, static_cast<BFloat16*>(x) + index);
@@ -57,9 +36,10 @@ inline double fp8_bound(const TileCase& test, double exact, double magnitude) {
 
 template <typename Run>
 void test_tile_case(const TileCase& test, const Run& run) {
-  const Buffer<uint8_t> a = tile_codes(test.m * test.k, test.a_dtype), b = tile_codes(test.n * test.k, test.b_dtype);
-  const Buffer<float> a_scale = tile_scales(test.a_per_row ? test.m : 1);
-  const Buffer<float> b_scale = tile_scales(test.b_per_column ? test.n : 1);
+  const Buffer<uint8_t> a = random_codes(test.m * test.k, test.a_dtype),
+                        b = random_codes(test.n * test.k, test.b_dtype);
+  const Buffer<float> a_scale = random_scales(test.a_per_row ? test.m : 1);
+  const Buffer<float> b_scale = random_scales(test.b_per_column ? test.n : 1);
   const Buffer<uint8_t> bias(test.n * element_size(test.bias_dtype));
   for (int64_t i = 0; i < test.n; ++i) store_value(bias.data(), test.bias_dtype, i, random_float() * 3);
   const Buffer<uint8_t> y(test.m * test.n * element_size(test.y_dtype));
@@ -82,7 +62,7 @@ void test_tile_case(const TileCase& test, const Run& run) {
       double sum = 0, magnitude = 0;
       for (int64_t i = 0; i < test.k; ++i) {
         const double product =
-            tile_value(a[row * test.k + i], test.a_dtype) * tile_value(b[column * test.k + i], test.b_dtype);
+            double{decode(a[row * test.k + i], test.a_dtype)} * decode(b[column * test.k + i], test.b_dtype);
         sum += product;
         magnitude += std::fabs(product);
       }
@@ -109,10 +89,10 @@ void test_tile_case(const TileCase& test, const Run& run) {
 template <typename Run>
 void test_tile_specials(DType dtype, const Run& run) {
   const int64_t m = 5, n = 6, k = 48;
-  const Buffer<uint8_t> a = tile_codes(m * k, dtype), b = tile_codes(n * k, dtype);
+  const Buffer<uint8_t> a = random_codes(m * k, dtype), b = random_codes(n * k, dtype);
   a[3 * k + 39] = dtype == DType::kFloat8E4M3 ? 0xff : 0x7c;
   b[4 * k] = 0x7f;
-  const Buffer<float> one = tile_scales(1), y(m * n);
+  const Buffer<float> one = random_scales(1), y(m * n);
   const TileJob job{
       a.data(), b.data(), dtype,
       dtype,    k,        {m, n, one.data(), one.data(), 0, 0, nullptr, DType::kFloat32, y.data(), DType::kFloat32}};
