@@ -177,7 +177,7 @@ def test_tensor_cores_multiply_where_they_are_meant_to() -> None:
                 assert count(found, r"LDGSTS.*\.128.*") == (12 if is_there else 0), (arch, kernel)
 
 
-# --- cuBLASLt -------------------------------------------------------------------------------------------------------
+# --- libraries -------------------------------------------------------------------------------------------------------
 
 LIBRARY = NVIDIA / "lib" / "libcublasLt.so.13"
 
@@ -189,22 +189,37 @@ def toolkit() -> Path | None:
     return Path(top[1]).resolve() if top else None
 
 
-@pytest.mark.skipif(not LIBRARY.is_file(), reason="cuBLASLt is not installed ('make cuda-headers' brings it)")
-def test_cublaslt_accepts_every_description(tmp_path: Path) -> None:
+def program_of(source: str, target: Path, cuda_home: Path, *more: str | Path) -> Path:
+    """Compiles one of tests/cuda/*.cpp against the toolkit's headers."""
+    torch_dir = Path(torch.__file__).parent
+    command: list[str | Path] = ["c++", "-std=c++17", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    includes = (torch_dir / "include", cuda_home / "include", NVIDIA / "include")
+    command += [f"-I{ROOT / 'csrc'}", *(part for path in includes for part in ("-isystem", path))]
+    command += [ROOT / "tests" / "cuda" / source, "-o", target, f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-lc10"]
+    subprocess.run([*command, f"-Wl,-rpath,{torch_dir / 'lib'}", *more], check=True)
+    return target
+
+
+def needed_toolkit() -> Path:
     cuda_home = toolkit()
     if cuda_home is None or not (cuda_home / "include" / "cuda_runtime.h").is_file():
         pytest.skip("there is no CUDA toolkit to compile with")
-    torch_dir = Path(torch.__file__).parent
-    includes = (torch_dir / "include", cuda_home / "include", NVIDIA / "include")
-    folders = (torch_dir / "lib", NVIDIA / "lib")
-    program = tmp_path / "lt_descriptors"
-    command: list[str | Path] = ["c++", "-std=c++17", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    command += [f"-I{ROOT / 'csrc'}", *(part for path in includes for part in ("-isystem", path))]
-    command += [ROOT / "tests" / "cuda" / "lt_descriptors.cpp", "-o", program]
-    command += [f"-L{path}" for path in (*folders, cuda_home / "lib64")]
-    command += ["-ltorch_cpu", "-lc10", "-l:libcublasLt.so.13", "-lcudart_static", "-ldl", "-lpthread", "-lrt"]
-    command += [f"-Wl,-rpath,{path}" for path in folders]
-    subprocess.run(command, check=True)
+    return cuda_home
+
+
+@pytest.mark.skipif(not LIBRARY.is_file(), reason="cuBLASLt is not installed ('make cuda-headers' brings it)")
+def test_cublaslt_accepts_every_description(tmp_path: Path) -> None:
+    cuda_home = needed_toolkit()
+    libraries = ("-l:libcublasLt.so.13", "-lcudart_static", "-ldl", "-lpthread", "-lrt")
+    places = (f"-L{NVIDIA / 'lib'}", f"-L{cuda_home / 'lib64'}", f"-Wl,-rpath,{NVIDIA / 'lib'}")
+    program = program_of("lt_descriptors.cpp", tmp_path / "lt_descriptors", cuda_home, *places, *libraries)
     result = subprocess.run([program], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("cuBLASLt 13")
+
+
+def test_tensor_maps_are_what_the_driver_asks_for(tmp_path: Path) -> None:
+    program = program_of("tensor_maps.cpp", tmp_path / "tensor_maps", needed_toolkit())
+    result = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "tensor maps are right\n"
