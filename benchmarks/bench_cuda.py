@@ -1,6 +1,6 @@
 """Times the CUDA ops beside torch's own products, on fresh random data that is in no cache; JSON lines as they come.
 
-    SMOOTHQUANT_UNVALIDATED_CUDA=1 python benchmarks/bench_cuda.py OUT.jsonl [--seconds 240]
+    SMOOTHQUANT_UNVALIDATED_CUDA=1 python benchmarks/bench_cuda.py OUT.jsonl [--seconds 240] [--own]
 
 Every case has several sets of buffers, together twice the L2 cache, and a CUDA graph runs each once; a time is the
 median of replays, by events, divided by the number of sets.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -72,6 +73,24 @@ def _ours(case: Gemm, make: Callable[..., Tensor]) -> Call:
     return lambda: ops.w8a8_gemm(a, b, a_scale, b_scale)
 
 
+def _by(family: str, make: Callable[..., Tensor]) -> Callable[[Gemm], Call]:
+    """The same on one of our own tensor-core kernels."""
+
+    def call_of(case: Gemm) -> Call:
+        call = _ours(case, make)
+
+        def asked() -> Any:
+            os.environ["SMOOTHQUANT_CUDA_GEMM"] = family
+            try:
+                return call()
+            finally:
+                del os.environ["SMOOTHQUANT_CUDA_GEMM"]
+
+        return asked
+
+    return call_of
+
+
 def _linear(case: Gemm) -> Call:
     """A whole layer: quantization and product."""
     x = torch.randn(case.m, case.k, device=DEVICE, dtype=torch.bfloat16)
@@ -106,15 +125,22 @@ ENGINES: dict[str, Callable[[Gemm], Call]] = {
 }
 
 
-def time_gemm(case: Gemm, cache_bytes: int) -> Iterator[Record]:
+OWN_ENGINES: dict[str, Callable[[Gemm], Call]] = {
+    f"{dtype}_{family}": _by(family, make)
+    for dtype, make in (("int8", _random_int8), ("fp8", _random_fp8))
+    for family in ("mma", "wgmma")
+}
+
+
+def time_gemm(case: Gemm, cache_bytes: int, has_own: bool) -> Iterator[Record]:
     """A record for each engine that can compute the case."""
-    for name, make in ENGINES.items():
+    for name, make in {**ENGINES, **(OWN_ENGINES if has_own else {})}.items():
         element = 2 if name == "bf16" else 1
         moved = element * (case.n * case.k + case.m * case.k) + 2 * case.m * case.n
         try:
             calls = [make(case) for _ in range(copies(moved, cache_bytes))]
             taken = time_us(calls)
-        except RuntimeError as error:  # _int_mm wants more than 16 rows, _scaled_mm a new GPU
+        except RuntimeError as error:  # _int_mm wants more than 16 rows, _scaled_mm and wgmma a new GPU
             if name in ("int8", "fp8", "linear"):
                 raise
             yield {"what": f"{name} refused", "m": case.m, "n": case.n, "k": case.k, "reason": str(error)[:200]}
@@ -162,14 +188,14 @@ def time_producer(name: str, columns: int, cache_bytes: int) -> Record:
 # --- everything -----------------------------------------------------------------------------------------------------
 
 
-def measure(cache_bytes: int) -> Iterator[Record]:
+def measure(cache_bytes: int, has_own: bool) -> Iterator[Record]:
     """Every record, the most telling first."""
     yield time_copy()
     for columns in PRODUCER_COLUMNS:
         for name in PRODUCERS:
             yield time_producer(name, columns, cache_bytes)
     for case in gemms():
-        yield from time_gemm(case, cache_bytes)
+        yield from time_gemm(case, cache_bytes, has_own)
 
 
 def main() -> int:
@@ -177,6 +203,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--seconds", type=float, default=240.0, help="stop after this long")
+    parser.add_argument("--own", action="store_true", help="time our own tensor-core kernels too")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench_cuda: torch sees no GPU here; 'smoothquant info' says why", file=sys.stderr)
@@ -186,7 +213,7 @@ def main() -> int:
     with arguments.output.open("w") as file:
         about = {"what": "machine", "device": properties.name, "torch": torch.__version__, "cuda": torch.version.cuda}
         print(json.dumps(about), file=file, flush=True)
-        for record in measure(properties.L2_cache_size):
+        for record in measure(properties.L2_cache_size, arguments.own):
             print(json.dumps(record), file=file, flush=True)
             if time.monotonic() - started > arguments.seconds:
                 print(f"bench_cuda: stopped after {arguments.seconds:.0f} s", file=sys.stderr)

@@ -1,14 +1,16 @@
 """Every CUDA kernel once or twice, on small and awkward shapes, compared with the oracle; for compute-sanitizer.
 
     SMOOTHQUANT_UNVALIDATED_CUDA=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer \\
-        python benchmarks/cuda_small_set.py
+        python benchmarks/cuda_small_set.py [--own]
 
-With ``--device cpu`` it runs without a GPU, which tests the script.
+``--own`` runs our own tensor-core products instead, those of them that the GPU has. With ``--device cpu`` it runs
+without a GPU, which tests the script.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from smoothquant_ext import ops, reference
+from smoothquant_ext.cuda_kernels import OLDEST_FP8, OWN_GEMMS, WGMMA, Gpu, own_gemms
 
 EIGHT_BIT = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -54,6 +57,17 @@ def products() -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield "w8a8_linear", (randn(m, k).bfloat16(), b, b_scale)
 
 
+def own_products(arch: int) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    """The family to ask for, and a product: less than a tile, several tiles and stages, k that is split; all types."""
+    for family in own_gemms(Gpu("", arch), ("gemm_int8",)):
+        for m, n, k in ((1, 33, 16), (40, 64, 64), (130, 48, 528), (300, 272, 1040), (20, 256, 4096)):
+            for a_type in EIGHT_BIT if arch >= OLDEST_FP8 else EIGHT_BIT[:1]:
+                for b_type in EIGHT_BIT[1:] if a_type != torch.int8 else EIGHT_BIT[:1]:
+                    a, a_scale = reference.quantize_per_token(randn(m, k), a_type)
+                    b, b_scale = reference.quantize_per_token(randn(n, k, seed=1), b_type)
+                    yield family, "w8a8_gemm", (a, b, a_scale, b_scale, randn(n, seed=2), torch.float32)
+
+
 def differs(actual: Tensor, expected: Tensor, is_exact: bool) -> bool:
     """Whether a result is wrong: any bit of it, or, of an fp8 product, more than tensor cores lose."""
     actual = actual.cpu()
@@ -67,16 +81,23 @@ def main() -> int:
     """Runs all of it; the exit status says whether everything was right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    device = parser.parse_args().device
+    parser.add_argument("--own", action="store_true")
+    options = parser.parse_args()
+    device = options.device
     wrong = []
-    cases = [*producers(), *products()]
-    for name, arguments in cases:
+    cases = [("library", *case) for case in (*producers(), *products())]
+    if options.own:
+        major, minor = torch.cuda.get_device_capability() if device == "cuda" else (WGMMA // 10, WGMMA % 10)
+        cases = list(own_products(10 * major + minor))
+    for family, name, arguments in cases:
+        os.environ["SMOOTHQUANT_CUDA_GEMM"] = family
         there = [value.to(device) if isinstance(value, Tensor) else value for value in arguments]
         actual, expected = getattr(ops, name)(*there), getattr(reference, name)(*arguments)
         pairs = zip(actual, expected, strict=True) if isinstance(expected, tuple) else [(actual, expected)]
         is_exact = name != "w8a8_gemm" or arguments[0].dtype == torch.int8
         if any(differs(one, other, is_exact) for one, other in pairs):
-            wrong.append(f"{name} {[tuple(v.shape) if isinstance(v, Tensor) else v for v in arguments]}")
+            asked = f" by {family}" if family in OWN_GEMMS else ""
+            wrong.append(f"{name}{asked} {[tuple(v.shape) if isinstance(v, Tensor) else v for v in arguments]}")
     for what in wrong:
         print(f"WRONG: {what}", file=sys.stderr)
     print(f"{len(cases) - len(wrong)} of {len(cases)} calls were right")

@@ -53,6 +53,7 @@ step() {
     [ "$status" -ne 124 ] || result="cut off"
   fi
   printf '{"name": "%s", "result": "%s", "seconds": %s}\n' "$name" "$result" "$((SECONDS - began))" >>"$out/steps.jsonl"
+  [ "$result" = passed ]
 }
 
 arch=$("$python" -c 'import torch; print("{}{}".format(*torch.cuda.get_device_capability()))')
@@ -77,14 +78,23 @@ step "small set" 60 "$python" benchmarks/cuda_small_set.py
 step "tests" 210 env SMOOTHQUANT_CPU_ISA=portable "$python" -m pytest -q -p no:cacheprovider --maxfail 20 \
   -k "cuda or Cuda" --junitxml "$out/tests.xml" tests/test_ops_quantize.py tests/test_ops_rows.py \
   tests/test_ops_int8.py tests/test_ops_fp8.py tests/test_cuda_ops.py
+# Our own tensor-core products, apart from the rest and before the slow steps: nothing else waits for them or fails with
+# them, and they are timed only if they are right.
+own=
+if step "own small set" 45 "$python" benchmarks/cuda_small_set.py --own \
+  && step "own tests" 60 "$python" -m pytest -q -p no:cacheprovider --maxfail 20 -k "not cpu" tests/test_cuda_tiles.py; then
+  own=--own
+fi
 if command -v compute-sanitizer >/dev/null; then
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   for tool in memcheck racecheck; do
     step "$tool" 75 compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-name regex=sq "$python" \
       benchmarks/cuda_small_set.py
   done
+  [ -z "$own" ] || step "own memcheck" 45 compute-sanitizer --tool memcheck --error-exitcode 9 --kernel-name regex=sq \
+    "$python" benchmarks/cuda_small_set.py --own || own=
   unset PYTORCH_NO_CUDA_MEMORY_CACHING
 else
   echo "compute-sanitizer is not installed: memcheck and racecheck are left out"
 fi
-step "benchmarks" 400 "$python" benchmarks/bench_cuda.py "$out/bench.jsonl" --seconds "$((limit - SECONDS - 15))"
+step "benchmarks" 400 "$python" benchmarks/bench_cuda.py "$out/bench.jsonl" $own --seconds "$((limit - SECONDS - 15))"

@@ -11,13 +11,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-FAMILIES = ("quantize", "rows", "gemm_int8", "gemm_fp8")
+FAMILIES = ("quantize", "rows", "gemm_int8", "gemm_fp8", "gemm_mma", "gemm_wgmma")
 """Kernels that are validated together, as csrc/cuda/devices.h names them."""
 
 OLDEST_FP8 = 89
 """The oldest architecture whose tensor cores multiply fp8."""
 OUTER_SCALES = 90
 """The architecture on which cuBLASLt multiplies fp8 sums by a scale a row and a column."""
+WGMMA = 90
+"""The architecture that has wgmma."""
+
+OWN_GEMMS = ("mma", "wgmma")
+"""Our own tensor-core products, each with a family of its own; csrc/kernels/gemm_config.h says what they take."""
 
 _TABLE = Path(__file__).with_name("validated_kernels.json")
 
@@ -141,6 +146,18 @@ def why_not_at_all(facts: Facts) -> str:
     return ""
 
 
+def requested_gemm() -> str:
+    """What SMOOTHQUANT_CUDA_GEMM asks for: ``library``, the default, or our own ``mma``, ``wgmma`` or ``auto``."""
+    return os.environ.get("SMOOTHQUANT_CUDA_GEMM") or "library"
+
+
+def own_gemms(gpu: Gpu, families: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of ``OWN_GEMMS`` that a GPU has the instructions for."""
+    if "gemm_fp8" in families and gpu.arch < OLDEST_FP8:
+        return ()
+    return OWN_GEMMS if gpu.arch == WGMMA else OWN_GEMMS[:1]
+
+
 class Choice(NamedTuple):
     """Whether an op runs our kernels, and why not better ones."""
 
@@ -152,19 +169,34 @@ def choose(facts: Facts, families: tuple[str, ...], validations: list[Validation
     """What an op that needs these families of kernels does on the GPUs of this machine."""
     if reason := why_not_at_all(facts):
         return Choice("none", reason)
-    reasons = [_speed(gpu, families) for gpu in facts.gpus]
+    multiplies = any(family.startswith("gemm") for family in families)
+    request = requested_gemm() if multiplies else "library"
+    if request not in ("library", "auto", *OWN_GEMMS):
+        return Choice("none", f"SMOOTHQUANT_CUDA_GEMM is '{request}', expected library, mma, wgmma or auto")
     allowed = os.environ.get("SMOOTHQUANT_UNVALIDATED_CUDA") == "1"
+    reasons = []
     for gpu in facts.gpus:
+        own = own_gemms(gpu, families) if multiplies else ()
+        needed = families
+        if request == "library":
+            reasons.append(_speed(gpu, families))
+        elif chosen := [name for name in own if request in ("auto", name)]:
+            reasons.append(f"SMOOTHQUANT_CUDA_GEMM={request}: our own tensor-core kernels")
+            needed = (*(name for name in families if name[:4] != "gemm"), *(f"gemm_{name}" for name in chosen))
+        else:
+            return Choice("none", f"SMOOTHQUANT_CUDA_GEMM is {request}, which {gpu.name} has no instructions for")
         there = [entry for entry in validations if entry.arch == gpu.arch]
-        missing = [family for family in families if not any(family in entry.kernels for entry in there)]
+        missing = [family for family in needed if not any(family in entry.kernels for entry in there)]
         if missing:
             unvalidated = f"{' and '.join(missing)} not validated on compute capability {gpu.capability}"
             if not allowed:
                 return Choice("none", f"{unvalidated}; SMOOTHQUANT_UNVALIDATED_CUDA=1 allows it")
             reasons.append(f"{unvalidated}; allowed by SMOOTHQUANT_UNVALIDATED_CUDA=1")
         else:
-            used = [entry for entry in there if set(entry.kernels) & set(families)]
+            used = [entry for entry in there if set(entry.kernels) & set(needed)]
             reasons += [f"validated on {entry.device}, {entry.date}, {entry.commit}" for entry in used]
+        if own and request == "library":
+            reasons.append(f"our own kernels are untimed: SMOOTHQUANT_CUDA_GEMM={' or '.join(own)} tries them")
     return Choice("cuda", "; ".join(dict.fromkeys(filter(None, reasons))))
 
 

@@ -46,6 +46,7 @@ COPY = {"what": "copy", "microseconds": 100.0, "bytes": 400_000_000}  # 4 TB/s
 def test_targets_take_the_worst_shape() -> None:
     records = [
         COPY,
+        *(product(f"int8_{family}", 4096, time) for family, time in (("mma", 250.0), ("wgmma", 160.0))),
         *(product("int8", m, time) for m, time in ((1, 16.0), (2048, 100.0), (4096, 200.0))),
         *(product("bf16", m, time) for m, time in ((1, 10.0), (2048, 160.0), (4096, 280.0))),
         {"what": "rms_norm", "rows": 4096, "k": 4096, "microseconds": 20.0, "bytes": 72_000_000},
@@ -60,6 +61,9 @@ def test_targets_take_the_worst_shape() -> None:
     assert producers.text.startswith("  ok")
     single = found["INT8, M = 1, weights over 50 MiB, of copy bandwidth"]
     assert single.worst == pytest.approx(14336 * 4096 / 16.0 / 4e6)
+    own = found["INT8 on our own kernels over the library, M >= 2048"]
+    assert own.worst == pytest.approx(200.0 / 160.0)
+    assert own.where == "M=4096 N=14336 K=4096"
     assert found["FP8 over torch bf16, M >= 2048"].text.endswith("not measured")
 
 
@@ -97,14 +101,30 @@ def test_the_summary_says_what_passed(tmp_path: Path, steps: list[Record], last:
     assert process.stdout.splitlines() == lines
 
 
-def test_what_passed_is_an_entry_of_the_table(tmp_path: Path) -> None:
-    write_lines(tmp_path / "steps.jsonl", step("tests"), step("benchmarks"))
-    write_lines(tmp_path / "machine.json", {"device": "NVIDIA H200", "arch": 90, "commit": "abc1234"})
-    entry = json.loads(summary(tmp_path)[0][-2])
+@pytest.mark.parametrize(
+    ("own", "arch", "kernels"),
+    [
+        ([], 90, FAMILIES[:4]),
+        ([step("own tests")], 90, FAMILIES),
+        ([step("own tests")], 80, FAMILIES[:5]),
+        ([step("own small set"), step("own tests", "FAILED")], 90, FAMILIES[:4]),
+        ([step("own small set", "cut off")], 90, FAMILIES[:4]),
+    ],
+)
+def test_what_passed_is_an_entry_of_the_table(
+    tmp_path: Path, own: list[Record], arch: int, kernels: tuple[str, ...]
+) -> None:
+    write_lines(tmp_path / "steps.jsonl", step("tests"), *own, step("benchmarks"))
+    write_lines(tmp_path / "machine.json", {"device": "NVIDIA H200", "arch": arch, "commit": "abc1234"})
+    lines, passed = summary(tmp_path)
+    assert passed
+    missed = [line for line in lines if line.startswith("Our own tensor-core products are not validated: own ")]
+    assert len(missed) == any(one["result"] != "passed" for one in own)
+    entry = json.loads(lines[-2])
     table = tmp_path / "table.json"
     table.write_text(json.dumps({"validated": [entry]}))
     (validated,) = read_validations(table)
-    assert (validated.device, validated.arch, validated.kernels) == ("NVIDIA H200", 90, FAMILIES)
+    assert (validated.device, validated.arch, validated.kernels) == ("NVIDIA H200", arch, kernels)
     assert ROOT.joinpath(cuda_cases.VALIDATIONS).is_file()
 
 
@@ -114,17 +134,32 @@ def test_every_call_of_the_benchmark_works(monkeypatch: pytest.MonkeyPatch) -> N
     for name in cuda_cases.PRODUCERS:
         bench_cuda.producer_call(name, 3, 64)()
     case = Gemm("small", 17, 32, 64)
-    for name in ("int8", "fp8", "linear", "bf16", "int_mm"):
-        assert bench_cuda.ENGINES[name](case)().shape == (17, 32)
+    engines = {**bench_cuda.ENGINES, **bench_cuda.OWN_ENGINES}
+    for name in engines:
+        if name != "scaled_mm":
+            assert engines[name](case)().shape == (17, 32)
+    assert "SMOOTHQUANT_CUDA_GEMM" not in os.environ
 
 
 def test_the_small_set_is_right(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("SMOOTHQUANT_CUDA_GEMM", "")  # what it sets is taken back
     monkeypatch.setattr(sys, "argv", ["cuda_small_set.py", "--device", "cpu"])
     assert cuda_small_set.main() == 0
     total = len([*cuda_small_set.producers(), *cuda_small_set.products()])
     assert capsys.readouterr().out == f"{total} of {total} calls were right\n"
     monkeypatch.setattr(cuda_small_set, "differs", lambda *_: True)
     assert cuda_small_set.main() == 1
+
+
+def test_the_small_set_of_our_own_products_is_right(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SMOOTHQUANT_CUDA_GEMM", "")
+    monkeypatch.setattr(sys, "argv", ["cuda_small_set.py", "--device", "cpu", "--own"])
+    assert cuda_small_set.main() == 0
+    assert capsys.readouterr().out == "50 of 50 calls were right\n"
+    families = [family for family, _, _ in cuda_small_set.own_products(80)]
+    assert families == ["mma"] * 5
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

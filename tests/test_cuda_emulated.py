@@ -23,7 +23,8 @@ from smoothquant_ext import backends, ops, reference
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [
     *(f"csrc/cuda/{name}_op.cpp" for name in ("quantize", "rows", "gemm", "linear")),
-    *(f"csrc/kernels/{name}.cu" for name in ("quantize", "norm", "activate", "gemm")),
+    "csrc/cuda/tile_product.cpp",
+    *(f"csrc/kernels/{name}.cu" for name in ("quantize", "norm", "activate", "gemm", "mma", "wgmma")),
     "tests/cuda/emulated_device.cpp",
 ]
 OPS = [op.partition(",")[0] for op, _, families in backends._OPS if families]
@@ -222,6 +223,91 @@ def test_memory_that_is_not_aligned(arch: int, dtype: torch.dtype, offset: int) 
         same(y, reference.w8a8_gemm(a, b, a_scale, b_scale, None, torch.float32), arch)
     else:
         check_fp8(y, a, b, a_scale, b_scale, None)
+
+
+# --- our own tensor-core products -----------------------------------------------------------------------------------
+
+OWN = [*(("mma", arch) for arch in ARCHS), ("wgmma", 90), ("auto", 90)]
+TILES = [(0, 16, 16), (1, 33, 16), (9, 16, 32), (130, 17, 208), (20, 136, 1040), (300, 16, 16), (12, 0, 16)]
+TILES += [(5, 40, 4096)]  # for which wgmma swaps operands and splits k: see gemm_config_test.cpp
+
+
+@pytest.fixture(params=OWN, ids=lambda own: f"{own[0]} on {own[1]}")
+def own(request: pytest.FixtureRequest, hopper: None, monkeypatch: pytest.MonkeyPatch) -> tuple[str, int]:
+    """Asks for one of them, on each architecture that has it."""
+    family, arch = request.param
+    monkeypatch.setenv("SMOOTHQUANT_CUDA_GEMM", family)
+    monkeypatch.setenv("SQ_EMULATED_ARCH", str(arch))
+    return family, arch
+
+
+@pytest.mark.parametrize(("m", "n", "k"), TILES)
+def test_own_int8_products_equal_the_oracle(own: tuple[str, int], m: int, n: int, k: int) -> None:
+    a, b = random_int8(m, k), random_int8(n, k, seed=1)
+    bias = (None, randn(n), randn(n, dtype=torch.bfloat16))[m % 3]
+    arguments = (a, b, scales(m if n % 2 else 1), scales(n), bias, FLOATS[(m + n) % 3])
+    same(ops.w8a8_gemm(*arguments), reference.w8a8_gemm(*arguments), (own, m, n, k))
+
+
+@pytest.mark.parametrize("k", [208, 4096])
+@pytest.mark.parametrize("b_dtype", FLOAT8, ids=str)
+@pytest.mark.parametrize("a_dtype", FLOAT8, ids=str)
+def test_own_fp8_products_are_within_the_bound(
+    own: tuple[str, int], a_dtype: torch.dtype, b_dtype: torch.dtype, k: int
+) -> None:
+    family, arch = own
+    a, b = random_float8(20, k, dtype=a_dtype), random_float8(33, k, dtype=b_dtype, seed=1)
+    arguments = (a, b, scales(20), scales(33, seed=1), randn(33))
+    if arch < 89:
+        with pytest.raises(RuntimeError, match=f"SMOOTHQUANT_CUDA_GEMM is {family}, but compute capability 8.0 has no"):
+            ops.w8a8_gemm(*arguments, torch.bfloat16)
+        return
+    check_fp8(ops.w8a8_gemm(*arguments, torch.bfloat16), *arguments)
+
+
+@pytest.mark.usefixtures("own")
+def test_layers_on_our_own_products_equal_the_oracle() -> None:
+    x = randn(20, 64, dtype=torch.bfloat16)
+    x[2, 3], x[3], x[4, 5] = torch.nan, 0.0, torch.inf
+    single = (x, *weight(32, 64), randn(32), None, randn(64, seed=4).abs() + 0.2, torch.float16)
+    same(ops.w8a8_linear(*single), reference.w8a8_linear(*single))
+    operands = (*weight(48, 64), *weight(32, 48, seed=3), *weight(48, 64, seed=2))
+    same(ops.w8a8_mlp(x, *operands), reference.w8a8_mlp(x, *operands))
+
+
+@pytest.mark.parametrize(
+    ("request_", "arch", "archs", "k", "sentence"),
+    [
+        ("mma", 90, "", 40, "is mma, but K is 40, expected a positive multiple of 16"),
+        ("mma", 90, "", 0, "is mma, but K is 0, expected"),
+        (
+            "wgmma",
+            80,
+            "",
+            64,
+            "is wgmma, but wgmma is an instruction of compute capability 9.0, and this GPU is of 8.0",
+        ),
+        ("wgmma", 90, "80 90", 64, "is wgmma, but wgmma needs code for 90a"),
+        ("auto", 90, "", 8, "is auto, but K is 8, expected a positive multiple of 16$"),
+        ("cutlass", 90, "", 64, "is 'cutlass', expected library, mma, wgmma or auto"),
+    ],
+)
+@pytest.mark.usefixtures("hopper")
+def test_what_our_own_products_refuse(
+    request_: str, arch: int, archs: str, k: int, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMOOTHQUANT_CUDA_GEMM", request_)
+    monkeypatch.setenv("SQ_EMULATED_ARCH", str(arch))
+    monkeypatch.setenv("SQ_EMULATED_ARCHS", archs)
+    with pytest.raises(RuntimeError, match=f"w8a8_gemm: SMOOTHQUANT_CUDA_GEMM {sentence}"):
+        ops.w8a8_gemm(random_int8(20, k), random_int8(16, k), ONE, ONE)
+
+
+@pytest.mark.usefixtures("own")
+def test_our_own_products_refuse_memory_that_is_not_aligned() -> None:
+    a, b = random_int8(20 * 32 + 8)[8:].view(20, 32), random_int8(16, 32)
+    with pytest.raises(RuntimeError, match="an operand does not begin at a multiple of 16 bytes"):
+        ops.w8a8_gemm(a, b, ONE, ONE)
 
 
 # --- layers ---------------------------------------------------------------------------------------------------------

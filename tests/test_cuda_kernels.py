@@ -18,6 +18,7 @@ A100, L4, H100 = Gpu("NVIDIA A100", 80), Gpu("NVIDIA L4", 89), Gpu("NVIDIA H100"
 B200, T4 = Gpu("NVIDIA B200", 100), Gpu("Tesla T4", 75)
 RELEASE = "80+PTX 89 90a 100a 120"
 GOOD = Facts("13.0", "", 13000, (H100,), RELEASE)
+UNTIMED = "our own kernels are untimed: SMOOTHQUANT_CUDA_GEMM=mma or wgmma tries them"
 ON_CPU = "what is on the CPU runs there"
 VALIDATED = Validation("NVIDIA H200", 90, ("quantize", "gemm_int8"), "2026-12-01", "abc1234", "cuda-h200.json")
 
@@ -25,6 +26,7 @@ VALIDATED = Validation("NVIDIA H200", 90, ("quantize", "gemm_int8"), "2026-12-01
 @pytest.fixture(autouse=True)
 def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SMOOTHQUANT_UNVALIDATED_CUDA", raising=False)
+    monkeypatch.delenv("SMOOTHQUANT_CUDA_GEMM", raising=False)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +80,9 @@ def test_code_runs_on(archs: str, runs: list[int], does_not: list[int]) -> None:
 
 
 def test_what_was_validated_runs_and_says_where() -> None:
-    assert choose(GOOD, ("gemm_int8",), [VALIDATED]) == ("cuda", "validated on NVIDIA H200, 2026-12-01, abc1234")
+    validated = "validated on NVIDIA H200, 2026-12-01, abc1234"
+    assert choose(GOOD, ("quantize",), [VALIDATED]) == ("cuda", validated)
+    assert choose(GOOD, ("gemm_int8",), [VALIDATED]) == ("cuda", f"{validated}; {UNTIMED}")
 
 
 def test_what_was_not_validated_has_to_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +95,48 @@ def test_what_was_not_validated_has_to_be_asked_for(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("SMOOTHQUANT_UNVALIDATED_CUDA", "1")
     backend, reason = choose(GOOD, ("quantize", "gemm_fp8"), [VALIDATED])
     assert backend == "cuda"
-    assert reason == "gemm_fp8 not validated on compute capability 9.0; allowed by SMOOTHQUANT_UNVALIDATED_CUDA=1"
+    allowed = "gemm_fp8 not validated on compute capability 9.0; allowed by SMOOTHQUANT_UNVALIDATED_CUDA=1"
+    assert reason == f"{allowed}; {UNTIMED}"
+
+
+OWN = Validation("NVIDIA H200", 90, ("quantize", "gemm_mma"), "2026-12-01", "abc1234", "cuda-h200.json")
+
+
+@pytest.mark.parametrize(
+    ("request_", "gpu", "family", "backend", "sentence"),
+    [
+        ("mma", H100, "gemm_int8", "cuda", "SMOOTHQUANT_CUDA_GEMM=mma: our own tensor-core kernels; validated on"),
+        ("mma", A100, "gemm_int8", "none", "gemm_mma not validated on compute capability 8.0"),
+        ("wgmma", H100, "gemm_fp8", "none", "gemm_wgmma not validated on compute capability 9.0"),
+        ("auto", H100, "gemm_int8", "none", "gemm_wgmma not validated on compute capability 9.0"),
+        ("wgmma", B200, "gemm_int8", "none", "SMOOTHQUANT_CUDA_GEMM is wgmma, which NVIDIA B200 has no instructions"),
+        ("mma", A100, "gemm_fp8", "none", "SMOOTHQUANT_CUDA_GEMM is mma, which NVIDIA A100 has no instructions for"),
+        ("cutlass", H100, "gemm_int8", "none", "SMOOTHQUANT_CUDA_GEMM is 'cutlass', expected library, mma, wgmma"),
+        ("cutlass", H100, "quantize", "cuda", "validated on"),
+        ("library", A100, "gemm_int8", "none", "gemm_int8 not validated"),
+    ],
+)
+def test_our_own_products_have_to_be_asked_for(
+    request_: str, gpu: Gpu, family: str, backend: str, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMOOTHQUANT_CUDA_GEMM", request_)
+    chosen = choose(GOOD._replace(gpus=(gpu,)), (family,), [OWN])
+    assert chosen.backend == backend
+    assert chosen.reason.startswith(sentence)
+
+
+def test_what_is_untimed_is_named_where_it_could_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMOOTHQUANT_UNVALIDATED_CUDA", "1")
+    for gpu, family, names in (
+        (H100, "gemm_fp8", "mma or wgmma"),
+        (B200, "gemm_fp8", "mma"),
+        (A100, "gemm_int8", "mma"),
+        (A100, "gemm_fp8", ""),
+        (H100, "rows", ""),
+    ):
+        reason = choose(GOOD._replace(gpus=(gpu,)), (family,), []).reason
+        assert ("untimed" in reason) == bool(names)
+        assert f"SMOOTHQUANT_CUDA_GEMM={names} tries them" in reason or not names
 
 
 @pytest.mark.parametrize(
@@ -202,7 +247,10 @@ def write_table(path: Path, **changes: Any) -> Path:
 def test_a_table_is_read_whole_or_refused(tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     assert read_validations(write_table(path)) == [VALIDATED]
-    with pytest.raises(ValueError, match=r"there are no kernels \['gem'\], only quantize, rows, gemm_int8, gemm_fp8"):
+    with pytest.raises(
+        ValueError,
+        match=r"there are no kernels \['gem'\], only quantize, rows, gemm_int8, gemm_fp8, gemm_mma, gemm_wgmma",
+    ):
         read_validations(write_table(path, kernels=["gem"]))
     with pytest.raises(ValueError, match=r"an entry has .* expected"):
         read_validations(write_table(path, commit=None))

@@ -16,8 +16,8 @@
 namespace sq {
 namespace {
 
-constexpr const char* kFamilies[] = {"quantize", "rows", "gemm_int8", "gemm_fp8"};
-constexpr int kFamilyCount = 4, kArchCount = 256, kDeviceCount = 64;
+constexpr const char* kFamilies[] = {"quantize", "rows", "gemm_int8", "gemm_fp8", "gemm_mma", "gemm_wgmma"};
+constexpr int kFamilyCount = 6, kArchCount = 256, kDeviceCount = 64;
 
 std::atomic<bool> validated[kFamilyCount][kArchCount];
 
@@ -61,6 +61,13 @@ int device_arch(int device) {
     return 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
            attribute(cudaDevAttrComputeCapabilityMinor, device);
   });
+}
+
+CodeArch device_code(int device) { return code_arch(cuda_archs(), device_arch(device)); }
+
+int multiprocessors(int device) {
+  static std::atomic<int> known[kDeviceCount];
+  return once(known, device, [&] { return attribute(cudaDevAttrMultiProcessorCount, device); });
 }
 
 int64_t shared_bytes(int device) {

@@ -5,6 +5,7 @@
 #include "cuda/cublaslt.h"
 #include "cuda/devices.h"
 #include "cuda/product.h"
+#include "cuda/tile_product.h"
 #include "kernels/gemm.h"
 
 namespace sq {
@@ -57,7 +58,7 @@ bool multiply_with_library(const char* op, const GemmPlan& plan, const Tensor& a
     product.columns = std::min(plan.rows_together, finish.m - row);
     operands.b = static_cast<const uint8_t*>(a.const_data_ptr()) + row * row_bytes;
     if (!lt_multiply(op, product, operands, a_in)) return false;
-    launch_epilogue({operands.d, is_int32, finish_rows(finish, row, product.columns)}, current_stream(a_in));
+    launch_epilogue({operands.d, 1, is_int32, finish_rows(finish, row, product.columns)}, current_stream(a_in));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
   return true;
@@ -76,7 +77,10 @@ Tensor multiply_cuda(const char* op, const Tensor& a, const Tensor& a_scale, con
                      const Tensor& b_scale_in, const OptionalTensor& bias_in, const GemmShape& shape,
                      ScalarType out_dtype) {
   const int device = a.get_device_index();
-  require_validated(op, is_float8(b_in.scalar_type()) ? Family::kGemmFp8 : Family::kGemmInt8, device);
+  const GemmRequest request = requested_gemm(op);
+  if (!request.is_own) {
+    require_validated(op, is_float8(b_in.scalar_type()) ? Family::kGemmFp8 : Family::kGemmInt8, device);
+  }
   const Tensor b = as_contiguous(b_in), b_scale = as_contiguous(b_scale_in);
   const OptionalTensor bias = as_contiguous(bias_in);
   Tensor y = empty_like_device(a, replace_last(a, shape.n), out_dtype);
@@ -96,13 +100,19 @@ Tensor multiply_cuda(const char* op, const Tensor& a, const Tensor& a_scale, con
   finish.y = y.mutable_data_ptr();
   finish.y_dtype = kernel_dtype(out_dtype);
 
+  const DType a_dtype = kernel_dtype(a.scalar_type()), b_dtype = kernel_dtype(b.scalar_type());
+  if (request.is_own) {
+    multiply_tiles(op, request, {pointer<uint8_t>(a), pointer<uint8_t>(b), a_dtype, b_dtype, shape.k, finish}, a);
+    return y;
+  }
+
   GemmProblem problem{};
   problem.arch = device_arch(device);
   problem.m = shape.m;
   problem.n = shape.n;
   problem.k = shape.k;
-  problem.a = kernel_dtype(a.scalar_type());
-  problem.b = kernel_dtype(b.scalar_type());
+  problem.a = a_dtype;
+  problem.b = b_dtype;
   problem.y = finish.y_dtype;
   problem.is_aligned = is_aligned(a.const_data_ptr()) && is_aligned(b.const_data_ptr());
   problem.are_vectors_aligned = is_aligned(finish.a_scale) && is_aligned(finish.b_scale) && is_aligned(finish.bias);
@@ -117,8 +127,7 @@ Tensor multiply_cuda(const char* op, const Tensor& a, const Tensor& a_scale, con
     plan = plan_without_algorithm(problem, plan);
   }
   check_blocks(op, shape, skinny_blocks(shape.m, shape.n));
-  launch_skinny_gemm({pointer<uint8_t>(a), pointer<uint8_t>(b), problem.a, problem.b, shape.k, finish},
-                     current_stream(a));
+  launch_skinny_gemm({pointer<uint8_t>(a), pointer<uint8_t>(b), a_dtype, b_dtype, shape.k, finish}, current_stream(a));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return y;
 }

@@ -1,7 +1,8 @@
-// What follows a matrix product of cuBLASLt: scales, bias and cast of its int32 or fp32 sums, see Finish. And what precedes
+// What follows a matrix product whose sums are in memory: scales, bias and cast of int32 or fp32 sums, see Finish. And what precedes
 // one in bf16: fp8 values widened, exactly.
 //
-// Epilogue: a thread takes 4 neighbouring columns of a row, 16 bytes of sums; bytes moved: m * n * (4 + sizeof(Y)).
+// Epilogue: a thread takes 4 neighbouring columns of a row, 16 bytes of sums; bytes moved: m * n * (4 + sizeof(Y)). A product
+// whose k was split has several sums, which are added here in their order.
 // Widening: a thread takes 8 values; bytes moved: 3 a value.
 #pragma once
 
@@ -27,15 +28,21 @@ constexpr int64_t epilogue_blocks(int64_t n) {
 // Grid: epilogue_blocks(n) for each row. wide: rows of sums and of y can be moved in fours.
 template <typename Sum, typename Y>
 __global__ void __launch_bounds__(kEpilogueThreads)
-    epilogue_kernel(const Sum* sums, Finish finish, unsigned row_blocks, bool wide) {
+    epilogue_kernel(const Sum* sums, int splits, Finish finish, unsigned row_blocks, bool wide) {
   const int64_t row = blockIdx.x / row_blocks;
   const int64_t first =
       (static_cast<int64_t>(blockIdx.x % row_blocks) * kEpilogueThreads + threadIdx.x) * kEpilogueColumns;
   if (first >= finish.n) return;
   const Sum* source = sums + row * finish.n + first;
+  const int64_t count = finish.m * finish.n;  // of a split
   Y* target = static_cast<Y*>(finish.y) + row * finish.n + first;
   if (wide) {
-    const Four<Sum> four = *reinterpret_cast<const Four<Sum>*>(source);
+    Four<Sum> four = *reinterpret_cast<const Four<Sum>*>(source);
+    for (int split = 1; split < splits; ++split) {
+      const Four<Sum> more = *reinterpret_cast<const Four<Sum>*>(source + split * count);
+      SQ_UNROLL
+      for (int i = 0; i < kEpilogueColumns; ++i) four.at[i] += more.at[i];
+    }
     Four<Y> result;
     SQ_UNROLL
     for (int i = 0; i < kEpilogueColumns; ++i) {
@@ -45,7 +52,9 @@ __global__ void __launch_bounds__(kEpilogueThreads)
     return;
   }
   for (int i = 0; i < kEpilogueColumns && first + i < finish.n; ++i) {
-    from_float(finish_value(finish, row, first + i, source[i]), target + i);
+    Sum sum = source[i];
+    for (int split = 1; split < splits; ++split) sum += source[split * count + i];
+    from_float(finish_value(finish, row, first + i, sum), target + i);
   }
 }
 

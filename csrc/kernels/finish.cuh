@@ -17,12 +17,28 @@ SQ_HOST_DEVICE inline float load_float(const void* x, DType dtype, int64_t index
   }
 }
 
-// The value of y[row, column] in fp32.
+// What the values of a column of y have in common.
+struct ColumnFinish {
+  float scale, bias;
+  bool has_bias;
+};
+
+SQ_HOST_DEVICE inline ColumnFinish column_finish(const Finish& finish, int64_t column) {
+  const bool has_bias = finish.bias != nullptr;
+  return {finish.b_scale[column * finish.b_scale_step],
+          has_bias ? load_float(finish.bias, finish.bias_dtype, column) : 0.0f, has_bias};
+}
+
+// The value of y in fp32. Adding no bias is not adding 0, which would change -0.
+template <typename Sum>
+SQ_HOST_DEVICE inline float finish_value(float a_scale, const ColumnFinish& column, Sum sum) {
+  const float value = static_cast<float>(sum) * (a_scale * column.scale);
+  return column.has_bias ? value + column.bias : value;
+}
+
 template <typename Sum>
 SQ_HOST_DEVICE inline float finish_value(const Finish& finish, int64_t row, int64_t column, Sum sum) {
-  const float scale = finish.a_scale[row * finish.a_scale_step] * finish.b_scale[column * finish.b_scale_step];
-  const float value = static_cast<float>(sum) * scale;
-  return finish.bias == nullptr ? value : value + load_float(finish.bias, finish.bias_dtype, column);
+  return finish_value(finish.a_scale[row * finish.a_scale_step], column_finish(finish, column), sum);
 }
 
 // Four fp8 values as fp32, exactly.

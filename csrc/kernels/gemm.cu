@@ -34,8 +34,8 @@ void launch_epilogue_of(const EpilogueJob& job, void* stream) {
                       reinterpret_cast<uintptr_t>(job.sums) % alignof(Four<Sum>) == 0 &&
                       reinterpret_cast<uintptr_t>(job.finish.y) % alignof(Four<Y>) == 0;
     const auto row_blocks = static_cast<unsigned>(epilogue_blocks(job.finish.n));
-    launch(epilogue_kernel<Sum, Y>, job.finish.m * row_blocks, kEpilogueThreads, 0, stream, sums, job.finish,
-           row_blocks, wide);
+    launch(epilogue_kernel<Sum, Y>, job.finish.m * row_blocks, kEpilogueThreads, 0, stream, sums, job.splits,
+           job.finish, row_blocks, wide);
   });
 }
 

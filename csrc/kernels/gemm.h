@@ -28,7 +28,8 @@ struct SkinnyJob {
 };
 
 struct EpilogueJob {
-  const void* sums;  // [m, n], contiguous, int32 or fp32
+  const void* sums;  // [splits, m, n], contiguous, int32 or fp32
+  int splits;        // which are added, the first first
   bool is_int32;
   Finish finish;
 };

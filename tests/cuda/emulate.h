@@ -3,7 +3,7 @@
 // around the kernels (checks, plans, pointers, buffers) is the very code that runs on a GPU.
 #pragma once
 
-#include "../native/cuda_shim.h"
+#include "../native/tensor_core_shim.h"
 
 // After the shim.
 #include <torch/csrc/stable/accelerator.h>
@@ -17,8 +17,8 @@ namespace sq {
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes, void* /*stream*/,
             const Arguments&... arguments) {
-  shim::run_grid(kernel, static_cast<unsigned>(blocks), static_cast<unsigned>(threads),
-                 static_cast<size_t>(shared_bytes), Parameters(arguments)...);
+  shim::run_tensor_cores(kernel, static_cast<unsigned>(blocks), static_cast<unsigned>(threads),
+                         static_cast<size_t>(shared_bytes), Parameters(arguments)...);
 }
 }  // namespace sq
 

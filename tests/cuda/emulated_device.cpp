@@ -1,11 +1,13 @@
 // A device that is none: an architecture from the environment, and products as cuBLASLt defines them, in plain loops that
-// insist on what cuBLASLt insists on. In the place of csrc/cuda/devices.cpp and cublaslt.cpp.
+// insist on what cuBLASLt insists on. In the place of csrc/cuda/devices.cpp, cublaslt.cpp and tensor_map.cpp.
 #include <cstdlib>
 #include <string>
 
 #include "cpu/kernels/dtypes.h"
 #include "cuda/cublaslt.h"
 #include "cuda/devices.h"
+#include "cuda/tensor_map.h"
+#include "kernels/tile_maps.h"
 
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   *stream = nullptr;
@@ -53,7 +55,7 @@ void store(void* x, LtType type, int64_t index, double value) {
   }
 }
 
-void insist(bool condition, const char* what) { SQ_CHECK(condition, "emulated cuBLASLt: ", what); }
+void insist(bool condition, const char* what) { SQ_CHECK(condition, "emulated device: ", what); }
 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
@@ -77,9 +79,21 @@ int device_arch(int) {
   return arch.empty() ? 90 : std::stoi(arch);
 }
 
+CodeArch device_code(int device) {
+  const std::string archs = environment("SQ_EMULATED_ARCHS");
+  return code_arch(archs.empty() ? "80+PTX 89 90a 100a 120" : archs, device_arch(device));
+}
+
+int multiprocessors(int) { return 3; }
+
 int64_t shared_bytes(int) { return 98 * 1024; }
 
 void require_validated(const char*, Family, int) {}
+
+TensorMap map_of_rows(const char*, const uint8_t* data, int64_t rows, int64_t k, int box_rows) {
+  insist(is_aligned(data) && k % 16 == 0, "a tensor map of rows at multiples of 16 bytes");
+  return shim::map_of_rows({data, rows, k, box_rows, WgmmaTile::kK});
+}
 
 bool lt_multiply(const char*, const LtProduct& product, const LtOperands& operands, const Tensor&) {
   const std::string refused = environment("SQ_EMULATED_REFUSES");

@@ -7,45 +7,13 @@
 #include <string>
 #include <vector>
 
+#include "codes.h"
 #include "kernels/epilogue.cuh"
 #include "kernels/skinny.cuh"
-#include "testing.h"
 
 namespace {
 
 using namespace sq;
-
-float decode(uint8_t code, DType dtype) {
-  if (dtype == DType::kInt8) return static_cast<float>(static_cast<int8_t>(code));
-  const int mantissa_bits = dtype == DType::kFloat8E4M3 ? 3 : 2, bias = dtype == DType::kFloat8E4M3 ? 7 : 15;
-  const int exponent = (code & 0x7f) >> mantissa_bits, mantissa = code & ((1 << mantissa_bits) - 1);
-  const int top = (1 << (7 - mantissa_bits)) - 1;
-  double magnitude = exponent == 0 ? std::ldexp(mantissa, 1 - bias - mantissa_bits)
-                                   : std::ldexp((1 << mantissa_bits) + mantissa, exponent - bias - mantissa_bits);
-  if (dtype == DType::kFloat8E4M3 && (code & 0x7f) == 0x7f) magnitude = NAN;
-  if (dtype == DType::kFloat8E5M2 && exponent == top) magnitude = mantissa == 0 ? INFINITY : NAN;
-  return static_cast<float>(code & 0x80 ? -magnitude : magnitude);
-}
-
-// A finite value.
-uint8_t random_code(DType dtype) {
-  for (;;) {
-    const auto code = static_cast<uint8_t>(random_int(0, 255));
-    if (std::isfinite(decode(code, dtype))) return code;
-  }
-}
-
-Buffer<uint8_t> random_codes(int64_t count, DType dtype) {
-  Buffer<uint8_t> codes(count);
-  for (int64_t i = 0; i < count; ++i) codes[i] = random_code(dtype);
-  return codes;
-}
-
-Buffer<float> random_scales(int64_t count) {
-  Buffer<float> scales(count);
-  for (int64_t i = 0; i < count; ++i) scales[i] = 0.01f * std::fabs(random_float()) + 1e-4f;
-  return scales;
-}
 
 // Bias and output of any dtype, with the memory that a kernel may touch exactly as large as it says.
 struct Output {
@@ -190,17 +158,18 @@ void test_special_values(DType dtype) {
 }
 
 template <typename Sum, typename Y>
-void run_epilogue(const Buffer<Sum>& sums, const Finish& finish, bool wide) {
+void run_epilogue(const Buffer<Sum>& sums, int splits, const Finish& finish, bool wide) {
   const auto row_blocks = static_cast<unsigned>(epilogue_blocks(finish.n));
   shim::run_grid(epilogue_kernel<Sum, Y>, static_cast<unsigned>(finish.m) * row_blocks, unsigned{kEpilogueThreads},
-                 size_t{0}, const_cast<const Sum*>(sums.data()), finish, row_blocks, wide);
+                 size_t{0}, const_cast<const Sum*>(sums.data()), splits, finish, row_blocks, wide);
 }
 
 template <typename Sum>
-void test_epilogue(const Case& test) {
-  Buffer<Sum> sums(test.m * test.n);
+void test_epilogue(const Case& test, int splits) {
+  const int64_t count = test.m * test.n;
+  Buffer<Sum> sums(count * splits);
   for (int64_t i = 0; i < sums.size(); ++i) {
-    const int bits = random_int(INT32_MIN, INT32_MAX);
+    const int bits = random_int(INT32_MIN / splits, INT32_MAX / splits);
     sums[i] = std::is_same_v<Sum, int32_t> ? static_cast<Sum>(bits) : static_cast<Sum>(random_float() * 1e6f);
   }
   const Buffer<float> a_scale = random_scales(test.a_per_row ? test.m : 1);
@@ -210,16 +179,18 @@ void test_epilogue(const Case& test) {
   const bool wide = test.n % kEpilogueColumns == 0;
   switch (test.y_dtype) {
     case DType::kBFloat16:
-      run_epilogue<Sum, BFloat16>(sums, finish, wide);
+      run_epilogue<Sum, BFloat16>(sums, splits, finish, wide);
       break;
     case DType::kFloat16:
-      run_epilogue<Sum, Float16>(sums, finish, wide);
+      run_epilogue<Sum, Float16>(sums, splits, finish, wide);
       break;
     default:
-      run_epilogue<Sum, float>(sums, finish, wide);
+      run_epilogue<Sum, float>(sums, splits, finish, wide);
   }
-  for (int64_t i = 0; i < sums.size(); ++i) {
-    const float expected = finished(test, a_scale, b_scale, bias, i / test.n, i % test.n, static_cast<float>(sums[i]));
+  for (int64_t i = 0; i < count; ++i) {
+    Sum sum = sums[i];
+    for (int split = 1; split < splits; ++split) sum += sums[split * count + i];
+    const float expected = finished(test, a_scale, b_scale, bias, i / test.n, i % test.n, static_cast<float>(sum));
     CHECK(same(y[i], expected), "epilogue, n %" PRId64 ", %" PRId64 ": %g, expected %g", test.n, i, y[i], expected);
   }
 }
@@ -272,8 +243,8 @@ int main() {
       for (int64_t n : {1, 4, 7, 1023, 1024, 1028}) {
         ++turn;
         const Case test{3, n, 0, {}, {}, bias_dtype, y_dtype, turn % 3 != 0, turn % 2 == 0, turn % 4 < 2, 0};
-        test_epilogue<int32_t>(test);
-        test_epilogue<float>(test);
+        test_epilogue<int32_t>(test, 1 + turn % 3);
+        test_epilogue<float>(test, 1 + turn % 3);
       }
     }
   }

@@ -1,14 +1,17 @@
-// Runs CUDA kernels that use no tensor cores on the CPU: include it before the .cuh, then run_grid(kernel, ...).
+// Runs CUDA kernels on the CPU: include it before the .cuh, then run_grid(kernel, ...). What tensor cores need besides is
+// in tensor_core_shim.h.
 //
-// The threads of a block are fibres in one operating system thread, switched only at barriers, and blocks run one after
-// another; so all threads of a block must reach the same barriers, and __shared__ variables can be static. A shuffle is
-// a barrier of the whole block.
+// The threads of a block are fibres in one operating system thread, switched only where they wait, and blocks run one
+// after another; so __shared__ variables can be static. A shuffle is a barrier of its warp. A block in which nobody gets
+// any further is a deadlock, and ends the program.
 #pragma once
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -19,6 +22,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __shared__ static
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define SQ_DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(shim::dynamic_shared.get())
 
@@ -38,23 +42,50 @@ struct Fibre {
   bool finished = false;
 };
 
+// Of some of a block's threads: each waits until all of them have come.
+struct Barrier {
+  unsigned arrived = 0, generation = 0;
+};
+
 inline std::vector<Fibre> fibres;
 inline std::vector<uint32_t> shuffled;
+inline Barrier block_barrier;
+inline std::vector<Barrier> warp_barriers;
 inline std::shared_ptr<void> dynamic_shared;
 inline ucontext_t scheduler;
 inline std::function<void()> body;
+// Things that happen by themselves while threads wait, such as copies that were started. True: something happened.
+inline std::function<bool()> meanwhile;
+inline bool has_progress = false;
 
 inline void run_body() {
   body();
   fibres[threadIdx.x].finished = true;
+  has_progress = true;
   // uc_link goes back to the scheduler.
 }
 
 // Gives the other threads their turn; the scheduler comes back once each has had it.
-inline void barrier() {
+inline void yield() {
   const unsigned self = threadIdx.x;
   swapcontext(&fibres[self].context, &scheduler);
   threadIdx.x = self;
+}
+
+inline void wait(Barrier& barrier, unsigned threads) {
+  const unsigned generation = barrier.generation;
+  has_progress = true;
+  if (++barrier.arrived == threads) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    return;
+  }
+  while (barrier.generation == generation) yield();
+}
+
+inline void wait_for_warp() {
+  const unsigned warp = threadIdx.x / 32;
+  wait(warp_barriers[warp], std::min(32u, blockDim.x - warp * 32));
 }
 
 inline void start(Fibre& fibre) {
@@ -66,14 +97,21 @@ inline void start(Fibre& fibre) {
 }
 
 inline void run_block() {
+  block_barrier = {};
+  warp_barriers.assign((blockDim.x + 31) / 32, {});
   for (unsigned t = 0; t < blockDim.x; ++t) start(fibres[t]);
   for (bool running = true; running;) {
-    running = false;
+    running = has_progress = false;
     for (unsigned t = 0; t < blockDim.x; ++t) {
       if (fibres[t].finished) continue;
       threadIdx.x = t;
       swapcontext(&scheduler, &fibres[t].context);
       running = running || !fibres[t].finished;
+    }
+    if (meanwhile && meanwhile()) has_progress = true;
+    if (running && !has_progress) {
+      std::fprintf(stderr, "deadlock in block %u\n", blockIdx.x);
+      std::abort();
     }
   }
 }
@@ -81,7 +119,7 @@ inline void run_block() {
 // Exactly so many bytes, for a sanitizer to watch, and nothing in them that an earlier block left.
 inline void allocate_shared(size_t bytes) {
   void* memory = nullptr;
-  if (posix_memalign(&memory, 16, bytes > 0 ? bytes : 1) != 0) std::abort();
+  if (posix_memalign(&memory, 1024, bytes > 0 ? bytes : 1) != 0) std::abort();
   std::memset(memory, 0xff, bytes);
   dynamic_shared = std::shared_ptr<void>(memory, std::free);
 }
@@ -101,16 +139,16 @@ void run_grid(Kernel kernel, unsigned blocks, unsigned threads, size_t shared_by
 
 }  // namespace shim
 
-inline void __syncthreads() { shim::barrier(); }
+inline void __syncthreads() { shim::wait(shim::block_barrier, blockDim.x); }
 
 template <typename T>
 T __shfl_xor_sync(uint32_t /*mask*/, T value, int offset) {
   static_assert(sizeof(T) == sizeof(uint32_t));
   std::memcpy(&shim::shuffled[threadIdx.x], &value, sizeof(T));
-  shim::barrier();
+  shim::wait_for_warp();
   T other;
   std::memcpy(&other, &shim::shuffled[threadIdx.x ^ static_cast<unsigned>(offset)], sizeof(T));
-  shim::barrier();
+  shim::wait_for_warp();
   return other;
 }
 
