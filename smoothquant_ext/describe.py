@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .errors import SmoothQuantError
+from .experts import W8A8Experts
 from .formats import choose_format, quantization_config
 from .hf import plain_tensors, to_checkpoint_modules, to_checkpoint_tensors
 from .modules import W8A8Linear
@@ -34,13 +35,19 @@ class Naming:
 
 
 def quantized_layers(model: nn.Module) -> dict[str, W8A8Linear]:
-    """The 8-bit layers of a model, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, W8A8Linear)}
+    """The 8-bit layers of a model, by name; of experts the layers of each, which are views."""
+    found: dict[str, W8A8Linear] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, W8A8Linear):
+            found[name] = module
+        elif isinstance(module, W8A8Experts):
+            found |= {f"{name}.{local}": layer for local, layer in module.layers()}
+    return found
 
 
 def stored_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """What a checkpoint stores besides the 8-bit layers, by its name there."""
-    plain = to_checkpoint_tensors(model, plain_tensors(model, besides=W8A8Linear))
+    plain = to_checkpoint_tensors(model, plain_tensors(model, besides=(W8A8Linear, W8A8Experts)))
     for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
         plain.pop(name, None)
     return plain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,9 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.utils import logging
+
+from .experts import NAMES
+from .read_experts import Reading
 
 
 @contextmanager
@@ -40,7 +44,7 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0].rstrip(".:")
 
 
-def plain_tensors(model: nn.Module, besides: type[nn.Module]) -> dict[str, Tensor]:
+def plain_tensors(model: nn.Module, besides: tuple[type[nn.Module], ...]) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name, without those of ``besides`` modules, each storage once.
 
     Of tied tensors the one that ``from_pretrained`` ties the others to is kept.
@@ -77,6 +81,35 @@ def to_checkpoint_modules(model: PreTrainedModel, names: Iterable[str]) -> dict[
     stored = to_checkpoint_tensors(model, {f"{name}.weight": marker for name, marker in markers.items()})
     by_identity = {id(marker): name.removesuffix(".weight") for name, marker in stored.items()}
     return {name: by_identity.get(id(marker), name) for name, marker in markers.items()}
+
+
+def expert_names(model: nn.Module, path: str, reading: Reading) -> dict[str, str]:
+    """What checkpoints call the layers of an expert, one by one: those of the module ``path``, which is still fused.
+
+    Where transformers keeps the experts fused in its checkpoints too, the names that llm-compressor gives them.
+    """
+    parts = reading.parts
+    rows: dict[str, list[str]] = {}  # of the parameters of an expert with one channel: which layer each is
+    for name in sorted(parts, key=lambda name: parts[name].rows.start or 0):
+        rows.setdefault(parts[name].name, []).append(name)
+    numbers = {name: float(number) for number, name in enumerate(parts)}
+    tensors = {}
+    for parameter, names in rows.items():
+        weight = torch.tensor([[[numbers[name]] for name in names]])
+        is_transposed = parts[names[0]].is_transposed
+        tensors[f"{path}.{parameter}"] = weight.transpose(1, 2) if is_transposed else weight
+    try:
+        stored = to_checkpoint_tensors(model, tensors) if isinstance(model, PreTrainedModel) else {}
+    except (AttributeError, IndexError, KeyError, RuntimeError, ValueError):  # a conversion that needs the real sizes
+        stored = {}
+    found = {
+        name: match[1]
+        for key, tensor in stored.items()
+        if (match := re.fullmatch(r".*\.0\.(\w+)\.weight", key)) and tensor.numel() == 1
+        for name in parts
+        if numbers[name] == float(tensor)
+    }
+    return found if found.keys() == parts.keys() else {name: NAMES[name] for name in parts}
 
 
 def to_model_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str | None]:

@@ -15,11 +15,13 @@ from transformers import PreTrainedModel
 
 from .blocks import Batch, find_blocks, token_ids
 from .calibrate import calibrate
-from .convert import convert_
+from .convert import convert_, convert_experts_
 from .describe import describe_
 from .discover import Discovery, discover
 from .errors import SmoothQuantError
+from .experts import as_experts
 from .fuse import fuse_
+from .hf import expert_names
 from .journal import Journal, fingerprint
 from .linears import check_finite_weights, select_linears
 from .progress import track
@@ -112,7 +114,7 @@ def quantize(
     model.eval()
 
     selection = select_linears(model, recipe)
-    check_finite_weights(selection.linears)
+    check_finite_weights({name: model.get_submodule(name) for name in (*selection.linears, *selection.experts)})
     data = CalibrationData(batches)
     recorder = StreamRecorder(find_blocks(model))
     watched = bar(data, "Calibrating")
@@ -138,6 +140,7 @@ def quantize(
         data.first,
         recipe,
         notes,
+        selection.experts,
         lambda names: bar(names, "Quantizing blocks"),
     )
     if recipe.skips:
@@ -151,23 +154,30 @@ def quantize(
         selection.skipped |= skips.reasons
         for name in skips.reasons:
             del done.layers[name], selection.linears[name]
-    for name, layer in done.layers.items():
+    names = {name: expert_names(model, name, reading) for name, reading in selection.experts.items()}
+    for name, layer in (done.layers | done.experts).items():
         model.set_submodule(name, layer)
     rest = [name for name in selection.linears if name not in done.layers]  # outside of every block
     convert_(model, rest, absmax, recipe.resolved_scheme)
+    other_experts = {name: own for name, own in selection.experts.items() if name not in done.experts}
+    convert_experts_(model, other_experts, recipe.resolved_scheme)
+    for name, own_names in names.items():
+        as_experts(model.get_submodule(name)).names = own_names
     report.fused = fuse_(model)
     if isinstance(model, PreTrainedModel):
         describe_(model)
     notes.remove()
 
     smoothed = {consumer for group in done.smoothing.groups for consumer in group.consumers}
-    report.quantized = list(selection.linears)
+    report.quantized = [*selection.linears, *selection.experts]
     report.groups = done.smoothing.groups
     report.failed = discovery.rejected | done.smoothing.failed
-    report.unsmoothed = [name for name in selection.linears if name not in smoothed]
+    report.unsmoothed = [name for name in report.quantized if name not in smoothed]
     report.skipped = selection.skipped
     report.errors, report.damages, report.limits, report.massive = done.errors, done.damages, done.limits, done.massive
     report.per_token = [name for name in done.per_token if name in selection.linears]
+    if recipe.resolved_scheme.is_static:
+        report.per_token += selection.experts
     report.outliers = {name: (before[name], absmax[name]) for name in before}
     model.smoothquant_report = report  # type: ignore[assignment]
     return model

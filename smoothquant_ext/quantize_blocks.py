@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 
 from .blocks import Batch, BlockCall, find_blocks, full_name, probe_batch, record_calls
 from .clipping import choose_clips_
-from .convert import quantize_linear
+from .convert import quantize_experts, quantize_linear
 from .discover import Group, explicit_groups
+from .experts import W8A8Experts
 from .journal import Journal
 from .linears import Linear, find_linears, weight_nk
 from .modules import W8A8Linear
 from .observe import BlockInput, Observation, observe
+from .read_experts import Reading
 from .rounding import round_weight
 from .scheme import AUTO, Recipe, Scheme
 from .search import Choice, Trial, damage, search_alphas_
@@ -38,6 +41,7 @@ class Blocks:
         limits: largest magnitude that a static scale represents, relative to the absmax, by layer, where it was chosen.
         massive: inputs at which one token towers over the others: by how much over the median one, and its position.
         per_token: layers of a static scheme whose input has a scale per token.
+        experts: the 8-bit experts of mixtures by name; not yet in the model.
     """
 
     layers: dict[str, W8A8Linear] = field(default_factory=dict)
@@ -48,6 +52,7 @@ class Blocks:
     limits: dict[str, float] = field(default_factory=dict)
     massive: dict[str, tuple[float, int]] = field(default_factory=dict)
     per_token: list[str] = field(default_factory=list)
+    experts: dict[str, W8A8Experts] = field(default_factory=dict)
 
 
 MASSIVE = 50.0  # times the median token: worth telling
@@ -65,6 +70,7 @@ def quantize_blocks(
     first: Batch,
     recipe: Recipe,
     journal: Journal,
+    experts: Mapping[str, Reading] = MappingProxyType({}),
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Blocks:
     """Folds smoothing into the model in place, and makes the 8-bit layers of its blocks.
@@ -78,6 +84,7 @@ def quantize_blocks(
         first: a batch for the proof that each fold preserves the function.
         recipe: what to do.
         journal: takes and gives the findings of the search.
+        experts: how to read the experts of mixtures that are to be quantized, by name.
         progress: wraps the iterable of blocks.
     """
     done = Blocks()
@@ -91,7 +98,8 @@ def quantize_blocks(
         own = members.get(name, []) + (worker.explicit_groups(members.get(name, [])) if recipe.explicit else [])
         choices, limits = worker.decide(own, journal)
         proof = Proof(blocks[name], calls[name], name)
-        worker.apply_(model, choices, limits, proof, done)
+        own_experts = {each: reading for each, reading in experts.items() if each.startswith(full_name(name, ""))}
+        worker.apply_(model, choices, limits, own_experts, proof, done)
         previous = worker.observation.outputs
     return done
 
@@ -199,10 +207,11 @@ class BlockQuantizer:
         model: nn.Module,
         choices: Sequence[Choice],
         limits: Mapping[str, float],
+        experts: Mapping[str, Reading],
         proof: Proof,
         done: Blocks,
     ) -> None:
-        """Folds what was decided, and makes and measures the 8-bit layers."""
+        """Folds what was decided, and makes and measures the 8-bit layers and experts."""
         scales: dict[str, Tensor] = {}  # what the input of each layer is divided by
         explicit: set[str] = set()
         unfolded: set[str] = set()  # their limits were chosen for another range
@@ -227,9 +236,14 @@ class BlockQuantizer:
                 own[name] = self._quantize(reader, each, scales.get(name), name in explicit, limit)
                 if each.rows:  # an expert may not run in the held-out windows
                     done.errors[name] = self._error(reader, own[name], each, scales.get(name))
+        mixtures = {
+            name: quantize_experts(model.get_submodule(name), reading, self.recipe.resolved_scheme)
+            for name, reading in experts.items()
+        }
         done.layers |= own
+        done.experts |= mixtures
         done.per_token += self.schemes
-        with swapped(model, own):
+        with swapped(model, own | mixtures):
             done.damages[self.name] = damage([call.replay(self.block) for call in self.test_calls], self.expected)
 
     def _quantize(

@@ -132,8 +132,7 @@ inline void parallel_gemm(GemmRange gemm, const std::vector<RowsProduct>& produc
     const int64_t count = product.rows.end - product.rows.begin, panels = panel_count(product.args.n);
     if (count == 0 || panels == 0) continue;
     k = std::max<int64_t>(1, product.args.k);
-    const int64_t pieces = row_blocks(count, product.args.a_stride, panels, block_bytes);
-    const int64_t rows = count <= 32 ? count : padded_rows(div_up(count, pieces));
+    const int64_t rows = block_rows(count, product.args.a_stride, panels, block_bytes);
     for (int64_t row = product.rows.begin; row < product.rows.end; row += rows) {
       const int64_t last = std::min(product.rows.end, row + rows);
       blocks.push_back({&product.args, {row, last}, total, last - row + kReadRows, panels});
