@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +96,7 @@ def expert_names(model: nn.Module, path: str, reading: Reading) -> dict[str, str
     numbers = {name: float(number) for number, name in enumerate(parts)}
     tensors = {}
     for parameter, names in rows.items():
-        weight = torch.tensor([[[numbers[name]] for name in names]])
+        weight = torch.tensor([[[numbers[name]] for name in names]], device="cpu")
         is_transposed = parts[names[0]].is_transposed
         tensors[f"{path}.{parameter}"] = weight.transpose(1, 2) if is_transposed else weight
     try:
@@ -125,3 +126,49 @@ def to_model_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, st
             target, converter = rename_source_key(name, [], [], model.base_model_prefix, state)
         renamed[name] = target if converter is None else None
     return renamed
+
+
+def renamed_alone(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """The names that a model would have for tensors of a checkpoint if it did not split or merge them."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    return {name: rename_source_key(name, renamings, [])[0] for name in names}
+
+
+class ExpertKey(NamedTuple):
+    """A tensor of one layer of one expert: ``path.expert.layer.kind``."""
+
+    path: str
+    expert: int
+    layer: str
+    kind: str
+
+
+def expert_key(name: str) -> ExpertKey | None:
+    """The parts of the name of an expert's tensor; ``None`` for others."""
+    match = _EXPERT_KEY.fullmatch(name)
+    return ExpertKey(match[1], int(match[2]), match[3], match[4]) if match else None
+
+
+_EXPERT_KEY = re.compile(r"(.+)\.(\d+)\.(\w+)\.(\w+)")
+
+
+class ExpertRenaming(WeightRenaming):
+    """Keeps transformers from merging the experts that ``targets`` names, (path, layer) -> layer in the model.
+
+    One dictionary, because a pattern for each would be tried on each of tens of thousands of names.
+    """
+
+    __slots__ = ("targets",)
+
+    def __init__(self, targets: Mapping[tuple[str, str], str]) -> None:
+        super().__init__(source_patterns="expert", target_patterns="expert_")  # it wants some; they are not used
+        self.targets = targets
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        """The name in the model, and whether it is another one."""
+        key = expert_key(source_key)
+        if key is None or (key.path, key.layer) not in self.targets:
+            return source_key, None
+        layer = self.targets[key.path, key.layer]
+        return f"{key.path}.expert_{key.expert}.{layer}.{key.kind}", self.source_patterns[0]

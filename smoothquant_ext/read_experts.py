@@ -91,20 +91,25 @@ def read_experts(module: nn.Module) -> Reading | None:
     It is called as transformers does, ``module(hidden_states [T, K], top_k_index [T, slots], top_k_weights)``, with
     random parameters in fp32 which all experts share, so that a module on the meta device can be read as well.
     """
-    own = {name: p for name, p in module.named_parameters(recurse=False)}
+    with torch.device("cpu"):  # transformers builds models in a context of another one
+        return _read(module)
+
+
+def _read(module: nn.Module) -> Reading | None:
+    own = dict(module.named_parameters(recurse=False))
     generator = torch.Generator().manual_seed(0)
-    parameters = {
-        name: (torch.randn(1, *p.shape[1:], generator=generator) * p.shape[-1] ** -0.5).expand(p.shape[0], *p.shape[1:])
-        for name, p in own.items()
-    }
+    parameters = {}
+    for name, parameter in own.items():
+        one = torch.randn(1, *parameter.shape[1:], generator=generator, dtype=torch.float32)
+        parameters[name] = (one * parameter.shape[-1] ** -0.5).expand(parameter.shape)
     experts = next(iter(own.values())).shape[0]
     index = torch.stack([torch.randperm(experts, generator=generator)[:SLOTS] for _ in range(TOKENS)])
-    weights = torch.rand(index.shape, generator=generator)
+    weights = torch.rand(index.shape, generator=generator, dtype=torch.float32)
     outputs: dict[int, Tensor | None] = {}
     best: tuple[float, Reading | None] = (TOLERANCE, None)
     for reading in _readings(own):
         width = reading.gate.weight(parameters).shape[2]
-        x = torch.randn(TOKENS, width, generator=torch.Generator().manual_seed(1)) * 2
+        x = torch.randn(TOKENS, width, generator=torch.Generator().manual_seed(1), dtype=torch.float32) * 2
         if width not in outputs:
             outputs[width] = _output_of(module, parameters, x, index, weights)
         actual = outputs[width]
@@ -119,7 +124,7 @@ def agrees(module: nn.Module, reading: Reading) -> bool:
     weight = reading.gate.weight(parameters)
     generator = torch.Generator().manual_seed(2)
     index = torch.stack([torch.randperm(len(weight), generator=generator)[:SLOTS] for _ in range(TOKENS)])
-    weights = torch.rand(index.shape, generator=generator)
+    weights = torch.rand(index.shape, generator=generator, dtype=torch.float32)
     x = torch.randn(TOKENS, weight.shape[2], generator=generator)
     x, index, weights = x.to(weight), index.to(weight.device), weights.to(weight)
     actual = _output_of(module, parameters, x, index, weights)
