@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from .blocks import Batch, run_model
 from .errors import SmoothQuantError
-from .linears import Linear
 from .stream import StreamRecorder
 
 
 def calibrate(
     model: nn.Module,
-    linears: Mapping[str, Linear],
+    layers: Mapping[str, nn.Module],
     batches: Iterable[Batch],
     recorder: StreamRecorder | None = None,
     records: Callable[[int], bool] = lambda _: True,
@@ -26,7 +25,7 @@ def calibrate(
 
     Args:
         model: the causal LM, in floating point.
-        linears: the layers to watch, by name.
+        layers: the linear layers, and experts of mixtures, to watch, by name.
         batches: token ids [B, T] or forward arguments; any iterable, consumed once.
         recorder: also records what the blocks are called with, in the batches for whose number ``records`` is true.
 
@@ -38,7 +37,7 @@ def calibrate(
     """
     absmax: dict[str, Tensor] = {}
     handles = []
-    for name, linear in linears.items():
+    for name, layer in layers.items():
 
         def watch(_module: nn.Module, args: Any, name: str = name) -> None:
             x = args[0].detach()
@@ -47,7 +46,7 @@ def calibrate(
             seen = x.reshape(-1, x.shape[-1]).abs().amax(dim=0).float()
             absmax[name] = torch.maximum(absmax[name], seen) if name in absmax else seen
 
-        handles.append(linear.register_forward_pre_hook(watch))
+        handles.append(layer.register_forward_pre_hook(watch))
     count = 0
     try:
         for batch in batches:

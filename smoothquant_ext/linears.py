@@ -97,11 +97,13 @@ class Selection:
     Attributes:
         linears: the layers to quantize, by name.
         experts: how to read the experts of mixtures to quantize, by the name of the module that holds them all.
+        readings: the same of all experts that can be read, quantized or not.
         skipped: the reason for each layer left in floating point, by name.
     """
 
     linears: dict[str, Linear] = field(default_factory=dict)
     experts: dict[str, Reading] = field(default_factory=dict)
+    readings: dict[str, Reading] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
 
@@ -127,6 +129,7 @@ def select_linears(model: nn.Module, recipe: Recipe) -> Selection:
         if reading is None
     }
     selection = Selection(skipped=_unsupported_weights(model, {*linears, *experts}))
+    selection.readings = {name: reading for name, reading in experts.items() if reading is not None}
     for name in (*linears, *experts):
         if any(_matches(name, pattern) for pattern in recipe.skip):
             selection.skipped[name] = "skipped by pattern"
@@ -136,8 +139,8 @@ def select_linears(model: nn.Module, recipe: Recipe) -> Selection:
             selection.skipped[name] = reasons[name]
         elif name in linears:
             selection.linears[name] = linears[name]
-        elif (reading := experts[name]) is not None:
-            selection.experts[name] = reading
+        else:
+            selection.experts[name] = selection.readings[name]
     if not selection.linears and not selection.experts:
         kinds = sorted({type(module).__name__ for module in model.modules() if not list(module.children())})
         raise SmoothQuantError(

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -114,21 +115,24 @@ def quantize(
     model.eval()
 
     selection = select_linears(model, recipe)
-    check_finite_weights({name: model.get_submodule(name) for name in (*selection.linears, *selection.experts)})
+    layers = {name: model.get_submodule(name) for name in (*selection.linears, *selection.experts)}
+    check_finite_weights(layers)
     data = CalibrationData(batches)
     recorder = StreamRecorder(find_blocks(model))
     watched = bar(data, "Calibrating")
     records = (lambda _: True) if recipe.is_tuned else data.is_held_out
-    absmax = calibrate(model, selection.linears, watched, recorder, records)
-    for name in [name for name in selection.linears if name not in absmax]:
-        del selection.linears[name]
+    absmax = calibrate(model, layers, watched, recorder, records)
+    for name in [name for name in layers if name not in absmax]:
+        selection.linears.pop(name, None)
+        selection.experts.pop(name, None)
         selection.skipped[name] = "never ran during calibration"
     seen = absmax | {f"held out {index}": token_ids(batch) for index, batch in data.held_out.items()}
     notes = Journal(Path(journal) / fingerprint(model, seen, repr(recipe)) if journal is not None else None)
 
     discovery = Discovery()
     if recipe.smooth:
-        discovery = discover(model, data.first, lambda blocks: bar(blocks, "Finding smoothing groups"), absmax)
+        shown = partial(bar, what="Finding smoothing groups")
+        discovery = discover(model, data.first, shown, absmax, selection.readings)
     report.calibration = {"windows": data.windows, "tokens": data.tokens}
     before = dict(absmax)
     done = quantize_blocks(

@@ -94,12 +94,14 @@ def quantize_blocks(
     previous: Sequence[list[Tensor]] = ()
     for name in progress(recorder.names):
         clips = recipe.clips and name not in recorder.repeated  # ranges of other runs were not recorded
-        worker = BlockQuantizer(name, blocks[name], recorder.calls(name, previous), held_out, absmax, recipe, clips)
+        mixtures = {each: reading for each, reading in experts.items() if each.startswith(full_name(name, ""))}
+        worker = BlockQuantizer(
+            name, blocks[name], recorder.calls(name, previous), held_out, absmax, recipe, clips, mixtures
+        )
         own = members.get(name, []) + (worker.explicit_groups(members.get(name, [])) if recipe.explicit else [])
         choices, limits = worker.decide(own, journal)
         proof = Proof(blocks[name], calls[name], name)
-        own_experts = {each: reading for each, reading in experts.items() if each.startswith(full_name(name, ""))}
-        worker.apply_(model, choices, limits, own_experts, proof, done)
+        worker.apply_(model, choices, limits, proof, done)
         previous = worker.observation.outputs
     return done
 
@@ -116,9 +118,10 @@ class BlockQuantizer:
         absmax: dict[str, Tensor],
         recipe: Recipe,
         clips: bool,
+        experts: Mapping[str, Reading],
     ) -> None:
         self.name, self.block, self.absmax, self.recipe = name, block, absmax, recipe
-        self.clips = clips
+        self.clips, self.experts = clips, experts
         self.linears: dict[str, Linear] = {
             local: linear for local, linear in find_linears(block).items() if full_name(name, local) in absmax
         }
@@ -168,8 +171,16 @@ class BlockQuantizer:
             full_name(self.name, reader): each for each in self.observation.inputs.values() for reader in each.readers
         }
         absmax = {name: self.absmax[name] if each.absmax is None else each.absmax for name, each in seen.items()}
+        absmax |= {name: self.absmax[name] for name in self.experts}
         trial = Trial(
-            self.name, self.block, absmax, recipe.resolved_scheme, self.test_calls, self.expected, self.schemes
+            self.name,
+            self.block,
+            absmax,
+            recipe.resolved_scheme,
+            self.test_calls,
+            self.expected,
+            self.schemes,
+            self.experts,
         )
         if is_searched:
             found_alphas = search_alphas_(trial, groups, recipe.migration)
@@ -207,7 +218,6 @@ class BlockQuantizer:
         model: nn.Module,
         choices: Sequence[Choice],
         limits: Mapping[str, float],
-        experts: Mapping[str, Reading],
         proof: Proof,
         done: Blocks,
     ) -> None:
@@ -238,7 +248,7 @@ class BlockQuantizer:
                     done.errors[name] = self._error(reader, own[name], each, scales.get(name))
         mixtures = {
             name: quantize_experts(model.get_submodule(name), reading, self.recipe.resolved_scheme)
-            for name, reading in experts.items()
+            for name, reading in self.experts.items()
         }
         done.layers |= own
         done.experts |= mixtures
