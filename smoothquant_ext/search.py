@@ -82,7 +82,7 @@ class Trial:
         """
         self.prefix = f"{name}." if name else ""
         self.scheme, self.calls, self.expected, self.schemes = scheme, calls, expected, schemes
-        self.experts = experts
+        self.experts = dict(experts)
         self.absmax = {layer: values for layer, values in absmax.items() if layer.startswith(self.prefix)}
         self.wide = copy.deepcopy(block).float()
         self.eight = copy.deepcopy(block)
