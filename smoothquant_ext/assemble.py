@@ -105,7 +105,8 @@ class W8A8Quantizer(HfQuantizer):
                 continue
             if linear is None:
                 raise SmoothQuantError(
-                    f"{self.stored.directory}: {name} is quantized, but {type(model).__name__} has no linear layer there"
+                    f"{self.stored.directory}: {name} is quantized, but {type(model).__name__} has no linear layer "
+                    "there"
                 )
             if linear.bias is not None and not stored[name].bias:
                 raise SmoothQuantError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +29,7 @@ class LoadingExperts(nn.Module):
         dtype: of what is in floating point.
     """
 
-    def __init__(
-        self, layers: Mapping[tuple[int, str], W8A8Linear], activation: str, names: Mapping[str, str]
-    ) -> None:
+    def __init__(self, layers: Mapping[tuple[int, str], W8A8Linear], activation: str, names: Mapping[str, str]) -> None:
         super().__init__()
         self.activation, self.names = activation, dict(names)
         for (expert, part), layer in layers.items():
@@ -42,11 +41,11 @@ class LoadingExperts(nn.Module):
         """The experts of the filled layers, whose own weights are freed."""
         experts = list(self.children())
         layers: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
-        scheme = None
+        schemes = []
         for part in [part for part in PARTS if part in experts[0]._modules]:
-            own = [expert.get_submodule(part) for expert in experts]
-            scheme = own[0].scheme
-            stacked = []
+            own = [cast(W8A8Linear, expert.get_submodule(part)) for expert in experts]
+            schemes.append(own[0].scheme)
+            stacked: list[Tensor | None] = []
             for kind in ("weight", "weight_scale", "bias"):
                 values = [values_of(layer, kind) for layer in own]
                 if any(value is not None and value.is_meta for value in values):
@@ -55,10 +54,10 @@ class LoadingExperts(nn.Module):
                 for layer in own:
                     layer._buffers[kind] = None
             weight, scale, bias = stacked
-            assert weight is not None and scale is not None
+            assert weight is not None
+            assert scale is not None
             layers[part] = weight, scale, bias
-        assert scheme is not None
-        made = W8A8Experts(layers, self.activation, scheme)
+        made = W8A8Experts(layers, self.activation, schemes[0])
         made.names = self.names
         return made
 
@@ -133,10 +132,10 @@ def swap_experts_(
         for part, place in reading.parts.items():
             weight, bias = place.weight(parameters), place.bias_of(parameters)
             for expert in range(len(weight)):
-                name = by_place[path].pop((expert, names[part]), None)
-                where = f"{path}.{expert}.{names[part]}"
-                if name is None:
+                if (expert, names[part]) not in by_place[path]:
+                    where = f"{path}.{expert}.{names[part]}"
                     raise SmoothQuantError(f"{checkpoint.directory} lacks {where}, though other experts are there")
+                name = by_place[path].pop((expert, names[part]))
                 stored = checkpoint.layers[name]
                 if [stored.out_features, stored.in_features] != list(weight.shape[1:]):
                     raise SmoothQuantError(

@@ -172,7 +172,9 @@ class BlockProber:
                     channels=output_width(self.block.get_submodule(producer)),
                     norm_offset=offset,
                     consumers={full_name(self.name, consumer): channels for consumer, channels in maps.items()},
-                    readings={full_name(self.name, each): self.readings[each] for each in maps if each in self.readings},
+                    readings={
+                        full_name(self.name, each): self.readings[each] for each in maps if each in self.readings
+                    },
                 )
             )
 

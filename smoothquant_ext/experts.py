@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .experts_op import experts_one_by_one
 from .fused_mlp import ACTIVATIONS
 from .modules import W8A8Linear, needs_grad
+from .reference_experts import experts_one_by_one
 from .scheme import Scheme
 
 PARTS = ("gate", "up", "down")
@@ -23,9 +23,9 @@ class W8A8Experts(nn.Module):
     """The experts of a mixture with 8-bit weights and activations, in the place of a module of transformers.
 
     Each is an MLP, ``down(act(gate(x)) * up(x))`` or ``down(act(gate(x)))``. Inputs have a scale per token. As in
-    ``W8A8Linear``, weights are as checkpoints have them until ``prepack_``, scales stay fp32 and 8-bit weights are never
-    cast. The state dict has the layers of every expert one by one, ``{expert}.{name}.weight`` and so on, as other tools
-    write and read them.
+    ``W8A8Linear``, weights are as checkpoints have them until ``prepack_``, scales stay fp32 and 8-bit weights are
+    never cast. The state dict has the layers of every expert one by one, ``{expert}.{name}.weight`` and so on, as other
+    tools write and read them.
 
     Attributes:
         gate, up, down: 8-bit [E, N, K], or packed; ``up`` may be ``None``.
@@ -33,6 +33,9 @@ class W8A8Experts(nn.Module):
         gate_bias, up_bias, down_bias: floating point [E, N], or ``None``.
         names: what ``gate``, ``up`` and ``down`` are called in the state dict and in checkpoints.
     """
+
+    gate: Tensor
+    gate_scale: Tensor
 
     def __init__(
         self, layers: Mapping[str, tuple[Tensor, Tensor, Tensor | None]], activation: str, scheme: Scheme
@@ -87,8 +90,9 @@ class W8A8Experts(nn.Module):
         for expert in range(self.num_experts):
             for part, (_, n, k) in self.sizes.items():
                 layer = W8A8Linear(k, n, False, self.scheme, device="meta")
-                own = [self._buffers[f"{part}{kind}"] for kind in ("", "_scale", "_bias")]
-                layer.weight, layer.weight_scale, layer.bias = (None if x is None else x[expert] for x in own)
+                for kind, own in (("weight", part), ("weight_scale", f"{part}_scale"), ("bias", f"{part}_bias")):
+                    value = self._buffers[own]
+                    layer._buffers[kind] = None if value is None else value[expert]
                 yield f"{expert}.{self.names[part]}", layer
 
     def dequantized(self, part: str, expert: int, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -131,8 +130,9 @@ def quantize(
 
     discovery = Discovery()
     if recipe.smooth:
-        shown = partial(bar, what="Finding smoothing groups")
-        discovery = discover(model, data.first, shown, absmax, selection.readings)
+        discovery = discover(
+            model, data.first, lambda blocks: bar(blocks, "Finding smoothing groups"), absmax, selection.readings
+        )
     report.calibration = {"windows": data.windows, "tokens": data.tokens}
     before = dict(absmax)
     done = quantize_blocks(
@@ -159,7 +159,7 @@ def quantize(
         for name in skips.reasons:
             del done.layers[name], selection.linears[name]
     names = {name: expert_names(model, name, reading) for name, reading in selection.experts.items()}
-    for name, layer in (done.layers | done.experts).items():
+    for name, layer in {**done.layers, **done.experts}.items():
         model.set_submodule(name, layer)
     rest = [name for name in selection.linears if name not in done.layers]  # outside of every block
     convert_(model, rest, absmax, recipe.resolved_scheme)

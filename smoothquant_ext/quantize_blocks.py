@@ -253,7 +253,7 @@ class BlockQuantizer:
         done.layers |= own
         done.experts |= mixtures
         done.per_token += self.schemes
-        with swapped(model, own | mixtures):
+        with swapped(model, {**own, **mixtures}):
             done.damages[self.name] = damage([call.replay(self.block) for call in self.test_calls], self.expected)
 
     def _quantize(

@@ -190,7 +190,7 @@ def _readings(own: Mapping[str, Tensor]) -> Iterator[Reading]:
     for names in itertools.permutations(weights):
         for is_transposed in (False, True):
             shapes = [weights[name][1:][:: -1 if is_transposed else 1] for name in names]  # (N, K)
-            *first, (n, inner) = shapes
+            *first, (_, inner) = shapes
             if any(k != first[0][1] for _, k in first):
                 continue
             for chosen in itertools.permutations([*biases, *[None] * len(names)], len(names)):

@@ -1,8 +1,8 @@
 """What reads hidden states as a linear layer does, so that columns of its weights can take a scale of its input.
 
-Besides linear layers these are the routers of mixtures, which have a matrix and a forward of their own, and the experts
-that transformers fuses. A router is recognized by trying: with its input divided and its columns multiplied by powers of
-two it must return what it did.
+Besides linear layers these are the routers of mixtures, which have a matrix and a forward of their own, and the
+experts that transformers fuses. A router is recognized by trying: with its input divided and its columns multiplied by
+powers of two it must return what it did.
 """
 
 from __future__ import annotations

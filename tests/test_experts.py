@@ -186,9 +186,9 @@ def test_state_dict_has_every_expert_by_itself(scheme: str) -> None:
     assert not torch.equal(other(x, index, weights), expected)
     other.load_state_dict(state)
     assert_same_bits(other(x, index, weights), expected)
-    with pytest.raises(RuntimeError, match="1.up_proj.weight"):
+    with pytest.raises(RuntimeError, match=r"1\.up_proj\.weight"):
         other.load_state_dict({name: value for name, value in state.items() if name != "1.up_proj.weight"})
-    with pytest.raises(RuntimeError, match="Unexpected key.*5.up_proj.weight"):
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*5\.up_proj\.weight"):
         other.load_state_dict(state | {"5.up_proj.weight": state["1.up_proj.weight"]})
 
 

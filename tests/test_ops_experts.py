@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from smoothquant_ext import ops, reference
-from smoothquant_ext.experts_op import experts_one_by_one
+from smoothquant_ext.reference_experts import experts_one_by_one
 
 pytestmark = pytest.mark.usefixtures("isa")
 
@@ -195,7 +195,7 @@ ERRORS: list[tuple[Call, str]] = [
     (call(B, torch.ones(2, 65), D, DS), "gate_scale has 65 elements, expected one a column"),
     (call(PLAIN, S[0], D, DS), r"gate_scale has 9 elements, expected E=2 or E \* N=18"),
     (call(PLAIN, S.double(), D, DS), "gate_scale is float64"),
-    (call(x=X[:, :39], *(PLAIN, S, D, DS)), "x has K=39, but gate has K=40"),
+    (call(PLAIN, S, D, DS, x=X[:, :39]), "x has K=39, but gate has K=40"),
     (call(B, S, torch.ones(2, 5, 8, dtype=torch.int8), DS), "has K=9, but down has K=8"),
     (call(B, S, D, DS, B), "expected up and up_scale both or neither"),
     (call(up_bias=S), "up_bias is given without up"),

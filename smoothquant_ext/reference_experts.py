@@ -48,9 +48,7 @@ def experts_one_by_one(
             continue
         token, slot = (index == expert).nonzero(as_tuple=True)
         own = [(w[expert], s[expert], None if b is None else b[expert]) for w, s, b in layers]
-        first, *second = (
-            kernels.w8a8_gemm(q[token], w, scale[token], s, b, x.dtype) for w, s, b in (own[0], *own[2:])
-        )
+        first, *second = (kernels.w8a8_gemm(q[token], w, scale[token], s, b, x.dtype) for w, s, b in (own[0], *own[2:]))
         values = reference.ACTIVATIONS[activation](first)
         hidden, hidden_scale = kernels.quantize_per_token(values * second[0].float() if second else values, down.dtype)
         weight, weight_scale, bias = own[1]
