@@ -85,6 +85,14 @@ class W8A8Experts(nn.Module):
             scale: Any = self._buffers[f"{part}_scale"]
             self._buffers[f"{part}_scale"] = scale.reshape(experts, -1, 1).expand(experts, n, 1).contiguous()
 
+    def stored_bytes(self) -> int:
+        """What the 8-bit weights and their scales take in a checkpoint."""
+        per_channel = self.scheme.weight == "channel"
+        return sum(
+            experts * (n * k * self.scheme.dtype.itemsize + 4 * (n if per_channel else 1))
+            for experts, n, k in self.sizes.values()
+        )
+
     def layers(self) -> Iterator[tuple[str, W8A8Linear]]:
         """The layers of every expert by their names here, each a view of what is stored for all."""
         for expert in range(self.num_experts):

@@ -43,7 +43,8 @@ class Report:
 
     Attributes:
         recipe: the recipe it followed.
-        quantized: names of the layers that now run in 8 bits.
+        quantized: names of the layers, and of the modules of experts, that now run in 8 bits.
+        experts: those of them that hold the experts of a mixture.
         groups: the groups that were smoothed.
         failed: producers whose fold was undone, and producers that cannot be folded, each with the reason.
         unsmoothed: quantized layers whose input was not smoothed.
@@ -53,7 +54,7 @@ class Report:
         limits: where static scales are clipped, the largest magnitude kept relative to the largest seen, by layer.
         massive: inputs at which one token towers over the others: over the median one how much, and its position.
         per_token: layers of a static scheme whose input has a scale per token all the same, because one for all would
-            not fit its tokens.
+            not fit its tokens; experts always have.
         sensitivity: KL divergence of the model's predictions with nothing but these layers quantized, if measured.
         outliers: fp32 [K] absmax of each layer's input, before and after smoothing.
         fused: names of the norms and MLPs that run in one pass now.
@@ -64,6 +65,7 @@ class Report:
 
     recipe: Recipe
     quantized: list[str] = field(default_factory=list)
+    experts: list[str] = field(default_factory=list)
     groups: list[SmoothedGroup] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     unsmoothed: list[str] = field(default_factory=list)
@@ -174,6 +176,7 @@ def quantize(
 
     smoothed = {consumer for group in done.smoothing.groups for consumer in group.consumers}
     report.quantized = [*selection.linears, *selection.experts]
+    report.experts = list(selection.experts)
     report.groups = done.smoothing.groups
     report.failed = discovery.rejected | done.smoothing.failed
     report.unsmoothed = [name for name in report.quantized if name not in smoothed]

@@ -127,9 +127,10 @@ def render_report(report: Report) -> Group:
     """What ``quantize`` did, alike layers of different blocks on one line."""
     recipe = report.recipe
     took = sum(report.seconds.values())
-    parts: list[Any] = [
-        Text(f"{len(report.quantized)} linear layers run in {recipe.resolved_scheme.name} ({took:.0f} s)", style="bold")
-    ]
+    count = f"{len(report.quantized) - len(report.experts)} linear layers"
+    if report.experts:
+        count += f" and the experts of {len(report.experts)} mixtures"
+    parts: list[Any] = [Text(f"{count} run in {recipe.resolved_scheme.name} ({took:.0f} s)", style="bold")]
     if report.groups:
         parts.append(_groups_table(report.groups))
     for heading, reasons in (

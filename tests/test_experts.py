@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
+import json
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
 from op_cases import assert_same_bits, randn
+from rich.console import Console
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import gelu, relu, silu
 
-from smoothquant_ext import Recipe, SmoothQuantError, quantize
+from smoothquant_ext import Recipe, SmoothQuantError, quantize, save
 from smoothquant_ext.convert import quantize_experts
+from smoothquant_ext.evaluate import model_bytes
 from smoothquant_ext.experts import W8A8Experts
 from smoothquant_ext.linears import find_experts, select_linears
+from smoothquant_ext.profiler import profile_products
 from smoothquant_ext.read_experts import agrees, looks_like_experts, read_experts
+from smoothquant_ext.report import render_report
 from smoothquant_ext.scheme import SCHEMES
 
 EXPERTS, K, INNER, N = 5, 24, 40, 24
@@ -291,3 +299,26 @@ def test_experts_that_cannot_be_read_stay_in_floating_point() -> None:
     quantize(model, CALIBRATION, progress=False)
     reason = "experts that compute something other than down(act(gate(x)) * up(x))"
     assert model.smoothquant_report.skipped["model.layers.0.mlp.experts"] == reason
+
+
+def test_a_model_is_counted_as_it_is_stored(tmp_path: Path) -> None:
+    model = quantize(tiny.build("qwen2_moe"), CALIBRATION, Recipe("int8-static"), progress=False)
+    save(model, tmp_path / "model")
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    assert model_bytes(model).total == sum(tensor.nbytes for tensor in stored.values())
+    assert "14 linear layers and the experts of 2 mixtures run in int8-static" in rendered(model)
+    # The experts of a mixture are one entry of the configuration, however many there are.
+    groups = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]["config_groups"]
+    targets = [
+        target for group in groups.values() for target in group["targets"] if ".experts" in target.replace("\\", "")
+    ]
+    assert targets == [rf"re:model\.layers\.{layer}\.mlp\.experts\.\d+\.\w+$" for layer in (0, 1)]
+    products = profile_products(model, tiny.token_ids(rows=1))
+    assert products.eight_bit["sq::w8a8_experts"] == 2
+    assert not products.float_inside
+
+
+def rendered(model: nn.Module) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(render_report(model.smoothquant_report))
+    return console.export_text()
