@@ -29,6 +29,7 @@ from .quantize_blocks import quantize_blocks
 from .scheme import Recipe
 from .skipping import choose_skips
 from .smooth import SmoothedGroup
+from .smooth_experts import HiddenRanges
 from .stream import StreamRecorder
 
 HELD_OUT_SHARE = 4  # every fourth batch at most
@@ -122,7 +123,9 @@ def quantize(
     recorder = StreamRecorder(find_blocks(model))
     watched = bar(data, "Calibrating")
     records = (lambda _: True) if recipe.is_tuned else data.is_held_out
-    absmax = calibrate(model, layers, watched, recorder, records)
+    hidden = HiddenRanges()
+    within = {name: own for name, own in selection.experts.items() if recipe.smooth and own.up is not None}
+    absmax = calibrate(model, layers, watched, recorder, records, hidden, within)
     for name in [name for name in layers if name not in absmax]:
         selection.linears.pop(name, None)
         selection.experts.pop(name, None)
@@ -147,6 +150,7 @@ def quantize(
         recipe,
         notes,
         selection.experts,
+        hidden,
         lambda names: bar(names, "Quantizing blocks"),
     )
     if recipe.skips:

@@ -25,6 +25,7 @@ from .scheme import AUTO, Recipe, Scheme
 from .search import Choice, Trial, damage, search_alphas_
 from .sensitivity import Unit, swapped
 from .smooth import Proof, Smoothing, by_block, gather_scale, group_modules, magnitudes, smooth_group_
+from .smooth_experts import HiddenRanges, smooth_experts_
 from .stream import StreamRecorder
 
 
@@ -71,6 +72,7 @@ def quantize_blocks(
     recipe: Recipe,
     journal: Journal,
     experts: Mapping[str, Reading] = MappingProxyType({}),
+    hidden: HiddenRanges | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Blocks:
     """Folds smoothing into the model in place, and makes the 8-bit layers of its blocks.
@@ -85,6 +87,7 @@ def quantize_blocks(
         recipe: what to do.
         journal: takes and gives the findings of the search.
         experts: how to read the experts of mixtures that are to be quantized, by name.
+        hidden: what was seen within them; ``None`` for no smoothing there.
         progress: wraps the iterable of blocks.
     """
     done = Blocks()
@@ -96,7 +99,7 @@ def quantize_blocks(
         clips = recipe.clips and name not in recorder.repeated  # ranges of other runs were not recorded
         mixtures = {each: reading for each, reading in experts.items() if each.startswith(full_name(name, ""))}
         worker = BlockQuantizer(
-            name, blocks[name], recorder.calls(name, previous), held_out, absmax, recipe, clips, mixtures
+            name, blocks[name], recorder.calls(name, previous), held_out, absmax, recipe, clips, mixtures, hidden
         )
         own = members.get(name, []) + (worker.explicit_groups(members.get(name, [])) if recipe.explicit else [])
         choices, limits = worker.decide(own, journal)
@@ -119,9 +122,10 @@ class BlockQuantizer:
         recipe: Recipe,
         clips: bool,
         experts: Mapping[str, Reading],
+        hidden: HiddenRanges | None,
     ) -> None:
         self.name, self.block, self.absmax, self.recipe = name, block, absmax, recipe
-        self.clips, self.experts = clips, experts
+        self.clips, self.experts, self.hidden = clips, experts, hidden or HiddenRanges()
         self.linears: dict[str, Linear] = {
             local: linear for local, linear in find_linears(block).items() if full_name(name, local) in absmax
         }
@@ -233,6 +237,9 @@ class BlockQuantizer:
                 explicit |= choice.group.consumers.keys() if choice.group.kind == "explicit" else set()
             else:
                 unfolded |= choice.group.consumers.keys()
+        alpha, scheme = self.recipe.migration, self.recipe.resolved_scheme
+        for name, reading in self.experts.items():
+            smooth_experts_(model, name, reading, self.hidden, alpha, scheme, proof, done.smoothing)
         own: dict[str, W8A8Linear] = {}
         for first, each in self.observation.inputs.items():
             names = [full_name(self.name, reader) for reader in each.readers]
@@ -247,8 +254,7 @@ class BlockQuantizer:
                 if each.rows:  # an expert may not run in the held-out windows
                     done.errors[name] = self._error(reader, own[name], each, scales.get(name))
         mixtures = {
-            name: quantize_experts(model.get_submodule(name), reading, self.recipe.resolved_scheme)
-            for name, reading in self.experts.items()
+            name: quantize_experts(model.get_submodule(name), reading, scheme) for name, reading in self.experts.items()
         }
         done.layers |= own
         done.experts |= mixtures

@@ -70,11 +70,14 @@ class Reading:
         y = x.new_zeros(x.shape[0], self.down.weight(parameters).shape[1])
         for token, slot in itertools.product(range(index.shape[0]), range(index.shape[1])):
             expert = int(index[token, slot])
-            values = ACTIVATIONS[self.activation](_layer(self.gate, parameters, expert, x[token]))
-            if self.up is not None:
-                values = values * _layer(self.up, parameters, expert, x[token])
-            y[token] += weights[token, slot] * _layer(self.down, parameters, expert, values)
+            hidden = self.hidden(parameters, x[token], expert)
+            y[token] += weights[token, slot] * _layer(self.down, parameters, expert, hidden)
         return y
+
+    def hidden(self, parameters: Mapping[str, Tensor], x: Tensor, expert: int) -> Tensor:
+        """What an expert hands to ``down``: [..., I] of x [..., K]."""
+        values = ACTIVATIONS[self.activation](_layer(self.gate, parameters, expert, x))
+        return values if self.up is None else values * _layer(self.up, parameters, expert, x)
 
 
 def looks_like_experts(module: nn.Module) -> bool:
@@ -155,8 +158,7 @@ def plain_forward(module: nn.Module) -> Iterator[None]:
 
 def _layer(part: Part, parameters: Mapping[str, Tensor], expert: int, x: Tensor) -> Tensor:
     bias = part.bias_of(parameters)
-    y = part.weight(parameters)[expert] @ x
-    return y if bias is None else y + bias[expert]
+    return nn.functional.linear(x, part.weight(parameters)[expert], None if bias is None else bias[expert])
 
 
 def _rows_of(parameter: Tensor, index: Tensor) -> Tensor:

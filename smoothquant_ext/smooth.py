@@ -170,8 +170,14 @@ class Proof:
     def try_fold(self, group: Group, s: Tensor) -> str:
         """Folds the copy; if its output changes, undoes that and says by how much, else returns ''."""
         producer, consumers = group_modules(self.block, group, self.prefix)
-        before = {parameter: parameter.detach().clone() for parameter in _parameters(producer, consumers)}
-        fold_(producer, consumers, group, s)
+        modules = [module for module in (producer, *consumers.values()) if module is not None]
+        return self.attempt(modules, lambda: fold_(producer, consumers, group, s))
+
+    def attempt(self, modules: Iterable[nn.Module], change: Callable[[], None]) -> str:
+        """Changes parameters of the copy's ``modules``; as ``try_fold``."""
+        parameters = [parameter for module in modules for parameter in module.parameters(recurse=False)]
+        before = {parameter: parameter.detach().clone() for parameter in parameters}
+        change()
         error = max((_relative_error(a, b) for a, b in zip(self.expected, self._run(), strict=True)), default=0.0)
         if error <= PROOF_TOLERANCE:
             return ""
@@ -280,11 +286,6 @@ def _overflow(producer: nn.Module | None, consumers: Mapping[str, nn.Module], gr
         if float((magnitude.cpu().double() * factor.double()).max()) > torch.finfo(magnitude.dtype).max:
             return f"folding it overflows {name} in {str(magnitude.dtype).removeprefix('torch.')}"
     return ""
-
-
-def _parameters(producer: nn.Module | None, consumers: Mapping[str, nn.Module]) -> list[nn.Parameter]:
-    modules = [producer, *consumers.values()]
-    return [parameter for module in modules if module is not None for parameter in module.parameters(recurse=False)]
 
 
 def _scatter_max_(target: Tensor, channel_map: Tensor, values: Tensor) -> None:

@@ -226,7 +226,8 @@ def test_outliers_are_smoothed_away(name: str, scheme: str) -> None:
             assert relative_error(model, expected, IDS) < 1e-4  # fp32, amplified by two layers of random weights
         quantize(model, CALIBRATION, Recipe(scheme, smooth=smooth), progress=False)
         report = model.smoothquant_report
-        assert {last(group.producer) for group in report.groups} == (architecture.groups.keys() if smooth else set())
+        producers = {last(group.producer) for group in report.groups} - {"up"}  # that one is within experts
+        assert producers == (architecture.groups.keys() if smooth else set())
         assert set(map(last, report.failed)) == (REJECTED.get(name, set()) if smooth else set())
         return relative_error(model, expected, IDS)
 
