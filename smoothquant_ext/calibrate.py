@@ -47,9 +47,9 @@ def calibrate(
     for name, layer in layers.items():
 
         def watch(_module: nn.Module, args: Any, name: str = name) -> None:
-            x = args[0].detach()
-            if x.numel() == 0:  # an expert may be given no token
+            if not args or args[0].numel() == 0:  # an expert may be given no token
                 return
+            x = args[0].detach()
             seen = x.reshape(-1, x.shape[-1]).abs().amax(dim=0).float()
             absmax[name] = torch.maximum(absmax[name], seen) if name in absmax else seen
 
