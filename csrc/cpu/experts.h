@@ -78,18 +78,22 @@ struct Experts {
   ExpertWeights down;
   Activation activation;
 
-  // Tokens done together: their memory is kept for the next call up to Scratch's limit, and each expert's weights are read
-  // once for all of them.
-  int64_t tokens_together(int64_t element) const {
-    constexpr int64_t kBytes = int64_t{48} << 20, kFewest = 64;
-    const int64_t pair_bytes = gate.k() + gate.n() * (element * (up.has_value() ? 2 : 1) + 1) + down.n() * 4;
-    return std::max(kFewest, kBytes / std::max<int64_t>(1, pair_bytes * top_k));
+  // Tokens done together, in even blocks: as many as memory that is kept for the next call has room for, because the
+  // weights are read once for each block.
+  int64_t tokens_together(int64_t tokens, int64_t element) const {
+    constexpr int64_t kBytes = int64_t{62} << 20, kFewest = 64;
+    const int64_t planes = up.has_value() ? 2 : 1;
+    const int64_t pair_bytes =
+        padded_k(gate.k()) + padded_k(gate.n()) + 2 * kRowPad + gate.n() * element * planes + down.n() * 4;
+    const int64_t most = std::max(kFewest, kBytes / std::max<int64_t>(1, pair_bytes * top_k));
+    return std::max<int64_t>(1, div_up(tokens, div_up(tokens, most)));
   }
 
   // y [tokens, n] of x [tokens, k], both contiguous and of this dtype; index [tokens, top_k] with E for no expert.
   void run(const Kernels& kernels, const void* x, const int64_t* index, const float* weights, int64_t tokens,
            DType dtype, void* y) const {
-    const int64_t element = element_size(dtype), block = tokens_together(element);
+    if (tokens == 0) return;
+    const int64_t element = element_size(dtype), block = tokens_together(tokens, element);
     for (int64_t token = 0; token < tokens; token += block) {
       run_block(kernels, static_cast<const uint8_t*>(x) + token * gate.k() * element, index + token * top_k,
                 weights + token * top_k, std::min(block, tokens - token), dtype,
