@@ -26,7 +26,6 @@ class LoadingExperts(nn.Module):
     Attributes:
         activation: between the layers.
         names: what the layers are called in the files.
-        dtype: of what is in floating point.
     """
 
     def __init__(self, layers: Mapping[tuple[int, str], W8A8Linear], activation: str, names: Mapping[str, str]) -> None:

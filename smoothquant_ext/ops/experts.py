@@ -25,7 +25,7 @@ def w8a8_experts(
     down_bias: Tensor | None = None,
     activation: str = "silu",
 ) -> Tensor:
-    """The experts of a mixture of 8-bit MLPs: ``y = sum over slots s of top_k_weights[s] * mlp[top_k_index[s]](x)``.
+    """The experts of a mixture of 8-bit MLPs: ``y = sum over slots s of top_k_weights[s] * mlp_e(x)``, e the ``top_k_index[s]``.
 
     Each token is quantized once, with a scale of its own, for all its experts. An expert computes what ``w8a8_mlp``
     does, ``down(act(gate(x)) * up(x))``, but its output stays fp32; the sum is taken in fp32, slot by slot, and rounded
