@@ -28,9 +28,10 @@ def w8a8_experts(
     """The experts of a mixture of 8-bit MLPs: ``y = sum over slots s of top_k_weights[s] * mlp_e(x)``.
 
     e is ``top_k_index[s]``. Each token is quantized once, with a scale of its own, for all its experts. An expert
-    computes what ``w8a8_mlp`` does, ``down(act(gate(x)) * up(x))``, but its output stays fp32; the sum is taken in fp32,
-    slot by slot, and rounded once. So a token's bits depend neither on the other tokens nor on the number of threads. On
-    the CPU only; the same made of other ops, which runs anywhere, is ``reference_experts.experts_one_by_one``.
+    computes what ``w8a8_mlp`` does, ``down(act(gate(x)) * up(x))``, but its output stays fp32; the sum is taken in
+    fp32, slot by slot, and rounded once. So a token's bits depend neither on the other tokens nor on the number of
+    threads. On the CPU only; the same made of other ops, which runs anywhere, is
+    ``reference_experts.experts_one_by_one``.
 
     Args:
         x: fp32, bf16 or fp16 [..., K].
