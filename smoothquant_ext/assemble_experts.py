@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .errors import SmoothQuantError
-from .experts import PARTS, W8A8Experts
+from .experts import NAMES, PARTS, W8A8Experts
 from .hf import ExpertRenaming, expert_key, expert_names, renamed_alone
 from .linears import values_of
 from .modules import W8A8Linear
@@ -25,7 +25,7 @@ class LoadingExperts(nn.Module):
 
     Attributes:
         activation: between the layers.
-        names: what the layers are called in the files.
+        names: what the layers are called in checkpoints of this model.
     """
 
     def __init__(self, layers: Mapping[tuple[int, str], W8A8Linear], activation: str, names: Mapping[str, str]) -> None:
@@ -67,16 +67,18 @@ class StoredExperts:
 
     Attributes:
         paths: name in the files -> module of the model, number of the expert and its layer's name there.
-        readings: how the module would be read, and what ``gate``, ``up`` and ``down`` are called in the files.
+        readings: how the module would be read.
+        names: what its ``gate``, ``up`` and ``down`` are called in these files.
     """
 
     paths: dict[str, tuple[str, int, str]] = field(default_factory=dict)
-    readings: dict[str, tuple[Reading, dict[str, str]]] = field(default_factory=dict)
+    readings: dict[str, Reading] = field(default_factory=dict)
+    names: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def renaming(self) -> ExpertRenaming:
         """From the names in the files to those of ``LoadingExperts``."""
         return ExpertRenaming(
-            {(path, name): part for path, (_, names) in self.readings.items() for part, name in names.items()}
+            {(path, name): part for path, names in self.names.items() for part, name in names.items()}
         )
 
 
@@ -105,7 +107,11 @@ def find_stored_experts(model: PreTrainedModel, checkpoint: StoredCheckpoint, na
                 f"{checkpoint.directory}: the experts {path} are quantized, but {type(module).__name__} computes "
                 "something other than down(act(gate(x)) * up(x)), which is not supported"
             )
-        found.readings[path] = reading, expert_names(model, path, reading)
+        found.readings[path] = reading
+        # llm-compressor calls them gate_proj, up_proj and down_proj in every model since it unfuses them.
+        stored = {layer for own, _, layer in found.paths.values() if own == path}
+        own_names = expert_names(model, path, reading)
+        found.names[path] = {part: NAMES[part] for part in own_names} if stored & set(NAMES.values()) else own_names
     return found
 
 
@@ -124,7 +130,8 @@ def swap_experts_(
     for name, (path, expert, layer) in experts.paths.items():
         by_place[path][expert, layer] = name
     has_static = False
-    for path, (reading, names) in experts.readings.items():
+    for path, reading in experts.readings.items():
+        names = experts.names[path]
         parameters = dict(model.get_submodule(path).named_parameters(recurse=False))
         layers: dict[tuple[int, str], W8A8Linear] = {}
         schemes = set()
@@ -155,7 +162,8 @@ def swap_experts_(
         if len(schemes) > 1:
             kinds = " and ".join(sorted(scheme.name for scheme in schemes))
             raise SmoothQuantError(f"{checkpoint.directory}: the experts {path} are quantized as {kinds}, expected one")
-        model.set_submodule(path, LoadingExperts(dict(sorted(layers.items())), reading.activation, names))
+        own_names = expert_names(model, path, reading)  # in what is written of it
+        model.set_submodule(path, LoadingExperts(dict(sorted(layers.items())), reading.activation, own_names))
     if has_static:
         warnings.warn(
             f"{checkpoint.directory}: the inputs of experts get a scale per token, symmetric, which is more exact than "

@@ -195,14 +195,14 @@ class _StraightThrough(torch.autograd.Function):
         x, index, weights = ctx.saved_tensors
         x, weights = x.detach().requires_grad_(), weights.detach().requires_grad_()
         with torch.enable_grad():
-            y = _in_floating_point(ctx.experts, x, index, weights)
+            y = in_floating_point(ctx.experts, x, index, weights)
         if not y.requires_grad:  # no token, or none with an expert
             return torch.zeros_like(x), None, torch.zeros_like(weights), None
         to_x, to_weights = torch.autograd.grad(y, (x, weights), grad)
         return to_x, None, to_weights, None
 
 
-def _in_floating_point(experts: W8A8Experts, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+def in_floating_point(experts: W8A8Experts, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """What the experts compute with dequantized weights and unrounded inputs."""
     rows, slots = x.reshape(-1, x.shape[-1]), index.reshape(-1, index.shape[-1])
     y = rows.new_zeros(len(rows), experts.sizes["down"][1])
