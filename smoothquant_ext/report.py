@@ -140,8 +140,13 @@ def render_report(report: Report) -> Group:
         parts += [Text(f"{heading} {reason}: {collapse(names)}") for reason, names in by_reason(reasons).items()]
     if recipe.smooth and report.unsmoothed:
         parts.append(Text(f"In 8 bits without smoothing: {collapse(report.unsmoothed)}"))
-    if report.per_token:
-        parts.append(Text(f"With a scale per token, since one does not fit all tokens: {collapse(report.per_token)}"))
+    unfit = [name for name in report.per_token if name not in report.experts]
+    for reason, names in (
+        ("since one does not fit all tokens", unfit),
+        ("as experts always have", [name for name in report.per_token if name in report.experts]),
+    ):
+        if names:
+            parts.append(Text(f"With a scale per token, {reason}: {collapse(names)}"))
     if report.fused:
         parts.append(Text(f"Fused into one pass: {collapse(report.fused)}"))
     return Group(*parts)

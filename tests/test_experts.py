@@ -307,6 +307,7 @@ def test_a_model_is_counted_as_it_is_stored(tmp_path: Path) -> None:
     stored = load_file(tmp_path / "model" / "model.safetensors")
     assert model_bytes(model).total == sum(tensor.nbytes for tensor in stored.values())
     assert "14 linear layers and the experts of 2 mixtures run in int8-static" in rendered(model)
+    assert "With a scale per token, as experts always have: model.layers.*.mlp.experts (2)" in rendered(model)
     # The experts of a mixture are one entry of the configuration, however many there are.
     groups = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]["config_groups"]
     targets = [
