@@ -24,13 +24,15 @@ class LoadingExperts(nn.Module):
     """Stands where the experts will be while transformers fills the layers of each from the files.
 
     Attributes:
-        activation: between the layers.
+        reading: of the experts that it will be.
         names: what the layers are called in checkpoints of this model.
     """
 
-    def __init__(self, layers: Mapping[tuple[int, str], W8A8Linear], activation: str, names: Mapping[str, str]) -> None:
+    def __init__(
+        self, layers: Mapping[tuple[int, str], W8A8Linear], reading: Reading, names: Mapping[str, str]
+    ) -> None:
         super().__init__()
-        self.activation, self.names = activation, dict(names)
+        self.reading, self.names = reading, names
         for (expert, part), layer in layers.items():
             if f"expert_{expert}" not in self._modules:
                 self.add_module(f"expert_{expert}", nn.Module())
@@ -56,7 +58,7 @@ class LoadingExperts(nn.Module):
             assert weight is not None
             assert scale is not None
             layers[part] = weight, scale, bias
-        made = W8A8Experts(layers, self.activation, schemes[0])
+        made = W8A8Experts(layers, self.reading.activation, schemes[0], self.reading.is_sorted)
         made.names = self.names
         return made
 
@@ -163,7 +165,7 @@ def swap_experts_(
             kinds = " and ".join(sorted(scheme.name for scheme in schemes))
             raise SmoothQuantError(f"{checkpoint.directory}: the experts {path} are quantized as {kinds}, expected one")
         own_names = expert_names(model, path, reading)  # in what is written of it
-        model.set_submodule(path, LoadingExperts(dict(sorted(layers.items())), reading.activation, own_names))
+        model.set_submodule(path, LoadingExperts(dict(sorted(layers.items())), reading, own_names))
     if has_static:
         warnings.warn(
             f"{checkpoint.directory}: the inputs of experts get a scale per token, symmetric, which is more exact than "

@@ -76,7 +76,7 @@ def quantize_experts(module: nn.Module, reading: Reading, scheme: Scheme) -> W8A
         rounded = [quantize_weight(own, scheme) for own in weight]
         stacked = torch.stack([q for q, _ in rounded]), torch.stack([scale for _, scale in rounded])
         layers[name] = *stacked, None if bias is None else bias.clone()
-    experts = W8A8Experts(layers, reading.activation, scheme)
+    experts = W8A8Experts(layers, reading.activation, scheme, reading.is_sorted)
     experts.prepack_()
     return experts
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import ops
 from .fused_mlp import ACTIVATIONS
 from .modules import W8A8Linear, needs_grad
+from .read_experts import sorted_routing
 from .reference_experts import experts_one_by_one
 from .scheme import Scheme
 
@@ -38,11 +39,18 @@ class W8A8Experts(nn.Module):
     gate_scale: Tensor
 
     def __init__(
-        self, layers: Mapping[str, tuple[Tensor, Tensor, Tensor | None]], activation: str, scheme: Scheme
+        self,
+        layers: Mapping[str, tuple[Tensor, Tensor, Tensor | None]],
+        activation: str,
+        scheme: Scheme,
+        is_sorted: bool = False,
     ) -> None:
-        """Takes the 8-bit weights, the scales and the biases of ``gate``, ``down`` and perhaps ``up``."""
+        """Takes the 8-bit weights, the scales and the biases of ``gate``, ``down`` and perhaps ``up``.
+
+        With ``is_sorted`` it is called as ``read_experts.Reading`` says.
+        """
         super().__init__()
-        self.activation, self.scheme = activation, scheme.per_token
+        self.activation, self.scheme, self.is_sorted = activation, scheme.per_token, is_sorted
         self.names = dict(NAMES)
         self.sizes = {part: tuple(layers[part][0].shape) for part in PARTS if part in layers}  # [E, N, K]
         for part in PARTS:
@@ -57,8 +65,18 @@ class W8A8Experts(nn.Module):
     def is_packed(self) -> bool:
         return bool(self._buffers["gate"].dim() != 3)  # type: ignore[union-attr]
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """[..., K], and experts and weights [..., slots] -> [..., N] in the dtype of ``hidden_states``."""
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
+        """[..., K], and experts and weights [..., slots] -> [..., N] in the dtype of ``hidden_states``.
+
+        Sorted experts: [E * T, K] -> [E * T, N].
+        """
+        if top_k_index is None or top_k_weights is None:
+            if not self.is_sorted:
+                raise TypeError("W8A8Experts: top_k_index and top_k_weights are missing, expected both")
+            has_bias = any(value is not None for name, value in self._buffers.items() if name.endswith("_bias"))
+            top_k_index, top_k_weights = sorted_routing(hidden_states, self.num_experts, skips_zeros=not has_bias)
         if needs_grad(hidden_states) or needs_grad(top_k_weights):
             output: Tensor = _StraightThrough.apply(hidden_states, top_k_index, top_k_weights, self)
             return output

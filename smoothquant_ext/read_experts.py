@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,12 +53,19 @@ class Part:
 
 @dataclass(frozen=True)
 class Reading:
-    """The layers of a module's experts: each computes ``down(act(gate(x)) * up(x))``, or without ``up``."""
+    """The layers of a module's experts: each computes ``down(act(gate(x)) * up(x))``, or without ``up``.
+
+    Attributes:
+        activation: the name of ``act``.
+        is_sorted: whether the module is called with the tokens of one expert after the other, as many for each,
+            [E * T, K], and nothing else; otherwise with tokens, the experts of each, and the weights of these.
+    """
 
     gate: Part
     up: Part | None
     down: Part
     activation: str
+    is_sorted: bool = False
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -92,11 +99,44 @@ def looks_like_experts(module: nn.Module) -> bool:
 def read_experts(module: nn.Module) -> Reading | None:
     """How a module that ``looks_like_experts`` is to be read; ``None`` if no formula gives what it computes.
 
-    It is called as transformers does, ``module(hidden_states [T, K], top_k_index [T, slots], top_k_weights)``, with
-    random parameters in fp32 which all experts share, so that a module on the meta device can be read as well.
+    It is called as transformers does, ``module(hidden_states [T, K], top_k_index [T, slots], top_k_weights)`` or
+    ``module(hidden_states [E * T, K])``, with random parameters in fp32, so that a module on the meta device can be
+    read as well. In the first case all experts share them, in the second there are only two.
     """
     with torch.device("cpu"):  # transformers builds models in a context of another one
-        return _read(module)
+        return _read(module) or _read_sorted(module)
+
+
+def sorted_routing(x: Tensor, experts: int, skips_zeros: bool = False) -> tuple[Tensor, Tensor]:
+    """The expert and the weight of each of the tokens [E * T, K] that come one expert after the other: [E * T, 1].
+
+    With ``skips_zeros`` a token of zeros goes to none; experts without biases make nothing of it.
+    """
+    index = torch.arange(experts, device=x.device).repeat_interleave(len(x) // experts)
+    if skips_zeros:
+        index = torch.where((x != 0).any(dim=-1), index, experts)
+    return index[:, None], x.new_ones(len(x), 1)
+
+
+def _read_sorted(module: nn.Module) -> Reading | None:
+    own = dict(module.named_parameters(recurse=False))
+    generator = torch.Generator().manual_seed(0)
+    parameters = {
+        name: torch.randn(2, *parameter.shape[1:], generator=generator, dtype=torch.float32)
+        * parameter.shape[-1] ** -0.5
+        for name, parameter in own.items()
+    }
+    outputs: dict[int, Tensor | None] = {}
+    for reading in _readings(own):
+        width = reading.gate.weight(parameters).shape[2]
+        x = torch.randn(2, len(SIZES), width, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
+        x = (x * torch.tensor(SIZES, dtype=torch.float32)[:, None]).flatten(0, 1)
+        if width not in outputs:
+            outputs[width] = _output_of(module, parameters, x)
+        actual = outputs[width]
+        if actual is not None and _error(reading.output(parameters, x, *sorted_routing(x, 2)), actual) <= TOLERANCE:
+            return replace(reading, is_sorted=True)
+    return None
 
 
 def _read(module: nn.Module) -> Reading | None:
@@ -124,15 +164,20 @@ def _read(module: nn.Module) -> Reading | None:
 
 def agrees(module: nn.Module, reading: Reading) -> bool:
     """Whether a module with its own weights gives what the reading says, up to the roundings of its own dtype."""
-    parameters = dict(module.named_parameters(recurse=False))
+    parameters = {name: parameter.detach() for name, parameter in module.named_parameters(recurse=False)}
     weight = reading.gate.weight(parameters)
     generator = torch.Generator().manual_seed(2)
-    index = torch.stack([torch.randperm(len(weight), generator=generator)[:SLOTS] for _ in range(TOKENS)])
-    weights = torch.rand(index.shape, generator=generator, dtype=torch.float32)
-    x = torch.randn(TOKENS, weight.shape[2], generator=generator)
-    x, index, weights = x.to(weight), index.to(weight.device), weights.to(weight)
-    actual = _output_of(module, parameters, x, index, weights)
-    expected = reading.output(parameters, x.float(), index, weights.float())
+    x = torch.randn(2 * TOKENS, weight.shape[2], generator=generator).to(weight)
+    arguments: tuple[Tensor, ...]
+    if reading.is_sorted:
+        parameters = {name: parameter[:2] for name, parameter in parameters.items()}
+        arguments, routing = (x,), sorted_routing(x, min(2, len(weight)))
+    else:
+        index = torch.stack([torch.randperm(len(weight), generator=generator)[:SLOTS] for _ in x])
+        routing = index.to(weight.device), torch.rand(index.shape, generator=generator).to(weight)
+        arguments = x, *routing
+    actual = _output_of(module, parameters, *arguments)
+    expected = reading.output(parameters, x.float(), routing[0], routing[1].float())
     # Four intermediate results are rounded, and each output is a sum of many; no other reading is that near.
     return actual is not None and _error(expected, actual.float()) <= 16 * torch.finfo(weight.dtype).eps
 
@@ -157,12 +202,10 @@ def _layer(part: Part, parameters: Mapping[str, Tensor], expert: int, x: Tensor)
     return nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias[expert].to(x.dtype))
 
 
-def _output_of(
-    module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor, index: Tensor, weights: Tensor
-) -> Tensor | None:
+def _output_of(module: nn.Module, parameters: Mapping[str, Tensor], *arguments: Tensor) -> Tensor | None:
     try:
         with torch.no_grad(), plain_forward(module):
-            output = torch.func.functional_call(module, dict(parameters), (x, index, weights))
+            output = torch.func.functional_call(module, dict(parameters), arguments)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
         return None
     return output if isinstance(output, Tensor) else None

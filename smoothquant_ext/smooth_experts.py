@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .read_experts import Reading
+from .read_experts import Reading, sorted_routing
 from .scheme import Scheme
 from .smooth import Proof, SmoothedGroup, Smoothing, column_absmax, outlier_ratio, smoothing_scale
 
@@ -39,7 +39,8 @@ class HiddenRanges:
         self.absmax[name], self.tokens[name] = torch.zeros(experts, inner), torch.zeros(experts, dtype=torch.int64)
 
         def look(_module: nn.Module, args: Any) -> None:
-            x, index = args[0].detach(), args[1]
+            x = args[0].detach()
+            index = sorted_routing(x, experts, skips_zeros=True)[0] if reading.is_sorted else args[1]
             for expert in index.unique().tolist():
                 if expert < experts:
                     rows = x[(index == expert).any(dim=-1)]

@@ -255,10 +255,8 @@ def test_generating_gives_what_one_pass_without_fused_ops_gives(name: str, monke
     assert error < 5e-3
 
 
-def test_routers_and_what_is_not_read_are_reported() -> None:
+def test_routers_and_gates_are_reported() -> None:
     skipped = select_linears(tiny.build("qwen2_moe"), Recipe()).skipped
     assert skipped["model.layers.0.mlp.shared_expert_gate"] == "gate of one output"
     assert "is not a linear layer" in skipped["model.layers.0.mlp.gate"]
     assert "model.layers.0.mlp.experts" not in skipped
-    skipped = select_linears(tiny.build("llama4_text"), Recipe()).skipped
-    assert "compute something other than" in skipped["model.layers.1.feed_forward.experts"]

@@ -124,7 +124,7 @@ SAME_GROUPS = {
 }
 EXPECTED |= {other: EXPECTED[known] for known, others in SAME_GROUPS.items() for other in others}
 
-# A norm that linear layers read, but not they alone: experts do too that get their tokens sorted, and so are not read.
+# A norm that linear layers read, but not they alone: experts do too, whose tokens were multiplied by scores.
 REJECTED = {"llama4_text": {"post_attention_layernorm"}}
 
 

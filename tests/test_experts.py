@@ -103,6 +103,16 @@ class Limited(Mixture):
         return silu(gate.clamp(max=100.0)) * up
 
 
+class Sorted(Mixture):
+    """As Llama 4: called with the tokens of one expert after the other."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        experts = len(self.first)
+        rows = x.view(experts, -1, K)
+        out = [self.layer("down", expert, self.hidden(expert, rows[expert])) for expert in range(experts)]
+        return torch.cat(out)
+
+
 LAYOUTS = ("gate, up", "up, gate", "interleaved gate, up", "interleaved up, gate", "apart", "plain")
 
 
@@ -129,6 +139,24 @@ def test_every_layout_is_read(layout: str, is_transposed: bool, bias: str) -> No
         expected = module(x, index, weights)
         actual = quantize_experts(module, reading, SCHEMES["int8"])(x, index, weights)
         assert (actual - expected).norm() < 0.03 * expected.norm()
+
+
+@pytest.mark.parametrize("bias", ["", "_bias"])
+def test_experts_whose_tokens_come_sorted(bias: str) -> None:
+    module = Sorted("gate, up", is_transposed=True, bias=bias)
+    reading = find_experts(nn.ModuleDict({"mlp": module}))["mlp"]
+    assert reading is not None
+    assert reading.is_sorted
+    experts = quantize_experts(module, reading, SCHEMES["int8"])
+    x = randn(3 * EXPERTS, K)
+    x[::2] = 0  # tokens that are not for this expert
+    expected, actual = module(x), experts(x)
+    assert (actual - expected).norm() < 0.03 * expected.norm()
+    assert bool(bias) or not actual[::2].any()
+    assert_same_bits(actual[1:2], experts(x[1:2], torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)))
+    assert experts(x[:0]).shape == (0, N)
+    with pytest.raises(TypeError, match="top_k_index and top_k_weights are missing"):
+        made()(x)
 
 
 def test_modules_are_read_without_their_weights() -> None:

@@ -22,7 +22,16 @@ from smoothquant_ext.experts import W8A8Experts, in_floating_point
 from smoothquant_ext.modules import W8A8Linear
 from smoothquant_ext.scheme import QMAX
 
-MODELS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2-lite", "deepseek_v3-moe", "granitemoe")
+MODELS = (
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "deepseek_v2-lite",
+    "deepseek_v3-moe",
+    "granitemoe",
+    "llama4_text",
+)
 CALIBRATION = [tiny.token_ids(seed=seed) for seed in range(2, 6)]
 IDS = tiny.token_ids(seed=9)
 
@@ -53,10 +62,11 @@ def test_names_are_those_of_the_float_checkpoint(name: str, tmp_path: Path) -> N
     saved(name, tmp_path / "model", smooth=False)
     tiny.build(name).save_pretrained(tmp_path / "float")
     ours, theirs = (load_file(tmp_path / which / "model.safetensors") for which in ("model", "float"))
-    if name == "granitemoe":  # its checkpoints keep the experts fused, which has no place for what is 8 bits here
-        moe = "model.layers.1.block_sparse_moe"
-        assert f"{moe}.input_linear.weight" in theirs
-        assert ours[f"{moe}.experts.3.gate_proj.weight"].dtype == torch.int8
+    fused = {"granitemoe": "block_sparse_moe.input_linear.weight", "llama4_text": "feed_forward.experts.gate_up_proj"}
+    if name in fused:  # their checkpoints keep the experts fused, which has no place for what is 8 bits here
+        assert f"model.layers.1.{fused[name]}" in theirs
+        moe = fused[name].partition(".")[0]
+        assert ours[f"model.layers.1.{moe}.experts.3.gate_proj.weight"].dtype == torch.int8
         return
     assert {other for other in ours if not other.endswith("weight_scale")} == set(theirs)
     eight = [other for other, tensor in ours.items() if tensor.dtype == torch.int8 and ".experts." in other]
