@@ -28,9 +28,7 @@ class LoadingExperts(nn.Module):
         names: what the layers are called in checkpoints of this model.
     """
 
-    def __init__(
-        self, layers: Mapping[tuple[int, str], W8A8Linear], reading: Reading, names: Mapping[str, str]
-    ) -> None:
+    def __init__(self, layers: Mapping[tuple[int, str], W8A8Linear], reading: Reading, names: dict[str, str]) -> None:
         super().__init__()
         self.reading, self.names = reading, names
         for (expert, part), layer in layers.items():
