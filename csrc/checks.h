@@ -131,12 +131,16 @@ inline void check_smooth(const char* op, const OptionalTensor& smooth, const Ten
   SQ_CHECK(smooth->numel() == k, op, ": smooth has ", smooth->numel(), " elements, expected K=", k);
 }
 
-// b [N, K] alone, as prepack_weight takes it.
+inline void check_exact_sums(const char* op, const Tensor& b, int64_t k) {
+  SQ_CHECK(b.scalar_type() != ScalarType::Char || k <= kMaxInt8K, op, ": K is ", k,
+           ", and int32 sums of int8 products are exact only up to K=", kMaxInt8K);
+}
+
+// b [N, K] or [E, N, K] alone, as prepack_weight takes it.
 inline void check_plain_weight(const char* op, const Tensor& b) {
   check_8bit(op, "b", b.scalar_type());
-  SQ_CHECK(b.dim() == 2, op, ": b has shape ", shape_text(b), ", expected [N, K]");
-  SQ_CHECK(b.scalar_type() != ScalarType::Char || b.size(1) <= kMaxInt8K, op, ": K is ", b.size(1),
-           ", and int32 sums of int8 products are exact only up to K=", kMaxInt8K);
+  SQ_CHECK(b.dim() == 2 || b.dim() == 3, op, ": b has shape ", shape_text(b), ", expected [N, K] or [E, N, K]");
+  check_exact_sums(op, b, b.size(b.dim() - 1));
 }
 
 struct GemmShape {
@@ -159,6 +163,23 @@ struct OperandNames {
   const char* bias = "bias";
 };
 
+// What prepack_weight makes of [N, K], or of [E, N, K], for an activation of k values and scales of n columns.
+inline void check_packed(const char* op, const OperandNames& names, const Tensor& a, int64_t k, const Tensor& b,
+                         int64_t n) {
+  const int64_t first = b.dim() - 4;
+  SQ_CHECK(a.is_cpu(), op, ": ", names.b, " is packed for the CPU kernels, expected ", first == 0 ? "" : "E times ",
+           "[N, K] on this device");
+  SQ_CHECK(b.size(first + 2) == kPackedColumns && b.size(first + 3) == 4 && b.size(first + 1) % 16 == 1, op, ": ",
+           names.b, " has shape ", shape_text(b), ", expected [N, K] or what prepack_weight returns");
+  const int64_t most_n = b.size(first) * kPackedColumns;
+  const int64_t most_k = b.size(first + 1) / 16 * 64;
+  SQ_CHECK(most_n - kPackedColumns < n && n <= most_n, op, ": ", names.b_scale, " has ", n,
+           " elements, expected one a column of the packed ", names.b, ", which has ", most_n - kPackedColumns + 1,
+           " to ", most_n);
+  SQ_CHECK(most_k - 64 < k && k <= most_k, op, ": ", names.a, " has K=", k, ", but the packed ", names.b,
+           " has K=", most_k - 63, " to ", most_k);
+}
+
 // The operands of a product of m rows of k values, on the device of `a` and checked for their own dtype already, with the
 // weight b, plain or packed.
 inline GemmShape check_weight(const char* op, const OperandNames& names, const Tensor& a, int64_t m, int64_t k,
@@ -168,18 +189,9 @@ inline GemmShape check_weight(const char* op, const OperandNames& names, const T
   check_same_device(op, names.b_scale, b_scale, names.a, a);
   GemmShape shape{m, 0, k, b.dim() == 4};
   if (shape.is_packed) {
-    SQ_CHECK(a.is_cpu(), op, ": ", names.b, " is packed for the CPU kernels, expected [N, K] on this device");
-    SQ_CHECK(b.size(2) == kPackedColumns && b.size(3) == 4 && b.size(1) % 16 == 1, op, ": ", names.b, " has shape ",
-             shape_text(b), ", expected [N, K] or what prepack_weight returns");
     check_scale_dtype(op, names.b_scale, b_scale);
     shape.n = b_scale.numel();
-    const int64_t most_n = b.size(0) * kPackedColumns;
-    const int64_t most_k = b.size(1) / 16 * 64;
-    SQ_CHECK(most_n - kPackedColumns < shape.n && shape.n <= most_n, op, ": ", names.b_scale, " has ", shape.n,
-             " elements, expected one a column of the packed ", names.b, ", which has ", most_n - kPackedColumns + 1,
-             " to ", most_n);
-    SQ_CHECK(most_k - 64 < shape.k && shape.k <= most_k, op, ": ", names.a, " has K=", shape.k, ", but the packed ",
-             names.b, " has K=", most_k - 63, " to ", most_k);
+    check_packed(op, names, a, k, b, shape.n);
   } else {
     SQ_CHECK(b.dim() == 2, op, ": ", names.b, " has shape ", shape_text(b),
              ", expected [N, K] or what prepack_weight returns");
@@ -187,8 +199,7 @@ inline GemmShape check_weight(const char* op, const OperandNames& names, const T
     SQ_CHECK(b.size(1) == shape.k, op, ": ", names.a, " has K=", shape.k, ", but ", names.b, " has K=", b.size(1));
     check_scale(op, names.b_scale, b_scale, "N", shape.n);
   }
-  SQ_CHECK(b.scalar_type() != ScalarType::Char || shape.k <= kMaxInt8K, op, ": K is ", shape.k,
-           ", and int32 sums of int8 products are exact only up to K=", kMaxInt8K);
+  check_exact_sums(op, b, shape.k);
   if (bias.has_value()) {
     check_same_device(op, names.bias, *bias, names.a, a);
     check_float(op, names.bias, bias->scalar_type());

@@ -38,6 +38,12 @@ STABLE_TORCH_LIBRARY(sq, m) {
       "Tensor? up_scale=None, Tensor? gate_bias=None, Tensor? up_bias=None, Tensor? down_bias=None, "
       "Tensor? a_scale=None, Tensor? down_a_scale=None, str activation=\"silu\") -> Tensor");
 
+  // The experts of a mixture: weights [E, N, K], tokens [..., K], and for every token its experts and their weights.
+  m.def(
+      "w8a8_experts(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor gate, Tensor gate_scale, Tensor down, "
+      "Tensor down_scale, Tensor? up=None, Tensor? up_scale=None, Tensor? gate_bias=None, Tensor? up_bias=None, "
+      "Tensor? down_bias=None, str activation=\"silu\") -> Tensor");
+
   // A whole layer of a Llama-like decoder. b: q, k, v, o, gate, up, down. Appends to keys and values [B, H, room, D],
   // quantized where these have scales [B, H, room].
   m.def(

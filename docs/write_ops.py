@@ -20,6 +20,7 @@ SECTIONS = {
     "Quantize activations": "Quantizing activations",
     "Norms and activations": "Norms and activations that quantize",
     "8-bit matrix products": "Products",
+    "The experts of a mixture": "Experts",
     "A whole layer": "Whole layers",
     "What stays in floating point": "In floating point",
 }

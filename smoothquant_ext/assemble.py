@@ -20,8 +20,10 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .assemble_experts import StoredExperts, find_stored_experts, finish_experts_, swap_experts_
 from .describe import describe_
 from .errors import SmoothQuantError
+from .experts import W8A8Experts
 from .fuse import fuse_
 from .hf import to_model_names
 from .linears import Linear, weight_nk
@@ -63,6 +65,7 @@ class W8A8Quantizer(HfQuantizer):
     def __init__(self, quantization_config: W8A8Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.stored: StoredCheckpoint
+        self.experts = StoredExperts()
         if quantization_config.directory is not None:
             self.stored = read_checkpoint(Path(quantization_config.directory))
 
@@ -95,19 +98,27 @@ class W8A8Quantizer(HfQuantizer):
                 "token embedding; set tie_word_embeddings to false there"
             )
         self._check_shapes(model)
+        self.experts = find_stored_experts(model, self.stored, list(stored))
+        self._check_complete(model)
         for name, path, linear in list(self._linears(model, stored)):
+            if name in self.experts.paths:
+                continue
             if linear is None:
                 raise SmoothQuantError(
                     f"{self.stored.directory}: {name} is quantized, but {type(model).__name__} has no linear layer "
-                    "there (experts that transformers fuses are not supported)"
+                    "there"
                 )
             if linear.bias is not None and not stored[name].bias:
                 raise SmoothQuantError(
                     f"{self.stored.directory}: {name}.bias is missing, but config.json makes the layer have one; "
                     f"{COPY_AGAIN}"
                 )
-            model.set_submodule(path, self._empty_layer(stored[name], linear))
-        self._check_complete(model)
+            model.set_submodule(path, self._empty_layer(stored[name], linear.weight.dtype))
+        swap_experts_(model, self.stored, self.experts, self._empty_layer)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        conversions: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        return [*conversions, self.experts.renaming()] if self.experts.readings else conversions
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         fmt = self.stored.layout.fmt
@@ -124,6 +135,7 @@ class W8A8Quantizer(HfQuantizer):
                     layer.input_zero_point = layer.input_zero_point.float().reshape(1)
                 if layer.smooth is not None:
                     layer.smooth = layer.smooth.float()
+        finish_experts_(model)
         self.remove_quantization_config(model)
         describe_(model)
         if self.quantization_config.ready:
@@ -162,14 +174,15 @@ class W8A8Quantizer(HfQuantizer):
             if name.endswith(".weight") and len(tensor.shape) == 2
         ]
         targeted = [name for name in floats if name not in self.stored.layers and layout.scheme_of(name) is not None]
+        experts = find_stored_experts(model, self.stored, targeted).paths
         for name, _, linear in self._linears(model, targeted):
-            if linear is not None:
+            if linear is not None or name in experts:
                 raise SmoothQuantError(
                     f"{self.stored.directory}: config.json says {name} is quantized, but its weight is "
                     f"{self.stored.tensors[name + '.weight'].dtype} without a scale; {COPY_AGAIN}"
                 )
 
-    def _empty_layer(self, stored: StoredLayer, linear: Linear) -> W8A8Linear:
+    def _empty_layer(self, stored: StoredLayer, dtype: torch.dtype) -> W8A8Linear:
         """A layer on meta whose buffers have the names and shapes of the file, so that loading fills them."""
         meta = torch.device("meta")
         layer = W8A8Linear(
@@ -178,7 +191,7 @@ class W8A8Quantizer(HfQuantizer):
             stored.bias,
             stored.scheme,
             device=meta,
-            dtype=linear.weight.dtype,
+            dtype=dtype,
         )
         scale = torch.empty(stored.weight_scale_shape, dtype=torch.float32, device=meta)
         _rename_buffer(layer, "weight_scale", self.stored.layout.fmt.weight_scale, scale)
@@ -213,7 +226,7 @@ def make_ready_(model: PreTrainedModel) -> None:
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         return
     for module in model.modules():
-        if isinstance(module, W8A8Linear):
+        if isinstance(module, W8A8Linear | W8A8Experts):
             module.prepack_()  # one at a time: each frees its plain weight
     fuse_(model)
 

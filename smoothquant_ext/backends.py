@@ -68,6 +68,8 @@ _OPS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("w8a8_linears, fp8", "gemm_fp8", ("quantize", "gemm_fp8")),
     ("w8a8_mlp, int8", "gemm_int8", ("quantize", "rows", "gemm_int8")),
     ("w8a8_mlp, fp8", "gemm_fp8", ("quantize", "rows", "gemm_fp8")),
+    ("w8a8_experts, int8", "gemm_int8", ()),
+    ("w8a8_experts, fp8", "gemm_fp8", ()),
     ("w8a8_decoder_layer_", "gemm_int8", ()),
     ("rms_norm_quantize", "rows", ("rows",)),
     ("layer_norm_quantize", "rows", ("rows",)),
@@ -83,6 +85,7 @@ _OPS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 # Why some ops need no CUDA kernel.
 _CPU_ONLY = {
     "prepack_weight": "for the CPU only: the CUDA kernels read a weight as it lies",
+    "w8a8_experts": "for the CPU only: on a GPU the experts run one by one",
     "w8a8_decoder_layer_": "for the CPU only: on a GPU a model runs its modules one by one",
     "linear": "for the CPU only: on a GPU torch's own is used",
     "attention": "for the CPU only: on a GPU transformers' own is used",
@@ -123,7 +126,7 @@ def _cuda_rows() -> list[OpInfo]:
         if families:
             backend, reason = cuda_kernels.choose(facts, families, validations)
         else:
-            backend, reason = "none", cuda_kernels.why_not_at_all(facts) or _CPU_ONLY[op]
+            backend, reason = "none", cuda_kernels.why_not_at_all(facts) or _CPU_ONLY[op.partition(",")[0]]
         rows.append(OpInfo(op, "cuda", backend, reason))
     return rows
 

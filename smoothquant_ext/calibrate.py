@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,24 +12,29 @@ from torch import Tensor, nn
 
 from .blocks import Batch, run_model
 from .errors import SmoothQuantError
-from .linears import Linear
+from .read_experts import Reading
+from .smooth_experts import HiddenRanges
 from .stream import StreamRecorder
 
 
 def calibrate(
     model: nn.Module,
-    linears: Mapping[str, Linear],
+    layers: Mapping[str, nn.Module],
     batches: Iterable[Batch],
     recorder: StreamRecorder | None = None,
     records: Callable[[int], bool] = lambda _: True,
+    hidden: HiddenRanges | None = None,
+    experts: Mapping[str, Reading] = MappingProxyType({}),
 ) -> dict[str, Tensor]:
     """Runs the model over the batches and keeps a running absmax per input channel: O(features) memory.
 
     Args:
         model: the causal LM, in floating point.
-        linears: the layers to watch, by name.
+        layers: the linear layers, and experts of mixtures, to watch, by name.
         batches: token ids [B, T] or forward arguments; any iterable, consumed once.
         recorder: also records what the blocks are called with, in the batches for whose number ``records`` is true.
+        hidden: also looks within the ``experts``.
+        experts: how these are to be read, by name.
 
     Returns:
         fp32 absmax [K] for each layer that ran, in the order in which the layers ran.
@@ -38,16 +44,18 @@ def calibrate(
     """
     absmax: dict[str, Tensor] = {}
     handles = []
-    for name, linear in linears.items():
+    for name, layer in layers.items():
 
         def watch(_module: nn.Module, args: Any, name: str = name) -> None:
-            x = args[0].detach()
-            if x.numel() == 0:  # an expert may be given no token
+            if not args or args[0].numel() == 0:  # an expert may be given no token
                 return
+            x = args[0].detach()
             seen = x.reshape(-1, x.shape[-1]).abs().amax(dim=0).float()
             absmax[name] = torch.maximum(absmax[name], seen) if name in absmax else seen
 
-        handles.append(linear.register_forward_pre_hook(watch))
+        handles.append(layer.register_forward_pre_hook(watch))
+    if hidden is not None:
+        handles += [hidden.watch(name, layers[name], reading) for name, reading in experts.items()]
     count = 0
     try:
         for batch in batches:

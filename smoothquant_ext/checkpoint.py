@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from . import assemble
 from .card import CARD, model_card
-from .describe import naming, quantized_layers, stored_tensors
+from .describe import count_quantized, naming, quantized_layers, stored_tensors
 from .errors import SmoothQuantError
 from .formats import Format, choose_format, quantization_config
 from .hf import first_line, quiet_transformers
@@ -153,7 +153,7 @@ def save(
             if made is not None:
                 (staging / RECORD).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
             schemes = [scheme for scheme, _ in Counter(layer.scheme for layer in layers.values()).most_common()]
-            text = model_card(target.name, fmt, schemes, len(layers), made)
+            text = model_card(target.name, fmt, schemes, count_quantized(model), made)
             (staging / CARD).write_text(text, encoding="utf-8")
             if tokenizer is not None:
                 tokenizer.save_pretrained(staging)

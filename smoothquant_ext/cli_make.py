@@ -151,15 +151,15 @@ def convert(
     Reads compressed-tensors, LMDeploy, and the FP8 formats of vLLM, transformers, FBGEMM and ModelOpt.
     """
     from . import checkpoint
-    from .describe import quantized_layers
+    from .describe import count_quantized
 
     chosen = choose("format", format, FORMATS)
     target = checkpoint.check_destination(output)
     if target == Path(source).resolve():
         raise SmoothQuantError(f"{output} is what is to be converted; name another directory to write")
     network, tokenizer = load(source)
-    if not quantized_layers(network):
+    if not count_quantized(network):
         raise SmoothQuantError(f"{source} is not quantized; run 'smoothquant quantize' on it")
     with step(f"Saving to {output}"):
         checkpoint.save(network, output, tokenizer, chosen)
-    out.print(f"{len(quantized_layers(network))} layers in 8 bits, unchanged, saved to {output}.", soft_wrap=True)
+    out.print(f"{count_quantized(network)} layers in 8 bits, unchanged, saved to {output}.", soft_wrap=True)

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from . import ops, reference
+from .experts import W8A8Experts
 from .linears import Linear, as_linear, weight_nk
 from .modules import W8A8Linear
+from .read_experts import Reading
 from .scheme import QMAX, Scheme
 
 
@@ -26,6 +28,12 @@ def convert_(model: nn.Module, names: Iterable[str], absmax: Mapping[str, Tensor
     for name in names:
         linear = as_linear(model.get_submodule(name))
         model.set_submodule(name, quantize_linear(linear, absmax.get(name), scheme))
+
+
+def convert_experts_(model: nn.Module, readings: Mapping[str, Reading], scheme: Scheme) -> None:
+    """Replaces the named experts of ``model`` by ``W8A8Experts``, freeing the float weights."""
+    for name, reading in readings.items():
+        model.set_submodule(name, quantize_experts(model.get_submodule(name), reading, scheme))
 
 
 def quantize_linear(
@@ -57,6 +65,20 @@ def quantize_linear(
         module.bias = linear.bias.detach().clone()
     module.prepack_()
     return module
+
+
+def quantize_experts(module: nn.Module, reading: Reading, scheme: Scheme) -> W8A8Experts:
+    """An 8-bit copy of a mixture's experts, rounded to nearest, ready to run; inputs have a scale per token."""
+    parameters = {name: parameter.detach() for name, parameter in module.named_parameters(recurse=False)}
+    layers = {}
+    for name, part in reading.parts.items():
+        weight, bias = part.weight(parameters), part.bias_of(parameters)
+        rounded = [quantize_weight(own, scheme) for own in weight]
+        stacked = torch.stack([q for q, _ in rounded]), torch.stack([scale for _, scale in rounded])
+        layers[name] = *stacked, None if bias is None else bias.clone()
+    experts = W8A8Experts(layers, reading.activation, scheme, reading.is_sorted)
+    experts.prepack_()
+    return experts
 
 
 def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:

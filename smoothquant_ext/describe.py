@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .errors import SmoothQuantError
+from .experts import W8A8Experts
 from .formats import choose_format, quantization_config
 from .hf import plain_tensors, to_checkpoint_modules, to_checkpoint_tensors
 from .modules import W8A8Linear
@@ -24,7 +26,8 @@ class Naming:
 
     Attributes:
         layers: the name in the checkpoint of each quantized layer, by its path in the model.
-        schemes: the scheme of each, by both names: transformers compares with its own, other engines with the former.
+        schemes: the scheme of each, by both names: transformers compares with its own, other engines with the former;
+            of experts by a pattern for all of a mixture.
         ignore: names of the layers that other tools take for linear ones and that stay in floating point.
     """
 
@@ -34,13 +37,19 @@ class Naming:
 
 
 def quantized_layers(model: nn.Module) -> dict[str, W8A8Linear]:
-    """The 8-bit layers of a model, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, W8A8Linear)}
+    """The 8-bit layers of a model, by name; of experts the layers of each, which are views."""
+    found: dict[str, W8A8Linear] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, W8A8Linear):
+            found[name] = module
+        elif isinstance(module, W8A8Experts):
+            found |= {f"{name}.{local}": layer for local, layer in module.layers()}
+    return found
 
 
 def stored_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """What a checkpoint stores besides the 8-bit layers, by its name there."""
-    plain = to_checkpoint_tensors(model, plain_tensors(model, besides=W8A8Linear))
+    plain = to_checkpoint_tensors(model, plain_tensors(model, besides=(W8A8Linear, W8A8Experts)))
     for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
         plain.pop(name, None)
     return plain
@@ -55,11 +64,31 @@ def naming(model: PreTrainedModel, layers: Mapping[str, W8A8Linear], plain: Mapp
     # Routers and the experts that transformers fuses are no nn.Linear here, but are linear layers to vLLM.
     matrices = {name for name, tensor in plain.items() if tensor.dim() == 2 and name.endswith(".weight")}
     others = {name.removesuffix(".weight") for name in matrices} - {names[path] for path in (*linears, *embeddings)}
+    mixtures = {path for path, module in modules.items() if isinstance(module, W8A8Experts)}
+    schemes: dict[str, Scheme] = {}
+    for path, layer in layers.items():
+        for name in (names[path], path):
+            schemes[_all_experts(name) if _module_of(path) in mixtures else name] = layer.scheme
     return Naming(
         {path: names[path] for path in layers},
-        {name: layer.scheme for path, layer in layers.items() for name in (names[path], path)},
+        schemes,
         list(dict.fromkeys([*(names[path] for path in linears), *linears, *sorted(others)])),
     )
+
+
+def count_quantized(model: nn.Module) -> int:
+    """How many modules of a model run in 8 bits: the experts of a mixture are one."""
+    return sum(isinstance(module, W8A8Linear | W8A8Experts) for module in model.modules())
+
+
+def _module_of(name: str) -> str:
+    """The module that holds all experts, of the name of one expert's layer."""
+    return name.rpartition(".")[0].rpartition(".")[0]
+
+
+def _all_experts(name: str) -> str:
+    """A target for all layers of all experts of a mixture: there are thousands."""
+    return f"re:{re.escape(_module_of(name))}\\.\\d+\\.\\w+$"
 
 
 def describe_(model: PreTrainedModel) -> None:

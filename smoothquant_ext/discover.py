@@ -23,6 +23,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -30,8 +31,10 @@ from torch import Tensor, nn
 
 from .blocks import Batch, BlockCall, find_blocks, full_name, probe_batch, record_calls, tied_modules
 from .channel_code import append_digit, digit_count, mapped_channels, read_exponents, spell
-from .linears import find_linears, is_linear, output_width, weight_nk
+from .linears import find_experts, find_linears, is_linear, output_width
 from .norms import looks_like_norm, norm_offset
+from .read_experts import Reading
+from .readers import columns_of, find_readers
 
 SMALLEST_CHUNK = 16  # a packed projection is split no finer than this when looking for its homogeneous part
 MOST_CHUNKS = 96  # and tried in at most this many pieces
@@ -49,7 +52,8 @@ class Group:
         channels: C, how many channels its output has.
         norm_offset: the norm scales by ``norm_offset + weight`` (0 for most, 1 for Gemma's); 0 for a linear.
         consumers: for each consuming linear layer, by model-wide name, an int64 tensor [K] that gives the producer
-            channel behind each of its input channels, or -1 where there is none.
+            channel behind each of its input channels, or -1 where there is none. Routers and experts count as such.
+        readings: how to read those consumers that are the experts of a mixture.
     """
 
     block: str
@@ -58,6 +62,7 @@ class Group:
     channels: int
     norm_offset: float
     consumers: Mapping[str, Tensor]
+    readings: Mapping[str, Reading] = field(default_factory=dict)
 
 
 @dataclass
@@ -78,6 +83,7 @@ def discover(
     batch: Batch,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     running: Collection[str] = (),
+    readings: Mapping[str, Reading] | None = None,
 ) -> Discovery:
     """Probes every decoder block for smoothing groups.
 
@@ -87,14 +93,19 @@ def discover(
         progress: wraps the iterable of blocks, to show how far it is.
         running: layers that are known to run. Where one of them does not on the few tokens (an expert), norms of its
             block are left alone: it may read them.
+        readings: how to read the experts of mixtures, by name; ``None`` to find out.
     """
+    if readings is None:
+        readings = {name: reading for name, reading in find_experts(model).items() if reading is not None}
     blocks = find_blocks(model)
     calls = record_calls(model, blocks, probe_batch(batch))
     tied = tied_modules(model)
     discovery = Discovery()
     hints: dict[tuple[type, str, int], Tensor | None] = {}
     for name in progress(list(calls)):
-        prober = BlockProber(name, blocks[name], calls[name], tied, hints, running)
+        prefix = full_name(name, "")
+        own = {each.removeprefix(prefix): reading for each, reading in readings.items() if each.startswith(prefix)}
+        prober = BlockProber(name, blocks[name], calls[name], tied, hints, running, own)
         prober.find_groups(discovery)
     return discovery
 
@@ -126,6 +137,7 @@ class BlockProber:
         tied: set[str],
         hints: dict[tuple[type, str, int], Tensor | None],
         running: Collection[str] = (),
+        readings: Mapping[str, Reading] = MappingProxyType({}),
     ) -> None:
         # In float16 underflow would hide factors; a copy of one 16-bit block in fp32 is small beside the model.
         is_wide = next(block.parameters()).dtype in (torch.float32, torch.float64)
@@ -133,8 +145,12 @@ class BlockProber:
         self.dtype = next(self.block.parameters()).dtype
         self.name, self.call, self.tied = name, call, tied
         self.hints = hints  # which channels of a packed producer were foldable in an earlier block of this class
-        self.linears = find_linears(self.block)
-        self.unseen = {local for local in self.linears if full_name(name, local) in running}
+        self.readings = readings
+        self.readers = find_readers(self.block, readings)
+        self.widths = {
+            local: columns_of(module, readings.get(local))[0].shape[1] for local, module in self.readers.items()
+        }
+        self.unseen = {local for local in find_linears(self.block) if full_name(name, local) in running}
         self.producers = self._producers_in_order()
         self.noise: dict[tuple[Any, ...], Tensor] = {}
 
@@ -156,6 +172,9 @@ class BlockProber:
                     channels=output_width(self.block.get_submodule(producer)),
                     norm_offset=offset,
                     consumers={full_name(self.name, consumer): channels for consumer, channels in maps.items()},
+                    readings={
+                        full_name(self.name, each): self.readings[each] for each in maps if each in self.readings
+                    },
                 )
             )
 
@@ -235,8 +254,7 @@ class BlockProber:
         """
         found = torch.zeros(channels, dtype=torch.bool)
         reached: dict[str, Tensor] = {}
-        widths = {weight_nk(linear).shape[1] for linear in self.linears.values()}
-        for width in sorted(width for width in widths if width < channels):
+        for width in sorted(width for width in set(self.widths.values()) if width < channels):
             pieces = _chunks(0, channels, math.gcd(width, channels))
             tries = 0
             while pieces and tries < MOST_CHUNKS:
@@ -247,7 +265,7 @@ class BlockProber:
                 inputs = {
                     name: channel_map >= 0
                     for name, channel_map in self._channel_maps(producer, mask, baseline).items()
-                    if weight_nk(self.linears[name]).shape[1] == width
+                    if self.widths[name] == width
                 }
                 if inputs and not any(bool((reached[name] & inputs[name]).any()) for name in reached.keys() & inputs):
                     found |= mask
@@ -310,8 +328,7 @@ class BlockProber:
             return noise * factor.to(output)
 
         def observe(name: str, _module: nn.Module, args: Any) -> Any:
-            x = args[0]
-            if not started or x.numel() == 0:  # an expert may be given no token
+            if not started or not args or (x := args[0]).numel() == 0:  # an expert may be given no token
                 return None
             if undo is not None and name in undo:
                 gain = torch.where(undo[name] >= 0, factor[undo[name].clamp(min=0)], 1.0)
@@ -321,8 +338,8 @@ class BlockProber:
             return None
 
         handles = [self.block.get_submodule(producer).register_forward_hook(replace)]
-        for name, linear in self.linears.items():
-            handles.append(linear.register_forward_pre_hook(partial(observe, name)))
+        for name, reader in self.readers.items():
+            handles.append(reader.register_forward_pre_hook(partial(observe, name)))
         try:
             output = self.call.replay(self.block, self.dtype)
         finally:

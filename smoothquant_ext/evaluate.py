@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import SmoothQuantError
+from .experts import W8A8Experts
 from .modules import W8A8Linear
 from .progress import track
 
@@ -250,7 +251,10 @@ def model_bytes(model: nn.Module) -> ModelBytes:
 
 def _own_bytes(module: nn.Module, seen: set[int]) -> int:
     buffers = {k: v for k, v in module.named_buffers(recurse=False) if k not in module._non_persistent_buffers_set}
-    if isinstance(module, W8A8Linear):
+    if isinstance(module, W8A8Experts):
+        stored = module.stored_bytes()
+        buffers = {name: value for name, value in buffers.items() if name.endswith("_bias")}
+    elif isinstance(module, W8A8Linear):
         del buffers["weight"], buffers["weight_scale"]
         scales = module.out_features if module.scheme.weight == "channel" else 1
         stored = module.in_features * module.out_features * module.scheme.dtype.itemsize + 4 * scales

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, TypeAlias, cast
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .errors import SmoothQuantError
+from .read_experts import Reading, agrees, looks_like_experts, read_experts
 from .scheme import Recipe
 
 if TYPE_CHECKING:
@@ -50,6 +52,20 @@ def find_linears(module: nn.Module) -> dict[str, Linear]:
     return {name: as_linear(child) for name, child in module.named_modules() if is_linear(child)}
 
 
+def find_experts(model: nn.Module) -> dict[str, Reading | None]:
+    """How the modules that hold the experts of a mixture are to be read, by name; ``None`` where that is not known."""
+    known: dict[object, Reading | None] = {}
+    found: dict[str, Reading | None] = {}
+    for name, module in model.named_modules():
+        if looks_like_experts(module):
+            kind = type(module), *((own, tuple(p.shape)) for own, p in module.named_parameters())
+            if kind not in known:
+                known[kind] = read_experts(module)
+            reading = known[kind]
+            found[name] = reading if reading is not None and agrees(module, reading) else None
+    return found
+
+
 def as_linear(module: nn.Module) -> Linear:
     """The same module, for the type checker."""
     return cast(Linear, module)
@@ -80,10 +96,14 @@ class Selection:
 
     Attributes:
         linears: the layers to quantize, by name.
+        experts: how to read the experts of mixtures to quantize, by the name of the module that holds them all.
+        readings: the same of all experts that can be read, quantized or not.
         skipped: the reason for each layer left in floating point, by name.
     """
 
     linears: dict[str, Linear] = field(default_factory=dict)
+    experts: dict[str, Reading] = field(default_factory=dict)
+    readings: dict[str, Reading] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
 
@@ -96,25 +116,32 @@ def select_linears(model: nn.Module, recipe: Recipe) -> Selection:
     Raises:
         SmoothQuantError: a pattern matches nothing, or nothing is left to quantize.
     """
-    linears = find_linears(model)
+    linears, experts = find_linears(model), find_experts(model)
     for option, patterns in (("skip", recipe.skip), ("only", recipe.only)):
         for pattern in patterns:
-            if not any(_matches(name, pattern) for name in linears):
+            if not any(_matches(name, pattern) for name in (*linears, *experts)):
                 raise SmoothQuantError(
                     f"--{option} pattern {pattern!r} matches no linear layer; names look like {_examples(linears)}"
                 )
-    reasons = _default_skips(model, linears)
-    selection = Selection(skipped=_unsupported_weights(model, linears))
-    for name, linear in linears.items():
+    reasons = _default_skips(model, linears) | {
+        name: "experts that compute something other than down(act(gate(x)) * up(x))"
+        for name, reading in experts.items()
+        if reading is None
+    }
+    selection = Selection(skipped=_unsupported_weights(model, {*linears, *experts}))
+    selection.readings = {name: reading for name, reading in experts.items() if reading is not None}
+    for name in (*linears, *experts):
         if any(_matches(name, pattern) for pattern in recipe.skip):
             selection.skipped[name] = "skipped by pattern"
         elif recipe.only and not any(_matches(name, pattern) for pattern in recipe.only):
             selection.skipped[name] = "not among the patterns of --only"
         elif name in reasons:
             selection.skipped[name] = reasons[name]
+        elif name in linears:
+            selection.linears[name] = linears[name]
         else:
-            selection.linears[name] = linear
-    if not selection.linears:
+            selection.experts[name] = selection.readings[name]
+    if not selection.linears and not selection.experts:
         kinds = sorted({type(module).__name__ for module in model.modules() if not list(module.children())})
         raise SmoothQuantError(
             f"{type(model).__name__} has no linear layer to quantize"
@@ -123,11 +150,11 @@ def select_linears(model: nn.Module, recipe: Recipe) -> Selection:
     return selection
 
 
-def check_finite_weights(linears: dict[str, Linear]) -> None:
-    """Raises SmoothQuantError naming the first layer whose weight or bias holds a NaN or an infinity."""
-    for name, linear in linears.items():
-        for kind, tensor in (("weight", linear.weight), ("bias", linear.bias)):
-            if tensor is not None and not torch.isfinite(tensor.detach().sum(dtype=torch.float64)):
+def check_finite_weights(modules: Mapping[str, nn.Module]) -> None:
+    """Raises SmoothQuantError naming the first module whose weights or biases hold a NaN or an infinity."""
+    for name, module in modules.items():
+        for kind, tensor in module.named_parameters(recurse=False):
+            if not torch.isfinite(tensor.detach().sum(dtype=torch.float64)):
                 bad = int((~torch.isfinite(tensor.detach())).sum())
                 raise SmoothQuantError(
                     f"{name}.{kind} holds {bad} non-finite values of {tensor.numel()}; the model is damaged, "
@@ -146,13 +173,13 @@ def _examples(linears: dict[str, Linear]) -> str:
     return ", ".join(dict.fromkeys((names[0], names[len(names) // 2], names[-1]))) if names else "nothing here"
 
 
-def _unsupported_weights(model: nn.Module, linears: dict[str, Linear]) -> dict[str, str]:
+def _unsupported_weights(model: nn.Module, known: set[str]) -> dict[str, str]:
     """Modules with weights that are no linear layer's, so that none is left out silently: those of more dimensions
-    (fused experts, convolutions), and matrices with a forward of their own (routers).
+    (convolutions), and matrices with a forward of their own (routers).
     """
     reasons = {}
     for name, module in model.named_modules():
-        if name in linears or isinstance(module, nn.Embedding):
+        if name in known or isinstance(module, nn.Embedding):
             continue
         weight = values_of(module, "weight")
         is_matrix = weight is not None and weight.dim() == 2

@@ -82,7 +82,8 @@ def measure_outliers(
     model.eval()
     selection = select_linears(model, recipe)
     batches = list(batches.split(1)) if isinstance(batches, Tensor) else list(batches)
-    absmax = calibrate(model, selection.linears, bar(batches, "Calibrating"))
+    layers = {name: model.get_submodule(name) for name in (*selection.linears, *selection.experts)}
+    absmax = calibrate(model, layers, bar(batches, "Calibrating"))
     before = dict(absmax)
     if recipe.smooth:
         groups = discover(model, batches[0], lambda blocks: bar(blocks, "Finding smoothing groups")).groups

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from .describe import count_quantized
+from .experts import W8A8Experts
 from .linears import is_linear
 from .modules import W8A8Linear
 
@@ -48,7 +50,7 @@ def profile_products(model: nn.Module, tokens: Tensor) -> ProductProfile:
     tokens = tokens.to(next(model.parameters()).device)
     with _scopes(model), _quiet_profiler(), profile(activities=[ProfilerActivity.CPU]) as recorded:
         model(input_ids=tokens, use_cache=False)
-    result = ProductProfile(quantized=sum(isinstance(module, W8A8Linear) for module in model.modules()))
+    result = ProductProfile(quantized=count_quantized(model))
     for event in recorded.events() or ():
         if event.cpu_parent is None:
             _sort(event, "", result)
@@ -60,8 +62,9 @@ def _scopes(model: nn.Module) -> Iterator[None]:
     """Marks in the profile where each linear layer begins and ends."""
     labels: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
-        if isinstance(module, W8A8Linear) or is_linear(module):
-            labels[module] = (_QUANTIZED if isinstance(module, W8A8Linear) else _FLOAT) + name
+        is_quantized = isinstance(module, W8A8Linear | W8A8Experts)
+        if is_quantized or is_linear(module):
+            labels[module] = (_QUANTIZED if is_quantized else _FLOAT) + name
     open_scopes: list[Any] = []
 
     def enter(module: nn.Module, _args: Any) -> None:

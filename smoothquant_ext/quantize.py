@@ -15,11 +15,13 @@ from transformers import PreTrainedModel
 
 from .blocks import Batch, find_blocks, token_ids
 from .calibrate import calibrate
-from .convert import convert_
+from .convert import convert_, convert_experts_
 from .describe import describe_
 from .discover import Discovery, discover
 from .errors import SmoothQuantError
+from .experts import as_experts
 from .fuse import fuse_
+from .hf import expert_names
 from .journal import Journal, fingerprint
 from .linears import check_finite_weights, select_linears
 from .progress import track
@@ -27,6 +29,7 @@ from .quantize_blocks import quantize_blocks
 from .scheme import Recipe
 from .skipping import choose_skips
 from .smooth import SmoothedGroup
+from .smooth_experts import HiddenRanges
 from .stream import StreamRecorder
 
 HELD_OUT_SHARE = 4  # every fourth batch at most
@@ -41,7 +44,8 @@ class Report:
 
     Attributes:
         recipe: the recipe it followed.
-        quantized: names of the layers that now run in 8 bits.
+        quantized: names of the layers, and of the modules of experts, that now run in 8 bits.
+        experts: those of them that hold the experts of a mixture.
         groups: the groups that were smoothed.
         failed: producers whose fold was undone, and producers that cannot be folded, each with the reason.
         unsmoothed: quantized layers whose input was not smoothed.
@@ -51,7 +55,7 @@ class Report:
         limits: where static scales are clipped, the largest magnitude kept relative to the largest seen, by layer.
         massive: inputs at which one token towers over the others: over the median one how much, and its position.
         per_token: layers of a static scheme whose input has a scale per token all the same, because one for all would
-            not fit its tokens.
+            not fit its tokens; experts always have.
         sensitivity: KL divergence of the model's predictions with nothing but these layers quantized, if measured.
         outliers: fp32 [K] absmax of each layer's input, before and after smoothing.
         fused: names of the norms and MLPs that run in one pass now.
@@ -62,6 +66,7 @@ class Report:
 
     recipe: Recipe
     quantized: list[str] = field(default_factory=list)
+    experts: list[str] = field(default_factory=list)
     groups: list[SmoothedGroup] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     unsmoothed: list[str] = field(default_factory=list)
@@ -112,21 +117,27 @@ def quantize(
     model.eval()
 
     selection = select_linears(model, recipe)
-    check_finite_weights(selection.linears)
+    layers = {name: model.get_submodule(name) for name in (*selection.linears, *selection.experts)}
+    check_finite_weights(layers)
     data = CalibrationData(batches)
     recorder = StreamRecorder(find_blocks(model))
     watched = bar(data, "Calibrating")
     records = (lambda _: True) if recipe.is_tuned else data.is_held_out
-    absmax = calibrate(model, selection.linears, watched, recorder, records)
-    for name in [name for name in selection.linears if name not in absmax]:
-        del selection.linears[name]
+    hidden = HiddenRanges()
+    within = {name: own for name, own in selection.experts.items() if recipe.smooth and own.up is not None}
+    absmax = calibrate(model, layers, watched, recorder, records, hidden, within)
+    for name in [name for name in layers if name not in absmax]:
+        selection.linears.pop(name, None)
+        selection.experts.pop(name, None)
         selection.skipped[name] = "never ran during calibration"
     seen = absmax | {f"held out {index}": token_ids(batch) for index, batch in data.held_out.items()}
     notes = Journal(Path(journal) / fingerprint(model, seen, repr(recipe)) if journal is not None else None)
 
     discovery = Discovery()
     if recipe.smooth:
-        discovery = discover(model, data.first, lambda blocks: bar(blocks, "Finding smoothing groups"), absmax)
+        discovery = discover(
+            model, data.first, lambda blocks: bar(blocks, "Finding smoothing groups"), absmax, selection.readings
+        )
     report.calibration = {"windows": data.windows, "tokens": data.tokens}
     before = dict(absmax)
     done = quantize_blocks(
@@ -138,6 +149,8 @@ def quantize(
         data.first,
         recipe,
         notes,
+        selection.experts,
+        hidden,
         lambda names: bar(names, "Quantizing blocks"),
     )
     if recipe.skips:
@@ -151,23 +164,31 @@ def quantize(
         selection.skipped |= skips.reasons
         for name in skips.reasons:
             del done.layers[name], selection.linears[name]
-    for name, layer in done.layers.items():
+    names = {name: expert_names(model, name, reading) for name, reading in selection.experts.items()}
+    for name, layer in {**done.layers, **done.experts}.items():
         model.set_submodule(name, layer)
     rest = [name for name in selection.linears if name not in done.layers]  # outside of every block
     convert_(model, rest, absmax, recipe.resolved_scheme)
+    other_experts = {name: own for name, own in selection.experts.items() if name not in done.experts}
+    convert_experts_(model, other_experts, recipe.resolved_scheme)
+    for name, own_names in names.items():
+        as_experts(model.get_submodule(name)).names = own_names
     report.fused = fuse_(model)
     if isinstance(model, PreTrainedModel):
         describe_(model)
     notes.remove()
 
     smoothed = {consumer for group in done.smoothing.groups for consumer in group.consumers}
-    report.quantized = list(selection.linears)
+    report.quantized = [*selection.linears, *selection.experts]
+    report.experts = list(selection.experts)
     report.groups = done.smoothing.groups
     report.failed = discovery.rejected | done.smoothing.failed
-    report.unsmoothed = [name for name in selection.linears if name not in smoothed]
+    report.unsmoothed = [name for name in report.quantized if name not in smoothed]
     report.skipped = selection.skipped
     report.errors, report.damages, report.limits, report.massive = done.errors, done.damages, done.limits, done.massive
     report.per_token = [name for name in done.per_token if name in selection.linears]
+    if recipe.resolved_scheme.is_static:
+        report.per_token += selection.experts
     report.outliers = {name: (before[name], absmax[name]) for name in before}
     model.smoothquant_report = report  # type: ignore[assignment]
     return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,17 +12,20 @@ from torch import Tensor, nn
 
 from .blocks import Batch, BlockCall, find_blocks, full_name, probe_batch, record_calls
 from .clipping import choose_clips_
-from .convert import quantize_linear
+from .convert import quantize_experts, quantize_linear
 from .discover import Group, explicit_groups
+from .experts import W8A8Experts
 from .journal import Journal
 from .linears import Linear, find_linears, weight_nk
 from .modules import W8A8Linear
 from .observe import BlockInput, Observation, observe
+from .read_experts import Reading
 from .rounding import round_weight
 from .scheme import AUTO, Recipe, Scheme
 from .search import Choice, Trial, damage, search_alphas_
 from .sensitivity import Unit, swapped
 from .smooth import Proof, Smoothing, by_block, gather_scale, group_modules, magnitudes, smooth_group_
+from .smooth_experts import HiddenRanges, smooth_experts_
 from .stream import StreamRecorder
 
 
@@ -38,6 +42,7 @@ class Blocks:
         limits: largest magnitude that a static scale represents, relative to the absmax, by layer, where it was chosen.
         massive: inputs at which one token towers over the others: by how much over the median one, and its position.
         per_token: layers of a static scheme whose input has a scale per token.
+        experts: the 8-bit experts of mixtures by name; not yet in the model.
     """
 
     layers: dict[str, W8A8Linear] = field(default_factory=dict)
@@ -48,6 +53,7 @@ class Blocks:
     limits: dict[str, float] = field(default_factory=dict)
     massive: dict[str, tuple[float, int]] = field(default_factory=dict)
     per_token: list[str] = field(default_factory=list)
+    experts: dict[str, W8A8Experts] = field(default_factory=dict)
 
 
 MASSIVE = 50.0  # times the median token: worth telling
@@ -65,6 +71,8 @@ def quantize_blocks(
     first: Batch,
     recipe: Recipe,
     journal: Journal,
+    experts: Mapping[str, Reading] = MappingProxyType({}),
+    hidden: HiddenRanges | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Blocks:
     """Folds smoothing into the model in place, and makes the 8-bit layers of its blocks.
@@ -78,6 +86,8 @@ def quantize_blocks(
         first: a batch for the proof that each fold preserves the function.
         recipe: what to do.
         journal: takes and gives the findings of the search.
+        experts: how to read the experts of mixtures that are to be quantized, by name.
+        hidden: what was seen within them; ``None`` for no smoothing there.
         progress: wraps the iterable of blocks.
     """
     done = Blocks()
@@ -87,7 +97,10 @@ def quantize_blocks(
     previous: Sequence[list[Tensor]] = ()
     for name in progress(recorder.names):
         clips = recipe.clips and name not in recorder.repeated  # ranges of other runs were not recorded
-        worker = BlockQuantizer(name, blocks[name], recorder.calls(name, previous), held_out, absmax, recipe, clips)
+        mixtures = {each: reading for each, reading in experts.items() if each.startswith(full_name(name, ""))}
+        worker = BlockQuantizer(
+            name, blocks[name], recorder.calls(name, previous), held_out, absmax, recipe, clips, mixtures, hidden
+        )
         own = members.get(name, []) + (worker.explicit_groups(members.get(name, [])) if recipe.explicit else [])
         choices, limits = worker.decide(own, journal)
         proof = Proof(blocks[name], calls[name], name)
@@ -108,9 +121,11 @@ class BlockQuantizer:
         absmax: dict[str, Tensor],
         recipe: Recipe,
         clips: bool,
+        experts: Mapping[str, Reading],
+        hidden: HiddenRanges | None,
     ) -> None:
         self.name, self.block, self.absmax, self.recipe = name, block, absmax, recipe
-        self.clips = clips
+        self.clips, self.experts, self.hidden = clips, experts, hidden or HiddenRanges()
         self.linears: dict[str, Linear] = {
             local: linear for local, linear in find_linears(block).items() if full_name(name, local) in absmax
         }
@@ -160,8 +175,16 @@ class BlockQuantizer:
             full_name(self.name, reader): each for each in self.observation.inputs.values() for reader in each.readers
         }
         absmax = {name: self.absmax[name] if each.absmax is None else each.absmax for name, each in seen.items()}
+        absmax |= {name: self.absmax[name] for name in self.experts}
         trial = Trial(
-            self.name, self.block, absmax, recipe.resolved_scheme, self.test_calls, self.expected, self.schemes
+            self.name,
+            self.block,
+            absmax,
+            recipe.resolved_scheme,
+            self.test_calls,
+            self.expected,
+            self.schemes,
+            self.experts,
         )
         if is_searched:
             found_alphas = search_alphas_(trial, groups, recipe.migration)
@@ -202,7 +225,7 @@ class BlockQuantizer:
         proof: Proof,
         done: Blocks,
     ) -> None:
-        """Folds what was decided, and makes and measures the 8-bit layers."""
+        """Folds what was decided, and makes and measures the 8-bit layers and experts."""
         scales: dict[str, Tensor] = {}  # what the input of each layer is divided by
         explicit: set[str] = set()
         unfolded: set[str] = set()  # their limits were chosen for another range
@@ -214,6 +237,9 @@ class BlockQuantizer:
                 explicit |= choice.group.consumers.keys() if choice.group.kind == "explicit" else set()
             else:
                 unfolded |= choice.group.consumers.keys()
+        alpha, scheme = self.recipe.migration, self.recipe.resolved_scheme
+        for name, reading in self.experts.items():
+            smooth_experts_(model, name, reading, self.hidden, alpha, scheme, proof, done.smoothing)
         own: dict[str, W8A8Linear] = {}
         for first, each in self.observation.inputs.items():
             names = [full_name(self.name, reader) for reader in each.readers]
@@ -227,9 +253,13 @@ class BlockQuantizer:
                 own[name] = self._quantize(reader, each, scales.get(name), name in explicit, limit)
                 if each.rows:  # an expert may not run in the held-out windows
                     done.errors[name] = self._error(reader, own[name], each, scales.get(name))
+        mixtures = {
+            name: quantize_experts(model.get_submodule(name), reading, scheme) for name, reading in self.experts.items()
+        }
         done.layers |= own
+        done.experts |= mixtures
         done.per_token += self.schemes
-        with swapped(model, own):
+        with swapped(model, {**own, **mixtures}):
             done.damages[self.name] = damage([call.replay(self.block) for call in self.test_calls], self.expected)
 
     def _quantize(

@@ -127,9 +127,10 @@ def render_report(report: Report) -> Group:
     """What ``quantize`` did, alike layers of different blocks on one line."""
     recipe = report.recipe
     took = sum(report.seconds.values())
-    parts: list[Any] = [
-        Text(f"{len(report.quantized)} linear layers run in {recipe.resolved_scheme.name} ({took:.0f} s)", style="bold")
-    ]
+    count = f"{len(report.quantized) - len(report.experts)} linear layers"
+    if report.experts:
+        count += f" and the experts of {len(report.experts)} mixtures"
+    parts: list[Any] = [Text(f"{count} run in {recipe.resolved_scheme.name} ({took:.0f} s)", style="bold")]
     if report.groups:
         parts.append(_groups_table(report.groups))
     for heading, reasons in (
@@ -139,8 +140,13 @@ def render_report(report: Report) -> Group:
         parts += [Text(f"{heading} {reason}: {collapse(names)}") for reason, names in by_reason(reasons).items()]
     if recipe.smooth and report.unsmoothed:
         parts.append(Text(f"In 8 bits without smoothing: {collapse(report.unsmoothed)}"))
-    if report.per_token:
-        parts.append(Text(f"With a scale per token, since one does not fit all tokens: {collapse(report.per_token)}"))
+    unfit = [name for name in report.per_token if name not in report.experts]
+    for reason, names in (
+        ("since one does not fit all tokens", unfit),
+        ("as experts always have", [name for name in report.per_token if name in report.experts]),
+    ):
+        if names:
+            parts.append(Text(f"With a scale per token, {reason}: {collapse(names)}"))
     if report.fused:
         parts.append(Text(f"Fused into one pass: {collapse(report.fused)}"))
     return Group(*parts)

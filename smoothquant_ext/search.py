@@ -10,15 +10,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from .blocks import BlockCall
-from .convert import quantize_linear, static_scale
+from .convert import quantize_experts, quantize_linear, static_scale
 from .discover import Group
-from .linears import as_linear, values_of
+from .linears import as_linear
 from .modules import W8A8Linear
+from .read_experts import Reading
 from .scheme import Scheme
 from .smooth import fold_, gather_scale, group_modules, magnitudes
 
@@ -64,6 +66,7 @@ class Trial:
         calls: Sequence[BlockCall],
         expected: Sequence[list[Tensor]],
         schemes: Mapping[str, Scheme],
+        experts: Mapping[str, Reading] = MappingProxyType({}),
     ) -> None:
         """Quantizes the layers of the block that ``absmax`` names.
 
@@ -75,9 +78,11 @@ class Trial:
             calls: arguments of the block for the held-out windows.
             expected: what the original returned for them.
             schemes: of layers that are quantized in another way than ``scheme`` says.
+            experts: how to read those of the layers that are the experts of a mixture.
         """
         self.prefix = f"{name}." if name else ""
         self.scheme, self.calls, self.expected, self.schemes = scheme, calls, expected, schemes
+        self.experts = dict(experts)
         self.absmax = {layer: values for layer, values in absmax.items() if layer.startswith(self.prefix)}
         self.wide = copy.deepcopy(block).float()
         self.eight = copy.deepcopy(block)
@@ -122,6 +127,10 @@ class Trial:
 
     def _quantize(self, name: str) -> None:
         local = name.removeprefix(self.prefix)
+        if name in self.experts:
+            experts = quantize_experts(self.wide.get_submodule(local), self.experts[name], self.scheme)
+            self.eight.set_submodule(local, experts)
+            return
         linear = as_linear(self.wide.get_submodule(local))
         is_explicit = any(name in group.consumers for group, _ in self.folds.values() if group.kind == "explicit")
         smooth = self.input_scale(name) if is_explicit else None
@@ -131,10 +140,9 @@ class Trial:
 
     def _copy(self, name: str) -> None:
         local = name.removeprefix(self.prefix)
-        for kind in ("weight", "bias"):
-            target, source = (values_of(root.get_submodule(local), kind) for root in (self.eight, self.wide))
-            if target is not None and source is not None:
-                target.copy_(source)
+        source = dict(self.wide.get_submodule(local).named_parameters(recurse=False))
+        for kind, target in self.eight.get_submodule(local).named_parameters(recurse=False):
+            target.detach().copy_(source[kind].detach())
 
 
 def search_alphas_(trial: Trial, groups: Sequence[Group], start: float) -> list[Choice]:

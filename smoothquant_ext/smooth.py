@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from .blocks import Batch, BlockCall, find_blocks, probe_batch, record_calls
 from .discover import Group
-from .linears import Linear, as_linear, is_linear, values_of, weight_nk
+from .linears import as_linear, is_linear, values_of, weight_nk
+from .readers import columns_of
 from .scheme import Recipe, Scheme
 
 # The proof runs in a raised dtype, but norms, rotary embeddings and softmax of most models compute in fp32 whatever
@@ -91,15 +92,16 @@ class Magnitudes:
 
 
 def magnitudes(
-    group: Group, consumers: Mapping[str, Linear], absmax: Mapping[str, Tensor], scheme: Scheme
+    group: Group, consumers: Mapping[str, nn.Module], absmax: Mapping[str, Tensor], scheme: Scheme
 ) -> Magnitudes:
     """What the scale of a group is computed from; consumers that will not be quantized have no say."""
     channels = group.channels
     x, w = torch.zeros(channels), torch.zeros(channels)
-    for name, linear in consumers.items():
+    for name, module in consumers.items():
         if name in absmax:
             _scatter_max_(x, group.consumers[name], absmax[name].cpu())
-            _scatter_max_(w, group.consumers[name], column_absmax(weight_nk(linear), scheme).cpu())
+            for weight in columns_of(module, group.readings.get(name)):
+                _scatter_max_(w, group.consumers[name], column_absmax(weight, scheme).cpu())
     return Magnitudes(x, w)
 
 
@@ -168,8 +170,14 @@ class Proof:
     def try_fold(self, group: Group, s: Tensor) -> str:
         """Folds the copy; if its output changes, undoes that and says by how much, else returns ''."""
         producer, consumers = group_modules(self.block, group, self.prefix)
-        before = {parameter: parameter.detach().clone() for parameter in _parameters(producer, consumers)}
-        fold_(producer, consumers, group, s)
+        modules = [module for module in (producer, *consumers.values()) if module is not None]
+        return self.attempt(modules, lambda: fold_(producer, consumers, group, s))
+
+    def attempt(self, modules: Iterable[nn.Module], change: Callable[[], None]) -> str:
+        """Changes parameters of the copy's ``modules``; as ``try_fold``."""
+        parameters = [parameter for module in modules for parameter in module.parameters(recurse=False)]
+        before = {parameter: parameter.detach().clone() for parameter in parameters}
+        change()
         error = max((_relative_error(a, b) for a, b in zip(self.expected, self._run(), strict=True)), default=0.0)
         if error <= PROOF_TOLERANCE:
             return ""
@@ -181,7 +189,7 @@ class Proof:
         return self.call.replay(self.block, self.dtype)
 
 
-def fold_(producer: nn.Module | None, consumers: Mapping[str, Linear], group: Group, s: Tensor) -> None:
+def fold_(producer: nn.Module | None, consumers: Mapping[str, nn.Module], group: Group, s: Tensor) -> None:
     """Divides the producer's output channels by s [C] and multiplies the consumers' columns by it, in place.
 
     Without a producer the columns alone are multiplied. A norm's weight is rounded to its dtype, and in 16 bits that
@@ -202,9 +210,9 @@ def fold_(producer: nn.Module | None, consumers: Mapping[str, Linear], group: Gr
     bias = None if producer is None else values_of(producer, "bias")
     if bias is not None:
         bias.copy_(_wide(bias) / s.to(bias.device))
-    for name, linear in consumers.items():
-        columns = weight_nk(linear)
-        columns.copy_(_wide(columns) * gather_scale(s, group.consumers[name]).to(columns.device))
+    for name, module in consumers.items():
+        for columns in columns_of(module, group.readings.get(name)):
+            columns.copy_(_wide(columns) * gather_scale(s, group.consumers[name]).to(columns.device))
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -217,9 +225,9 @@ def gather_scale(s: Tensor, channel_map: Tensor) -> Tensor:
     return torch.where(channel_map >= 0, s[channel_map.clamp(min=0)], 1.0)
 
 
-def group_modules(root: nn.Module, group: Group, prefix: str = "") -> tuple[nn.Module | None, dict[str, Linear]]:
+def group_modules(root: nn.Module, group: Group, prefix: str = "") -> tuple[nn.Module | None, dict[str, nn.Module]]:
     """The producer, if any, and the consumers by model-wide name, looked up below ``root`` (``prefix``)."""
-    consumers = {name: as_linear(root.get_submodule(name.removeprefix(prefix))) for name in group.consumers}
+    consumers = {name: root.get_submodule(name.removeprefix(prefix)) for name in group.consumers}
     return root.get_submodule(group.producer.removeprefix(prefix)) if group.producer else None, consumers
 
 
@@ -258,11 +266,12 @@ def smooth_group_(
     return True
 
 
-def _overflow(producer: nn.Module | None, consumers: Mapping[str, Linear], group: Group, s: Tensor) -> str:
+def _overflow(producer: nn.Module | None, consumers: Mapping[str, nn.Module], group: Group, s: Tensor) -> str:
     """Says which weight the fold would push beyond its dtype's range (it happens in float16), or ''."""
     folded = []
-    for name, linear in consumers.items():
-        columns = weight_nk(linear).abs().amax(dim=0)
+    for name, module in consumers.items():
+        largest = [weight.abs().amax(dim=0) for weight in columns_of(module, group.readings.get(name))]
+        columns = torch.stack(largest).amax(dim=0)
         folded.append((f"{name}.weight", columns, gather_scale(s, group.consumers[name])))
     for kind in ("weight", "bias"):
         if producer is None:
@@ -277,11 +286,6 @@ def _overflow(producer: nn.Module | None, consumers: Mapping[str, Linear], group
         if float((magnitude.cpu().double() * factor.double()).max()) > torch.finfo(magnitude.dtype).max:
             return f"folding it overflows {name} in {str(magnitude.dtype).removeprefix('torch.')}"
     return ""
-
-
-def _parameters(producer: nn.Module | None, consumers: Mapping[str, Linear]) -> list[nn.Parameter]:
-    modules = [producer, *consumers.values()]
-    return [parameter for module in modules if module is not None for parameter in module.parameters(recurse=False)]
 
 
 def _scatter_max_(target: Tensor, channel_map: Tensor, values: Tensor) -> None:

@@ -223,7 +223,7 @@ def test_the_table_names_the_ops_that_have_cuda_kernels() -> None:
     sources = "".join(path.read_text() for path in (root / "csrc" / "cuda").glob("*_op.cpp"))
     implemented = set(re.findall(r'm\.impl\("(\w+)"', sources))
     assert {op.partition(",")[0] for op, _, families in backends._OPS if families} == implemented
-    assert {op for op, _, families in backends._OPS if not families} == set(backends._CPU_ONLY)
+    assert {op.partition(",")[0] for op, _, families in backends._OPS if not families} == set(backends._CPU_ONLY)
     families = re.search(r"kFamilies\[\] = \{(.+?)\}", (root / "csrc" / "cuda" / "devices.cpp").read_text())
     assert families is not None
     assert tuple(re.findall(r'"(\w+)"', families[1])) == cuda_kernels.FAMILIES

@@ -78,22 +78,39 @@ EXPECTED: dict[str, dict[str, set[str]]] = {
         "post_attention_layernorm": {"gate_proj", "up_proj"},
         "up_proj": {"down_proj"},
     },
-    # The up_proj is that of the shared experts, in Qwen2-MoE and Llama 4 too.
+    # The gate_proj and up_proj are those of the shared experts, in Qwen2-MoE and Llama 4 too.
     "deepseek_v3-moe": {
         "input_layernorm": {"q_a_proj", "kv_a_proj_with_mqa"},
         "q_a_layernorm": {"q_b_proj"},
         "kv_a_layernorm": {"kv_b_proj"},
         "kv_b_proj": {"o_proj"},
+        "post_attention_layernorm": {"gate", "experts", "gate_proj", "up_proj"},
         "up_proj": {"down_proj"},
     },
     "deepseek_v2-lite": {
         "input_layernorm": {"q_proj", "kv_a_proj_with_mqa"},
         "kv_a_layernorm": {"kv_b_proj"},
         "kv_b_proj": {"o_proj"},
+        "post_attention_layernorm": {"gate", "experts", "gate_proj", "up_proj"},
         "up_proj": {"down_proj"},
     },
-    "mixtral": {"input_layernorm": {"q_proj", "k_proj", "v_proj"}, "v_proj": {"o_proj"}},
-    "qwen2_moe": {"input_layernorm": {"q_proj", "k_proj", "v_proj"}, "v_proj": {"o_proj"}, "up_proj": {"down_proj"}},
+    "mixtral": {
+        "input_layernorm": {"q_proj", "k_proj", "v_proj"},
+        "v_proj": {"o_proj"},
+        "post_attention_layernorm": {"gate", "experts"},
+    },
+    "granitemoe": {
+        "input_layernorm": {"q_proj", "k_proj", "v_proj"},
+        "v_proj": {"o_proj"},
+        "post_attention_layernorm": {"router", "experts"},
+    },
+    "llama4_text": {"input_layernorm": {"q_proj", "k_proj", "v_proj"}, "v_proj": {"o_proj"}, "up_proj": {"down_proj"}},
+    "qwen2_moe": {
+        "input_layernorm": {"q_proj", "k_proj", "v_proj"},
+        "v_proj": {"o_proj"},
+        "post_attention_layernorm": {"gate", "experts", "gate_proj", "up_proj", "shared_expert_gate"},
+        "up_proj": {"down_proj"},
+    },
 }
 SAME_GROUPS = {
     "llama": ("mistral", "qwen2", "qwen3", "gemma", "stablelm", "granite"),
@@ -103,13 +120,12 @@ SAME_GROUPS = {
     "cohere": ("cohere2",),
     "bloom": ("gpt_neox", "gpt_neox-sequential", "falcon-sequential"),
     "deepseek_v3": ("deepseek_v2",),
-    "qwen2_moe": ("llama4_text",),
+    "mixtral": ("qwen3_moe", "olmoe"),
 }
 EXPECTED |= {other: EXPECTED[known] for known, others in SAME_GROUPS.items() for other in others}
 
-# Norms that linear layers read, but not they alone: experts and their router do too.
-WITH_SHARED_EXPERTS = ("deepseek_v2-lite", "deepseek_v3-moe", "llama4_text", "qwen2_moe")
-REJECTED = {name: {"post_attention_layernorm"} for name in WITH_SHARED_EXPERTS}
+# A norm that linear layers read, but not they alone: experts do too, whose tokens were multiplied by scores.
+REJECTED = {"llama4_text": {"post_attention_layernorm"}}
 
 
 def last(name: str) -> str:

@@ -42,8 +42,9 @@ def test_defaults_leave_head_and_routers_alone() -> None:
     assert selection.skipped == {"lm_head": "output embedding"}
     mixtral = select_linears(tiny.build("mixtral"), Recipe())
     others = {name.rpartition(".")[2] for name, reason in mixtral.skipped.items() if "not a linear layer" in reason}
-    assert others == {"experts", "gate"}  # the router has a matrix, and a forward of its own
+    assert others == {"gate"}  # the router has a matrix, and a forward of its own
     assert all("self_attn" in name for name in mixtral.linears)
+    assert set(mixtral.experts) == {f"model.layers.{layer}.mlp.experts" for layer in (0, 1)}
 
 
 @pytest.mark.parametrize("pattern", ["down_proj", "*.down_proj", "mlp.down_proj", "model.layers.*.mlp.down_proj"])

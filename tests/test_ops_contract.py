@@ -58,8 +58,8 @@ QUANTIZE_ERRORS: list[tuple[Call, str]] = [
     (lambda: ops.quantize_static(X, ONE * torch.inf, torch.int8), f"quantize_static: scale is inf, {POSITIVE}"),
     (lambda: ops.quantize_static(X, ONE * torch.nan, torch.int8), f"quantize_static: scale is nan, {POSITIVE}"),
     (lambda: ops.prepack_weight(X), f"prepack_weight: b is float32, {EIGHT}"),
-    (lambda: ops.prepack_weight(A[0]), "prepack_weight: b has shape [40], expected [N, K]"),
-    (lambda: ops.prepack_weight(PACKED), "prepack_weight: b has shape [1, 17, 64, 4], expected [N, K]"),
+    (lambda: ops.prepack_weight(A[0]), "prepack_weight: b has shape [40], expected [N, K] or [E, N, K]"),
+    (lambda: ops.prepack_weight(PACKED), "prepack_weight: b has shape [1, 17, 64, 4], expected [N, K] or [E, N, K]"),
     (
         lambda: ops.prepack_weight(torch.ones(1, 133145, dtype=torch.int8)),
         "prepack_weight: K is 133145, and int32 sums of int8 products are exact only up to K=133144",

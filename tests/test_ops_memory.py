@@ -16,6 +16,8 @@ LIBC = ctypes.CDLL("libc.so.6")
 X, X16 = randn(2, 64), randn(2, 64, dtype=torch.bfloat16)
 B = ops.prepack_weight(random_int8(64, 64))
 B_SCALE, BIAS, ONE, CHANNELS = torch.ones(64, 1), torch.zeros(64), torch.ones(1), torch.ones(64)
+B3, S3 = ops.prepack_weight(random_int8(3, 64, 64)), torch.ones(3, 64)
+INDEX = torch.tensor([[0, 2], [2, 2]])
 HEADS = randn(1, 2, 4, 16)
 MASK = torch.ones(1, 1, 4, 4, dtype=torch.bool)
 
@@ -40,6 +42,7 @@ CALLS: dict[str, Call] = {
     "w8a8_linear": lambda: ops.w8a8_linear(X, B, B_SCALE, BIAS, ONE, CHANNELS, torch.float32),
     "w8a8_linears": lambda: ops.w8a8_linears(X, [B, B], [B_SCALE, B_SCALE], [BIAS, BIAS]),
     "w8a8_mlp": lambda: ops.w8a8_mlp(X, B, B_SCALE, B, B_SCALE, B, B_SCALE),
+    "w8a8_experts": lambda: ops.w8a8_experts(X, INDEX, X[:, :2], B3, S3, B3, S3, B3, S3, S3, S3, S3),
     "w8a8_decoder_layer_": decoder_layer,
     "rms_norm_quantize": lambda: ops.rms_norm_quantize(X, CHANNELS, 1e-5, torch.int8, X, ONE),
     "layer_norm_quantize": lambda: ops.layer_norm_quantize(X, CHANNELS, CHANNELS, 1e-5, torch.int8, X, ONE),

@@ -80,6 +80,9 @@ CONFIGS: dict[str, dict[str, object]] = {
     # All experts, since an untrained router wavers, and with it the output leaps.
     "deepseek_v3-moe": DEEPSEEK | {"model_type": "deepseek_v3", "first_k_dense_replace": 0, "num_experts_per_tok": 4},
     "mixtral": LLAMA_LIKE | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": LLAMA_LIKE | MOE | {"num_experts": 4},
+    "olmoe": LLAMA_LIKE | {"num_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": LLAMA_LIKE | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "llama4_text": LLAMA_LIKE | {"num_local_experts": 4, "intermediate_size_mlp": 112, "attention_chunk_size": 8},
     "qwen2_moe": LLAMA_LIKE | MOE | {"num_experts": 4, "shared_expert_intermediate_size": 80},
 }
@@ -100,6 +103,13 @@ def build(architecture: str, dtype: torch.dtype = torch.float32, seed: int = 0, 
             elif parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
+
+
+def input_columns(reader: nn.Module) -> Tensor:
+    """What multiplies each input channel of a layer, or of the experts of a mixture: [K, ...], a view."""
+    if isinstance(reader, Conv1D):
+        return reader.weight
+    return reader.gate_up_proj.permute(2, 0, 1) if hasattr(reader, "gate_up_proj") else reader.weight.T
 
 
 def token_ids(rows: int = 2, tokens: int = 24, seed: int = 1) -> Tensor:
@@ -146,7 +156,7 @@ def amplify_outliers(
             if numbered is None or not readers:
                 continue
             columns = [
-                module.weight if isinstance(module, Conv1D) else module.weight.T
+                input_columns(module)
                 for reader, module in modules.items()
                 if reader.startswith(numbered[0]) and reader.rpartition(".")[2] in readers
             ]

@@ -111,4 +111,46 @@ inline void parallel_gemm(GemmRange gemm, const std::vector<GemmArgs>& products,
   });
 }
 
+// A product of these rows of the activation alone.
+struct RowsProduct {
+  GemmArgs args;
+  Range rows;
+};
+
+// Products with rows of their own, in one parallel region. Panels cost what their rows cost and what reading them does, and
+// every thread gets as much as the others, so that one expert's many rows and ten experts' single ones both split well.
+inline void parallel_gemm(GemmRange gemm, const std::vector<RowsProduct>& products, int64_t block_bytes) {
+  constexpr int64_t kReadRows = 16;  // that could be multiplied while a panel is read from memory
+  struct Block {
+    const GemmArgs* args;
+    Range rows;
+    int64_t start, cost, panels;  // the cost of all before, and of each panel
+  };
+  std::vector<Block> blocks;
+  int64_t total = 0, k = 1;
+  for (const RowsProduct& product : products) {
+    const int64_t count = product.rows.end - product.rows.begin, panels = panel_count(product.args.n);
+    if (count == 0 || panels == 0) continue;
+    k = std::max<int64_t>(1, product.args.k);
+    const int64_t rows = block_rows(count, product.args.a_stride, panels, block_bytes);
+    for (int64_t row = product.rows.begin; row < product.rows.end; row += rows) {
+      const int64_t last = std::min(product.rows.end, row + rows);
+      blocks.push_back({&product.args, {row, last}, total, last - row + kReadRows, panels});
+      total += blocks.back().cost * panels;
+    }
+  }
+  const int64_t grain = (1 + kReadRows) * std::max<int64_t>(1, kGemmGrain / (kPanel * k));
+  if (total == 0) return;
+  torch::stable::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) {
+    const auto after = std::upper_bound(blocks.begin(), blocks.end(), begin,
+                                        [](int64_t at, const Block& block) { return at < block.start; });
+    for (auto block = after - 1; block != blocks.end() && block->start < end; ++block) {
+      // A panel is that thread's in whose range it begins.
+      const int64_t first = std::max<int64_t>(0, div_up(begin - block->start, block->cost));
+      const int64_t last = std::min(block->panels, div_up(end - block->start, block->cost));
+      if (first < last) gemm(*block->args, block->rows, {first, last});
+    }
+  });
+}
+
 }  // namespace sq

@@ -10,12 +10,20 @@
 
 namespace sq {
 
+// Of one weight [N, K], or of each of [E, N, K].
 inline void parallel_pack(const Tensor& b, uint8_t* packed) {
-  const int64_t n = b.size(0), k = b.size(1);
+  const int64_t n = b.size(b.dim() - 2), k = b.size(b.dim() - 1);
+  const int64_t panels = panel_count(n), matrices = b.dim() == 3 ? b.size(0) : 1;
   const auto* source = pointer<uint8_t>(b);
   const DType dtype = kernel_dtype(b.scalar_type());
-  parallel_rows(panel_count(n), panel_bytes(k),
-                [&](Range panels) { pack_panels(source, n, k, dtype, packed, panels); });
+  parallel_rows(matrices * panels, panel_bytes(k), [&](Range range) {
+    for (int64_t panel = range.begin; panel < range.end;) {
+      const int64_t matrix = panel / panels, first = panel % panels;
+      const int64_t last = std::min(panels, first + range.end - panel);
+      pack_panels(source + matrix * n * k, n, k, dtype, packed + matrix * panels * panel_bytes(k), {first, last});
+      panel += last - first;
+    }
+  });
 }
 
 // An 8-bit activation [m, k] as the kernels read it, its scales, and for fp8 its values once more, widened. It knows its
@@ -65,23 +73,38 @@ class Operand {
   // The products of the first rows with weights, in one parallel region. Those without scales for the activation get the
   // operand's own; a_dtype is the fp8 type of the values.
   void multiply(std::vector<GemmArgs> products, DType a_dtype, int64_t rows) {
-    if (!is_int8()) {
-      const WidenArgs args{k_, q(), q_stride_, a_dtype, memory_ + wide_offset_, wide_stride_};
-      parallel_rows(rows, wide_stride_, [&](Range range) { kernels_.widen_fp8(args, range); });
-    }
-    for (GemmArgs& args : products) {
-      args.a = is_int8() ? q() : memory_ + wide_offset_;
-      args.a_stride = is_int8() ? q_stride_ : wide_stride_;
-      if (args.a_scale == nullptr) {
-        args.a_scale = scales();
-        args.a_scale_step = 1;
-      }
-    }
-    const GemmRange gemm = is_int8() ? kernels_.gemm_int8 : kernels_.gemm_fp8;
-    parallel_gemm(gemm, products, rows, is_int8() ? kernels_.block_bytes : kernels_.fp8_block_bytes);
+    widen_first(rows, a_dtype);
+    for (GemmArgs& args : products) complete(args);
+    parallel_gemm(gemm(), products, rows, block_bytes());
+  }
+
+  // The same for products of some of the first rows each.
+  void multiply(std::vector<RowsProduct> products, DType a_dtype, int64_t rows) {
+    widen_first(rows, a_dtype);
+    for (RowsProduct& product : products) complete(product.args);
+    parallel_gemm(gemm(), products, block_bytes());
   }
 
  private:
+  GemmRange gemm() const { return is_int8() ? kernels_.gemm_int8 : kernels_.gemm_fp8; }
+  int64_t block_bytes() const { return is_int8() ? kernels_.block_bytes : kernels_.fp8_block_bytes; }
+
+  void widen_first(int64_t rows, DType a_dtype) {
+    if (is_int8()) return;
+    const WidenArgs args{k_, q(), q_stride_, a_dtype, memory_ + wide_offset_, wide_stride_};
+    parallel_rows(rows, wide_stride_, [&](Range range) { kernels_.widen_fp8(args, range); });
+  }
+
+  // The activation's part of a product's arguments.
+  void complete(GemmArgs& args) {
+    args.a = is_int8() ? q() : memory_ + wide_offset_;
+    args.a_stride = is_int8() ? q_stride_ : wide_stride_;
+    if (args.a_scale == nullptr) {
+      args.a_scale = scales();
+      args.a_scale_step = 1;
+    }
+  }
+
   const Kernels& kernels_;
   int64_t m_, k_;
   DType dtype_;
@@ -120,8 +143,12 @@ class Weight {
   }
   GemmArgs product(const Tensor& y) const { return product(y.mutable_data_ptr(), kernel_dtype(y.scalar_type())); }
 
+  // Of [N, K], or each of [E, N, K].
   static Tensor packed(const Tensor& b) {
-    Tensor packed = empty_cpu({panel_count(b.size(0)), padded_k(b.size(1)) / 4 + 1, kPanel, 4}, b.scalar_type());
+    const int64_t n = b.size(b.dim() - 2), k = b.size(b.dim() - 1);
+    std::vector<int64_t> shape = {panel_count(n), padded_k(k) / 4 + 1, kPanel, 4};
+    if (b.dim() == 3) shape.insert(shape.begin(), b.size(0));
+    Tensor packed = empty_cpu(shape, b.scalar_type());
     advise_huge_pages(packed);
     parallel_pack(b, static_cast<uint8_t*>(packed.mutable_data_ptr()));
     return packed;

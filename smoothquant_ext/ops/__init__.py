@@ -11,6 +11,7 @@ from __future__ import annotations
 # every op has its handle, its wrapper and its fake kernel. The handle is looked up once: every dot in
 # torch.ops.sq.x.default costs as much as a small kernel.
 from ..backends import CPU_ISAS, OpInfo, cpu_isa, has_fast_linear, info
+from .experts import w8a8_experts
 from .floating import attention, linear, rms_norm
 from .layers import w8a8_decoder_layer_
 from .products import prepack_weight, unpack_weight, w8a8_gemm, w8a8_linear, w8a8_linears, w8a8_mlp
@@ -44,6 +45,7 @@ __all__ = [
     "silu_mul_quantize",
     "unpack_weight",
     "w8a8_decoder_layer_",
+    "w8a8_experts",
     "w8a8_gemm",
     "w8a8_linear",
     "w8a8_linears",

@@ -17,12 +17,12 @@ def prepack_weight(b: Tensor) -> Tensor:
     """Reorders a weight for the CPU kernels, so that a product need not do it on every call.
 
     Args:
-        b: int8, float8_e4m3fn or float8_e5m2 [N, K], on the CPU.
+        b: int8, float8_e4m3fn or float8_e5m2 [N, K], on the CPU; or the weights [E, N, K] of E experts.
 
     Returns:
         The same dtype, [ceil(N / 64), ceil(K / 64) * 16 + 1, 64, 4], where element [p, k4, n, j] is
         b[64 p + n, 4 k4 + j], zero padded; the last k4 row of an INT8 weight holds the int32 sums of its columns. The
-        layout is the same on every CPU.
+        layout is the same on every CPU. Of [E, N, K] the weights are packed one after the other: [E, ...].
 
     Raises:
         RuntimeError: for another dtype or shape, or an INT8 K above 133144.
@@ -33,8 +33,8 @@ def prepack_weight(b: Tensor) -> Tensor:
 
 @torch.library.register_fake("sq::prepack_weight")
 def _(b: Tensor) -> Tensor:
-    n, k = b.shape
-    return b.new_empty((n + 63) // 64, (k + 63) // 64 * 16 + 1, 64, 4)
+    *experts, n, k = b.shape
+    return b.new_empty(*experts, (n + 63) // 64, (k + 63) // 64 * 16 + 1, 64, 4)
 
 
 def unpack_weight(packed: Tensor, out_features: int, in_features: int) -> Tensor:

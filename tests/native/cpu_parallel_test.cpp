@@ -47,7 +47,8 @@ void append(const T* data, int64_t count, std::vector<uint8_t>* bytes) {
 
 void test_products(const Kernels& kernels, int64_t m, int64_t k) {
   const int64_t widths[] = {70, 3, 640}, stride = padded_k(k) + kRowPad;
-  const Buffer<uint8_t> a = random_bytes<uint8_t>(padded_rows(m) * stride);
+  // A block of rows of its own may begin anywhere, and be read up to the height of AMX's blocks.
+  const Buffer<uint8_t> a = random_bytes<uint8_t>((m + 31) * stride);
   const Buffer<float> a_scale = random_floats(m);
   std::vector<Buffer<uint8_t>> packed;
   std::vector<Buffer<float>> scales, outputs;
@@ -80,6 +81,30 @@ void test_products(const Kernels& kernels, int64_t m, int64_t k) {
     for (const Buffer<float>& y : outputs) {
       for (int64_t i = 0; i < y.size(); ++i) CHECK(!std::isnan(y[i]), "%" PRId64 " was not written", i);
       append(y.data(), y.size(), &bytes);
+    }
+    return bytes;
+  });
+
+  // Each product with rows of its own: the same values, and nothing in the other rows.
+  std::vector<Buffer<float>> whole;
+  std::vector<RowsProduct> parts;
+  const Range ranges[] = {{0, m / 3}, {m / 3, m}, {0, m}};
+  for (size_t i = 0; i < products.size(); ++i) {
+    whole.emplace_back(outputs[i].size());
+    std::memcpy(whole[i].data(), outputs[i].data(), outputs[i].size() * sizeof(float));
+    parts.push_back({products[i], ranges[i]});
+  }
+  test_threads("parallel_gemm of rows", [&] {
+    std::vector<uint8_t> bytes;
+    for (Buffer<float>& y : outputs) std::memset(y.data(), 0xFF, y.size() * sizeof(float));  // NaN
+    parallel_gemm(kernels.gemm_int8, parts, kernels.block_bytes);
+    for (size_t i = 0; i < parts.size(); ++i) {
+      for (int64_t at = 0; at < outputs[i].size(); ++at) {
+        const int64_t row = at / products[i].n;
+        const bool is_own = ranges[i].begin <= row && row < ranges[i].end;
+        CHECK(is_own ? same(outputs[i][at], whole[i][at]) : std::isnan(outputs[i][at]), "%" PRId64, at);
+      }
+      append(outputs[i].data(), outputs[i].size(), &bytes);
     }
     return bytes;
   });

@@ -98,6 +98,29 @@ void test_activation(const Kernels& kernels, Activation activation, int64_t rows
   }
 }
 
+template <class T>
+void test_combine(const Kernels& kernels, int64_t rows, int64_t count, int64_t k) {
+  const int64_t sources = 4;
+  const Buffer<float> x = random_values<float>(sources * k), weights = random_values<float>(rows * count);
+  Buffer<int64_t> chosen(rows * count);
+  for (int64_t i = 0; i < rows * count; ++i) chosen[i] = random_int(-1, sources - 1);
+  Buffer<T> y(rows * k);
+  const CombineArgs args{k, count, x.data(), chosen.data(), weights.data(), y.data(), kDType<T>};
+  kernels.combine_rows(args, {0, rows / 2});
+  kernels.combine_rows(args, {rows / 2, rows});
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t i = 0; i < k; ++i) {
+      float sum = 0;
+      for (int64_t j = row * count; j < (row + 1) * count; ++j) {
+        if (chosen[j] >= 0) sum += weights[j] * x[chosen[j] * k + i];
+      }
+      T expected;
+      from_float(sum, &expected);
+      CHECK(same(to_float(y[row * k + i]), to_float(expected)), "[%" PRId64 ", %" PRId64 "]", row, i);
+    }
+  }
+}
+
 void test_linear(const Kernels& kernels, int64_t m, int64_t n, int64_t k, bool has_bias) {
   const Buffer<BFloat16> x = random_values<BFloat16>(m * k), w = random_values<BFloat16>(n * k),
                          bias = random_values<BFloat16>(n), y(m * n);
@@ -129,7 +152,9 @@ void test_type(const Kernels& kernels) {
     for (Activation activation : {Activation::kSilu, Activation::kGelu, Activation::kGeluTanh, Activation::kRelu}) {
       for (bool has_up : {false, true}) test_activation<T>(kernels, activation, 5, k, has_up);
     }
+    for (int64_t count : {0, 1, 3}) test_combine<T>(kernels, 5, count, k);
   }
+  test_combine<T>(kernels, 2, 2, 1100);
 }
 
 }  // namespace

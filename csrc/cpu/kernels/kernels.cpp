@@ -9,6 +9,7 @@ const Kernels& kernels_of(Isa isa) {
       "portable", gemm_int8_portable, /*block_bytes=*/1 << 17,
       "portable", /*fp8_element_size=*/4, widen_fp32_portable, gemm_fp8_portable, /*fp8_block_bytes=*/1 << 17,
       "portable", norm_rows_portable, activate_rows_portable, rotate_rows_portable, add_rows_portable,
+      combine_rows_portable,
       "portable", linear_portable,
       "portable", attend_portable,
   };
@@ -18,6 +19,7 @@ const Kernels& kernels_of(Isa isa) {
       "avx2", gemm_int8_avx2, /*block_bytes=*/1 << 19,
       "avx2", /*fp8_element_size=*/4, widen_fp32_portable, gemm_fp8_avx2, /*fp8_block_bytes=*/1 << 21,
       "avx2", norm_rows_avx2, activate_rows_avx2, rotate_rows_avx2, add_rows_avx2,
+      combine_rows_avx2,
       "portable", linear_portable,
       "avx2", attend_avx2,
   };
@@ -26,6 +28,7 @@ const Kernels& kernels_of(Isa isa) {
       "avxvnni", gemm_int8_avxvnni, /*block_bytes=*/1 << 19,
       "avx2", /*fp8_element_size=*/4, widen_fp32_portable, gemm_fp8_avx2, /*fp8_block_bytes=*/1 << 21,
       "avx2", norm_rows_avx2, activate_rows_avx2, rotate_rows_avx2, add_rows_avx2,
+      combine_rows_avx2,
       "portable", linear_portable,
       "avx2", attend_avx2,
   };
@@ -34,6 +37,7 @@ const Kernels& kernels_of(Isa isa) {
       "avx512vnni", gemm_int8_avx512vnni, /*block_bytes=*/1 << 19,
       "avx512", /*fp8_element_size=*/4, widen_fp32_portable, gemm_fp8_avx512, /*fp8_block_bytes=*/1 << 21,
       "avx512", norm_rows_avx512, activate_rows_avx512, rotate_rows_avx512, add_rows_avx512,
+      combine_rows_avx512,
       "portable", linear_portable,
       "avx512", attend_avx512,
   };
@@ -42,6 +46,7 @@ const Kernels& kernels_of(Isa isa) {
       "avx512vnni", gemm_int8_avx512vnni, /*block_bytes=*/1 << 19,
       "avx512bf16", /*fp8_element_size=*/2, widen_bf16_avx512, gemm_fp8_avx512bf16, /*fp8_block_bytes=*/1 << 21,
       "avx512", norm_rows_avx512, activate_rows_avx512, rotate_rows_avx512, add_rows_avx512,
+      combine_rows_avx512,
       "avx512bf16", linear_avx512_bf16,
       "avx512bf16", attend_avx512_bf16,
   };
@@ -50,6 +55,7 @@ const Kernels& kernels_of(Isa isa) {
       "amx", gemm_int8_amx, /*block_bytes=*/1 << 20,
       "amx", /*fp8_element_size=*/2, widen_bf16_avx512, gemm_fp8_amx, /*fp8_block_bytes=*/1 << 20,
       "avx512", norm_rows_avx512, activate_rows_avx512, rotate_rows_avx512, add_rows_avx512,
+      combine_rows_avx512,
       "avx512bf16", linear_avx512_bf16,
       "avx512bf16", attend_avx512_bf16,
   };

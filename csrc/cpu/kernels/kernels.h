@@ -26,6 +26,7 @@ struct Kernels {
   ActivateRows activate_rows;
   RotateRows rotate_rows;
   AddRows add_rows;
+  CombineRows combine_rows;
   const char* linear_name;
   LinearColumns linear;
   const char* attention_name;

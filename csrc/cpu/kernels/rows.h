@@ -5,6 +5,7 @@
 //   rotate_rows    y = x cos + rotate_half(x) sin, where rotate_half is (-x2, x1) of the halves (x1, x2) of a head; each
 //                  product and the sum are rounded to the dtype, as torch's single operators do
 //   add_rows       y = x + residual, rounded
+//   combine_rows   y = the weighted sum of a few rows of fp32, in the order in which they are named; 0 of none
 // Otherwise every step is one fp32 operation. A sum has kSumLanes partial sums, lane k % kSumLanes taking element k, which
 // are added pairwise at the end, and exp is a polynomial of plain multiplications and additions: every instruction set and
 // every GPU give the same bits. Bytes moved: each input once, the output once.
@@ -61,10 +62,20 @@ struct AddArgs {
   void* y;
 };
 
+struct CombineArgs {
+  int64_t k, count;      // `count` rows of x make one of y
+  const float* x;        // contiguous rows of k elements
+  const int64_t* rows;   // [.., count], which rows of x; -1: none
+  const float* weights;  // [.., count]
+  void* y;
+  DType dtype;
+};
+
 using NormRows = void (*)(const NormArgs& args, Range rows);
 using ActivateRows = void (*)(const ActivateArgs& args, Range rows);
 using RotateRows = void (*)(const RotateArgs& args, Range rows);
 using AddRows = void (*)(const AddArgs& args, Range rows);
+using CombineRows = void (*)(const CombineArgs& args, Range rows);
 
 void norm_rows_portable(const NormArgs& args, Range rows);
 void norm_rows_avx2(const NormArgs& args, Range rows);
@@ -78,5 +89,8 @@ void rotate_rows_avx512(const RotateArgs& args, Range rows);
 void add_rows_portable(const AddArgs& args, Range rows);
 void add_rows_avx2(const AddArgs& args, Range rows);
 void add_rows_avx512(const AddArgs& args, Range rows);
+void combine_rows_portable(const CombineArgs& args, Range rows);
+void combine_rows_avx2(const CombineArgs& args, Range rows);
+void combine_rows_avx512(const CombineArgs& args, Range rows);
 
 }  // namespace sq

@@ -165,7 +165,38 @@ SQ_ROWS_INLINE void add_rows(const AddArgs& args, Range rows) {
           static_cast<T*>(args.y) + begin);
 }
 
+template <class T>
+SQ_ROWS_INLINE void combine_rows(const CombineArgs& args, Range rows) {
+  constexpr int64_t kBlock = 512;  // columns whose sums stay in L1
+  float sums[kBlock];
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    for (int64_t first = 0; first < args.k; first += kBlock) {
+      const int64_t count = args.k - first < kBlock ? args.k - first : kBlock;
+      for (int64_t i = 0; i < count; ++i) sums[i] = 0.0f;
+      for (int64_t j = row * args.count; j < (row + 1) * args.count; ++j) {
+        if (args.rows[j] < 0) continue;
+        const float weight = args.weights[j];
+        const float* x = args.x + args.rows[j] * args.k + first;
+        for (int64_t i = 0; i < count; ++i) sums[i] = sums[i] + weight * x[i];
+      }
+      T* y = static_cast<T*>(args.y) + row * args.k + first;
+      for (int64_t i = 0; i < count; ++i) from_float(sums[i], y + i);
+    }
+  }
+}
+
 }  // namespace
+
+SQ_ROWS_TARGET void SQ_ROWS(combine_rows)(const CombineArgs& args, Range rows) {
+  switch (args.dtype) {
+    case DType::kBFloat16:
+      return combine_rows<BFloat16>(args, rows);
+    case DType::kFloat16:
+      return combine_rows<Float16>(args, rows);
+    default:
+      return combine_rows<float>(args, rows);
+  }
+}
 
 SQ_ROWS_TARGET void SQ_ROWS(rotate_rows)(const RotateArgs& args, Range rows) {
   switch (args.dtype) {

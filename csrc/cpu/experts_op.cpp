@@ -1,0 +1,48 @@
+// w8a8_experts on the CPU.
+#include <torch/csrc/stable/library.h>
+
+#include "experts.h"
+#include "experts_args.h"
+#include "kernels/epilogue.h"
+#include "op_string.h"
+
+namespace sq {
+namespace {
+
+constexpr const char* kOp = "w8a8_experts";
+
+Tensor w8a8_experts_cpu(const Tensor& x_in, const Tensor& index_in, const Tensor& weights_in, const Tensor& gate_b,
+                        const Tensor& gate_scale, const Tensor& down_b, const Tensor& down_scale,
+                        const OptionalTensor& up_b, const OptionalTensor& up_scale, const OptionalTensor& gate_bias,
+                        const OptionalTensor& up_bias, const OptionalTensor& down_bias, const OpString& activation) {
+  const ExpertsShapes shapes = check_experts(kOp, x_in, index_in, weights_in, gate_b, gate_scale, down_b, down_scale,
+                                             up_b, up_scale, gate_bias, up_bias, down_bias, activation);
+  const Tensor x = as_contiguous(x_in), index = as_contiguous(index_in), weights = as_contiguous(weights_in);
+  const auto* chosen = pointer<int64_t>(index);
+  const int64_t slots = index.numel();
+  for (int64_t slot = 0; slot < slots; ++slot) {
+    SQ_CHECK(0 <= chosen[slot] && chosen[slot] <= shapes.experts, kOp, ": top_k_index has ", chosen[slot],
+             ", expected 0 to ", shapes.experts - 1, ", or E=", shapes.experts, " for no expert");
+  }
+  const Experts experts{shapes.experts,
+                        shapes.top_k,
+                        ExpertWeights(shapes.gate, shapes.experts, gate_b, gate_scale, gate_bias),
+                        up_b.has_value() ? std::optional<ExpertWeights>(
+                                               ExpertWeights(*shapes.up, shapes.experts, *up_b, *up_scale, up_bias))
+                                         : std::nullopt,
+                        ExpertWeights(shapes.down, shapes.experts, down_b, down_scale, down_bias),
+                        shapes.activation};
+  Tensor y = empty_cpu(replace_last(x, shapes.down.n), x.scalar_type());
+  Scratch wide(slots * static_cast<int64_t>(sizeof(float)));
+  auto* wide_weights = reinterpret_cast<float*>(wide.data());
+  widen(weights.const_data_ptr(), kernel_dtype(weights.scalar_type()), -0.0f, slots, wide_weights);
+  experts.run(current_kernels(), x.const_data_ptr(), chosen, wide_weights, shapes.tokens, kernel_dtype(x.scalar_type()),
+              y.mutable_data_ptr());
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sq, CPU, m) { m.impl("w8a8_experts", TORCH_BOX(&w8a8_experts_cpu)); }
+
+}  // namespace sq
