@@ -21,6 +21,7 @@ from smoothquant_ext import SCHEMES, Recipe, W8A8Linear, load, ops, quantize, re
 from smoothquant_ext.evaluate import Evaluation, evaluate, evaluate_all, model_bytes
 from smoothquant_ext.models import load_model
 from smoothquant_ext.profiler import profile_products
+from smoothquant_ext.reference_layer import w8a8_decoder_layer_
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -46,7 +47,7 @@ def oracle_logits(model: nn.Module, tokens: Tensor) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
         for op in ("w8a8_linear", "w8a8_linears", "w8a8_mlp", "rms_norm", "linear"):
             patch.setattr(ops, op, getattr(reference, op))
-        layer = functools.partial(reference.w8a8_decoder_layer_, attend=ops.attention)
+        layer = functools.partial(w8a8_decoder_layer_, attend=ops.attention)
         patch.setattr(ops, "w8a8_decoder_layer_", layer)
         return logits(model, tokens)
 

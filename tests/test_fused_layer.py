@@ -19,6 +19,7 @@ from smoothquant_ext.fused_layer import MOST_ROWS, FusedDecoderLayer
 from smoothquant_ext.int8_cache import Int8Cache
 from smoothquant_ext.modules import W8A8Linear
 from smoothquant_ext.quantize import quantize
+from smoothquant_ext.reference_layer import w8a8_decoder_layer_
 from smoothquant_ext.scheme import SCHEMES, Recipe
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
@@ -102,7 +103,7 @@ def check_op(arguments: dict[str, Any]) -> None:
     """The bits of the op made of plain torch and our attention, in the result and in the cache."""
     names = [name for name in ("keys", "values", "keys_scale", "values_scale") if arguments.get(name) is not None]
     expected_cache = {name: arguments[name].clone() for name in names}
-    expected = reference.w8a8_decoder_layer_(**arguments | expected_cache, attend=ops.attention)
+    expected = w8a8_decoder_layer_(**arguments | expected_cache, attend=ops.attention)
     assert_same_bits(ops.w8a8_decoder_layer_(**arguments), expected)
     for name, values in expected_cache.items():
         assert_same_bits(arguments[name], values)
