@@ -116,9 +116,9 @@ class W8A8Quantizer(HfQuantizer):
             model.set_submodule(path, self._empty_layer(stored[name], linear.weight.dtype))
         swap_experts_(model, self.stored, self.experts, self._empty_layer)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], *model: PreTrainedModel) -> list[Any]:
-        # Newer versions of transformers name the model, 5.19 does not.
-        conversions: list[Any] = super().update_weight_conversions(weight_conversions, *model)
+    def get_weight_conversions(self) -> list[Any]:
+        """What transformers adds to the model's own renaming and merging of tensors."""
+        conversions: list[Any] = super().get_weight_conversions()
         return [*conversions, self.experts.renaming()] if self.experts.readings else conversions
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
