@@ -165,6 +165,10 @@ class ExpertRenaming(WeightRenaming):
         super().__init__(source_patterns="expert", target_patterns="expert_")  # it wants some; they are not used
         self.targets = targets
 
+    def reverse_transform(self) -> ExpertRenaming:
+        """Nothing, since modules of ours name their own tensors; asked for by transformers up to 5.3."""
+        return ExpertRenaming({})
+
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         """The name in the model, and whether it is another one."""
         key = expert_key(source_key)
