@@ -1,8 +1,8 @@
-// What follows a matrix product whose sums are in memory: scales, bias and cast of int32 or fp32 sums, see Finish. And what precedes
-// one in bf16: fp8 values widened, exactly.
+// What follows a matrix product whose sums are in memory: scales, bias and cast of int32 or fp32 sums, see Finish. And what
+// precedes one in bf16: fp8 values widened, exactly.
 //
-// Epilogue: a thread takes 4 neighbouring columns of a row, 16 bytes of sums; bytes moved: m * n * (4 + sizeof(Y)). A product
-// whose k was split has several sums, which are added here in their order.
+// Epilogue: a thread takes 4 neighbouring columns of a row, 16 bytes of sums; bytes moved: m * n * (4 * splits + sizeof(Y)).
+// A product whose k was split has several sums, which are added here in their order.
 // Widening: a thread takes 8 values; bytes moved: 3 a value.
 #pragma once
 
