@@ -16,7 +16,7 @@ from .experts import NAMES, PARTS, W8A8Experts
 from .hf import ExpertRenaming, expert_key, expert_names, renamed_alone
 from .linears import values_of
 from .modules import W8A8Linear
-from .read_experts import Reading, looks_like_experts, read_experts
+from .read_experts import Reading, looks_like_experts, read_all
 from .stored import COPY_AGAIN, StoredCheckpoint, StoredLayer
 
 
@@ -96,15 +96,11 @@ def find_stored_experts(model: PreTrainedModel, checkpoint: StoredCheckpoint, na
         key = expert_key(renamed)
         if key is not None and key.path in modules:
             found.paths[name.removesuffix(".weight")] = key.path, key.expert, key.layer
-    known: dict[type, Reading | None] = {}
-    for path in dict.fromkeys(path for path, _, _ in found.paths.values()):
-        module = modules[path]
-        if type(module) not in known:
-            known[type(module)] = read_experts(module)
-        reading = known[type(module)]
+    for path, reading in read_all({path: modules[path] for path, _, _ in found.paths.values()}).items():
         if reading is None:
+            kind = type(modules[path]).__name__
             raise SmoothQuantError(
-                f"{checkpoint.directory}: the experts {path} are quantized, but {type(module).__name__} computes "
+                f"{checkpoint.directory}: the experts {path} are quantized, but {kind} computes "
                 "something other than down(act(gate(x)) * up(x)), which is not supported"
             )
         found.readings[path] = reading

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .errors import SmoothQuantError
-from .read_experts import Reading, agrees, looks_like_experts, read_experts
+from .read_experts import Reading, agrees, looks_like_experts, read_all
 from .scheme import Recipe
 
 if TYPE_CHECKING:
@@ -54,16 +54,11 @@ def find_linears(module: nn.Module) -> dict[str, Linear]:
 
 def find_experts(model: nn.Module) -> dict[str, Reading | None]:
     """How the modules that hold the experts of a mixture are to be read, by name; ``None`` where that is not known."""
-    known: dict[object, Reading | None] = {}
-    found: dict[str, Reading | None] = {}
-    for name, module in model.named_modules():
-        if looks_like_experts(module):
-            kind = type(module), *((own, tuple(p.shape)) for own, p in module.named_parameters())
-            if kind not in known:
-                known[kind] = read_experts(module)
-            reading = known[kind]
-            found[name] = reading if reading is not None and agrees(module, reading) else None
-    return found
+    modules = {name: module for name, module in model.named_modules() if looks_like_experts(module)}
+    return {
+        name: reading if reading is not None and agrees(modules[name], reading) else None
+        for name, reading in read_all(modules).items()
+    }
 
 
 def as_linear(module: nn.Module) -> Linear:

@@ -107,6 +107,18 @@ def read_experts(module: nn.Module) -> Reading | None:
         return _read(module) or _read_sorted(module)
 
 
+def read_all(modules: Mapping[str, nn.Module]) -> dict[str, Reading | None]:
+    """``read_experts`` of each, once for all that have the class and the shapes."""
+    known: dict[object, Reading | None] = {}
+    found: dict[str, Reading | None] = {}
+    for name, module in modules.items():
+        kind = type(module), *((own, tuple(parameter.shape)) for own, parameter in module.named_parameters())
+        if kind not in known:
+            known[kind] = read_experts(module)
+        found[name] = known[kind]
+    return found
+
+
 def sorted_routing(x: Tensor, experts: int, skips_zeros: bool = False) -> tuple[Tensor, Tensor]:
     """The expert and the weight of each of the tokens [E * T, K] that come one expert after the other: [E * T, 1].
 

@@ -25,7 +25,7 @@ from smoothquant_ext.evaluate import model_bytes
 from smoothquant_ext.experts import W8A8Experts
 from smoothquant_ext.linears import find_experts, select_linears
 from smoothquant_ext.profiler import profile_products
-from smoothquant_ext.read_experts import agrees, looks_like_experts, read_experts
+from smoothquant_ext.read_experts import agrees, looks_like_experts, read_all, read_experts
 from smoothquant_ext.report import render_report
 from smoothquant_ext.scheme import SCHEMES
 
@@ -170,6 +170,15 @@ def test_modules_are_read_without_their_weights() -> None:
     assert reading is not None
     assert reading.activation == "gelu"
     assert reading.gate.rows == slice(1, None, 2)
+
+
+def test_modules_of_one_class_and_other_sizes_are_read_anew() -> None:
+    wide, narrow = Mixture(), Mixture()
+    narrow.first = nn.Parameter(narrow.first.detach()[:, :INNER].clone())
+    narrow.down = nn.Parameter(narrow.down.detach()[..., : INNER // 2].clone())
+    readings = read_all({"wide": wide, "narrow": narrow, "again": wide})
+    widths = {name: reading.gate.rows.stop for name, reading in readings.items() if reading is not None}
+    assert widths == {"wide": INNER, "narrow": INNER // 2, "again": INNER}
 
 
 @pytest.mark.parametrize("kind", [Ranked, Clamped, Limited])
