@@ -31,6 +31,12 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def last_level_cache_bytes() -> int:
+    """The size of the largest cache that this process's CPU reads through; 0 where Linux does not say."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    return max((int(size.read_text().strip().removesuffix("K")) << 10 for size in sizes), default=0)
+
+
 def describe(*packages: str) -> dict[str, Any]:
     """Machine, its load, threads, kernels, commit, and the versions of torch and of the packages that are installed."""
     installed = {distribution.name: distribution.version for distribution in distributions()}

@@ -1,5 +1,6 @@
 // What this CPU can do at most: 8-bit multiply-adds in registers, and reading memory. Built and run by peaks.py:
 //   peaks THREADS -> one JSON object; GOPS count a multiply-add as two.
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
@@ -7,8 +8,12 @@
 #include <thread>
 #include <vector>
 
+#include <unistd.h>
+
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
+#include <sys/syscall.h>
 #define TARGET(features) __attribute__((target(features)))
 
 // 24 independent sums, as many as the latency and the ports can ask for.
@@ -37,6 +42,38 @@ TARGET("avx512f,avx512bf16") void bf16(int64_t rounds) {
     TWENTY_FOUR(STEP)
 #undef STEP
   }
+}
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// 4 tiles of sums from 2 of either operand: with fewer sums, a product would wait for the one before.
+#define ZERO_TILE(i) _tile_zero(i);
+#define TILE_PEAK(NAME, PRODUCT)                                   \
+  TARGET("amx-tile,amx-int8,amx-bf16") void NAME(int64_t rounds) { \
+    static const TileConfig config;                                \
+    _tile_loadconfig(&config);                                     \
+    EIGHT(ZERO_TILE, )                                             \
+    for (int64_t round = 0; round < rounds; ++round) {             \
+      PRODUCT(0, 4, 6);                                            \
+      PRODUCT(1, 4, 7);                                            \
+      PRODUCT(2, 5, 6);                                            \
+      PRODUCT(3, 5, 7);                                            \
+    }                                                              \
+    _tile_release();                                               \
+  }
+TILE_PEAK(amx_int8, _tile_dpbusd)
+TILE_PEAK(amx_bf16, _tile_dpbf16ps)
+
+// Whether CPU and operating system let this process use AMX.
+bool has_amx() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  const bool in_cpu = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx >> 22 & 1) && (edx >> 25 & 1);
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return in_cpu && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 #endif
 
@@ -78,17 +115,25 @@ int main(int argc, char** argv) {
 #if defined(__x86_64__)
   constexpr int64_t kRounds = 5'000'000;
   __builtin_cpu_init();
+  if (has_amx()) {
+    constexpr int64_t kTileRounds = 1'000'000;  // of 4 products of 16 x 64 x 16 int8 values, or half of that in bf16
+    const double int8 = best_seconds(threads, [](int) { amx_int8(kTileRounds); });
+    std::printf(", \"int8_gops\": %.1f", 4.0 * 32768 * kTileRounds * threads / int8 / 1e9);
+    const double bfloat16 = best_seconds(threads, [](int) { amx_bf16(kTileRounds); });
+    std::printf(", \"bf16_gflops\": %.1f", 4.0 * 16384 * kTileRounds * threads / bfloat16 / 1e9);
+  }
+  const char* unit = has_amx() ? "vector_" : "";
   if (__builtin_cpu_supports("avx512vnni")) {
     const double seconds = best_seconds(threads, [](int) { vnni(kRounds); });
-    std::printf(", \"int8_gops\": %.1f", 24.0 * 128 * kRounds * threads / seconds / 1e9);
+    std::printf(", \"%sint8_gops\": %.1f", unit, 24.0 * 128 * kRounds * threads / seconds / 1e9);
   }
   if (__builtin_cpu_supports("avx512bf16")) {
     const double seconds = best_seconds(threads, [](int) { bf16(kRounds); });
-    std::printf(", \"bf16_gflops\": %.1f", 24.0 * 64 * kRounds * threads / seconds / 1e9);
+    std::printf(", \"%sbf16_gflops\": %.1f", unit, 24.0 * 64 * kRounds * threads / seconds / 1e9);
   }
 #endif
-  // Larger than any cache.
-  const int64_t size = int64_t{512} << 20;
+  // Several times what the caches hold.
+  const int64_t size = std::max<int64_t>(int64_t{512} << 20, 4 * (sysconf(_SC_LEVEL3_CACHE_SIZE) >> 21 << 21));
   auto* memory = static_cast<uint64_t*>(std::aligned_alloc(1 << 21, size));
   for (int64_t i = 0; i < size / 8; ++i) memory[i] = static_cast<uint64_t>(i);
   const int64_t share = size / 8 / threads;
