@@ -57,6 +57,8 @@ void attend_avx2(const AttentionArgs& args, const AttentionTask& task);
 void attend_avx512(const AttentionArgs& args, const AttentionTask& task);
 // bf16 by vdpbf16ps, other types as attend_avx512.
 void attend_avx512_bf16(const AttentionArgs& args, const AttentionTask& task);
+// bf16 by tdpbf16ps.
+void attend_amx(const AttentionArgs& args, const AttentionTask& task);
 
 // y of the task's queries from the partial results [parts, rows, v_d + 2] of ranges of keys.
 void merge_attention(const AttentionArgs& args, const AttentionTask& task, const float* partials, int64_t parts);

@@ -12,11 +12,13 @@ struct Avx2 {
   using Vec = float __attribute__((vector_size(32)));
   using Operand = float;
   using Factor = Vec;
-  static constexpr int kLanes = 8, kPair = 1, kRows = 6, kVecs = 2;
+  static constexpr int kLanes = 8, kPair = 1, kRows = 6, kVecs = 2, kDepth = kLanes, kHeight = 1, kKeys = 128,
+                       kStripe = 48;
 
   SQ_ATTENTION_INLINE static Vec load(const float* operands) { return _mm256_loadu_ps(operands); }
   SQ_ATTENTION_INLINE static Vec broadcast(const float* operand) { return _mm256_broadcast_ss(operand); }
   SQ_ATTENTION_INLINE static Vec multiply_add(Vec a, Vec b, Vec sum) { return _mm256_fmadd_ps(a, b, sum); }
+  SQ_ATTENTION_INLINE static Vec exp2(Vec t) { return exp2_by_bits<Avx2>(t); }
   SQ_ATTENTION_INLINE static void store(Vec value, float* target) { _mm256_storeu_ps(target, value); }
   // Lane k of a half with lane k + 2, then with lane k + 1; then the halves.
   SQ_ATTENTION_INLINE static __m128 add_halves(Vec value) {

@@ -12,11 +12,17 @@ struct Avx512 {
   using Vec = float __attribute__((vector_size(64)));
   using Operand = float;
   using Factor = Vec;
-  static constexpr int kLanes = 16, kPair = 1, kRows = 6, kVecs = 4;
+  static constexpr int kLanes = 16, kPair = 1, kRows = 6, kVecs = 4, kDepth = 16, kHeight = 1, kKeys = 128,
+                       kStripe = 48;
 
   SQ_ATTENTION_INLINE static Vec load(const float* operands) { return _mm512_loadu_ps(operands); }
   SQ_ATTENTION_INLINE static Vec broadcast(const float* operand) { return _mm512_set1_ps(*operand); }
   SQ_ATTENTION_INLINE static Vec multiply_add(Vec a, Vec b, Vec sum) { return _mm512_fmadd_ps(a, b, sum); }
+  SQ_ATTENTION_INLINE static Vec exp2(Vec t) {
+    const __mmask16 is_normal = _mm512_cmp_ps_mask(t, Vec{} - 126.0f, _CMP_NLT_UQ);  // or NaN; others would be slow
+    const Vec n = (t + kRound) - kRound;
+    return _mm512_maskz_scalef_ps(is_normal, exp2_polynomial<Avx512>(t - n), n);
+  }
   SQ_ATTENTION_INLINE static void store(Vec value, float* target) { _mm512_storeu_ps(target, value); }
   // Lane k of a quarter with lane k + 2, then with lane k + 1; then quarters with those 8 and 4 lanes on.
   SQ_ATTENTION_INLINE static __m128 add_quarters(Vec value) {

@@ -1,11 +1,14 @@
 // The body of attention.h for one instruction set. The file that includes it names the set in SQ_ATTENTION_TARGET (a
 // function's attribute), and has a class W that calculates in fp32 and a class P, perhaps the same, for packed products:
 //   Vec           kLanes floats: a GCC vector, with arithmetic operators
+//   exp2(Vec)     of t <= 0, exp2_by_bits or better
 //   widen(x)      Vec of fp32, bf16, fp16 or int8;  sum(Vec) and most(Vec), which may ignore NaN, of its lanes,
 //                 sums(Vec[4], float*) of four;  transpose(words, stride, count, target, target_stride): kLanes x kLanes
 //                 of 32 bits, the first `count` rows of the result, strides in bytes: W only
 //   Operand       what products multiply: float, or the bits of a bf16. kPair of them along the depth make one Factor
 //   kRows, kVecs  rows and vectors of the block of sums that stays in registers
+//   kKeys, kStripe  keys that are packed at a time, and rows whose scores for them wait in L1
+//   kDepth, kHeight  the multiples to which the depth of products is padded with 0, and their rows with anything
 //   load(operands), broadcast(operands), multiply_add(Factor, Factor, Vec), store(Vec, operands) (W too)
 //   interleave(even, odd, target)  32 operands of each, alternating: P with kPair of 2 only
 #include "attention_softmax.h"
@@ -75,40 +78,42 @@ SQ_ATTENTION_INLINE void micro_kernel(const typename P::Operand* a, int64_t a_st
 // sums [rows, panels * columns] = sums * factor + a [rows, depth] times b [panels][b_depth, columns], of which the first
 // depth count.
 template <class P>
-SQ_ATTENTION_TARGET __attribute__((noinline)) void multiply(const typename P::Operand* a, int64_t a_stride,
-                                                            int64_t rows, const typename P::Operand* b, int64_t b_depth,
-                                                            int64_t depth, int64_t panels, const float* factor,
-                                                            float* sums, int64_t stride) {
-  static_assert(P::kRows == 6, "the switch has a case for every number of rows");
-  constexpr int64_t kColumns = P::kVecs * P::kLanes;
-  for (int64_t panel = 0; panel < panels; ++panel) {
-    const typename P::Operand* b_panel = b + panel * b_depth * kColumns;
-    for (int64_t row = 0; row < rows; row += P::kRows) {
-      const typename P::Operand* a_row = a + row * a_stride;
-      const float* row_factor = factor == nullptr ? nullptr : factor + row;
-      float* target = sums + row * stride + panel * kColumns;
-      switch (smaller(rows - row, P::kRows)) {
-        case 6:
-          micro_kernel<P, 6>(a_row, a_stride, b_panel, depth, row_factor, target, stride);
-          break;
-        case 5:
-          micro_kernel<P, 5>(a_row, a_stride, b_panel, depth, row_factor, target, stride);
-          break;
-        case 4:
-          micro_kernel<P, 4>(a_row, a_stride, b_panel, depth, row_factor, target, stride);
-          break;
-        case 3:
-          micro_kernel<P, 3>(a_row, a_stride, b_panel, depth, row_factor, target, stride);
-          break;
-        case 2:
-          micro_kernel<P, 2>(a_row, a_stride, b_panel, depth, row_factor, target, stride);
-          break;
-        default:
-          micro_kernel<P, 1>(a_row, a_stride, b_panel, depth, row_factor, target, stride);
+struct Products {
+  SQ_ATTENTION_TARGET __attribute__((noinline)) static void multiply(const typename P::Operand* a, int64_t a_stride,
+                                                                     int64_t rows, const typename P::Operand* b,
+                                                                     int64_t b_depth, int64_t depth, int64_t panels,
+                                                                     const float* factor, float* sums, int64_t stride) {
+    static_assert(P::kRows == 6, "the switch has a case for every number of rows");
+    constexpr int64_t kColumns = P::kVecs * P::kLanes;
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const typename P::Operand* b_panel = b + panel * b_depth * kColumns;
+      for (int64_t row = 0; row < rows; row += P::kRows) {
+        const typename P::Operand* a_row = a + row * a_stride;
+        const float* row_factor = factor == nullptr ? nullptr : factor + row;
+        float* target = sums + row * stride + panel * kColumns;
+        switch (smaller(rows - row, P::kRows)) {
+          case 6:
+            micro_kernel<P, 6>(a_row, a_stride, b_panel, depth, row_factor, target, stride);
+            break;
+          case 5:
+            micro_kernel<P, 5>(a_row, a_stride, b_panel, depth, row_factor, target, stride);
+            break;
+          case 4:
+            micro_kernel<P, 4>(a_row, a_stride, b_panel, depth, row_factor, target, stride);
+            break;
+          case 3:
+            micro_kernel<P, 3>(a_row, a_stride, b_panel, depth, row_factor, target, stride);
+            break;
+          case 2:
+            micro_kernel<P, 2>(a_row, a_stride, b_panel, depth, row_factor, target, stride);
+            break;
+          default:
+            micro_kernel<P, 1>(a_row, a_stride, b_panel, depth, row_factor, target, stride);
+        }
       }
     }
   }
-}
+};
 
 // Keys [count, d] to [panels of columns][d / kPair][column][kPair]: columns are keys, those beyond `count` are 0.
 template <class W, class P, class T>
@@ -134,7 +139,7 @@ SQ_ATTENTION_INLINE void pack_keys(const T* k, int64_t stride, int64_t count, in
   }
 }
 
-// Values [count, d] to [panels of columns][kKeys / kPair][column][kPair]: columns are elements of v.
+// Values [count, d] to [panels of columns][P::kKeys / kPair][column][kPair]: columns are elements of v.
 template <class P, class T>
 SQ_ATTENTION_INLINE void pack_values(const T* v, int64_t stride, int64_t count, int64_t d, int64_t panels,
                                      typename P::Operand* packed) {
@@ -142,7 +147,7 @@ SQ_ATTENTION_INLINE void pack_values(const T* v, int64_t stride, int64_t count, 
   alignas(64) typename P::Operand rows[P::kPair][kColumns];
   for (int64_t panel = 0; panel < panels; ++panel) {
     const int64_t width = smaller(kColumns, d - panel * kColumns);
-    for (int64_t key = 0; key < div_up(count, P::kLanes) * P::kLanes; key += P::kPair) {
+    for (int64_t key = 0; key < div_up(count, P::kDepth) * P::kDepth; key += P::kPair) {
       for (int64_t pair = 0; pair < P::kPair; ++pair) {
         const int64_t there = key + pair < count ? width : 0;
         const T* source = v + (key + pair) * stride + panel * kColumns;
@@ -150,7 +155,7 @@ SQ_ATTENTION_INLINE void pack_values(const T* v, int64_t stride, int64_t count, 
         there == kColumns ? copy_row(source, kColumns, kColumns, rows[pair])
                           : copy_row(source, there, kColumns, rows[pair]);
       }
-      typename P::Operand* target = packed + (panel * kKeys + key) * kColumns;
+      typename P::Operand* target = packed + (panel * P::kKeys + key) * kColumns;
       if constexpr (P::kPair == 2) {
         for (int64_t i = 0; i < kColumns; i += 32) P::interleave(rows[0] + i, rows[1] + i, target + 2 * i);
       } else {
@@ -165,15 +170,16 @@ template <class W, class P, class T, class E>
 SQ_ATTENTION_TARGET void attend_packed(const AttentionArgs& args, const AttentionTask& task) {
   using Operand = typename P::Operand;
   constexpr int64_t kColumns = P::kVecs * P::kLanes;
-  static_assert(kKeys % kColumns == 0);
+  static_assert(P::kKeys % kColumns == 0);
   const int64_t rows = (task.queries.end - task.queries.begin) * args.group;
-  const int64_t padded_d = div_up(args.d, P::kPair) * P::kPair;
+  const int64_t padded_d = div_up(args.d, P::kDepth) * P::kDepth;
+  const int64_t padded_rows = div_up(rows, P::kHeight) * P::kHeight;
   const int64_t panels = div_up(args.v_d, kColumns), width = panels * kColumns;
-  const int64_t o_bytes = Scratch::align(rows * width * 4);
-  const int64_t q_bytes = Scratch::align(rows * padded_d * static_cast<int64_t>(sizeof(Operand)));
-  const int64_t k_bytes = Scratch::align(kKeys * padded_d * static_cast<int64_t>(sizeof(Operand)));
-  const int64_t v_bytes = Scratch::align(kKeys * width * static_cast<int64_t>(sizeof(Operand)));
-  constexpr int64_t kSBytes = kStripe * kKeys * 4, kPBytes = kStripe * kKeys * sizeof(Operand);
+  const int64_t o_bytes = Scratch::align(padded_rows * width * 4);
+  const int64_t q_bytes = Scratch::align(padded_rows * padded_d * static_cast<int64_t>(sizeof(Operand)));
+  const int64_t k_bytes = Scratch::align(P::kKeys * padded_d * static_cast<int64_t>(sizeof(Operand)));
+  const int64_t v_bytes = Scratch::align(P::kKeys * width * static_cast<int64_t>(sizeof(Operand)));
+  constexpr int64_t kSBytes = P::kStripe * P::kKeys * 4, kPBytes = P::kStripe * P::kKeys * sizeof(Operand);
   Scratch scratch(o_bytes + q_bytes + k_bytes + v_bytes + kSBytes + kPBytes +
                   rows * static_cast<int64_t>(sizeof(RowState)));
   uint8_t* memory = scratch.data();
@@ -192,25 +198,22 @@ SQ_ATTENTION_TARGET void attend_packed(const AttentionArgs& args, const Attentio
   for (int64_t i = 0; i < rows * width; ++i) o[i] = 0.0f;
 
   const int64_t end = smaller(task.keys.end, visible_keys(args, task, rows - 1));
-  for (int64_t first = task.keys.begin; first < end; first += kKeys) {
-    const int64_t count = smaller(kKeys, end - first);
+  for (int64_t first = task.keys.begin; first < end; first += P::kKeys) {
+    const int64_t count = smaller(P::kKeys, end - first);
     pack_keys<W, P>(row_address<E>(args.k, args.k_strides, task.batch, task.kv_head, first), args.k_strides.row, count,
                     args.d, padded_d, k);
     pack_values<P>(row_address<E>(args.v, args.v_strides, task.batch, task.kv_head, first), args.v_strides.row, count,
                    args.v_d, panels, v);
-    for (int64_t row = 0; row < rows; row += kStripe) {
-      const int64_t stripe = smaller(kStripe, rows - row);
+    for (int64_t row = 0; row < rows; row += P::kStripe) {
+      const int64_t stripe = smaller(P::kStripe, rows - row);
       const int64_t seen = smaller(count, visible_keys(args, task, row + stripe - 1) - first);
       if (seen <= 0) continue;
-      const int64_t padded = div_up(seen, P::kLanes) * P::kLanes;
-      multiply<P>(q + row * padded_d, padded_d, stripe, k, padded_d, padded_d, div_up(seen, kColumns), nullptr, s,
-                  kKeys);
-      float factors[kStripe];
-      for (int64_t r = 0; r < stripe; ++r) {
-        factors[r] =
-            softmax_row<W, P>(args, task, row + r, first, seen, padded, states + row + r, s + r * kKeys, p + r * kKeys);
-      }
-      multiply<P>(p, kKeys, stripe, v, kKeys, padded, panels, factors, o + row * width, width);
+      const int64_t padded = div_up(seen, P::kDepth) * P::kDepth;
+      Products<P>::multiply(q + row * padded_d, padded_d, stripe, k, padded_d, padded_d, div_up(seen, kColumns),
+                            nullptr, s, P::kKeys);
+      float factors[P::kStripe];
+      softmax_rows<W, P>(args, task, row, stripe, first, seen, padded, states + row, s, P::kKeys, p, factors);
+      Products<P>::multiply(p, P::kKeys, stripe, v, P::kKeys, padded, panels, factors, o + row * width, width);
     }
   }
   for (int64_t row = 0; row < rows; ++row) store_row<T>(args, task, row, states[row], o + row * width);
@@ -347,10 +350,8 @@ SQ_ATTENTION_TARGET void attend_direct(const AttentionArgs& args, const Attentio
     }
     const Ahead<E> values{v, args.v_strides.row, row == 0 ? count : 0, args.v_d};
     kScores[some - 1](q, q_stride, k, args.k_strides.row, count, args.d, s, padded, values);
-    for (int64_t r = 0; r < some; ++r) {
-      float* row_s = s + r * padded;
-      softmax_row<W, W>(args, task, row + r, task.keys.begin, count, padded, states + r, row_s, row_s);
-    }
+    float factors[W::kStripe];
+    softmax_rows<W, W>(args, task, row, some, task.keys.begin, count, padded, states, s, padded, s, factors);
     const Ahead<E> next{k + count * args.k_strides.row, args.k_strides.row,
                         row + some == rows ? args.kv_len - task.keys.end : 0, args.d};
     kValues[some - 1](s, padded, v, args.v_strides.row, count, args.v_d, o, o_stride, next);

@@ -11,7 +11,8 @@ struct Portable {
   using Vec = float __attribute__((vector_size(16)));
   using Operand = float;
   using Factor = Vec;
-  static constexpr int kLanes = 4, kPair = 1, kRows = 6, kVecs = 2;
+  static constexpr int kLanes = 4, kPair = 1, kRows = 6, kVecs = 2, kDepth = kLanes, kHeight = 1, kKeys = 128,
+                       kStripe = 48;
 
   static Vec load(const float* operands) {
     Vec value;
@@ -20,6 +21,7 @@ struct Portable {
   }
   static Vec broadcast(const float* operand) { return Vec{} + *operand; }
   static Vec multiply_add(Vec a, Vec b, Vec sum) { return sum + a * b; }
+  static Vec exp2(Vec t) { return exp2_by_bits<Portable>(t); }
   static void store(Vec value, float* target) { __builtin_memcpy(target, &value, sizeof value); }
   static float sum(Vec value) { return (value[0] + value[2]) + (value[1] + value[3]); }
   static float most(Vec value) {

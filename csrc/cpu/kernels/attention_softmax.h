@@ -12,8 +12,6 @@
 namespace sq {
 namespace {
 
-constexpr int64_t kKeys = 128;   // packed at a time
-constexpr int64_t kStripe = 48;  // rows whose scores for kKeys keys wait in L1: 24 KB
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 SQ_ATTENTION_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -85,22 +83,30 @@ SQ_ATTENTION_INLINE void scale_scores(const float* scale, int64_t count, float* 
 
 // --- softmax --------------------------------------------------------------------------------------------------------
 
-// 2^t for t <= 0: 2^n 2^r with n the nearest integer and Cephes' polynomial (exp2f) for |r| <= 1/2; 0 below 2^-126. A NaN
-// stays.
+// Cephes' polynomial for 2^r, |r| <= 1/2 (exp2f).
 template <class W>
-SQ_ATTENTION_INLINE typename W::Vec exp2_vector(typename W::Vec t) {
+SQ_ATTENTION_INLINE typename W::Vec exp2_polynomial(typename W::Vec r) {
   using Vec = typename W::Vec;
-  using Int = decltype(Vec{} < Vec{});
-  constexpr float kLeast = -126.0f, kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves n in the low bits
-  const Vec clamped = t < kLeast ? Vec{} + kLeast : t;
-  const Vec shifted = clamped + kRound;
-  const Vec r = clamped - (shifted - kRound);
   Vec p = W::multiply_add(Vec{} + 1.535336188319500e-4f, r, Vec{} + 1.339887440266574e-3f);
   p = W::multiply_add(p, r, Vec{} + 9.618437357674640e-3f);
   p = W::multiply_add(p, r, Vec{} + 5.550332471162809e-2f);
   p = W::multiply_add(p, r, Vec{} + 2.402264791363012e-1f);
   p = W::multiply_add(p, r, Vec{} + 6.931472028550421e-1f);
-  p = W::multiply_add(p, r, Vec{} + 1.0f);
+  return W::multiply_add(p, r, Vec{} + 1.0f);
+}
+
+constexpr float kRound =
+    12582912.0f;  // 1.5 * 2^23: adding it to a small number leaves the nearest integer in the low bits
+
+// The exp2 of a class W, 2^n 2^r with n the nearest integer: of t <= 0; 0 below 2^-126. A NaN stays.
+template <class W>
+SQ_ATTENTION_INLINE typename W::Vec exp2_by_bits(typename W::Vec t) {
+  using Vec = typename W::Vec;
+  using Int = decltype(Vec{} < Vec{});
+  constexpr float kLeast = -126.0f;
+  const Vec clamped = t < kLeast ? Vec{} + kLeast : t;
+  const Vec shifted = clamped + kRound;
+  Vec p = exp2_polynomial<W>(clamped - (shifted - kRound));
   Int bits, n;
   __builtin_memcpy(&bits, &p, sizeof bits);
   __builtin_memcpy(&n, &shifted, sizeof n);
@@ -127,18 +133,15 @@ SQ_ATTENTION_INLINE float hide_row(const float* s, int64_t padded, RowState* sta
   return 1.0f;
 }
 
-// Scores s of keys [first, first + count) to probabilities p, times the scales of the values where these have some; p may
-// lie in the same place, `padded` is a multiple of the lanes. Returns what the sums that came before must be multiplied with.
-template <class W, class P>
-SQ_ATTENTION_INLINE float softmax_row(const AttentionArgs& args, const AttentionTask& task, int64_t row, int64_t first,
-                                      int64_t count, int64_t padded, RowState* state, float* s,
-                                      typename P::Operand* p) {
+// Multiplies scores s of keys [first, first + count) with the keys' scales, hides those that the row may not see and those up
+// to `padded`, and returns the largest, if it is more than `most`.
+template <class W>
+SQ_ATTENTION_INLINE float largest_score(const AttentionArgs& args, const AttentionTask& task, int64_t row,
+                                        int64_t first, int64_t count, int64_t padded, float most_before, float* s) {
   using Vec = typename W::Vec;
   const int64_t visible = smaller(visible_keys(args, task, row) - first, count);
-  const float* v_scale = nullptr;
   if (args.k_scale != nullptr) {
     scale_scores<W>(row_address<float>(args.k_scale, args.k_scale_strides, task.batch, task.kv_head, first), count, s);
-    v_scale = row_address<float>(args.v_scale, args.v_scale_strides, task.batch, task.kv_head, first);
   }
   if (args.mask != nullptr) {
     const uint8_t* mask =
@@ -148,23 +151,26 @@ SQ_ATTENTION_INLINE float softmax_row(const AttentionArgs& args, const Attention
     for (int64_t j = 0; j < visible; ++j) s[j] = mask[j] != 0 ? s[j] : kNothing;
   }
   for (int64_t j = visible < 0 ? 0 : visible; j < padded; ++j) s[j] = kNothing;
-
-  Vec most = Vec{} + state->max;
+  Vec most = Vec{} + most_before;
   for (int64_t j = 0; j < padded; j += W::kLanes) {
     Vec value;
     __builtin_memcpy(&value, s + j, sizeof value);
     most = most > value ? most : value;
   }
-  const float max = W::most(most);
-  if (max == kNothing) return hide_row<W, P>(s, padded, state, p);
-  constexpr float kLog2E = 1.44269504088896341f;
-  const float gain = args.scale * kLog2E;
-  const float factor = state->max == kNothing ? 0.0f : exp2_vector<W>(Vec{} + (state->max - max) * gain)[0];
+  return W::most(most);
+}
+
+// Scores to probabilities p = exp2(gain * (s - max)), times the scales of the values where these have some. Returns the sum
+// before that.
+template <class W, class P>
+SQ_ATTENTION_INLINE float exponentiate_row(const float* v_scale, int64_t count, int64_t padded, float max, float gain,
+                                           const float* s, typename P::Operand* p) {
+  using Vec = typename W::Vec;
   Vec sum = {};
   for (int64_t j = 0; j < padded; j += W::kLanes) {
     Vec value;
     __builtin_memcpy(&value, s + j, sizeof value);
-    value = exp2_vector<W>((value - max) * gain);
+    value = W::exp2((value - max) * gain);
     sum += value;
     if (v_scale != nullptr) {
       const bool whole = j + W::kLanes <= count;
@@ -172,9 +178,45 @@ SQ_ATTENTION_INLINE float softmax_row(const AttentionArgs& args, const Attention
     }
     P::store(value, p + j);
   }
-  state->max = max;
-  state->sum = state->sum * factor + W::sum(sum);
-  return factor;
+  return W::sum(sum);
+}
+
+// Scores s [rows, s_stride] of keys [first, first + count) to probabilities p [rows, s_stride], which may lie in the same
+// place; `padded` is a multiple of the lanes. factors: what the sums that came before must be multiplied with.
+template <class W, class P>
+SQ_ATTENTION_INLINE void softmax_rows(const AttentionArgs& args, const AttentionTask& task, int64_t row, int64_t rows,
+                                      int64_t first, int64_t count, int64_t padded, RowState* states, float* s,
+                                      int64_t s_stride, typename P::Operand* p, float* factors) {
+  using Vec = typename W::Vec;
+  static_assert(P::kStripe % W::kLanes == 0);
+  constexpr float kLog2E = 1.44269504088896341f;
+  const float gain = args.scale * kLog2E;
+  const float* v_scale = args.k_scale == nullptr
+                             ? nullptr
+                             : row_address<float>(args.v_scale, args.v_scale_strides, task.batch, task.kv_head, first);
+  float max[P::kStripe] = {}, before[P::kStripe] = {};
+  for (int64_t r = 0; r < rows; ++r) {
+    before[r] = states[r].max;
+    max[r] = largest_score<W>(args, task, row + r, first, count, padded, before[r], s + r * s_stride);
+  }
+  // All rows together: one by one, each would wait for its own.
+  for (int64_t r = 0; r < rows; r += W::kLanes) {
+    Vec old, now;
+    __builtin_memcpy(&old, before + r, sizeof old);
+    __builtin_memcpy(&now, max + r, sizeof now);
+    const Vec factor = old == kNothing ? Vec{} : W::exp2((old - now) * gain);
+    __builtin_memcpy(factors + r, &factor, sizeof factor);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    float* row_s = s + r * s_stride;
+    if (max[r] == kNothing) {
+      factors[r] = hide_row<W, P>(row_s, padded, states + r, p + r * s_stride);
+      continue;
+    }
+    const float sum = exponentiate_row<W, P>(v_scale, count, padded, max[r], gain, row_s, p + r * s_stride);
+    states[r].max = max[r];
+    states[r].sum = states[r].sum * factors[r] + sum;
+  }
 }
 
 }  // namespace

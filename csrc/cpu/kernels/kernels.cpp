@@ -57,7 +57,7 @@ const Kernels& kernels_of(Isa isa) {
       "avx512", norm_rows_avx512, activate_rows_avx512, rotate_rows_avx512, add_rows_avx512,
       combine_rows_avx512,
       "avx512bf16", linear_avx512_bf16,
-      "avx512bf16", attend_avx512_bf16,
+      "amx", attend_amx,
   };
   switch (isa) {
     case Isa::kAmx:
