@@ -104,10 +104,13 @@ def cpu_isa() -> str:
     return isa
 
 
-def has_fast_linear() -> bool:
-    """Whether ``ops.linear`` is made for this CPU: the portable kernel is slower than torch's."""
-    kernel: str = torch.ops.sq.cpu_kernel("linear")
-    return kernel != "portable"
+# By kernel: Zen 5 and Emerald Rapids, November 2026. The portable one is slower than torch's.
+_FAST_LINEAR_ROWS = {"portable": 0, "avx512bf16": 16, "amx": 32}
+
+
+def fast_linear_rows() -> int:
+    """Rows of ``x`` up to which ``ops.linear`` is faster than torch on this CPU; 0 if it never is."""
+    return _FAST_LINEAR_ROWS[torch.ops.sq.cpu_kernel("linear")]
 
 
 def _cpu_reason() -> str:

@@ -26,20 +26,19 @@ from .fused_mlp import FusedMLP, mlp_attributes
 from .fused_norm import FusedRMSNorm, rms_norm_attributes
 from .shared_input import share_inputs_
 
-# Rows of a bf16 layer up to which ``ops.linear`` is faster than torch: Zen 5, November 2026.
-MOST_ROWS = 16
-
 
 class FusedLinear:
     """Mixed into the class of a linear layer in floating point: our op for a few bf16 rows, its own forward else."""
 
     weight: Tensor
     bias: Tensor | None
+    most_rows: int
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]"""
         weight = self.weight
-        is_ours = weight.dtype == x.dtype == torch.bfloat16 and x.is_cpu and x.numel() <= MOST_ROWS * x.shape[-1]
+        is_few = x.numel() <= self.most_rows * x.shape[-1]
+        is_ours = weight.dtype == x.dtype == torch.bfloat16 and x.is_cpu and is_few
         if is_ours and not torch.is_grad_enabled():
             return ops.linear(x, weight, self.bias)
         return super().forward(x)  # type: ignore[misc, no-any-return]
@@ -70,8 +69,8 @@ def _fuse_module_(module: nn.Module) -> bool:
         mixin = FusedRMSNorm
     elif (attributes := mlp_attributes(module)) is not None:
         mixin = FusedMLP
-    elif type(module) is nn.Linear and module.weight.is_cpu and ops.has_fast_linear():
-        mixin, attributes = FusedLinear, {}
+    elif type(module) is nn.Linear and module.weight.is_cpu and (rows := ops.fast_linear_rows()) > 0:
+        mixin, attributes = FusedLinear, {"most_rows": rows}
     else:
         return False
     module.__class__ = fused_class(mixin, type(module))  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from smoothquant_ext import ops
 from smoothquant_ext.convert import quantize_linear
-from smoothquant_ext.fuse import MOST_ROWS, FusedLinear, fuse_
+from smoothquant_ext.fuse import FusedLinear, fuse_
 from smoothquant_ext.fused_mlp import FusedMLP
 from smoothquant_ext.fused_norm import FusedRMSNorm
 from smoothquant_ext.quantize import quantize
@@ -226,7 +226,7 @@ def test_a_quantized_model_is_fused_where_it_can_be() -> None:
     layer += ["self_attn.q_proj+k_proj+v_proj"]
     expected = {f"model.layers.{index}.{name}" for index in (0, 1) for name in layer} | {"model.norm"}
     expected |= {"model.layers.0", "model.layers.1"}
-    expected |= {"lm_head"} if ops.has_fast_linear() else set()
+    expected |= {"lm_head"} if ops.fast_linear_rows() > 0 else set()
     assert set(model.smoothquant_report.fused) == expected | {"attention", "cache"}
     ids = tiny.token_ids(seed=9)
     with torch.no_grad():
@@ -292,7 +292,7 @@ def test_one_compiled_graph_serves_all_batch_sizes() -> None:
     assert graphs == 1
 
 
-@pytest.mark.skipif(not ops.has_fast_linear(), reason="this CPU has no kernel for it")
+@pytest.mark.skipif(ops.fast_linear_rows() == 0, reason="this CPU has no kernel for it")
 def test_a_layer_in_floating_point_is_ours_for_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     head = nn.Linear(64, 100).to(torch.bfloat16)
     plain = copy.deepcopy(head)
@@ -302,11 +302,12 @@ def test_a_layer_in_floating_point_is_ours_for_few_rows(monkeypatch: pytest.Monk
     calls: list[int] = []
     linear = ops.linear
     monkeypatch.setattr(ops, "linear", lambda x, *rest: calls.append(x.shape[0]) or linear(x, *rest))
-    for rows in (1, MOST_ROWS, MOST_ROWS + 1):
+    most = ops.fast_linear_rows()
+    for rows in (1, most, most + 1):
         x = torch.randn(rows, 64).to(torch.bfloat16)
         with torch.no_grad():
             torch.testing.assert_close(head(x), plain(x), rtol=2**-7, atol=1e-2)
-    assert calls == [1, MOST_ROWS]
+    assert calls == [1, most]
     head(torch.randn(1, 64).to(torch.bfloat16)).sum().backward()
     assert head.weight.grad is not None
     with torch.no_grad():

@@ -39,9 +39,12 @@ Tensor linear_cpu(const Tensor& x_in, const Tensor& weight_in, const OptionalTen
   args.bias = pointer<BFloat16>(bias);
   args.y = static_cast<BFloat16*>(y.mutable_data_ptr());
   const LinearColumns linear = current_kernels().linear;
-  const int64_t grain = std::max<int64_t>(1, kGemmGrain / std::max<int64_t>(1, args.m * k));
+  const int64_t blocks = div_up(n, kLinearColumns);
+  const int64_t grain = std::max<int64_t>(1, kGemmGrain / std::max<int64_t>(1, args.m * k * kLinearColumns));
   if (args.m > 0 && n > 0) {
-    torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { linear(args, Range{begin, end}); });
+    torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+      linear(args, {begin * kLinearColumns, std::min(n, end * kLinearColumns)});
+    });
   }
   return y;
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 # The compiled ops are loaded first: the files below look them up. There is one for each section of csrc/ops.cpp, where
 # every op has its handle, its wrapper and its fake kernel. The handle is looked up once: every dot in
 # torch.ops.sq.x.default costs as much as a small kernel.
-from ..backends import CPU_ISAS, OpInfo, cpu_isa, has_fast_linear, info
+from ..backends import CPU_ISAS, OpInfo, cpu_isa, fast_linear_rows, info
 from .experts import w8a8_experts
 from .floating import attention, linear, rms_norm
 from .layers import w8a8_decoder_layer_
@@ -30,9 +30,9 @@ __all__ = [
     "OpInfo",
     "attention",
     "cpu_isa",
+    "fast_linear_rows",
     "gelu_mul_quantize",
     "gelu_quantize",
-    "has_fast_linear",
     "info",
     "layer_norm_quantize",
     "linear",

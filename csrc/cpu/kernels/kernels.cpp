@@ -56,7 +56,7 @@ const Kernels& kernels_of(Isa isa) {
       "amx", /*fp8_element_size=*/2, widen_bf16_avx512, gemm_fp8_amx, /*fp8_block_bytes=*/1 << 24,
       "avx512", norm_rows_avx512, activate_rows_avx512, rotate_rows_avx512, add_rows_avx512,
       combine_rows_avx512,
-      "avx512bf16", linear_avx512_bf16,
+      "amx", linear_amx,
       "amx", attend_amx,
   };
   switch (isa) {

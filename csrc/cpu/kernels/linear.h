@@ -10,8 +10,6 @@
 
 namespace sq {
 
-constexpr int64_t kLinearRows = 16;  // the most rows for which this beats kernels that pack
-
 struct LinearArgs {
   int64_t m, n, k;
   const BFloat16* x;     // [m, k]
@@ -20,10 +18,14 @@ struct LinearArgs {
   BFloat16* y;           // [m, n]
 };
 
+// Columns that belong together: ranges begin with a multiple of them, so that every thread count gives the same bits.
+constexpr int64_t kLinearColumns = 32;
+
 // Computes these columns of y; calls with disjoint ranges may run at the same time.
 using LinearColumns = void (*)(const LinearArgs& args, Range columns);
 
 void linear_portable(const LinearArgs& args, Range columns);
 void linear_avx512_bf16(const LinearArgs& args, Range columns);
+void linear_amx(const LinearArgs& args, Range columns);
 
 }  // namespace sq
