@@ -169,16 +169,15 @@ def test_non_contiguous_inputs(isa: str, layout: str) -> None:
     assert_same_bits(ops.w8a8_gemm(a_there, b_there, scales(40), scales(66), None, torch.float32), expected)
 
 
-def test_any_number_of_threads_gives_the_same_bits(isa: str) -> None:
-    # The order of a sum does not depend on how the work is cut.
-    a, b = (
-        random_float8(300, 577, dtype=torch.float8_e4m3fn),
-        random_float8(577, 577, dtype=torch.float8_e4m3fn, seed=1),
-    )
+@pytest.mark.parametrize(("rows", "n", "k"), [(3, 577, 577), (300, 577, 577), (385, 70, 2100)])
+def test_any_number_of_threads_gives_the_same_bits(isa: str, rows: int, n: int, k: int) -> None:
+    # The order of a sum does not depend on how the work is cut; with 385 rows, the last block has one.
+    a = random_float8(rows, k, dtype=torch.float8_e4m3fn)
+    b = random_float8(n, k, dtype=torch.float8_e4m3fn, seed=1)
     outputs = []
     for count in (1, 2, 3, 7):
         with threads(count):
-            outputs.append(ops.w8a8_gemm(a, b, scales(300), scales(577), None, torch.float32))
+            outputs.append(ops.w8a8_gemm(a, b, scales(rows), scales(n), None, torch.float32))
     for y in outputs[1:]:
         assert_same_bits(y, outputs[0])
 

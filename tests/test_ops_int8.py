@@ -211,7 +211,7 @@ def test_non_contiguous_inputs(isa: str) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
-@pytest.mark.parametrize(("rows", "n", "k"), [(1, 3000, 700), (300, 577, 577), (1100, 70, 900)])
+@pytest.mark.parametrize(("rows", "n", "k"), [(1, 3000, 700), (300, 577, 577), (1100, 70, 900), (300, 70, 4200)])
 def test_any_number_of_threads_gives_the_same_bits(isa: str, rows: int, n: int, k: int, count: int) -> None:
     x, b = randn(rows, k), random_int8(n, k)
     b_scale = scales(n)

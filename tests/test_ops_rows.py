@@ -240,9 +240,11 @@ def test_relu_keeps_what_relu_keeps(run: Run) -> None:
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("n", [0, 1, 3, 4, 70])
-@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (1, 576), (2, 31), (3, 33), (2, 3, 64), (17, 100)], ids=str)
-def test_linear_is_a_product(shape: tuple[int, ...], n: int, has_bias: bool) -> None:
+@pytest.mark.parametrize("n", [0, 1, 3, 4, 32, 70])
+@pytest.mark.parametrize(
+    "shape", [(0, 8), (1, 1), (1, 576), (2, 31), (3, 33), (2, 3, 64), (17, 100), (70, 66)], ids=str
+)
+def test_linear_is_a_product(shape: tuple[int, ...], n: int, has_bias: bool, isa: str) -> None:
     x, w = randn(*shape, dtype=torch.bfloat16), randn(n, shape[-1], dtype=torch.bfloat16, seed=1)
     bias = randn(n, dtype=torch.bfloat16, seed=2) if has_bias else None
     y, exact = ops.linear(x, w, bias), x.double() @ w.double().T
@@ -255,13 +257,16 @@ def test_linear_is_a_product(shape: tuple[int, ...], n: int, has_bias: bool) -> 
     assert_same_bits(reference.linear(x, w, bias), exact.to(torch.bfloat16))
 
 
-def test_linear_of_strange_rows_touches_no_other() -> None:
-    x, w = randn(5, 70, dtype=torch.bfloat16), randn(9, 70, dtype=torch.bfloat16, seed=1)
+@pytest.mark.parametrize("n", [9, 64])
+def test_linear_of_strange_rows_touches_no_other(n: int, isa: str) -> None:
+    x, w = randn(5, 70, dtype=torch.bfloat16), randn(n, 70, dtype=torch.bfloat16, seed=1)
     clean = ops.linear(x, w)
     x[3, 69] = float("nan")
     y = ops.linear(x, w)
     assert y[3].isnan().all()
     assert torch.equal(y[[0, 1, 2, 4]], clean[[0, 1, 2, 4]])
+    w[6] = float("inf")  # the rest of the row before is read with the beginning of this one
+    assert torch.equal(ops.linear(x[:3], w)[:, :6], clean[:3, :6])
 
 
 # --- all ------------------------------------------------------------------------------------------------------------

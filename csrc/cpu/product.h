@@ -74,14 +74,14 @@ class Operand {
   // operand's own; a_dtype is the fp8 type of the values.
   void multiply(std::vector<GemmArgs> products, DType a_dtype, int64_t rows) {
     widen_first(rows, a_dtype);
-    for (GemmArgs& args : products) complete(args);
+    for (GemmArgs& args : products) complete(args, rows);
     parallel_gemm(gemm(), products, rows, block_bytes());
   }
 
   // The same for products of some of the first rows each.
   void multiply(std::vector<RowsProduct> products, DType a_dtype, int64_t rows) {
     widen_first(rows, a_dtype);
-    for (RowsProduct& product : products) complete(product.args);
+    for (RowsProduct& product : products) complete(product.args, product.rows.end - product.rows.begin);
     parallel_gemm(gemm(), products, block_bytes());
   }
 
@@ -96,7 +96,8 @@ class Operand {
   }
 
   // The activation's part of a product's arguments.
-  void complete(GemmArgs& args) {
+  void complete(GemmArgs& args, int64_t m) {
+    args.m = m;
     args.a = is_int8() ? q() : memory_ + wide_offset_;
     args.a_stride = is_int8() ? q_stride_ : wide_stride_;
     if (args.a_scale == nullptr) {

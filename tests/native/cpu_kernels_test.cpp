@@ -139,6 +139,7 @@ struct Output {
   }
 
   void describe(const Problem& p, GemmArgs* args) const {
+    args->m = p.m;
     args->n = p.n;
     args->k = p.k;
     args->a_scale = a_scale.data();
@@ -283,6 +284,10 @@ void test_kernels(Isa isa) {
   }
   for (int64_t m : {1, 40, 600}) test_int8(kernels, {m, 3, 1300, true}, false);
   for (int64_t m : {1, 7, 33}) test_int8(kernels, {m, 2, 133144, false}, true);
+  // Several chunks of the depth, groups of columns and blocks of rows in the same call.
+  test_int8(kernels, {6, 2150, 4200, true}, false);
+  test_int8(kernels, {300, 70, 4160, false}, false);
+  test_fp8(kernels, {37, 70, 2100, true}, DType::kFloat8E4M3, DType::kFloat8E4M3);
   std::printf("%s: passed\n", isa_name(isa));
 }
 

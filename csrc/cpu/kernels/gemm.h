@@ -31,6 +31,7 @@ struct Range {
 };
 
 struct GemmArgs {
+  int64_t m;  // rows of a: a kernel that sums in another order for few rows decides by these, not by those of a range
   int64_t n, k;
   const uint8_t* a;
   int64_t a_stride;  // bytes

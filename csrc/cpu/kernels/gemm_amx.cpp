@@ -378,7 +378,7 @@ void gemm_int8_amx(const GemmArgs& args, Range rows, Range panels) {
 }
 
 void gemm_fp8_amx(const GemmArgs& args, Range rows, Range panels) {
-  if (rows.end - rows.begin < kFewestFp8Rows || args.k == 0) return gemm_fp8_avx512bf16(args, rows, panels);
+  if (args.m < kFewestFp8Rows || args.k == 0) return gemm_fp8_avx512bf16(args, rows, panels);
   SQ_DISPATCH_OUTPUT(gemm_range, args, rows, panels, Fp8Product());
 }
 
