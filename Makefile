@@ -6,6 +6,9 @@ VENV   ?= .venv
 # What pip installs as torch, such as TORCH="torch==2.11.0"; by default what this machine can use.
 TORCH  ?=
 
+# What the results of `bench` are called.
+MACHINE ?= this-machine
+
 SHELL  := /bin/sh
 .SHELLFLAGS := -ec
 .DEFAULT_GOAL := help
@@ -40,8 +43,8 @@ acceptance: $(STAMPS)/installed $(STAMPS)/model ## run the slow tests: accuracy,
 peers: ## set up .venv-peers with the engines that the benchmarks compare with (several GB)
 	@$(MAKE) --no-print-directory VENV=.venv-peers .venv-peers/.stamps/peers
 
-bench: peers ## time the linear layer and the demo's model beside them, for hours; write docs/performance.md
-	@benchmarks/run_all.sh .venv-peers/bin/python
+bench: peers ## time the linear layer and the demo's model beside them, for hours, as MACHINE=name; write docs/performance.md
+	@benchmarks/run_all.sh .venv-peers/bin/python $(MACHINE)
 
 accuracy: $(STAMPS)/installed $(STAMPS)/model .venv-llmc/.ready ## compare accuracy with llm-compressor's and LMDeploy's; WIKITEXT=FILE tests on that too
 	@$(BIN)/python benchmarks/accuracy.py --peer .venv-llmc/bin/python $(if $(WIKITEXT),--wikitext $(WIKITEXT)) \

