@@ -10,7 +10,7 @@ from machine import last_level_cache_bytes
 from peers import METHODS, Linear
 from torch import Tensor
 
-ROTATED_BYTES = max(192 << 20, 2 * last_level_cache_bytes())  # more than the caches hold
+ROTATED_BYTES = max(192 << 20, last_level_cache_bytes() * 5 // 4)  # more than the caches hold
 MOST_COPIES = 512
 ROTATE_UP_TO = 16  # tokens; with more of them arithmetic takes longer than reading the weight
 TURN_SECONDS = 0.02
