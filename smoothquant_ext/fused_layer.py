@@ -25,8 +25,8 @@ from .fused_norm import FusedRMSNorm
 from .int8_cache import Int8Layer
 from .modules import W8A8Linear, needs_grad
 
-# With more rows, calling the modules one by one costs nothing, and their intermediate results would pile up.
-MOST_ROWS = 1024
+# With more rows, intermediate results, 13 bytes a row for every element of the hidden state, would pile up.
+MOST_ROWS = 4096
 # What a layer may be called with; anything else must be unset.
 UNDERSTOOD = {
     "attention_mask",
