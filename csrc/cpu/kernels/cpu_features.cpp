@@ -124,6 +124,16 @@ const std::string& why_not(Isa isa) {
   return reasons[static_cast<int>(isa)];
 }
 
+bool has_slow_bf16() {
+#if defined(__x86_64__)
+  unsigned eax, ebx = 0, ecx, edx;
+  __get_cpuid(0, &eax, &ebx, &ecx, &edx);
+  return ebx == signature_INTEL_ebx;
+#else
+  return false;
+#endif
+}
+
 Isa current_isa() { return selected().load(std::memory_order_relaxed); }
 
 void set_isa(const std::string& name) { selected().store(usable_isa(name), std::memory_order_relaxed); }

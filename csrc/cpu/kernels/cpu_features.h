@@ -17,6 +17,10 @@ const char* isa_name(Isa isa);
 // tile registers of AMX.
 const std::string& why_not(Isa isa);
 
+// Whether vdpbf16ps of 512 bits takes so long that products in fp32 are faster: 96 GFLOPS a core against about twice as many
+// on Intel's Emerald Rapids, measured in November 2026, where Zen 5 is twice as fast with it.
+bool has_slow_bf16();
+
 // The ISA in use. Throws std::runtime_error if SMOOTHQUANT_CPU_ISA names none, or one that this machine cannot run.
 Isa current_isa();
 

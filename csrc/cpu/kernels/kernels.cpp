@@ -59,11 +59,17 @@ const Kernels& kernels_of(Isa isa) {
       "amx", linear_amx,
       "amx", attend_amx,
   };
+  static const Kernels kSlowBf16 = [] {
+    Kernels kernels = kAvx512Bf16;
+    kernels.attention_name = "avx512";
+    kernels.attend = attend_avx512;
+    return kernels;
+  }();
   switch (isa) {
     case Isa::kAmx:
       return kAmx;
     case Isa::kAvx512Bf16:
-      return kAvx512Bf16;
+      return has_slow_bf16() ? kSlowBf16 : kAvx512Bf16;
     case Isa::kAvx512Vnni:
       return kAvx512Vnni;
     case Isa::kAvxVnni:
