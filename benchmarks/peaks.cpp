@@ -1,4 +1,4 @@
-// What this CPU can do at most: 8-bit multiply-adds in registers, and reading memory. Built and run by peaks.py:
+// What this CPU can do at most: 8-bit multiply-adds in registers, and reading memory. Built and run by machine.py:
 //   peaks THREADS -> one JSON object; GOPS count a multiply-add as two.
 #include <algorithm>
 #include <chrono>
@@ -122,14 +122,14 @@ int main(int argc, char** argv) {
     const double bfloat16 = best_seconds(threads, [](int) { amx_bf16(kTileRounds); });
     std::printf(", \"bf16_gflops\": %.1f", 4.0 * 16384 * kTileRounds * threads / bfloat16 / 1e9);
   }
-  const char* unit = has_amx() ? "vector_" : "";
+  const char* prefix = has_amx() ? "vector_" : "";
   if (__builtin_cpu_supports("avx512vnni")) {
     const double seconds = best_seconds(threads, [](int) { vnni(kRounds); });
-    std::printf(", \"%sint8_gops\": %.1f", unit, 24.0 * 128 * kRounds * threads / seconds / 1e9);
+    std::printf(", \"%sint8_gops\": %.1f", prefix, 24.0 * 128 * kRounds * threads / seconds / 1e9);
   }
   if (__builtin_cpu_supports("avx512bf16")) {
     const double seconds = best_seconds(threads, [](int) { bf16(kRounds); });
-    std::printf(", \"%sbf16_gflops\": %.1f", unit, 24.0 * 64 * kRounds * threads / seconds / 1e9);
+    std::printf(", \"%sbf16_gflops\": %.1f", prefix, 24.0 * 64 * kRounds * threads / seconds / 1e9);
   }
 #endif
   // Several times what the caches hold.

@@ -17,8 +17,8 @@ const char* isa_name(Isa isa);
 // tile registers of AMX.
 const std::string& why_not(Isa isa);
 
-// Whether vdpbf16ps of 512 bits takes so long that products in fp32 are faster: 96 GFLOPS a core against about twice as many
-// on Intel's Emerald Rapids, measured in November 2026, where Zen 5 is twice as fast with it.
+// Whether vdpbf16ps of 512 bits takes so long that products in fp32 are faster: on Intel's Emerald Rapids attention takes
+// 1.7 to 1.9 times as long with it (November 2026), where Zen 5 is twice as fast. Taken for all of Intel's processors.
 bool has_slow_bf16();
 
 // The ISA in use. Throws std::runtime_error if SMOOTHQUANT_CPU_ISA names none, or one that this machine cannot run.

@@ -15,16 +15,18 @@ constexpr int64_t kDepth = 32;  // of a step
 constexpr int64_t kRows = 32;   // of x at a time
 constexpr int64_t kTilesPerStep = kRows / kTileRows;
 
-// x [rows, k] to [steps][2][16 pairs of k][16 rows][2]; what is not there is 0.
+// x [rows, k] to [steps][2][16 pairs of k][16 rows][2]. What lies beyond k is 0; rows that are not there make sums that nobody
+// reads, and are left as they are.
 void transpose(const LinearArgs& args, Range rows, int64_t steps, uint8_t* tiles) {
-  std::fill(tiles, tiles + steps * kTilesPerStep * kTileBytes, uint8_t{0});
+  constexpr int64_t kStepBytes = kTilesPerStep * kTileBytes;
+  if (args.k % kDepth != 0) std::fill(tiles + (steps - 1) * kStepBytes, tiles + steps * kStepBytes, uint8_t{0});
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     const int64_t place = row - rows.begin;
     uint8_t* column = tiles + place / kTileRows * kTileBytes + place % kTileRows * 4;
     const BFloat16* x = args.x + row * args.k;
     for (int64_t k = 0; k < args.k; k += 2) {
       const int64_t bytes = 2 * std::min<int64_t>(2, args.k - k);
-      __builtin_memcpy(column + k / kDepth * kTilesPerStep * kTileBytes + k % kDepth / 2 * 64, x + k, bytes);
+      __builtin_memcpy(column + k / kDepth * kStepBytes + k % kDepth / 2 * 64, x + k, bytes);
     }
   }
 }
