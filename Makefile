@@ -54,6 +54,7 @@ lint: $(STAMPS)/dev ## check style and types of the Python and C++ sources
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
 	@$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 format: $(STAMPS)/dev ## rewrite the sources in the project's style
@@ -81,7 +82,7 @@ wheel: $(STAMPS)/torch ## build the wheel into dist/
 	@ls dist/*.whl
 
 wheel-test: wheel ## run the op tests with that one wheel under the oldest and the newest torch (downloads several GB)
-	@tests/wheel_matrix.sh dist/*.whl
+	@tests/packaging/wheel_matrix.sh dist/*.whl
 
 clean: ## remove what was built, keep $(VENV)
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage compile_commands.json

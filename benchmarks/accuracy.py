@@ -29,12 +29,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from smoothquant_ext import Recipe, SmoothQuantError, load, quantize
-from smoothquant_ext.calibrate import calibrate
-from smoothquant_ext.discover import discover
-from smoothquant_ext.evaluate import Evaluation, evaluate_all
-from smoothquant_ext.linears import select_linears, weight_nk
+from smoothquant_ext.evaluation.accuracy import Evaluation, evaluate_all
 from smoothquant_ext.models import load_model
-from smoothquant_ext.smooth import fold_, group_modules
+from smoothquant_ext.probing.linears import weight_nk
+from smoothquant_ext.probing.smoothing_groups import discover
+from smoothquant_ext.quantization.calibration import calibrate
+from smoothquant_ext.quantization.selection import select_linears
+from smoothquant_ext.quantization.smoothing import fold_, group_modules
 from smoothquant_ext.text import token_windows
 
 ALPHAS = tuple(step / 10 for step in range(3, 10))

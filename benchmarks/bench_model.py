@@ -26,7 +26,7 @@ from rich.table import Table
 from transformers import AutoConfig
 from workers import Worker, WorkerError, first_cpus
 
-from smoothquant_ext.evaluate import Speed
+from smoothquant_ext.evaluation.speed import Speed
 
 # TinyLlama 1.1B and Llama 3.2 1B, from their papers and model cards.
 SHAPES: dict[str, dict[str, Any]] = {

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from smoothquant_ext import ops, reference
-from smoothquant_ext.cuda_kernels import OLDEST_FP8, OWN_GEMMS, WGMMA, Gpu, own_gemms
+from smoothquant_ext.ops.cuda_kernels import OLDEST_FP8, OWN_GEMMS, WGMMA, Gpu, own_gemms
 
 EIGHT_BIT = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 

@@ -29,10 +29,12 @@ from machine import cpu_name
 from rich.console import Console
 
 from smoothquant_ext import Recipe, SmoothQuantError, load, ops, quantize, save
-from smoothquant_ext.evaluate import evaluate_all, measure_speed, model_bytes
+from smoothquant_ext.evaluation.accuracy import evaluate_all
+from smoothquant_ext.evaluation.size import model_bytes
+from smoothquant_ext.evaluation.speed import measure_speed
 from smoothquant_ext.models import load_model
-from smoothquant_ext.profiler import profile_products
-from smoothquant_ext.report import (
+from smoothquant_ext.reporting.profiler import profile_products
+from smoothquant_ext.reporting.tables import (
     Measured,
     comparison_markdown,
     comparison_table,

@@ -24,8 +24,8 @@ from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from smoothquant_ext import SCHEMES
-from smoothquant_ext.convert import quantize_experts
-from smoothquant_ext.read_experts import read_experts
+from smoothquant_ext.probing.experts import read_experts
+from smoothquant_ext.quantization.convert import quantize_experts
 
 SHAPE = {"num_experts": 128, "hidden_size": 2048, "moe_intermediate_size": 768}
 SLOTS, TOKENS = 8, (1, 16, 512)

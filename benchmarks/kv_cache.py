@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from smoothquant_ext import Int8Cache, Recipe, SmoothQuantError, ops, quantize
-from smoothquant_ext.attention import use_attention_
-from smoothquant_ext.evaluate import Evaluation, Tally
+from smoothquant_ext.evaluation.accuracy import Evaluation, Tally
 from smoothquant_ext.models import load_model
-from smoothquant_ext.modules import W8A8Linear
+from smoothquant_ext.nn.attention import use_attention_
+from smoothquant_ext.nn.linear import W8A8Linear
 from smoothquant_ext.progress import track
 from smoothquant_ext.text import token_windows
 

@@ -1,37 +1,39 @@
-"""W8A8 for PyTorch: SmoothQuant with real INT8 and FP8 kernels."""
+"""W8A8 for PyTorch: SmoothQuant with real INT8 and FP8 kernels. Importing it registers ``torch.ops.sq``."""
 
-import sys
+import warnings
 from importlib import import_module
-from types import ModuleType
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpoint import load, save
+    from .checkpoint.loading import load
+    from .checkpoint.saving import save
     from .errors import SmoothQuantError
-    from .evaluate import evaluate
-    from .int8_cache import Int8Cache, use_int8_cache_
-    from .modules import W8A8Linear
+    from .evaluation.accuracy import evaluate
+    from .integrations.from_pretrained import disable, enable
+    from .nn.int8_kv_cache import Int8Cache, use_int8_cache_
+    from .nn.linear import W8A8Linear
     from .ops import info
-    from .quantize import quantize
-    from .runtime import disable, enable
-    from .scheme import SCHEMES, Recipe, Scheme
+    from .quantization.pipeline import quantize
+    from .quantization.recipe import Recipe
+    from .scheme import SCHEMES, Scheme
 
-# Imported when first used: transformers takes seconds, and `smoothquant --help` should not.
+# Imported when first used, since transformers takes seconds, which whoever calls only the ops need not wait for.
 _HOME = {
     "SCHEMES": "scheme",
-    "Int8Cache": "int8_cache",
-    "Recipe": "scheme",
+    "Int8Cache": "nn.int8_kv_cache",
+    "Recipe": "quantization.recipe",
     "Scheme": "scheme",
     "SmoothQuantError": "errors",
-    "W8A8Linear": "modules",
-    "disable": "runtime",
-    "enable": "runtime",
-    "evaluate": "evaluate",
+    "W8A8Linear": "nn.linear",
+    "disable": "integrations.from_pretrained",
+    "enable": "integrations.from_pretrained",
+    "evaluate": "evaluation.accuracy",
     "info": "ops",
-    "load": "checkpoint",
-    "quantize": "quantize",
-    "save": "checkpoint",
-    "use_int8_cache_": "int8_cache",
+    "load": "checkpoint.loading",
+    "quantize": "quantization.pipeline",
+    "save": "checkpoint.saving",
+    "use_int8_cache_": "nn.int8_kv_cache",
 }
 
 __all__ = [
@@ -62,12 +64,10 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-class _Package(ModuleType):
-    """Keeps ``smoothquant_ext.quantize`` the function: importing the module of that name would bind it here."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in _HOME or not isinstance(value, ModuleType):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+if Path(__file__).with_name("_C.so").is_file():
+    import_module(".ops", __name__)
+else:
+    warnings.warn(
+        "smoothquant_ext is not compiled, so there is no torch.ops.sq: run 'pip install .' in its source folder",
+        stacklevel=2,
+    )

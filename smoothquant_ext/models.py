@@ -16,10 +16,10 @@ from huggingface_hub import constants, snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from . import checkpoint
+from .checkpoint import loading
+from .checkpoint.reading import MODELOPT_CONFIG, find_quantization
+from .compat import first_line, quiet_transformers
 from .errors import SmoothQuantError
-from .hf import first_line, quiet_transformers
-from .stored import MODELOPT_CONFIG, find_quantization
 
 CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 
@@ -70,7 +70,7 @@ def _load(
     no_tokenizer = f"{name} has no tokenizer that transformers can load"
     tokenizer = _call(no_tokenizer, AutoTokenizer, source, config=config, **kwargs)
     if quantized:
-        return checkpoint.load(source, device, dtype), tokenizer
+        return loading.load(source, device, dtype), tokenizer
     model = _call(unloadable, AutoModelForCausalLM, source, config=config, dtype=dtype or "auto", **kwargs)
     return model.eval().to(device), tokenizer
 

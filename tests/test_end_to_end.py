@@ -6,26 +6,25 @@ import functools
 import importlib.util
 import json
 import struct
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import demo
 import pytest
 import torch
 from tiny import amplify_outliers, build, token_ids
 from torch import Tensor, nn
 
 from smoothquant_ext import SCHEMES, Recipe, W8A8Linear, load, ops, quantize, reference, save
-from smoothquant_ext.evaluate import Evaluation, evaluate, evaluate_all, model_bytes
+from smoothquant_ext.evaluation.accuracy import Evaluation, evaluate, evaluate_all
+from smoothquant_ext.evaluation.size import model_bytes
 from smoothquant_ext.models import load_model
-from smoothquant_ext.profiler import profile_products
-from smoothquant_ext.reference_layer import w8a8_decoder_layer_
+from smoothquant_ext.reference.decoder_layer import w8a8_decoder_layer_
+from smoothquant_ext.reporting.profiler import profile_products
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import demo  # noqa: E402
 
 CALIBRATION, TEST = token_ids(8, 48, seed=6), token_ids(8, 48, seed=5)
 

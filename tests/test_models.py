@@ -15,8 +15,8 @@ from tiny_w8a8 import assert_same_model, layers_of, quantized
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from smoothquant_ext import checkpoint
 from smoothquant_ext import models as models_under_test
+from smoothquant_ext.checkpoint import saving
 from smoothquant_ext.errors import SmoothQuantError
 from smoothquant_ext.models import load_model
 
@@ -52,7 +52,7 @@ def test_a_device(float_directory: Path, device: str) -> None:
 
 def test_a_quantized_directory(tmp_path: Path) -> None:
     expected = quantized("llama", "int8")
-    checkpoint.save(expected, tmp_path / "model", tokenizer())
+    saving.save(expected, tmp_path / "model", tokenizer())
     model, words = load_model(tmp_path / "model")
     assert_same_model(model, expected)
     assert words.get_vocab() == tokenizer().get_vocab()
@@ -196,7 +196,7 @@ def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 @pytest.mark.parametrize("kind", ["float", "w8a8"])
 def test_a_hub_id(kind: str, float_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub itself is replaced by a directory: what is tested is which way each kind of model takes."""
-    checkpoint.save(quantized("llama"), tmp_path / "w8a8", tokenizer())
+    saving.save(quantized("llama"), tmp_path / "w8a8", tokenizer())
     directory = tmp_path / kind
     asked = []
 
@@ -223,7 +223,7 @@ def test_a_hub_id(kind: str, float_directory: Path, tmp_path: Path, monkeypatch:
 
 
 def test_a_failing_download(float_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint.save(quantized("llama"), tmp_path / "w8a8", tokenizer())
+    saving.save(quantized("llama"), tmp_path / "w8a8", tokenizer())
     config = models_under_test.AutoConfig.from_pretrained(tmp_path / "w8a8")
 
     def fail(*arguments: object, **kwargs: object) -> None:

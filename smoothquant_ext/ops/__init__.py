@@ -10,13 +10,12 @@ from __future__ import annotations
 # The compiled ops are loaded first: the files below look them up. There is one for each section of csrc/ops.cpp, where
 # every op has its handle, its wrapper and its fake kernel. The handle is looked up once: every dot in
 # torch.ops.sq.x.default costs as much as a small kernel.
-from ..backends import CPU_ISAS, OpInfo, cpu_isa, fast_linear_rows, info
+from .backends import CPU_ISAS, OpInfo, cpu_isa, fast_linear_rows, info
+from .decoder_layer import w8a8_decoder_layer_
 from .experts import w8a8_experts
 from .floating import attention, linear, rms_norm
-from .layers import w8a8_decoder_layer_
-from .products import prepack_weight, unpack_weight, w8a8_gemm, w8a8_linear, w8a8_linears, w8a8_mlp
-from .quantize import quantize_per_token, quantize_static
-from .rows import (
+from .gemm import prepack_weight, unpack_weight, w8a8_gemm, w8a8_linear, w8a8_linears, w8a8_mlp
+from .norm_activation import (
     gelu_mul_quantize,
     gelu_quantize,
     layer_norm_quantize,
@@ -24,6 +23,7 @@ from .rows import (
     rms_norm_quantize,
     silu_mul_quantize,
 )
+from .quantize import quantize_per_token, quantize_static
 
 __all__ = [
     "CPU_ISAS",

@@ -1,0 +1,1 @@
+"""The checkpoint formats, a file each."""

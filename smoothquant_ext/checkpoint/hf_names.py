@@ -1,0 +1,149 @@
+"""What we need of transformers beyond its public functions: where its names, its output and its errors are tamed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key, revert_weight_conversion
+
+from ..nn.experts import NAMES
+from ..probing.experts import Reading
+
+
+def plain_tensors(model: nn.Module, besides: tuple[type[nn.Module], ...]) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, without those of ``besides`` modules, each storage once.
+
+    Of tied tensors the one that ``from_pretrained`` ties the others to is kept.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    named: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, besides):
+            continue
+        own = {**module._parameters, **module._buffers}
+        for name, tensor in own.items():
+            if tensor is not None and name not in module._non_persistent_buffers_set:
+                named[f"{prefix}.{name}" if prefix else name] = tensor.detach()
+    kept: dict[str, Tensor] = {}
+    seen = set()
+    for name in sorted(named, key=lambda name: name in tied):
+        tensor = named[name]
+        identity = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() == 0 or tensor.is_meta or identity not in seen:
+            kept[name] = tensor
+            seen.add(identity)
+    return kept
+
+
+def to_checkpoint_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Renames, splits and merges tensors from how transformers holds them to how checkpoints store them."""
+    converted: dict[str, Tensor] = revert_weight_conversion(model, dict(tensors))
+    return converted
+
+
+def to_checkpoint_modules(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """The names that checkpoints use for the linear layers ``names`` of a model."""
+    markers = {name: torch.empty(0, device="meta") for name in names}
+    stored = to_checkpoint_tensors(model, {f"{name}.weight": marker for name, marker in markers.items()})
+    by_identity = {id(marker): name.removesuffix(".weight") for name, marker in stored.items()}
+    return {name: by_identity.get(id(marker), name) for name, marker in markers.items()}
+
+
+def expert_names(model: nn.Module, path: str, reading: Reading) -> dict[str, str]:
+    """What checkpoints call the layers of an expert, one by one: those of the module ``path``, which is still fused.
+
+    Where transformers keeps the experts fused in its checkpoints too, the names that llm-compressor gives them.
+    """
+    parts = reading.parts
+    rows: dict[str, list[str]] = {}  # of the parameters of an expert with one channel: which layer each is
+    for name in sorted(parts, key=lambda name: parts[name].rows.start or 0):
+        rows.setdefault(parts[name].name, []).append(name)
+    numbers = {name: float(number) for number, name in enumerate(parts)}
+    tensors = {}
+    for parameter, names in rows.items():
+        weight = torch.tensor([[[numbers[name]] for name in names]], device="cpu")
+        is_transposed = parts[names[0]].is_transposed
+        tensors[f"{path}.{parameter}"] = weight.transpose(1, 2) if is_transposed else weight
+    try:
+        stored = to_checkpoint_tensors(model, tensors) if isinstance(model, PreTrainedModel) else {}
+    except (AttributeError, IndexError, KeyError, RuntimeError, ValueError):  # a conversion that needs the real sizes
+        stored = {}
+    found = {
+        name: match[1]
+        for key, tensor in stored.items()
+        if (match := re.fullmatch(r".*\.0\.(\w+)\.weight", key)) and tensor.numel() == 1
+        for name in parts
+        if numbers[name] == float(tensor)
+    }
+    return found if found.keys() == parts.keys() else {name: NAMES[name] for name in parts}
+
+
+def to_model_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str | None]:
+    """The names that a model has for tensors of a checkpoint, ``None`` for those it splits or merges with others."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state = model.state_dict()
+    renamed: dict[str, str | None] = {}
+    for name in names:
+        target, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if target not in state and name in state:
+            target, converter = rename_source_key(name, [], [], model.base_model_prefix, state)
+        renamed[name] = target if converter is None else None
+    return renamed
+
+
+def renamed_alone(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """The names that a model would have for tensors of a checkpoint if it did not split or merge them."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    return {name: rename_source_key(name, renamings, [])[0] for name in names}
+
+
+class ExpertKey(NamedTuple):
+    """A tensor of one layer of one expert: ``path.expert.layer.kind``."""
+
+    path: str
+    expert: int
+    layer: str
+    kind: str
+
+
+def expert_key(name: str) -> ExpertKey | None:
+    """The parts of the name of an expert's tensor; ``None`` for others."""
+    match = _EXPERT_KEY.fullmatch(name)
+    return ExpertKey(match[1], int(match[2]), match[3], match[4]) if match else None
+
+
+_EXPERT_KEY = re.compile(r"(.+)\.(\d+)\.(\w+)\.(\w+)")
+
+
+class ExpertRenaming(WeightRenaming):
+    """Keeps transformers from merging the experts that ``targets`` names, (path, layer) -> layer in the model.
+
+    One dictionary, because a pattern for each would be tried on each of tens of thousands of names.
+    """
+
+    __slots__ = ("targets",)
+
+    def __init__(self, targets: Mapping[tuple[str, str], str]) -> None:
+        super().__init__(source_patterns="expert", target_patterns="expert_")  # it wants some; they are not used
+        self.targets = targets
+
+    def reverse_transform(self) -> ExpertRenaming:
+        """Nothing, since modules of ours name their own tensors; asked for by transformers up to 5.3."""
+        return ExpertRenaming({})
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        """The name in the model, and whether it is another one."""
+        key = expert_key(source_key)
+        if key is None or (key.path, key.layer) not in self.targets:
+            return source_key, None
+        layer = self.targets[key.path, key.layer]
+        return f"{key.path}.expert_{key.expert}.{layer}.{key.kind}", self.source_patterns[0]

@@ -1,0 +1,83 @@
+"""Loading W8A8 checkpoints of any tool, without ever making the float weights."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from ..compat import first_line, quiet_transformers
+from ..errors import SmoothQuantError
+from .hf_quantizer import METHOD
+from .reading import COPY_AGAIN, read_config
+from .record import RECORD, read_record
+
+# Tensors that nothing is lost without: zero points of zero, and scales of caches that are kept in floating point.
+_DISPENSABLE = ("_zero_point", ".k_scale", ".v_scale", ".kv_scale", ".q_scale", ".output_scale", ".input_scale_ub")
+
+
+def load(
+    directory: str | os.PathLike[str],
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """Loads a W8A8 checkpoint, ours or another tool's, ready to run on 8-bit kernels.
+
+    The 8-bit weights go from the files into ``W8A8Linear`` modules; the float weights never exist.
+
+    Args:
+        directory: a Hugging Face directory in a format that ``layouts`` knows, safetensors only.
+        device: where to, the CPU by default.
+        dtype: of everything that is not quantized; ``None`` takes what the checkpoint says.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        SmoothQuantError: the checkpoint is incomplete, damaged, inconsistent, or not W8A8.
+    """
+    path = Path(directory)
+    read_config(path)  # says what is missing before transformers does
+    on_cpu = device is None or torch.device(device).type == "cpu"
+    with quiet_transformers():
+        try:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            config.quantization_config = {
+                "quant_method": METHOD,
+                "directory": str(path),
+                "infer_dtype": dtype is None and getattr(config, "dtype", None) is None,
+                "ready": on_cpu,
+            }
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path,
+                config=config,
+                dtype=dtype or "auto",
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except SmoothQuantError:
+            raise
+        except Exception as error:  # whatever transformers raises for a configuration it cannot build
+            raise SmoothQuantError(f"{path}: transformers cannot load this model ({first_line(error)})") from error
+    _check_loaded(path, info)
+    if (path / RECORD).is_file():
+        model.smoothquant_record = read_record(path)
+    model.eval()
+    return model if on_cpu else model.to(device)
+
+
+def _check_loaded(path: Path, info: Mapping[str, Any]) -> None:
+    for name in sorted(info["missing_keys"]):
+        raise SmoothQuantError(f"{path} lacks the tensor {name}, which config.json calls for; {COPY_AGAIN}")
+    unexpected = sorted(name for name in info["unexpected_keys"] if not name.endswith(_DISPENSABLE))
+    if unexpected:
+        warnings.warn(
+            f"{path}: ignored {len(unexpected)} tensors that the model has no place for, such as {unexpected[0]}",
+            stacklevel=3,
+        )

@@ -1,0 +1,104 @@
+"""The model card of a checkpoint, its README.md: what it is, how to run it, how it was made, what was measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..evaluation.accuracy import Evaluation
+from ..layer_names import by_reason
+from ..scheme import Scheme
+from .atomic import replace_file
+from .formats.base import Format, short_name
+from .formats.registry import parse_quantization_config
+from .record import RECORD, package_version, read_record
+
+CARD = "README.md"
+TEMPLATE = Path(__file__).with_name("model_card.md.j2")
+
+
+def model_card(
+    name: str, fmt: Format, schemes: Collection[Scheme], layers: int, record: Mapping[str, Any] | None
+) -> str:
+    """The text of a model card, with the metadata that the Hugging Face hub reads in front.
+
+    Args:
+        name: of the model, its title.
+        fmt: the format it is stored in.
+        schemes: the schemes of its layers, the commonest first.
+        layers: how many layers run in 8 bits.
+        record: see ``record.record``; ``None`` for a checkpoint that somebody else quantized.
+    """
+    record = record or {}
+    base = str(record.get("base") or "")
+    on_hub = base.count("/") == 1
+    dtypes = list(dict.fromkeys(short_name(scheme.dtype) for scheme in schemes))
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=base if on_hub else None,
+        base_model_relation="quantized" if on_hub else None,
+        tags=["smoothquant", "w8a8", *dtypes, fmt.quant_method],
+    )
+    card = ModelCard.from_template(
+        data,
+        template_str=TEMPLATE.read_text(encoding="utf-8"),
+        name=name,
+        base=base,
+        on_hub=on_hub,
+        format=fmt.name,
+        schemes=[_describe(scheme) for scheme in dict.fromkeys(schemes)],
+        layers=layers,
+        recipe=record.get("recipe"),
+        calibration=record.get("calibration") or {},
+        groups=len(record.get("groups") or ()),
+        skipped={reason: len(names) for reason, names in by_reason(record.get("skipped") or {}).items()},
+        per_token=len(record.get("per_token") or ()),
+        measured=record.get("measured") or [],
+        package=record.get("package") or package_version(),
+    )
+    return str(card).rstrip() + "\n"
+
+
+def measured_facts(text: str, reference: str, evaluation: Evaluation) -> dict[str, Any]:
+    """A row of ``record["measured"]``: on which text, compared with which model, and what came out."""
+    return {
+        "text": text,
+        "reference": reference,
+        "tokens": evaluation.tokens,
+        "perplexity": evaluation.perplexity,
+        "change": evaluation.change,
+        "kl": evaluation.kl,
+        "top1": evaluation.top1,
+    }
+
+
+def add_measured(directory: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes what was measured into a checkpoint's record and model card; a text measured before is replaced.
+
+    Raises:
+        SmoothQuantError: the checkpoint has no record, or is not writable.
+    """
+    record = read_record(directory)
+    texts = {row["text"] for row in rows}
+    record["measured"] = [row for row in record.get("measured", ()) if row["text"] not in texts] + list(rows)
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    layout = parse_quantization_config(config, str(directory / "config.json"))
+    schemes = [scheme for _, scheme in layout.groups]
+    text = model_card(directory.resolve().name, layout.fmt, schemes, len(record["quantized"]), record)
+    replace_file(directory / RECORD, json.dumps(record, indent=1) + "\n")
+    replace_file(directory / CARD, text)
+
+
+def _describe(scheme: Scheme) -> dict[str, str]:
+    asymmetric = "" if scheme.symmetric else ", asymmetric"
+    activation = "one scale per layer, from calibration" if scheme.is_static else "a scale per token, at run time"
+    return {
+        "name": scheme.name,
+        "weights": f"{short_name(scheme.dtype)}, a scale per {scheme.weight}",
+        "activations": f"{short_name(scheme.dtype)}, {activation}{asymmetric}",
+    }

@@ -1,0 +1,41 @@
+"""The record that a checkpoint keeps of how it was made, ``smoothquant.json``: what ``smoothquant report`` shows."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ..errors import SmoothQuantError
+
+RECORD = "smoothquant.json"
+VERSION = 1
+
+
+def package_version() -> str:
+    """This package's, ``"unknown"`` where it runs from its source folder without being installed."""
+    try:
+        return version("smoothquant-ext")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def read_record(directory: Path) -> dict[str, Any]:
+    """The record of a checkpoint.
+
+    Raises:
+        SmoothQuantError: there is none, or it cannot be read.
+    """
+    path = directory / RECORD
+    if not path.is_file():
+        raise SmoothQuantError(
+            f"{directory} has no {RECORD}: only checkpoints that smoothquant quantize wrote have one"
+        )
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SmoothQuantError(f"{path} cannot be read as JSON ({error})") from error
+    if not isinstance(value, dict) or value.get("version") != VERSION:
+        raise SmoothQuantError(f"{path} is not a record of version {VERSION}; quantize the model again")
+    return value

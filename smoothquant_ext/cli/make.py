@@ -1,0 +1,165 @@
+"""The commands that make checkpoints."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from ..errors import SmoothQuantError
+from .console import out, step
+from .options import (
+    AlphaOrAuto,
+    AutoSkip,
+    Calib,
+    Clipping,
+    Explicit,
+    MaxPplIncrease,
+    Model,
+    NoSmooth,
+    Only,
+    Rounding,
+    Samples,
+    Seed,
+    Seqlen,
+    Skip,
+    StoredDtype,
+    StoredFormat,
+)
+from .support import (
+    CALIBRATION_TEXT,
+    FORMATS,
+    TEST_SAMPLES,
+    add_to_card,
+    choose,
+    load,
+    measure,
+    name_of_text,
+    parse_count_or_share,
+    parse_dtype,
+    parse_number,
+    quoted,
+    read_windows,
+    show,
+    stored_dtype,
+)
+
+
+def quantize(
+    model: Model,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Directory to write; new, empty or a W8A8 checkpoint.")
+    ],
+    scheme: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="int8, int8-static, fp8, fp8-static or fp8-e5m2. Activations get a scale per token at run time, or "
+            "with -static one per layer from calibration: a little less accurate.",
+        ),
+    ] = "int8",
+    alpha: AlphaOrAuto = None,
+    no_smooth: NoSmooth = False,
+    explicit: Explicit = False,
+    auto_skip: AutoSkip = None,
+    max_ppl_increase: MaxPplIncrease = None,
+    rounding: Rounding = None,
+    clipping: Clipping = None,
+    calib: Calib = CALIBRATION_TEXT,
+    samples: Samples = 128,
+    seqlen: Seqlen = 512,
+    skip: Skip = None,
+    only: Only = None,
+    dtype: StoredDtype = "auto",
+    format: StoredFormat = "auto",  # noqa: A002
+    test: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Then also measure it beside MODEL on this text (64 windows), and write the results into its model "
+            "card. Give text that it was not calibrated on.",
+        ),
+    ] = None,
+    seed: Seed = 0,
+) -> None:
+    """Smooths a model, quantizes it to 8 bits and saves it.
+
+    Example: [bold]smoothquant quantize HuggingFaceTB/SmolLM2-135M -o smol-w8a8 --calib my_text.txt[/bold]
+
+    Needs a few thousand tokens of any text for calibration. What can be
+    smoothed is found by probing the model, and every change is proved to keep
+    its function. Output embedding and expert routers stay in floating point.
+    """
+    from ..checkpoint import saving
+    from ..checkpoint.formats.base import choose_format
+    from ..quantization.pipeline import quantize as quantize_
+    from ..quantization.recipe import AUTO, Recipe
+    from ..reporting.tables import render_report
+
+    recipe = Recipe(
+        scheme,
+        alpha if alpha is None or alpha == AUTO else parse_number("alpha", alpha),
+        not no_smooth,
+        explicit,
+        cast(Any, rounding),
+        cast(Any, clipping),
+        0 if auto_skip is None else parse_count_or_share("auto-skip", auto_skip),
+        None if max_ppl_increase is None else parse_number("max-ppl-increase", max_ppl_increase),
+        tuple(skip or ()),
+        tuple(only or ()),
+    )
+    chosen = choose_format(choose("format", format, FORMATS), [recipe.resolved_scheme], explicit)
+    stored = parse_dtype(dtype)
+    target = saving.check_destination(output)
+
+    start = time.perf_counter()
+    network, tokenizer = load(model)
+    windows = read_windows(tokenizer, calib, samples, seqlen, seed)
+    tests = None if test is None else read_windows(tokenizer, test, TEST_SAMPLES, seqlen, seed)
+    quantize_(network, windows, recipe, journal=target.with_name(f".{target.name}.search"))
+    network.to(stored_dtype(network.dtype, stored))
+    network.smoothquant_record["calibration"]["text"] = name_of_text(calib)
+    with step(f"Saving to {output}"):
+        saving.save(network, output, tokenizer, chosen.name)
+
+    out.print(render_report(network.smoothquant_report))
+    files = sum(file.stat().st_size for file in output.glob("*.safetensors"))
+    out.print(f"Saved to {output}: {files / 1e6:.1f} MB of weights, {time.perf_counter() - start:.0f} s in all.")
+    if tests is not None:
+        measured = measure(model, network, output.name, tests)
+        show(measured, as_json=False)
+        add_to_card(output, str(test), measured)
+    out.print("What to run next:", style="bold")
+    text = "" if calib == CALIBRATION_TEXT else f" --text {quoted(calib)}"
+    out.print(f"  smoothquant compare {quoted(model)} {quoted(output)}{text}", soft_wrap=True, highlight=False)
+    out.print(f'  smoothquant generate {quoted(output)} "Once upon a time"', soft_wrap=True, highlight=False)
+
+
+def convert(
+    source: Annotated[str, typer.Argument(metavar="DIR", help="A W8A8 checkpoint: a directory or a hub id.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Directory to write; new, empty or a W8A8 checkpoint.")
+    ],
+    format: StoredFormat = "auto",  # noqa: A002
+) -> None:
+    """Stores a W8A8 checkpoint, whoever made it, in another format: the same 8-bit numbers, nothing rounded again.
+
+    Example: [bold]smoothquant convert smol-w8a8 -o smol-lmdeploy --format lmdeploy[/bold]
+
+    Reads compressed-tensors, LMDeploy, and the FP8 formats of vLLM, transformers, FBGEMM and ModelOpt.
+    """
+    from ..checkpoint import saving
+    from ..checkpoint.naming import count_quantized
+
+    chosen = choose("format", format, FORMATS)
+    target = saving.check_destination(output)
+    if target == Path(source).resolve():
+        raise SmoothQuantError(f"{output} is what is to be converted; name another directory to write")
+    network, tokenizer = load(source)
+    if not count_quantized(network):
+        raise SmoothQuantError(f"{source} is not quantized; run 'smoothquant quantize' on it")
+    with step(f"Saving to {output}"):
+        saving.save(network, output, tokenizer, chosen)
+    out.print(f"{count_quantized(network)} layers in 8 bits, unchanged, saved to {output}.", soft_wrap=True)

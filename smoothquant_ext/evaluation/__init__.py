@@ -1,0 +1,1 @@
+"""How accurate, fast and large a model is."""

@@ -1,0 +1,229 @@
+"""How good a model is: perplexity, and agreement with a reference."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SmoothQuantError
+from ..probing.blocks import Batch, run_model, token_ids
+from ..progress import track
+
+CHUNK = 64
+"""Rows of logits that are raised to fp32 at a time: a copy of all of them would double the memory of evaluation."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model does on a text. Every ``*_error`` is the standard error over windows, ``None`` for one window.
+
+    Attributes:
+        tokens: how many tokens were predicted: all of each window but its first.
+        perplexity: exp of the mean negative log likelihood per token.
+        change: perplexity relative to the reference's, minus 1; its error is that of the pairwise difference.
+        kl: mean KL(reference || model) per token, in nats.
+        top1: share of the positions at which model and reference find the same token likeliest.
+
+    The last three are ``None`` without a reference.
+    """
+
+    tokens: int
+    perplexity: float
+    perplexity_error: float | None = None
+    change: float | None = None
+    change_error: float | None = None
+    kl: float | None = None
+    kl_error: float | None = None
+    top1: float | None = None
+    top1_error: float | None = None
+
+
+def evaluate(
+    model: nn.Module, windows: Tensor, reference: nn.Module | None = None, progress: bool = False
+) -> Evaluation:
+    """Perplexity of a causal LM on windows of tokens and, with a reference model, how closely it follows that one.
+
+    Args:
+        model: a transformers causal LM.
+        windows: int64 [samples, T], T >= 2, as ``token_windows`` gives them.
+        reference: the model to compare with, usually the original in floating point.
+        progress: whether to show a progress bar on stderr.
+
+    Raises:
+        SmoothQuantError: windows of a wrong shape or with tokens the model does not know, models with different
+            vocabularies, a NaN in the logits.
+    """
+    return evaluate_all({"the model": model}, windows, reference, progress)["the model"]
+
+
+def evaluate_all(
+    models: Mapping[str, nn.Module], windows: Tensor, reference: nn.Module | None = None, progress: bool = False
+) -> dict[str, Evaluation]:
+    """``evaluate`` for several models on the same windows; the reference runs once per window, and may be among them.
+
+    No more than one window's logits of the reference and of one model are held at a time.
+    """
+    _check_windows(models if reference is None else {"the reference": reference, **models}, windows)
+    tallies = {name: Tally() for name in models}
+    for window in track(windows.split(1), "Evaluating", progress):
+        _evaluate_window(models, window, reference, tallies)
+    positions = windows.shape[1] - 1
+    return {name: tally.result(positions) for name, tally in tallies.items()}
+
+
+def _evaluate_window(
+    models: Mapping[str, nn.Module], window: Tensor, reference: nn.Module | None, tallies: dict[str, Tally]
+) -> None:
+    """Adds one window [1, T] to the tallies; a function of its own, so that its logits are gone before the next."""
+    expected = None if reference is None else _logits(reference, window)
+    for name, model in models.items():
+        logits = expected if expected is not None and model is reference else _logits(model, window)
+        if expected is not None and logits.shape != expected.shape:
+            raise SmoothQuantError(
+                f"{name} has a vocabulary of {logits.shape[-1]} and the reference one of {expected.shape[-1]}: "
+                "compare a model with the one it was made from"
+            )
+        tally = tallies[name]
+        tally.add(window, logits, expected)
+        for culprit, nll in ((name, tally.nll), ("the reference", tally.reference_nll)):
+            if nll and not math.isfinite(nll[-1]):
+                raise SmoothQuantError(
+                    f"{culprit} gives logits that are not finite on window {len(nll) - 1}: "
+                    "it is damaged, or overflows in its dtype"
+                )
+        del logits  # before the next model makes its own
+
+
+@dataclass
+class Tally:
+    """Means per window of what is measured per token."""
+
+    nll: list[float] = field(default_factory=list)
+    reference_nll: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    top1: list[float] = field(default_factory=list)
+
+    def add(self, window: Tensor, logits: Tensor, expected: Tensor | None) -> None:
+        """Adds one window: token ids [1, T], the model's logits [T - 1, V] and the reference's, if any."""
+        targets = window[0, 1:].to(logits.device)
+        count = targets.numel()
+        nll, reference_nll, kl, top1 = 0.0, 0.0, 0.0, 0
+        for start in range(0, count, CHUNK):
+            part = slice(start, start + CHUNK)
+            label = targets[part, None]
+            log_q = torch.log_softmax(logits[part].float(), dim=-1)
+            nll -= float(log_q.gather(1, label).sum(dtype=torch.float64))
+            if expected is None:
+                continue
+            log_p = torch.log_softmax(expected[part].to(logits.device).float(), dim=-1)
+            reference_nll -= float(log_p.gather(1, label).sum(dtype=torch.float64))
+            # p log(p / q) is 0 where p is: some models mask unused tokens with -inf.
+            terms = (log_p.exp() * (log_p - log_q)).masked_fill_(log_p == -math.inf, 0.0)
+            kl += float(terms.sum(dtype=torch.float64))
+            top1 += int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
+        self.nll.append(nll / count)
+        if expected is not None:
+            self.reference_nll.append(reference_nll / count)
+            self.kl.append(kl / count)
+            self.top1.append(top1 / count)
+
+    def result(self, positions: int) -> Evaluation:
+        """Means over all windows, of ``positions`` predicted tokens each."""
+        nll, nll_error = _mean_and_error(self.nll)
+        perplexity = math.exp(nll)
+        tokens = positions * len(self.nll)
+        if not self.kl:
+            return Evaluation(tokens, perplexity, _times(perplexity, nll_error))
+        difference, difference_error = _mean_and_error(
+            [own - reference for own, reference in zip(self.nll, self.reference_nll, strict=True)]
+        )
+        return Evaluation(
+            tokens,
+            perplexity,
+            _times(perplexity, nll_error),
+            math.expm1(difference),
+            _times(math.exp(difference), difference_error),
+            *_mean_and_error(self.kl),
+            *_mean_and_error(self.top1),
+        )
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, window: Tensor) -> Tensor:
+    """Logits [T - 1, V] that predict tokens 1 .. T - 1 of a window [1, T]."""
+    logits: Tensor = model(input_ids=window.to(_device(model)), use_cache=False).logits
+    return logits[0, :-1]
+
+
+def _check_windows(models: Mapping[str, nn.Module], windows: Tensor) -> None:
+    if windows.dim() != 2 or windows.shape[0] < 1 or windows.shape[1] < 2 or windows.is_floating_point():
+        raise SmoothQuantError(
+            f"windows are {windows.dtype} {list(windows.shape)}, expected token ids [samples, T] with T of 2 at least"
+        )
+    for name, model in models.items():
+        rows = _embedding_rows(model)
+        if rows is not None and not 0 <= int(windows.min()) <= int(windows.max()) < rows:
+            raise SmoothQuantError(
+                f"the windows hold token {int(windows.max())} and {name} has a vocabulary of {rows}: "
+                "use the tokenizer that belongs to the model"
+            )
+
+
+def _embedding_rows(model: nn.Module) -> int | None:
+    find = getattr(model, "get_input_embeddings", None)
+    rows: int | None = getattr(find() if find else None, "num_embeddings", None)
+    return rows
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _mean_and_error(values: list[float]) -> tuple[float, float | None]:
+    mean = math.fsum(values) / len(values)
+    return mean, statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def _times(factor: float, error: float | None) -> float | None:
+    return None if error is None else factor * error
+
+
+@torch.no_grad()
+def log_likelihood(model: nn.Module, batches: Iterable[Batch]) -> float:
+    """Mean log likelihood per token of batches of token ids [B, T]."""
+    total, count = 0.0, 0
+    for batch in batches:
+        log_q = log_probabilities(model, batch)[:, :-1]
+        ids = token_ids(batch).to(log_q.device)
+        total += float(log_q.gather(-1, ids[:, 1:, None]).sum(dtype=torch.float64))
+        count += ids[:, 1:].numel()
+    return total / max(1, count)
+
+
+def mean_kl(log_p: Tensor, log_q: Tensor) -> float:
+    """Mean over positions of KL(p || q), nats; log probabilities [B, T, V]."""
+    log_p, log_q = log_p.flatten(0, -2), log_q.flatten(0, -2)
+    total = 0.0
+    for p, q in zip(log_p.split(CHUNK), log_q.split(CHUNK), strict=True):
+        # p log(p / q) is 0 where p is: some models mask unused tokens with -inf.
+        terms = (p.exp() * (p - q)).masked_fill_(p == -torch.inf, 0.0)
+        total += float(terms.sum(dtype=torch.float64))
+    return total / len(log_p)
+
+
+@torch.no_grad()
+def log_probabilities(model: nn.Module, batch: Batch) -> Tensor:
+    output = run_model(model, batch)
+    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    return torch.log_softmax(logits.float(), dim=-1)

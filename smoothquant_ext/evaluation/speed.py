@@ -1,0 +1,112 @@
+"""How fast a model is: tokens per second."""
+
+from __future__ import annotations
+
+import inspect
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import SmoothQuantError
+from ..progress import track
+from .accuracy import _device, _embedding_rows, _text_config
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds per round for ``batch`` prompts of ``prompt`` tokens and for ``generated`` tokens after each."""
+
+    prompt: int
+    generated: int
+    batch: int
+    prefill_seconds: tuple[float, ...]
+    decode_seconds: tuple[float, ...]
+
+    @property
+    def prefill(self) -> float:
+        """Tokens per second of all prompts together, median over rounds."""
+        return self.batch * self.prompt / statistics.median(self.prefill_seconds)
+
+    @property
+    def decode(self) -> float:
+        """Tokens per second of all answers together, median over rounds."""
+        return self.batch * self.generated / statistics.median(self.decode_seconds)
+
+
+def measure_speed(
+    models: Mapping[str, nn.Module],
+    prefill: int = 512,
+    decode: int = 32,
+    rounds: int = 5,
+    batch: int = 1,
+    progress: bool = False,
+) -> dict[str, Speed]:
+    """Times causal LMs as ``generate`` runs them: a prompt with logits of its last token only, then token by token.
+
+    The models take turns, in an order that rotates from round to round, so that a disturbance of the machine meets
+    them all. One more round runs first and is thrown away. torch's thread count is left as it is.
+
+    Args:
+        models: transformers causal LMs by name, on any device.
+        prefill: tokens of a prompt.
+        decode: tokens generated after it with a key-value cache.
+        rounds: how many rounds to take the median of.
+        batch: prompts that are answered at once.
+        progress: whether to show a progress bar on stderr.
+
+    Raises:
+        SmoothQuantError: a number below 1, or more tokens than a model has positions for.
+    """
+    for what, number in (("prefill", prefill), ("decode", decode), ("rounds", rounds), ("batch", batch)):
+        if number < 1:
+            raise SmoothQuantError(f"{what} is {number}, expected at least 1")
+    for name, model in models.items():
+        positions = getattr(_text_config(model), "max_position_embeddings", None)
+        if positions is not None and prefill + decode > positions:
+            raise SmoothQuantError(
+                f"{name} has {positions} positions, fewer than {prefill} + {decode} tokens: ask for a shorter prompt"
+            )
+    names = list(models)
+    prefill_seconds: dict[str, list[float]] = {name: [] for name in names}
+    decode_seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in track(range(rounds + 1), "Measuring speed", progress):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            first, rest = _time_generation(models[name], batch, prefill, decode)
+            if turn > 0:
+                prefill_seconds[name].append(first)
+                decode_seconds[name].append(rest)
+    return {
+        name: Speed(prefill, decode, batch, tuple(prefill_seconds[name]), tuple(decode_seconds[name])) for name in names
+    }
+
+
+@torch.no_grad()
+def _time_generation(model: nn.Module, batch: int, prefill: int, decode: int) -> tuple[float, float]:
+    """Seconds for the prompts, and for the tokens after them."""
+    device = _device(model)
+    vocabulary = _embedding_rows(model) or 2
+    prompt = torch.randint(vocabulary, (batch, prefill), generator=torch.Generator().manual_seed(0)).to(device)
+    parameters = inspect.signature(model.forward).parameters
+    last_only = "logits_to_keep" in parameters
+    cache = "cache" if "cache" in parameters else "past_key_values"  # the name changed in transformers 5
+    options: dict[str, Any] = {"use_cache": True} | ({"logits_to_keep": 1} if last_only else {})
+
+    start = _now(device)
+    output = model(input_ids=prompt, **options)
+    token = output.logits[:, -1:].argmax(-1)
+    middle = _now(device)
+    for _ in range(decode):
+        output = model(input_ids=token, **{cache: getattr(output, cache)}, **options)
+        token = output.logits[:, -1:].argmax(-1)
+    return middle - start, _now(device) - middle
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

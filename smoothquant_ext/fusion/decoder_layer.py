@@ -1,0 +1,240 @@
+"""A whole decoder layer as one op: norm, q/k/v, rotation, cache, attention, o, residual, norm, MLP, residual.
+
+For layers of the Llama family, told by what they compute: what their children have become says what the layer could
+be, and then its output for a real call must equal the op's, bit for bit. Whatever is called differently, has hooks or
+adapters, or caches keys and values in another way runs module by module as before.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from .. import ops
+from ..nn.attention import IMPLEMENTATION, is_causal, takes_mask
+from ..nn.grad import needs_grad
+from ..nn.int8_kv_cache import Int8Layer
+from ..nn.kv_cache import Buffers, GrowingLayer
+from ..nn.linear import W8A8Linear
+from .mixin import fused_class
+from .mlp import FusedMLP
+from .rms_norm import FusedRMSNorm
+from .shared_input import SharedInput
+
+# With more rows, intermediate results, 13 bytes a row for every element of the hidden state, would pile up.
+MOST_ROWS = 4096
+# What a layer may be called with; anything else must be unset.
+UNDERSTOOD = {
+    "attention_mask",
+    "position_ids",
+    "position_embeddings",
+    "use_cache",
+    "cache_position",
+    "cache",
+    "past_key_values",
+}
+
+
+class Parts(NamedTuple):
+    """The names of a layer's children, and of its attention's; ``head_norms`` are those of q and k, or none."""
+
+    norm: str
+    attention: str
+    post_norm: str
+    mlp: str
+    qkvo: tuple[str, str, str, str]
+    head_norms: tuple[str, ...]
+
+
+class FusedDecoderLayer:
+    """Mixed into the class of a decoder layer: one op for what it understands, the class's own forward otherwise."""
+
+    parts: Parts
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[B, T, K] -> [B, T, K]"""
+        if not args and self._is_understood(hidden_states, kwargs):
+            output = self._run(hidden_states, kwargs)
+            if output is not None:
+                return output
+        return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc, no-any-return]
+
+    def _is_understood(self, x: Tensor, kwargs: dict[str, Any]) -> bool:
+        if not x.is_cpu or x.dim() != 3 or x.shape[0] * x.shape[1] > MOST_ROWS or torch.compiler.is_compiling():
+            return False
+        if needs_grad(x):
+            return False
+        for name, value in kwargs.items():
+            if name not in UNDERSTOOD and (isinstance(value, Tensor) or value):
+                return False
+        angles = kwargs.get("position_embeddings")
+        return isinstance(angles, tuple) and len(angles) == 2 and angles[0].dtype == x.dtype
+
+    def _run(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+        """The op's result; ``None`` where it does not apply."""
+        parts, children = self.parts, self._modules  # type: ignore[attr-defined]
+        norm, attention, post_norm, mlp = (
+            children[name] for name in (parts.norm, parts.attention, parts.post_norm, parts.mlp)
+        )
+        roles, projections = mlp.fused_roles, attention._modules
+        layers = [projections[name] for name in parts.qkvo]
+        layers += [mlp._modules[name] for name in (roles.gate, roles.up, roles.down)]
+        if any(type(layer) is not W8A8Linear or not layer.is_plain for layer in layers):
+            return None
+        head_norms = [projections[name] for name in parts.head_norms]
+        norms = (norm, post_norm, *head_norms)
+        if not all(isinstance(each, FusedRMSNorm) and not needs_grad(each.weight) for each in norms):
+            return None
+        if any(child._forward_hooks or child._forward_pre_hooks for child in (attention, mlp, *norms, *layers)):
+            return None
+        if attention.config._attn_implementation != IMPLEMENTATION:
+            return None
+        cos, sin = kwargs["position_embeddings"]
+        heads, d = layers[1].out_features // cos.shape[-1], cos.shape[-1]
+        if any(each.weight.numel() != d for each in head_norms):  # of all heads at once
+            return None
+        cache = kwargs.get("cache")
+        if cache is None:
+            cache = kwargs.get("past_key_values")  # the older name
+        shape = (x.shape[0], heads, x.shape[1], d)
+        if cache is None:
+            stored, past = None, 0
+            buffers = Buffers(x.new_empty(shape), x.new_empty(shape))
+        else:
+            stored = cache.layers[attention.layer_idx] if attention.layer_idx < len(cache.layers) else None
+            if type(stored) is DynamicLayer:  # of a cache that the model has just made
+                stored.__class__ = GrowingLayer
+            if type(stored) is not GrowingLayer and type(stored) is not Int8Layer:
+                return None
+            if getattr(cache, "offloading", False) or (stored.is_initialized and needs_grad(stored.keys)):
+                return None
+            buffers, past = stored.reserve(x, shape)
+        total, mask = past + x.shape[1], kwargs.get("attention_mask")
+        if not takes_mask(mask, x.shape[0], layers[0].out_features // d, x.shape[1], total):
+            return None
+        operands: list[dict[str, Any]] = [layer._buffers for layer in layers]
+        biases = [own["bias"] for own in operands if own["bias"] is not None]
+        if biases:
+            biases = [x.new_empty(0) if own["bias"] is None else own["bias"] for own in operands]
+        output = ops.w8a8_decoder_layer_(
+            x,
+            norm.weight,
+            post_norm.weight,
+            norm.fused_eps,
+            post_norm.fused_eps,
+            norm.fused_offset,
+            [own["weight"] for own in operands],
+            [own["weight_scale"] for own in operands],
+            biases,
+            _input_scales([operands[index]["input_scale"] for index in (0, 3, 4, 6)], x),
+            cos,
+            sin,
+            buffers.keys,
+            buffers.values,
+            past,
+            mask,
+            attention.scaling,
+            is_causal(attention, x.shape[1], mask),
+            roles.activation,
+            buffers.keys_scale,
+            buffers.values_scale,
+            *([each.weight for each in head_norms] + [head_norms[0].fused_eps] if head_norms else []),
+        )
+        if stored is not None:
+            stored.fill(total)
+        return output
+
+
+def fuse_layers_(model: PreTrainedModel) -> list[str]:
+    """Fuses the decoder layers of a model whose norms, MLPs and attention are fused already; their names."""
+    candidates = {name: list(_candidates(module)) for name, module in model.named_modules()}
+    candidates = {name: parts for name, parts in candidates.items() if parts}
+    calls = _record_calls(model, candidates) if candidates else {}
+    fused = []
+    for name, (args, kwargs, expected) in calls.items():
+        layer = model.get_submodule(name)
+        plain = type(layer)
+        for parts in candidates[name]:
+            layer.__class__ = fused_class(FusedDecoderLayer, plain)  # type: ignore[arg-type]
+            vars(layer)["parts"] = parts
+            with torch.no_grad():
+                output = _own_output(layer, args, kwargs)
+            if output is not None and torch.equal(output, expected):
+                fused.append(name)
+                break
+            layer.__class__ = plain
+            del vars(layer)["parts"]
+    return fused
+
+
+def _input_scales(scales: list[Tensor | None], x: Tensor) -> list[Tensor]:
+    """Static scales as the op takes them: an empty tensor for an input with a scale per token, nothing if all are."""
+    if all(scale is None for scale in scales):
+        return []
+    return [x.new_empty(0) if scale is None else scale for scale in scales]
+
+
+def _own_output(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """What the op computes for a recorded call, ``None`` where it does not apply."""
+    assert isinstance(layer, FusedDecoderLayer)
+    if len(args) != 1 or not layer._is_understood(args[0], kwargs):
+        return None
+    return layer._run(args[0], kwargs)
+
+
+def _candidates(layer: nn.Module) -> Iterator[Parts]:
+    """The ways in which the children of a module could be a decoder layer; none for most modules."""
+    children = dict(layer.named_children())
+    norms = [name for name, child in children.items() if isinstance(child, FusedRMSNorm)]
+    mlps = [name for name, child in children.items() if isinstance(child, FusedMLP)]
+    others = [name for name in children if name not in (*norms, *mlps)]
+    if isinstance(layer, FusedDecoderLayer) or (len(norms), len(mlps), len(others)) != (2, 1, 1):
+        return
+    (mlp,), (attention,) = mlps, others
+    module, roles = children[attention], vars(children[mlp])["fused_roles"]
+    linears = {name: child for name, child in module.named_children() if isinstance(child, W8A8Linear)}
+    head_norms = {name: child for name, child in module.named_children() if isinstance(child, FusedRMSNorm)}
+    together = {name: child.shared for name, child in linears.items() if isinstance(child.shared, SharedInput)}
+    shared = {name: group for name, group in together.items() if len(group.layers) == 3}
+    is_known = all(hasattr(module, name) for name in ("config", "layer_idx", "scaling"))
+    has_parts = len(linears) == 4 and len(shared) == 3 and roles.up is not None and not roles.is_packed
+    if not is_known or not has_parts or len(head_norms) not in (0, 2):
+        return
+    if len({child.fused_eps for child in head_norms.values()}) > 1:
+        return
+    if len({child.fused_offset for child in (*(children[name] for name in norms), *head_norms.values())}) > 1:
+        return
+    names = {child: name for name, child in linears.items()}
+    q, k, v = (names[child] for child in next(iter(shared.values())).layers)
+    (o,) = linears.keys() - shared.keys()
+    for norm, post_norm in itertools.permutations(norms):
+        for heads in itertools.permutations(head_norms):
+            yield Parts(norm, attention, post_norm, mlp, (q, k, v, o), heads)
+
+
+def _record_calls(model: PreTrainedModel, names: Any) -> dict[str, tuple[tuple[Any, ...], dict[str, Any], Tensor]]:
+    """Arguments and result of every named layer in one pass over three tokens; only of those that return a tensor."""
+    calls = {}
+    handles = []
+    for name in names:
+
+        def record(_module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
+            if isinstance(output, Tensor):
+                calls[name] = (args, dict(kwargs), output)
+
+        handles.append(model.get_submodule(name).register_forward_hook(record, with_kwargs=True))
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.arange(3).unsqueeze(0), use_cache=False)
+    except Exception:  # a model that wants other inputs runs module by module
+        return {}
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls

@@ -1,0 +1,25 @@
+"""A linear layer in floating point that uses the op for few rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import ops
+
+
+class FusedLinear:
+    """Mixed into the class of a linear layer in floating point: our op for a few bf16 rows, its own forward else."""
+
+    weight: Tensor
+    bias: Tensor | None
+    most_rows: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]"""
+        weight = self.weight
+        is_few = x.numel() <= self.most_rows * x.shape[-1]
+        is_ours = weight.dtype == x.dtype == torch.bfloat16 and x.is_cpu and is_few
+        if is_ours and not torch.is_grad_enabled():
+            return ops.linear(x, weight, self.bias)
+        return super().forward(x)  # type: ignore[misc, no-any-return]

@@ -1,0 +1,102 @@
+"""8-bit layers that read the same tensor, such as q, k and v: the first one that is called computes all.
+
+The layers stay where they are and are called one by one, as their model does. The first call of a group quantizes the
+input once, multiplies it with all the weights in one op and keeps the other results; a call of another layer with the
+very same tensor takes its own. A call with any other tensor computes its layer alone, so that the result never depends
+on who calls what: only the speed does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .. import ops
+from ..nn.linear import W8A8Linear, have_one_input_scale
+
+
+class SharedInput:
+    """A group of layers, and the results that wait for being fetched."""
+
+    def __init__(self, layers: list[W8A8Linear]) -> None:
+        self.layers = layers
+        self._waiting: tuple[Tensor, int, dict[W8A8Linear, Tensor]] | None = None
+
+    def __call__(self, layer: W8A8Linear, x: Tensor) -> Tensor | None:
+        """The layer's output for x; ``None`` where the layer has to compute it by itself."""
+        waiting = self._waiting  # read once: another thread may exchange it
+        if waiting is not None and waiting[0] is x and waiting[1] == _version(x):
+            result = waiting[2].pop(layer, None)
+            if not waiting[2]:
+                self._waiting = None
+            if result is not None:
+                return result
+        if layer is not self.layers[0] or not x.is_cpu or torch.compiler.is_compiling():
+            return None
+        buffers: list[dict[str, Any]] = [member._buffers for member in self.layers]
+        biases = [own["bias"] for own in buffers] if buffers[0]["bias"] is not None else ()
+        first, *others = ops.w8a8_linears(
+            x, [own["weight"] for own in buffers], [own["weight_scale"] for own in buffers], biases, layer.input_scale
+        )
+        self._waiting = (x, _version(x), dict(zip(self.layers[1:], others, strict=True)))
+        return first
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layers": self.layers, "_waiting": None}
+
+
+def _version(x: Tensor) -> int:
+    """Counts changes in place, where torch does."""
+    return -1 if x.is_inference() else x._version
+
+
+def share_inputs_(model: nn.Module) -> list[str]:
+    """Forms the groups of a model of transformers on the CPU, seen in one pass over two tokens; their names."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, W8A8Linear)}
+    if not isinstance(model, PreTrainedModel) or not layers or model.device.type != "cpu":
+        return []
+    names = []
+    for group in _same_inputs(model, layers):
+        shared = SharedInput([layers[name] for name in group])
+        for layer in shared.layers:
+            layer.shared = shared
+        parent = group[0].rpartition(".")[0]
+        names.append(f"{parent}.{'+'.join(name.rpartition('.')[2] for name in group)}")
+    return names
+
+
+def _same_inputs(model: PreTrainedModel, layers: dict[str, W8A8Linear]) -> list[list[str]]:
+    """Names of layers that got the same tensor, in the order of their calls, and can be computed together."""
+    seen: list[tuple[Tensor, list[str]]] = []  # holds the tensors, so that none takes the place of another
+
+    def record(name: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if seen and seen[-1][0] is args[0]:
+                seen[-1][1].append(name)
+            else:
+                seen.append((args[0], [name]))
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(record(name)) for name, layer in layers.items()]
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+    except Exception:  # a model that wants other inputs runs its layers one by one
+        return []
+    finally:
+        for handle in handles:
+            handle.remove()
+    calls = [name for _, names in seen for name in names]
+    groups = [[name for name in names if calls.count(name) == 1] for _, names in seen]
+    return [group for group in groups if len(group) > 1 and _fit_together([layers[name] for name in group])]
+
+
+def _fit_together(layers: list[W8A8Linear]) -> bool:
+    """One scheme, all with a bias or none, and one scale of the input."""
+    first = layers[0]
+    is_alike = all(layer.scheme == first.scheme and (layer.bias is None) == (first.bias is None) for layer in layers)
+    return is_alike and have_one_input_scale(layers)

@@ -1,0 +1,135 @@
+"""The OpenAI-compatible server and the chat of transformers, on 8-bit kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import signal
+import socket
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.reading import MODELOPT_CONFIG, find_quantization
+from ..compat import first_line
+from ..errors import SmoothQuantError
+from .from_pretrained import enable
+
+CACHE_TOKENS = 16384  # room for, by default
+BLOCK = 32  # tokens of a block of the cache
+STEP_TOKENS = 512  # of all requests, in one step of a continuous batch
+PACKAGES = ("accelerate", "fastapi", "openai", "uvicorn")
+
+
+def serve(
+    model: str, host: str, port: int, dtype: str = "auto", device: str = "cpu", cache_tokens: int | None = None
+) -> None:
+    """Serves a model until SIGINT or SIGTERM; then answers what was asked already, and returns.
+
+    Args:
+        model: a directory or a hub id, quantized or not; clients call it by this name.
+        host: address to listen on.
+        port: port to listen on.
+        dtype: of what is not quantized; ``"auto"`` is the checkpoint's own.
+        device: where to run, as torch calls it.
+        cache_tokens: for continuous batching, how many tokens its cache holds; ``None`` answers one by one.
+
+    Raises:
+        SmoothQuantError: a package is missing, the port is taken, or the model cannot be loaded.
+    """
+    _check_packages()
+    _check_port(host, port)
+    batching: dict[str, Any] = {}
+    if cache_tokens is not None:
+        batching = {
+            "continuous_batching": True,
+            "cb_block_size": BLOCK,
+            "cb_num_blocks": -(-cache_tokens // BLOCK),
+            "cb_max_batch_tokens": STEP_TOKENS,
+        }
+    server = _start(model, host, port, dtype, device, **batching)
+    asked = threading.Event()
+    before = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while not asked.wait(0.2) and server._thread.is_alive():
+            pass
+    finally:  # asked again, it ends at once
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if not asked.is_set():
+        raise SmoothQuantError(f"the server on {host}:{port} ended by itself; what it said last is above")
+    _stop(server)
+
+
+def chat(
+    model: str,
+    dtype: str = "auto",
+    device: str = "cpu",
+    system: str | None = None,
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+) -> None:
+    """Talks with a model in the terminal, through a server on this machine that lives as long as the talk.
+
+    Raises:
+        SmoothQuantError: a package is missing, or the model cannot be loaded.
+    """
+    _check_packages()
+    from transformers.cli.chat import Chat
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name in ("uvicorn", "uvicorn.access", "uvicorn.error"):  # somebody is talking on this terminal
+        logging.getLogger(name).addFilter(lambda entry: entry.levelno >= logging.WARNING)
+    server = _start(model, "127.0.0.1", port, dtype, device, log_level="error")
+    flags = [f"max_new_tokens={max_new_tokens}", f"do_sample={temperature > 0}"]
+    flags += [f"temperature={temperature}"] if temperature else []
+    try:
+        Chat(model, f"http://127.0.0.1:{port}", flags, system_prompt=system, save_folder=tempfile.gettempdir())
+    finally:
+        _stop(server)
+
+
+def _start(model: str, host: str, port: int, dtype: str, device: str, **options: Any) -> Any:
+    """transformers' server with its model loaded, serving in a thread, so that the signals are ours."""
+    from transformers.cli.serve import Serve
+
+    if Path(model).is_dir() and (found := find_quantization(Path(model))) and found[1].name == MODELOPT_CONFIG:
+        raise SmoothQuantError(
+            f"{model} says in {MODELOPT_CONFIG} only how it is quantized, where transformers does not look; run "
+            f"'smoothquant convert' on it first"
+        )
+    enable()
+    try:
+        return Serve(force_model=model, host=host, port=port, device=device, dtype=dtype, non_blocking=True, **options)
+    except SmoothQuantError:
+        raise
+    except Exception as error:  # whatever transformers raises for a model that it cannot load
+        raise SmoothQuantError(f"{model}: transformers cannot serve this model ({first_line(error)})") from error
+
+
+def _stop(server: Any) -> None:
+    """Answers what was asked already, then ends the server and the threads that generate."""
+    server.server.should_exit = True
+    server._thread.join()
+    server.kill_server()
+
+
+def _check_packages() -> None:
+    for package in PACKAGES:
+        if importlib.util.find_spec(package) is None:
+            raise SmoothQuantError(f"serving needs the package {package}; run pip install 'smoothquant-ext[serve]'")
+
+
+def _check_port(host: str, port: int) -> None:
+    """Before the model is loaded, which takes longer."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise SmoothQuantError(f"cannot listen on {host}:{port}: {reason}; choose another --port or --host") from error

@@ -1,0 +1,265 @@
+"""Which part of a module's parameters is which layer of a mixture of experts, found by trying, not by class name.
+
+transformers keeps the experts of a mixture in tensors of three dimensions, ``[E, N, K]`` or transposed, gate and up in
+one or apart, one after the other or interleaved. Each way to read them is a formula; the module is run with random
+parameters and the formula that gives its output is the right one. So a module that computes anything else, such as a
+clamped activation, is not read at all.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..activations import ACTIVATIONS
+from .numerics import worst_row_error
+
+TOKENS, SLOTS = 5, 2  # of the trial
+SIZES = (1.0, 2.0, 8.0, 64.0, 512.0)  # of the tokens' values: a limit that cuts off large ones has to show
+# Of each token's output, relative: sums of many terms in another order, a few roundings each.
+TOLERANCE = 64 * torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
+class Part:
+    """A layer of every expert, as it lies in a module's parameters.
+
+    Attributes:
+        name: of the parameter that holds the weights.
+        rows: which of its output features.
+        is_transposed: whether it is [E, K, N] and not [E, N, K].
+        bias: of the parameter [E, N] with the biases, or ``None``.
+    """
+
+    name: str
+    rows: slice
+    is_transposed: bool
+    bias: str | None
+
+    def weight(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The weights [E, N, K]: a view, so that in-place changes reach the module."""
+        weight = parameters[self.name].detach()
+        return (weight.transpose(1, 2) if self.is_transposed else weight)[:, self.rows]
+
+    def bias_of(self, parameters: Mapping[str, Tensor]) -> Tensor | None:
+        """The biases [E, N], a view, or ``None``."""
+        return None if self.bias is None else parameters[self.bias].detach()[:, self.rows]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The layers of a module's experts: each computes ``down(act(gate(x)) * up(x))``, or without ``up``.
+
+    Attributes:
+        activation: the name of ``act``.
+        is_sorted: whether the module is called with the tokens of one expert after the other, as many for each,
+            [E * T, K], and nothing else; otherwise with tokens, the experts of each, and the weights of these.
+    """
+
+    gate: Part
+    up: Part | None
+    down: Part
+    activation: str
+    is_sorted: bool = False
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """The layers by name."""
+        return {"gate": self.gate, "down": self.down} | ({"up": self.up} if self.up is not None else {})
+
+    def output(self, parameters: Mapping[str, Tensor], x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """What the experts compute in floating point: [T, N] of x [T, K], index and weights [T, slots]."""
+        y = x.new_zeros(x.shape[0], self.down.weight(parameters).shape[1])
+        for token, slot in itertools.product(range(index.shape[0]), range(index.shape[1])):
+            expert = int(index[token, slot])
+            hidden = self.hidden(parameters, x[token], expert)
+            y[token] += weights[token, slot] * _layer(self.down, parameters, expert, hidden)
+        return y
+
+    def hidden(self, parameters: Mapping[str, Tensor], x: Tensor, expert: int) -> Tensor:
+        """What an expert hands to ``down``: [..., I] of x [..., K]."""
+        values = ACTIVATIONS[self.activation](_layer(self.gate, parameters, expert, x))
+        return values if self.up is None else values * _layer(self.up, parameters, expert, x)
+
+
+def looks_like_experts(module: nn.Module) -> bool:
+    """Whether all that a module owns are two or three tensors of three dimensions, of as many experts, and biases."""
+    own = dict(module.named_parameters(recurse=False))
+    sizes = {parameter.shape[0] for parameter in own.values()} if all(p.dim() for p in own.values()) else set()
+    weights = [parameter for parameter in own.values() if parameter.dim() == 3]
+    is_alone = len(own) == sum(1 for _ in module.parameters())
+    return is_alone and len(sizes) == 1 and len(weights) in (2, 3) and all(p.dim() in (2, 3) for p in own.values())
+
+
+def read_experts(module: nn.Module) -> Reading | None:
+    """How a module that ``looks_like_experts`` is to be read; ``None`` if no formula gives what it computes.
+
+    It is called as transformers does, ``module(hidden_states [T, K], top_k_index [T, slots], top_k_weights)`` or
+    ``module(hidden_states [E * T, K])``, with random parameters in fp32, so that a module on the meta device can be
+    read as well. In the first case all experts share them, in the second there are only two.
+    """
+    with torch.device("cpu"):  # transformers builds models in a context of another one
+        return _read(module) or _read_sorted(module)
+
+
+def read_all(modules: Mapping[str, nn.Module]) -> dict[str, Reading | None]:
+    """``read_experts`` of each, once for all that have the class and the shapes."""
+    known: dict[object, Reading | None] = {}
+    found: dict[str, Reading | None] = {}
+    for name, module in modules.items():
+        kind = type(module), *((own, tuple(parameter.shape)) for own, parameter in module.named_parameters())
+        if kind not in known:
+            known[kind] = read_experts(module)
+        found[name] = known[kind]
+    return found
+
+
+def sorted_routing(x: Tensor, experts: int, skips_zeros: bool = False) -> tuple[Tensor, Tensor]:
+    """The expert and the weight of each of the tokens [E * T, K] that come one expert after the other: [E * T, 1].
+
+    With ``skips_zeros`` a token of zeros goes to none; experts without biases make nothing of it.
+    """
+    index = torch.arange(experts, device=x.device).repeat_interleave(len(x) // experts)
+    if skips_zeros:
+        index = torch.where((x != 0).any(dim=-1), index, experts)
+    return index[:, None], x.new_ones(len(x), 1)
+
+
+def _read_sorted(module: nn.Module) -> Reading | None:
+    own = dict(module.named_parameters(recurse=False))
+    generator = torch.Generator().manual_seed(0)
+    parameters = {
+        name: torch.randn(2, *parameter.shape[1:], generator=generator, dtype=torch.float32)
+        * parameter.shape[-1] ** -0.5
+        for name, parameter in own.items()
+    }
+    outputs: dict[int, Tensor | None] = {}
+    for reading in _readings(own):
+        width = reading.gate.weight(parameters).shape[2]
+        x = torch.randn(2, len(SIZES), width, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
+        x = (x * torch.tensor(SIZES, dtype=torch.float32)[:, None]).flatten(0, 1)
+        if width not in outputs:
+            outputs[width] = _output_of(module, parameters, x)
+        actual = outputs[width]
+        if (
+            actual is not None
+            and worst_row_error(reading.output(parameters, x, *sorted_routing(x, 2)), actual) <= TOLERANCE
+        ):
+            return replace(reading, is_sorted=True)
+    return None
+
+
+def _read(module: nn.Module) -> Reading | None:
+    own = dict(module.named_parameters(recurse=False))
+    generator = torch.Generator().manual_seed(0)
+    parameters = {}
+    for name, parameter in own.items():
+        one = torch.randn(1, *parameter.shape[1:], generator=generator, dtype=torch.float32)
+        parameters[name] = (one * parameter.shape[-1] ** -0.5).expand(parameter.shape)
+    experts = next(iter(own.values())).shape[0]
+    index = torch.stack([torch.randperm(experts, generator=generator)[:SLOTS] for _ in range(TOKENS)])
+    weights = torch.rand(index.shape, generator=generator, dtype=torch.float32)
+    outputs: dict[int, Tensor | None] = {}
+    for reading in _readings(own):
+        width = reading.gate.weight(parameters).shape[2]
+        x = torch.randn(TOKENS, width, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
+        x *= torch.tensor(SIZES, dtype=torch.float32)[:, None]
+        if width not in outputs:
+            outputs[width] = _output_of(module, parameters, x, index, weights)
+        actual = outputs[width]
+        if actual is not None and worst_row_error(reading.output(parameters, x, index, weights), actual) <= TOLERANCE:
+            return reading
+    return None
+
+
+def agrees(module: nn.Module, reading: Reading) -> bool:
+    """Whether a module with its own weights gives what the reading says, up to the roundings of its own dtype."""
+    parameters = {name: parameter.detach() for name, parameter in module.named_parameters(recurse=False)}
+    weight = reading.gate.weight(parameters)
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(2 * TOKENS, weight.shape[2], generator=generator).to(weight)
+    arguments: tuple[Tensor, ...]
+    if reading.is_sorted:
+        parameters = {name: parameter[:2] for name, parameter in parameters.items()}
+        arguments, routing = (x,), sorted_routing(x, min(2, len(weight)))
+    else:
+        index = torch.stack([torch.randperm(len(weight), generator=generator)[:SLOTS] for _ in x])
+        routing = index.to(weight.device), torch.rand(index.shape, generator=generator).to(weight)
+        arguments = x, *routing
+    actual = _output_of(module, parameters, *arguments)
+    expected = reading.output(parameters, x.float(), routing[0], routing[1].float())
+    # Four intermediate results are rounded, and each output is a sum of many; no other reading is that near.
+    return actual is not None and worst_row_error(expected, actual.float()) <= 16 * torch.finfo(weight.dtype).eps
+
+
+@contextmanager
+def plain_forward(module: nn.Module) -> Iterator[None]:
+    """Lets transformers run experts one by one, whatever kernel was chosen for them."""
+    config: Any = getattr(module, "config", None)
+    before = getattr(config, "_experts_implementation_internal", None)
+    if before is None:
+        yield
+        return
+    config._experts_implementation_internal = "eager"
+    try:
+        yield
+    finally:
+        config._experts_implementation_internal = before
+
+
+def _layer(part: Part, parameters: Mapping[str, Tensor], expert: int, x: Tensor) -> Tensor:
+    weight, bias = part.weight(parameters)[expert], part.bias_of(parameters)
+    return nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias[expert].to(x.dtype))
+
+
+def _output_of(module: nn.Module, parameters: Mapping[str, Tensor], *arguments: Tensor) -> Tensor | None:
+    try:
+        with torch.no_grad(), plain_forward(module):
+            output = torch.func.functional_call(module, dict(parameters), arguments)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+        return None
+    return output if isinstance(output, Tensor) else None
+
+
+def _readings(own: Mapping[str, Tensor]) -> Iterator[Reading]:
+    """Every way to read these parameters that fits their shapes, with each activation."""
+    weights = {name: parameter.shape for name, parameter in own.items() if parameter.dim() == 3}
+    biases = [name for name, parameter in own.items() if parameter.dim() == 2]
+    for names in itertools.permutations(weights):
+        for is_transposed in (False, True):
+            shapes = [weights[name][1:][:: -1 if is_transposed else 1] for name in names]  # (N, K)
+            *first, (_, inner) = shapes
+            if any(k != first[0][1] for _, k in first):
+                continue
+            for chosen in itertools.permutations([*biases, *[None] * len(names)], len(names)):
+                if len({name for name in chosen if name}) != len(biases):
+                    continue
+                if any(bias and own[bias].shape[1] != shape[0] for bias, shape in zip(chosen, shapes, strict=True)):
+                    continue
+                layers = [(name, bias) for name, bias in zip(names, chosen, strict=True)]
+                for gate, up in _first_layers(layers[:-1], [shape[0] for shape in first], inner, is_transposed):
+                    down = Part(layers[-1][0], slice(None), is_transposed, layers[-1][1])
+                    yield from (Reading(gate, up, down, activation) for activation in ACTIVATIONS)
+
+
+def _first_layers(
+    layers: list[tuple[str, str | None]], widths: list[int], inner: int, is_transposed: bool
+) -> Iterator[tuple[Part, Part | None]]:
+    """Gate and up of one parameter or two, of these widths."""
+    parts = [Part(name, slice(None), is_transposed, bias) for name, bias in layers]
+    if len(layers) == 2 and widths == [inner, inner]:
+        yield parts[0], parts[1]
+    elif len(layers) == 1 and widths == [inner]:
+        yield parts[0], None
+    elif len(layers) == 1 and widths == [2 * inner]:
+        name, bias = layers[0]
+        for pair in ((slice(0, inner), slice(inner, 2 * inner)), (slice(0, None, 2), slice(1, None, 2))):
+            first, second = (Part(name, rows, is_transposed, bias) for rows in pair)
+            yield first, second
+            yield second, first

@@ -1,0 +1,77 @@
+"""The linear layers of a model: what counts as one, how to look at its weight."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .experts import Reading, agrees, looks_like_experts, read_all
+
+if TYPE_CHECKING:
+    Linear: TypeAlias = nn.Linear  # what is used of a Conv1D, it has too
+else:
+    Linear = nn.Linear | Conv1D
+
+
+def is_linear(module: nn.Module) -> bool:
+    """True for ``nn.Linear``, GPT-2's ``Conv1D``, and subclasses that compute just what ``nn.Linear`` computes."""
+    if type(module) in (nn.Linear, Conv1D):
+        return True
+    return isinstance(module, nn.Linear) and _computes_linear(module)
+
+
+def _computes_linear(module: nn.Linear) -> bool:
+    x = torch.linspace(-1, 1, 2 * module.in_features, device=module.weight.device, dtype=module.weight.dtype)
+    try:
+        with torch.no_grad():
+            x = x.reshape(2, -1)
+            y, expected = module(x), nn.functional.linear(x, module.weight, module.bias)
+            if not isinstance(y, Tensor):  # a router that returns its choice
+                return False
+            # Sums in another order, as a kernel of its own may take them, and two roundings.
+            eps = torch.finfo(expected.dtype).eps
+            size = float(expected.float().abs().nan_to_num().mean())
+            return torch.allclose(y.float(), expected.float(), rtol=2 * eps, atol=4 * eps * size, equal_nan=True)
+    except (RuntimeError, TypeError):
+        return False
+
+
+def find_linears(module: nn.Module) -> dict[str, Linear]:
+    """All linear layers below ``module`` by name, in the order of registration, shared ones once."""
+    return {name: as_linear(child) for name, child in module.named_modules() if is_linear(child)}
+
+
+def find_experts(model: nn.Module) -> dict[str, Reading | None]:
+    """How the modules that hold the experts of a mixture are to be read, by name; ``None`` where that is not known."""
+    modules = {name: module for name, module in model.named_modules() if looks_like_experts(module)}
+    return {
+        name: reading if reading is not None and agrees(modules[name], reading) else None
+        for name, reading in read_all(modules).items()
+    }
+
+
+def as_linear(module: nn.Module) -> Linear:
+    """The same module, for the type checker."""
+    return cast(Linear, module)
+
+
+def values_of(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter's values without its graph, sharing its memory; ``None`` where the module has none of that name."""
+    value = getattr(module, name, None)
+    return value.detach() if isinstance(value, Tensor) else None
+
+
+def output_width(module: nn.Module) -> int:
+    """Channels of the output of a linear layer or of a norm with a weight."""
+    weight = weight_nk(as_linear(module)) if is_linear(module) else values_of(module, "weight")
+    assert weight is not None
+    return weight.shape[0]
+
+
+def weight_nk(linear: Linear) -> Tensor:
+    """The weight as [N out, K in]; a view, so that in-place changes reach the layer (``Conv1D`` stores [K, N])."""
+    weight: Tensor = linear.weight.detach()
+    return weight.t() if isinstance(linear, Conv1D) else weight

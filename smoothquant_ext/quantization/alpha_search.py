@@ -1,0 +1,178 @@
+"""Searches the migration strength of each smoothing group by what it does to the output of its decoder block.
+
+The block exists twice: once in wide floating point, where groups are folded by one scale after the other, and once
+quantized just as it will run, on the real kernels. For each candidate the quantized copy gets the folded, rounded
+weights, and its output on held-out calibration windows is compared with that of the original block.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.linear import W8A8Linear
+from ..probing.blocks import BlockCall
+from ..probing.experts import Reading
+from ..probing.linears import as_linear
+from ..probing.smoothing_groups import Group
+from ..scheme import Scheme
+from .convert import quantize_experts, quantize_linear, static_scale
+from .smoothing import fold_, gather_scale, group_modules, magnitudes
+
+GRID = tuple(step / 10 for step in range(11))
+REFINED = (-0.05, 0.05)  # around the best of the grid
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the search found for one group: s [C] and the alpha behind it, ``None`` where it is best left alone."""
+
+    group: Group
+    alpha: float | None
+    s: Tensor
+
+
+def damage(outputs: Sequence[Sequence[Tensor]], expected: Sequence[Sequence[Tensor]]) -> float:
+    """How far a block's outputs are from what they should be: squared errors relative to the outputs' own size.
+
+    The sum of two means. One is over tokens, each relative to itself, because the norm that reads them next divides by
+    their size. The other is over everything, relative to everything, and so belongs to the few tokens of massive
+    activations (Sun et al. 2024), which all others attend to: the first mean would hardly notice their loss.
+    """
+    tokens, whole = 0.0, 0.0
+    for window, reference in zip(outputs, expected, strict=True):
+        actual, wanted = (_hidden(tensors).double() for tensors in (window, reference))
+        error, size = (actual - wanted).square().sum(-1), wanted.square().sum(-1)
+        tiny = torch.finfo(torch.float32).tiny
+        tokens += float((error / size.clamp(min=tiny)).mean())
+        whole += float(error.sum() / size.sum().clamp(min=tiny))
+    return (tokens + whole) / max(1, len(outputs))
+
+
+class Trial:
+    """One block in its two copies, and the scale by which each group is folded at the moment."""
+
+    def __init__(
+        self,
+        name: str,
+        block: nn.Module,
+        absmax: Mapping[str, Tensor],
+        scheme: Scheme,
+        calls: Sequence[BlockCall],
+        expected: Sequence[list[Tensor]],
+        schemes: Mapping[str, Scheme],
+        experts: Mapping[str, Reading] = MappingProxyType({}),
+    ) -> None:
+        """Quantizes the layers of the block that ``absmax`` names.
+
+        Args:
+            name: the block's name in the model.
+            block: the original; it is left alone.
+            absmax: fp32 [K] by model-wide name, of the unsmoothed inputs.
+            scheme: what to quantize to.
+            calls: arguments of the block for the held-out windows.
+            expected: what the original returned for them.
+            schemes: of layers that are quantized in another way than ``scheme`` says.
+            experts: how to read those of the layers that are the experts of a mixture.
+        """
+        self.prefix = f"{name}." if name else ""
+        self.scheme, self.calls, self.expected, self.schemes = scheme, calls, expected, schemes
+        self.experts = dict(experts)
+        self.absmax = {layer: values for layer, values in absmax.items() if layer.startswith(self.prefix)}
+        self.wide = copy.deepcopy(block).float()
+        self.eight = copy.deepcopy(block)
+        self.folds: dict[int, tuple[Group, Tensor]] = {}
+        for layer in self.absmax:
+            self._quantize(layer)
+
+    def damage(self) -> float:
+        """``damage`` of the quantized copy as it is now."""
+        return damage([call.replay(self.eight) for call in self.calls], self.expected)
+
+    def fold_(self, group: Group, s: Tensor) -> None:
+        """Makes s [C] the scale of a group, whatever it was before."""
+        before = self.folds.get(id(group), (group, torch.ones(group.channels)))[1]
+        producer, consumers = group_modules(self.wide, group, self.prefix)
+        fold_(producer, consumers, group, s / before)
+        self.folds[id(group)] = (group, s)
+        for layer in ([group.producer] if group.producer else []) + list(consumers):
+            if layer in self.absmax:
+                self._quantize(layer)
+            else:
+                self._copy(layer)
+
+    def clip_(self, readers: Sequence[str], limit: float) -> None:
+        """Gives an input that ``readers`` share the static scale of the largest magnitude ``limit``."""
+        for name in readers:
+            layer = self.eight.get_submodule(name.removeprefix(self.prefix))
+            if isinstance(layer, W8A8Linear):
+                layer.input_scale = static_scale(torch.tensor(limit), self.scheme.dtype).to(layer.weight.device)
+
+    def smoothed_absmax(self, name: str) -> Tensor:
+        """fp32 [K]: the calibrated absmax of a layer's input under the present folds."""
+        scale = self.input_scale(name)
+        return self.absmax[name] if scale is None else self.absmax[name] / scale.to(self.absmax[name])
+
+    def input_scale(self, name: str) -> Tensor | None:
+        """fp32 [K] that a layer's input is divided by under the present folds."""
+        for group, s in self.folds.values():
+            if name in group.consumers:
+                return gather_scale(s, group.consumers[name])
+        return None
+
+    def _quantize(self, name: str) -> None:
+        local = name.removeprefix(self.prefix)
+        if name in self.experts:
+            experts = quantize_experts(self.wide.get_submodule(local), self.experts[name], self.scheme)
+            self.eight.set_submodule(local, experts)
+            return
+        linear = as_linear(self.wide.get_submodule(local))
+        is_explicit = any(name in group.consumers for group, _ in self.folds.values() if group.kind == "explicit")
+        smooth = self.input_scale(name) if is_explicit else None
+        scheme = self.schemes.get(name, self.scheme)
+        layer = quantize_linear(linear, self.smoothed_absmax(name), scheme, smooth=smooth)
+        self.eight.set_submodule(local, layer)
+
+    def _copy(self, name: str) -> None:
+        local = name.removeprefix(self.prefix)
+        source = dict(self.wide.get_submodule(local).named_parameters(recurse=False))
+        for kind, target in self.eight.get_submodule(local).named_parameters(recurse=False):
+            target.detach().copy_(source[kind].detach())
+
+
+def search_alphas_(trial: Trial, groups: Sequence[Group], start: float) -> list[Choice]:
+    """Finds the best alpha of each group, or none, one group after the other while the others keep theirs.
+
+    Args:
+        trial: the block; folded by what was found afterwards.
+        groups: its groups.
+        start: the alpha that all groups begin with.
+    """
+    sizes = [magnitudes(g, group_modules(trial.wide, g, trial.prefix)[1], trial.absmax, trial.scheme) for g in groups]
+    for group, size in zip(groups, sizes, strict=True):
+        trial.fold_(group, size.scale(start))
+    choices = []
+    for group, size in zip(groups, sizes, strict=True):
+        scales: dict[float | None, Tensor] = {None: torch.ones(group.channels)}
+        errors: dict[float | None, float] = {}
+        for offsets in ((0.0,), REFINED):
+            best = min(errors, key=errors.__getitem__) if errors else None
+            centres = GRID if not errors else () if best is None else (best,)
+            scales |= {a: size.scale(a) for a in (round(c + o, 2) for c in centres for o in offsets) if 0 <= a <= 1}
+            for alpha in [alpha for alpha in scales if alpha not in errors]:
+                trial.fold_(group, scales[alpha])
+                errors[alpha] = trial.damage()
+        best = min(errors, key=errors.__getitem__)
+        trial.fold_(group, scales[best])
+        choices.append(Choice(group, best, scales[best]))
+    return choices
+
+
+def _hidden(tensors: Sequence[Tensor]) -> Tensor:
+    """The hidden states among the tensors that a block returns: the first in floating point."""
+    return next(tensor for tensor in tensors if tensor.is_floating_point())

@@ -1,0 +1,98 @@
+"""Conversion: the 8-bit module that takes the place of a linear layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops, reference
+from ..nn.experts import W8A8Experts
+from ..nn.linear import W8A8Linear
+from ..probing.experts import Reading
+from ..probing.linears import Linear, as_linear, weight_nk
+from ..scheme import QMAX, Scheme
+
+
+def convert_(model: nn.Module, names: Iterable[str], absmax: Mapping[str, Tensor], scheme: Scheme) -> None:
+    """Replaces the named linear layers of ``model`` by ``W8A8Linear``, rounded to nearest, freeing each float weight.
+
+    Args:
+        model: the causal LM, smoothed or not.
+        names: the layers to convert, one at a time.
+        absmax: fp32 [K] per layer: its calibrated (and smoothed) input. Layers that share an input have the same
+            absmax and so the same static scale, as fused kernels and other engines require of q/k/v and gate/up.
+        scheme: what to convert to.
+    """
+    for name in names:
+        linear = as_linear(model.get_submodule(name))
+        model.set_submodule(name, quantize_linear(linear, absmax.get(name), scheme))
+
+
+def convert_experts_(model: nn.Module, readings: Mapping[str, Reading], scheme: Scheme) -> None:
+    """Replaces the named experts of ``model`` by ``W8A8Experts``, freeing the float weights."""
+    for name, reading in readings.items():
+        model.set_submodule(name, quantize_experts(model.get_submodule(name), reading, scheme))
+
+
+def quantize_linear(
+    linear: Linear,
+    absmax: Tensor | None,
+    scheme: Scheme,
+    rounded: tuple[Tensor, Tensor] | None = None,
+    smooth: Tensor | None = None,
+) -> W8A8Linear:
+    """An 8-bit copy of a linear layer, ready to run.
+
+    Args:
+        linear: a layer with a floating-point weight [N, K].
+        absmax: fp32, the largest magnitude of its input, whole or per channel: needed for static activations only.
+        scheme: what to convert to.
+        rounded: its 8-bit weight [N, K] and scale; rounded to nearest if not given.
+        smooth: fp32 [K] that the layer has to divide its input by, or ``None``.
+    """
+    weight = weight_nk(linear)
+    out_features, in_features = weight.shape
+    module = W8A8Linear(in_features, out_features, False, scheme, device="meta")
+    module.weight, module.weight_scale = quantize_weight(weight, scheme) if rounded is None else rounded
+    if scheme.is_static:
+        assert absmax is not None
+        module.input_scale = static_scale(absmax, scheme.dtype).to(weight.device)
+    if smooth is not None:
+        module.smooth = smooth.to(weight.device)
+    if linear.bias is not None:
+        module.bias = linear.bias.detach().clone()
+    module.prepack_()
+    return module
+
+
+def quantize_experts(module: nn.Module, reading: Reading, scheme: Scheme) -> W8A8Experts:
+    """An 8-bit copy of a mixture's experts, rounded to nearest, ready to run; inputs have a scale per token."""
+    parameters = {name: parameter.detach() for name, parameter in module.named_parameters(recurse=False)}
+    layers = {}
+    for name, part in reading.parts.items():
+        weight, bias = part.weight(parameters), part.bias_of(parameters)
+        rounded = [quantize_weight(own, scheme) for own in weight]
+        stacked = torch.stack([q for q, _ in rounded]), torch.stack([scale for _, scale in rounded])
+        layers[name] = *stacked, None if bias is None else bias.clone()
+    experts = W8A8Experts(layers, reading.activation, scheme, reading.is_sorted)
+    experts.prepack_()
+    return experts
+
+
+def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Rounds a weight [N, K] to nearest: 8-bit [N, K] and its fp32 scale, [N, 1] per channel or [1] per tensor."""
+    # Off the CPU torch's own operators do: they give the same bits, and need no kernel that was validated there.
+    quantizers = ops if weight.is_cpu else reference
+    if scheme.weight == "channel":
+        quantized, scale = quantizers.quantize_per_token(weight.contiguous(), scheme.dtype)
+        return quantized, scale[:, None]
+    scale = static_scale(weight.abs().amax().float(), scheme.dtype)
+    return quantizers.quantize_static(weight.contiguous(), scale, scheme.dtype), scale
+
+
+def static_scale(absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 [1]: absmax / QMAX over the whole tensor, 1 if that is zero."""
+    scale = absmax.max().float().reshape(1) / QMAX[dtype]
+    return torch.where(scale > 0, scale, torch.ones_like(scale))

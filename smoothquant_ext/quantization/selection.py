@@ -1,0 +1,134 @@
+"""Which linear layers and experts a recipe quantizes, and why the others stay in floating point."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from ..errors import SmoothQuantError
+from ..probing.experts import Reading
+from ..probing.linears import Linear, find_experts, find_linears, values_of, weight_nk
+from .recipe import Recipe
+
+# Configuration keys that hold the number of experts; a linear with that many outputs chooses among them.
+EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+@dataclass
+class Selection:
+    """Which linear layers will run in 8 bits, and why the others will not.
+
+    Attributes:
+        linears: the layers to quantize, by name.
+        experts: how to read the experts of mixtures to quantize, by the name of the module that holds them all.
+        readings: the same of all experts that can be read, quantized or not.
+        skipped: the reason for each layer left in floating point, by name.
+    """
+
+    linears: dict[str, Linear] = field(default_factory=dict)
+    experts: dict[str, Reading] = field(default_factory=dict)
+    readings: dict[str, Reading] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def select_linears(model: nn.Module, recipe: Recipe) -> Selection:
+    """Applies a recipe's patterns and the defaults (output embedding, routers and gates stay in floating point).
+
+    Patterns are shell globs matched against the whole module name or any run of whole name parts
+    (``down_proj``, ``layers.0.*``, ``*.self_attn.*``).
+
+    Raises:
+        SmoothQuantError: a pattern matches nothing, or nothing is left to quantize.
+    """
+    linears, experts = find_linears(model), find_experts(model)
+    for option, patterns in (("skip", recipe.skip), ("only", recipe.only)):
+        for pattern in patterns:
+            if not any(_matches(name, pattern) for name in (*linears, *experts)):
+                raise SmoothQuantError(
+                    f"--{option} pattern {pattern!r} matches no linear layer; names look like {_examples(linears)}"
+                )
+    reasons = _default_skips(model, linears) | {
+        name: "experts that compute something other than down(act(gate(x)) * up(x))"
+        for name, reading in experts.items()
+        if reading is None
+    }
+    selection = Selection(skipped=_unsupported_weights(model, {*linears, *experts}))
+    selection.readings = {name: reading for name, reading in experts.items() if reading is not None}
+    for name in (*linears, *experts):
+        if any(_matches(name, pattern) for pattern in recipe.skip):
+            selection.skipped[name] = "skipped by pattern"
+        elif recipe.only and not any(_matches(name, pattern) for pattern in recipe.only):
+            selection.skipped[name] = "not among the patterns of --only"
+        elif name in reasons:
+            selection.skipped[name] = reasons[name]
+        elif name in linears:
+            selection.linears[name] = linears[name]
+        else:
+            selection.experts[name] = selection.readings[name]
+    if not selection.linears and not selection.experts:
+        kinds = sorted({type(module).__name__ for module in model.modules() if not list(module.children())})
+        raise SmoothQuantError(
+            f"{type(model).__name__} has no linear layer to quantize"
+            + (f" that the patterns leave over, of {len(linears)}" if linears else f"; its leaf modules are {kinds}")
+        )
+    return selection
+
+
+def check_finite_weights(modules: Mapping[str, nn.Module]) -> None:
+    """Raises SmoothQuantError naming the first module whose weights or biases hold a NaN or an infinity."""
+    for name, module in modules.items():
+        for kind, tensor in module.named_parameters(recurse=False):
+            if not torch.isfinite(tensor.detach().sum(dtype=torch.float64)):
+                bad = int((~torch.isfinite(tensor.detach())).sum())
+                raise SmoothQuantError(
+                    f"{name}.{kind} holds {bad} non-finite values of {tensor.numel()}; the model is damaged, "
+                    f"or leave the layer out with --skip {name!r}"
+                )
+
+
+def _matches(name: str, pattern: str) -> bool:
+    parts = name.split(".")
+    runs = (".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1))
+    return any(fnmatchcase(run, pattern) for run in runs)
+
+
+def _examples(linears: dict[str, Linear]) -> str:
+    names = list(linears)
+    return ", ".join(dict.fromkeys((names[0], names[len(names) // 2], names[-1]))) if names else "nothing here"
+
+
+def _unsupported_weights(model: nn.Module, known: set[str]) -> dict[str, str]:
+    """Modules with weights that are no linear layer's, so that none is left out silently: those of more dimensions
+    (convolutions), and matrices with a forward of their own (routers).
+    """
+    reasons = {}
+    for name, module in model.named_modules():
+        if name in known or isinstance(module, nn.Embedding):
+            continue
+        weight = values_of(module, "weight")
+        is_matrix = weight is not None and weight.dim() == 2
+        if is_matrix or any(parameter.dim() > 2 for parameter in module.parameters(recurse=False)):
+            reasons[name] = f"{type(module).__name__} is not a linear layer"
+    return reasons
+
+
+def _default_skips(model: nn.Module, linears: dict[str, Linear]) -> dict[str, str]:
+    reasons: dict[str, str] = {}
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = find_head() if find_head else None
+    config = getattr(model, "config", None)
+    find_text = getattr(config, "get_text_config", None)
+    text_config = find_text() if find_text else config
+    counts = {getattr(text_config, key, None) for key in EXPERT_COUNT_KEYS} - {None, 0, 1}
+    for name, linear in linears.items():
+        if linear is head:
+            reasons[name] = "output embedding"
+        elif weight_nk(linear).shape[0] in counts:
+            reasons[name] = "expert router"
+        elif weight_nk(linear).shape[0] == 1:
+            reasons[name] = "gate of one output"
+    return reasons

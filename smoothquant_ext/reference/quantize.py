@@ -1,0 +1,49 @@
+"""Oracles of the ops that quantize activations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..scheme import QMAX
+
+
+def cast(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Saturates and rounds fp32 values to an 8-bit dtype, half to even. NaN becomes 0 in INT8 and stays NaN in fp8."""
+    if dtype == torch.int8:
+        values = torch.nan_to_num(values, nan=0.0, posinf=QMAX[dtype], neginf=-QMAX[dtype]).round()
+    return values.clamp(-QMAX[dtype], QMAX[dtype]).to(dtype)
+
+
+def smoothed(x: Tensor, smooth: Tensor | None) -> Tensor:
+    return x.float() if smooth is None else x.float() / smooth.reshape(-1)
+
+
+def quantize_per_token(x: Tensor, dtype: torch.dtype, smooth: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See ``ops.quantize_per_token``."""
+    values = smoothed(x, smooth)
+    absmax = values.abs().amax(-1, keepdim=True) if x.shape[-1] else values.new_zeros(*x.shape[:-1], 1)
+    finite = values.isfinite().all(-1, keepdim=True)
+    qmax = torch.tensor(QMAX[dtype], dtype=torch.float32)
+    scale = torch.where(absmax == 0, 1.0, absmax / qmax)
+    # qmax / absmax overflows for subnormal rows; the largest float keeps their zeros from becoming 0 * inf.
+    multiplier = (qmax / absmax).clamp(max=torch.finfo(torch.float32).max)
+    q = cast(torch.where(finite & (absmax != 0), values * multiplier, 0.0), dtype)
+    return q, torch.where(finite, scale, torch.nan).squeeze(-1)
+
+
+def quantize_static(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """See ``ops.quantize_static``."""
+    return cast(x.float() * (1.0 / scale.reshape(())), dtype)
+
+
+def quantize_with(
+    x: Tensor, dtype: torch.dtype, a_scale: Tensor | None, smooth: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """q and the scale of each row, which is NaN where a value is not finite; with a static scale or one per token."""
+    if a_scale is None:
+        return quantize_per_token(x, dtype, smooth)
+    values = smoothed(x, smooth)
+    finite = values.isfinite().all(-1)
+    q = quantize_static(torch.where(finite.unsqueeze(-1), values, 0.0), a_scale, dtype)
+    return q, torch.where(finite, a_scale.reshape(()), torch.nan)

@@ -1,0 +1,188 @@
+"""Tables for people: models side by side, and what a run of ``quantize`` did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from ..evaluation.accuracy import Evaluation
+from ..evaluation.size import ModelBytes
+from ..evaluation.speed import Speed
+from ..layer_names import by_reason, collapse
+from ..ops import OpInfo
+from ..quantization.report import Report, SmoothedGroup
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All that was measured of one model; the first of several is what the others are compared with."""
+
+    name: str
+    evaluation: Evaluation
+    size: ModelBytes
+    speed: Speed | None = None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a comparison: its heading, its cell given a model and the first one, the cell's standard error."""
+
+    heading: str
+    cell: Callable[[Measured, Measured], str]
+    error: Callable[[Evaluation], str] = lambda _: ""
+
+
+COLUMNS = (
+    Column("perplexity", lambda own, _: f"{own.evaluation.perplexity:.3f}"),
+    Column(
+        "change %",
+        lambda own, _: _number(own.evaluation.change, "+.2f", 100),
+        lambda evaluation: _error(evaluation.change_error, ".2f", 100),
+    ),
+    Column("KL", lambda own, _: _number(own.evaluation.kl, ".4f"), lambda own: _error(own.kl_error, ".4f")),
+    Column(
+        "top-1 %",
+        lambda own, _: _number(own.evaluation.top1, ".1f", 100),
+        lambda own: _error(own.top1_error, ".1f", 100),
+    ),
+    Column("size MB", lambda own, _: f"{own.size.total / 1e6:.1f}"),
+    Column("decoder", lambda own, first: f"{own.size.decoder / first.size.decoder:.3f}x"),
+    Column("prefill tok/s", lambda own, _: f"{own.speed.prefill:.0f}" if own.speed else "–"),
+    Column("decode tok/s", lambda own, _: f"{own.speed.decode:.1f}" if own.speed else "–"),
+)
+WIDE = 110  # columns of a terminal that has room for standard errors
+
+
+def comparison_table(models: Sequence[Measured], title: str = "", errors: bool = False) -> Table:
+    """Models side by side, a row each; sizes of the decoder blocks are relative to the first model's."""
+    padding = (0, 1) if errors else (0, 0)  # all of it fits 80 characters
+    table = Table(title=title or None, box=box.SIMPLE, padding=padding, show_edge=False, title_justify="left")
+    table.add_column("model", overflow="fold")
+    for column in COLUMNS:
+        table.add_column(column.heading.replace(" ", "\n"), justify="right", no_wrap=True)
+    for cells in comparison_cells(models, errors):
+        table.add_row(*cells)
+    return table
+
+
+def comparison_markdown(models: Sequence[Measured]) -> str:
+    """The same as a markdown table, with standard errors."""
+    lines = [["model", *(column.heading for column in COLUMNS)], ["---", *("---:" for _ in COLUMNS)]]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines + comparison_cells(models, errors=True))
+
+
+def comparison_cells(models: Sequence[Measured], errors: bool) -> list[list[str]]:
+    """A row of cells for each model: its name, and what ``COLUMNS`` say of it, with standard errors if asked for."""
+    return [
+        [model.name]
+        + [
+            column.cell(model, models[0])
+            + (column.error(model.evaluation) if errors and model is not models[0] else "")
+            for column in COLUMNS
+        ]
+        for model in models
+    ]
+
+
+def measured_dict(model: Measured) -> dict[str, Any]:
+    """The same as plain numbers, for JSON."""
+    speed = model.speed
+    return {
+        "name": model.name,
+        **asdict(model.evaluation),
+        "decoder_bytes": model.size.decoder,
+        "total_bytes": model.size.total,
+        "prefill_tokens_per_second": speed.prefill if speed else None,
+        "decode_tokens_per_second": speed.decode if speed else None,
+        "speed": asdict(speed) if speed else None,
+    }
+
+
+def legend() -> Text:
+    """What the columns of a comparison mean."""
+    return Text(
+        "change: of perplexity, against the first model on the same windows. KL: how far the predictions drift from "
+        "the first model's, nats a token. top-1: how often both find the same token likeliest. ±: standard error over "
+        "windows. decoder: bytes of the decoder blocks, relative to the first model.",
+        style="dim",
+    )
+
+
+def info_table(rows: Sequence[OpInfo]) -> Table:
+    """What ``ops.info`` says."""
+    table = Table(box=box.SIMPLE, show_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("op", "device", "backend", "why not a better one"):
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(row.op, row.device, row.backend, row.reason)
+    return table
+
+
+def render_report(report: Report) -> Group:
+    """What ``quantize`` did, alike layers of different blocks on one line."""
+    recipe = report.recipe
+    took = sum(report.seconds.values())
+    count = f"{len(report.quantized) - len(report.experts)} linear layers"
+    if report.experts:
+        count += f" and the experts of {len(report.experts)} mixtures"
+    parts: list[Any] = [Text(f"{count} run in {recipe.resolved_scheme.name} ({took:.0f} s)", style="bold")]
+    if report.groups:
+        parts.append(_groups_table(report.groups))
+    for heading, reasons in (
+        ("Not smoothed, because", report.failed),
+        ("Left in floating point, because", report.skipped),
+    ):
+        parts += [Text(f"{heading} {reason}: {collapse(names)}") for reason, names in by_reason(reasons).items()]
+    if recipe.smooth and report.unsmoothed:
+        parts.append(Text(f"In 8 bits without smoothing: {collapse(report.unsmoothed)}"))
+    unfit = [name for name in report.per_token if name not in report.experts]
+    for reason, names in (
+        ("since one does not fit all tokens", unfit),
+        ("as experts always have", [name for name in report.per_token if name in report.experts]),
+    ):
+        if names:
+            parts.append(Text(f"With a scale per token, {reason}: {collapse(names)}"))
+    if report.fused:
+        parts.append(Text(f"Fused into one pass: {collapse(report.fused)}"))
+    return Group(*parts)
+
+
+def _groups_table(groups: Iterable[SmoothedGroup]) -> Table:
+    alike: dict[str, list[SmoothedGroup]] = {}
+    for group in groups:
+        readers = ", ".join(dict.fromkeys(_last(name) for name in group.consumers))
+        alike.setdefault(f"{_last(group.producer) or 'explicit'} → {readers}", []).append(group)
+    table = Table(
+        title="Smoothed: largest input channel over the median one, worst block",
+        box=box.SIMPLE,
+        pad_edge=False,
+        title_justify="left",
+    )
+    table.add_column("from → into")
+    for heading in ("groups", "alpha", "before", "after"):
+        table.add_column(heading, justify="right")
+    for fold, members in alike.items():
+        alphas = sorted({group.alpha for group in members})
+        alpha = f"{alphas[0]:g}" if len(alphas) == 1 else f"{alphas[0]:g} … {alphas[-1]:g}"
+        before = max(group.outlier_before for group in members)
+        after = max(group.outlier_after for group in members)
+        table.add_row(fold, str(len(members)), alpha, f"{before:.1f}", f"{after:.1f}")
+    return table
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _number(value: float | None, spec: str, factor: float = 1) -> str:
+    return "–" if value is None else format(factor * value, spec)
+
+
+def _error(value: float | None, spec: str, factor: float = 1) -> str:
+    return "" if value is None else f" ±{format(factor * value, spec)}"

@@ -1,0 +1,127 @@
+"""The documentation is true: its commands and its Python are run, on a tiny model in place of the real one."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from command_line import smoothquant
+from server import TEMPLATE, served
+from tiny_text import some_text, tiny_tokenizer
+
+ROOT = Path(__file__).parents[2]
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PORT = "8000"
+
+# What is not run here, and why. `make` targets must exist; CI runs those of the README.
+ELSEWHERE = {
+    "pip": "changes the environment",
+    "make": "sets up environments, or runs this test",
+    "vllm": "another engine; benchmarks/engines.py runs it",
+    "lmdeploy": "another engine, which needs a GPU",
+    "python -m sglang.launch_server": "another engine, which needs a GPU",
+    "benchmarks/gpu_acceptance.sh": "needs a GPU",
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the model, the texts and the checkpoint that the pages talk of."""
+    folder = tmp_path_factory.mktemp("docs")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    model = tiny.build("llama", max_position_embeddings=2048)
+    tiny.amplify_outliers(model)
+    model.save_pretrained(folder / "original")
+    tokenizer.save_pretrained(folder / "original")
+    (folder / "book.txt").write_text(some_text(12_000))
+    (folder / "other.txt").write_text(some_text(9_000, seed=1))
+    smoothquant("quantize", folder / "original", "-o", folder / "smol-w8a8", "--calib", folder / "book.txt", *SMALL)
+    return folder
+
+
+SMALL = ("--samples", "4", "--seqlen", "48")  # in place of thousands of tokens
+FAST = {"compare": ("--rounds", "1", "--prefill", "8", "--decode", "2")}
+
+
+@pytest.fixture
+def here(place: Path) -> Iterator[Path]:
+    before = Path.cwd()
+    os.chdir(place)
+    yield place
+    os.chdir(before)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def commands(page: Path) -> list[str]:
+    """The lines after a prompt, without their remarks."""
+    lines = [line for block in blocks(page, "console") for line in block.splitlines() if line.startswith("$ ")]
+    return [re.sub(r"\s+# .*", "", line[2:]) for line in lines]
+
+
+def cases(what: Any) -> list[Any]:
+    return [
+        pytest.param(page, each, id=f"{page.stem}-{index}") for page in PAGES for index, each in enumerate(what(page))
+    ]
+
+
+@pytest.mark.parametrize(("page", "command"), cases(commands))
+def test_command(page: Path, command: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, *arguments = shlex.split(command.replace(HUB_ID, "original").replace("MODEL", "original"))
+    if name != "smoothquant":
+        assert any(command.startswith(known) for known in ELSEWHERE), f"{page.name}: {command} is run nowhere"
+        if name == "make":
+            assert re.search(rf"^{arguments[0]}:.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return
+    command, *options = arguments
+    if command in ("serve", "chat"):  # which do not end by themselves: see below, and test_serving.py
+        smoothquant(command, "--help")
+        return
+    if command in ("quantize", "compare", "eval", "inspect"):
+        options += [option for option in SMALL if "--samples" not in options]
+    smoothquant(command, *options, *FAST.get(command, ()))
+
+
+@pytest.mark.parametrize(("page", "code"), cases(lambda page: blocks(page, "python")))
+def test_python(page: Path, code: str, here: Path) -> None:
+    code = code.replace(HUB_ID, "original").replace("samples=128, seqlen=512", "samples=4, seqlen=48")
+    if f":{PORT}/" in code:
+        with served(here / "smol-w8a8") as (client, _, _):
+            exec(code.replace(f":{PORT}/", f":{client.base_url.port}/"), {})
+        return
+    exec(code, {})
+
+
+def test_everything_is_found() -> None:
+    found = {command.split()[1] for page in PAGES for command in commands(page) if command.startswith("smoothquant ")}
+    assert found == {
+        "quantize", "convert", "compare", "eval", "generate", "chat", "serve", "inspect", "report", "info",
+    }  # fmt: skip
+    assert sum(len(blocks(page, "python")) for page in PAGES) >= 7
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+            assert link.startswith("https://") or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_reference_of_the_ops_is_current() -> None:
+    sys.path.insert(0, str(ROOT / "docs"))
+    import write_ops
+
+    assert write_ops.TARGET.read_text(encoding="utf-8") == write_ops.page(), "run make docs"
+    documented = set(re.findall(r"^### `(\w+)`", write_ops.page(), re.MULTILINE))
+    schemas = set(re.findall(r"m\.def\(\s*\"(\w+)", (ROOT / "csrc" / "ops.cpp").read_text()))
+    assert documented == {name for name in schemas if not name.startswith(("cpu_", "_"))}

@@ -1,0 +1,97 @@
+"""Our own tensor-core products on a GPU, each where its instructions are; on the CPU the same tests without them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gemm_bound import check_gemm
+from op_cases import FLOAT8, FLOATS, HAS_CUDA, assert_same_bits, moved_to, randn, random_float8, random_int8, run_on
+from torch import Tensor
+
+from smoothquant_ext import ops, reference
+from smoothquant_ext.ops.cuda_kernels import OWN_GEMMS, Gpu, own_gemms
+
+DEVICES = ["cpu", *([f"cuda {name}" for name in OWN_GEMMS] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where a product runs, on which of our own kernels."""
+    name, _, family = request.param.partition(" ")
+    if not family:
+        return str(name)
+    if family not in own_gemms(gpu(), ("gemm_int8",)):
+        pytest.skip(f"this GPU has no {family}")
+    monkeypatch.setenv("SMOOTHQUANT_CUDA_GEMM", family)
+    if not any(row.backend == "cuda" for row in ops.info() if row.op == "w8a8_gemm, int8"):
+        pytest.skip(f"{family} is not validated here; SMOOTHQUANT_UNVALIDATED_CUDA=1 runs it")
+    return str(name)
+
+
+def gpu() -> Gpu:
+    major, minor = torch.cuda.get_device_capability()
+    return Gpu(torch.cuda.get_device_name(), 10 * major + minor)
+
+
+def scales(count: int, seed: int = 0) -> Tensor:
+    return randn(count, seed=seed).abs() * 0.01 + 1e-4
+
+
+# More tiles than a GPU has multiprocessors among them: 8 x 33.
+SHAPES = [(4, 16), (33, 48), (64, 64), (576, 576), (1536, 576), (2048, 4096), (4100, 48)]
+
+
+@pytest.mark.parametrize("m", [1, 8, 17, 64, 127, 128, 129, 1000])
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_int8_products_equal_the_oracle(device: str, m: int, n: int, k: int) -> None:
+    a, b = random_int8(m, k, seed=m), random_int8(n, k, seed=n)
+    bias = (None, randn(n), randn(n, dtype=torch.bfloat16))[m % 3]
+    arguments = (a, b, scales(m), scales(n, seed=1), bias, FLOATS[(m + n) % 3])
+    assert_same_bits(run_on(device, ops.w8a8_gemm, *arguments), reference.w8a8_gemm(*arguments), (m, n, k))
+
+
+def test_int8_sums_of_the_largest_kind(device: str) -> None:
+    k = 133136  # the largest multiple of 16
+    a, b = torch.full((20, k), 127, dtype=torch.int8), torch.full((8, k), 127, dtype=torch.int8)
+    b[1::2] = -127
+    arguments = (a, b, torch.ones(1), torch.ones(1), None, torch.float32)
+    assert_same_bits(run_on(device, ops.w8a8_gemm, *arguments), reference.w8a8_gemm(*arguments))
+
+
+@pytest.mark.parametrize("b_dtype", FLOAT8, ids=str)
+@pytest.mark.parametrize("a_dtype", FLOAT8, ids=str)
+@pytest.mark.parametrize(("m", "n", "k"), [(16, 8, 16), (20, 136, 208), (130, 272, 1040), (33, 64, 4096)])
+def test_fp8_products_are_within_the_bound(
+    device: str, m: int, n: int, k: int, a_dtype: torch.dtype, b_dtype: torch.dtype
+) -> None:
+    if device == "cuda" and not own_gemms(gpu(), ("gemm_fp8",)):
+        pytest.skip("this GPU has no fp8 tensor cores")
+    a, b = random_float8(m, k, dtype=a_dtype), random_float8(n, k, dtype=b_dtype, seed=1)
+    arguments = (a, b, scales(m), scales(n, seed=1), randn(n))
+    y = ops.w8a8_gemm(*moved_to(device, arguments), torch.bfloat16)
+    check_gemm(y, *arguments, (m, n, k))
+
+
+def test_runs_one_after_another_give_the_same_bits(device: str) -> None:
+    """What was read or written too early would differ at times."""
+    a, b = moved_to(device, (random_int8(1000, 2048), random_int8(1536, 2048, seed=1)))
+    a_scale, b_scale = moved_to(device, (scales(1000), scales(1536)))
+    first = ops.w8a8_gemm(a, b, a_scale, b_scale)
+    for _ in range(50 if device == "cuda" else 2):
+        assert_same_bits(ops.w8a8_gemm(a, b, a_scale, b_scale), first)
+
+
+@pytest.mark.skipif(not HAS_CUDA, reason="needs a GPU on which the CUDA kernels may run")
+def test_cuda_graphs_capture_a_product(device: str) -> None:
+    if device == "cpu":
+        pytest.skip("the CPU has no graphs")
+    b, b_scale = moved_to("cuda", reference.quantize_per_token(randn(96, 64, seed=1), torch.int8))
+    x = randn(64, 64).cuda()
+    ops.w8a8_linear(x, b, b_scale)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ops.w8a8_linear(x, b, b_scale)
+    for seed in (1, 2):
+        x.copy_(randn(64, 64, seed=seed))
+        graph.replay()
+        assert_same_bits(y, reference.w8a8_linear(x.cpu(), b.cpu(), b_scale.cpu()))
