@@ -9,12 +9,14 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace sq {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using OptionalTensors = std::optional<std::vector<OptionalTensor>>;  // none at all, an empty list: none of them
 
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
@@ -28,6 +30,23 @@ template <class... Parts>
   do {                                         \
     if (!(condition)) ::sq::fail(__VA_ARGS__); \
   } while (false)
+
+// What messages call an argument: its name, or "weight[2] (down)" for an element of a list, with what it is there.
+struct ArgName {
+  const char* name;
+  int64_t index = -1;
+  const char* role = nullptr;
+
+  ArgName(const char* argument) : name(argument) {}
+  ArgName(const char* list, size_t element, const char* element_role = nullptr)
+      : name(list), index(static_cast<int64_t>(element)), role(element_role) {}
+};
+
+inline std::ostream& operator<<(std::ostream& out, const ArgName& name) {
+  out << name.name;
+  if (name.index >= 0) out << '[' << name.index << ']';
+  return name.role == nullptr ? out : out << " (" << name.role << ')';
+}
 
 // |sum| <= K * 127 * 127 < 2^31 up to here.
 constexpr int64_t kMaxInt8K = 133144;
@@ -74,47 +93,48 @@ inline bool is_float(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
 }
 
-inline void check_float(const char* op, const char* name, ScalarType dtype) {
+inline void check_float(const char* op, const ArgName& name, ScalarType dtype) {
   SQ_CHECK(is_float(dtype), op, ": ", name, " is ", dtype_text(dtype), ", expected float32, bfloat16 or float16");
 }
 
-inline void check_8bit(const char* op, const char* name, ScalarType dtype) {
+inline void check_8bit(const char* op, const ArgName& name, ScalarType dtype) {
   SQ_CHECK(is_8bit(dtype), op, ": ", name, " is ", dtype_text(dtype), ", expected int8, float8_e4m3fn or float8_e5m2");
 }
 
-inline void check_same_device(const char* op, const char* name, const Tensor& tensor, const char* first_name,
+inline void check_same_device(const char* op, const ArgName& name, const Tensor& tensor, const ArgName& first_name,
                               const Tensor& first) {
   const bool same = tensor.is_cpu() == first.is_cpu() && tensor.is_cuda() == first.is_cuda() &&
                     tensor.get_device_index() == first.get_device_index();
   SQ_CHECK(same, op, ": ", name, " is on another device than ", first_name);
 }
 
-inline void check_scale_dtype(const char* op, const char* name, const Tensor& scale) {
+inline void check_scale_dtype(const char* op, const ArgName& name, const Tensor& scale) {
   SQ_CHECK(scale.scalar_type() == ScalarType::Float, op, ": ", name, " is ", dtype_text(scale.scalar_type()),
            ", expected float32");
 }
 
 // A scale for all rows, or one a row (or column): its number of elements is 1 or `count`, its shape does not matter.
-inline void check_scale(const char* op, const char* name, const Tensor& scale, const char* dimension, int64_t count) {
+inline void check_scale(const char* op, const ArgName& name, const Tensor& scale, const char* dimension,
+                        int64_t count) {
   check_scale_dtype(op, name, scale);
   const int64_t elements = scale.numel();
   SQ_CHECK(elements == 1 || elements == count, op, ": ", name, " has ", elements, " elements, expected 1 or ",
            dimension, "=", count);
 }
 
-inline void check_static_scale(const char* op, const char* name, const Tensor& scale) {
+inline void check_static_scale(const char* op, const ArgName& name, const Tensor& scale) {
   check_scale_dtype(op, name, scale);
   SQ_CHECK(scale.numel() == 1, op, ": ", name, " has ", scale.numel(), " elements, expected 1");
 }
 
 // x [..., K]: a floating-point activation.
-inline void check_activation(const char* op, const Tensor& x, const char* name = "x") {
+inline void check_activation(const char* op, const Tensor& x, const ArgName& name = "x") {
   check_float(op, name, x.scalar_type());
   SQ_CHECK(x.dim() >= 1, op, ": ", name, " has no dimensions, expected [..., K]");
 }
 
 // Two tensors of the same dtype, device and shape.
-inline void check_alike(const char* op, const char* name, const Tensor& tensor, const char* first_name,
+inline void check_alike(const char* op, const ArgName& name, const Tensor& tensor, const ArgName& first_name,
                         const Tensor& first) {
   SQ_CHECK(tensor.scalar_type() == first.scalar_type(), op, ": ", first_name, " is ", dtype_text(first.scalar_type()),
            " and ", name, " is ", dtype_text(tensor.scalar_type()), ", expected the same dtype");
@@ -136,11 +156,12 @@ inline void check_exact_sums(const char* op, const Tensor& b, int64_t k) {
            ", and int32 sums of int8 products are exact only up to K=", kMaxInt8K);
 }
 
-// b [N, K] or [E, N, K] alone, as prepack_weight takes it.
-inline void check_plain_weight(const char* op, const Tensor& b) {
-  check_8bit(op, "b", b.scalar_type());
-  SQ_CHECK(b.dim() == 2 || b.dim() == 3, op, ": b has shape ", shape_text(b), ", expected [N, K] or [E, N, K]");
-  check_exact_sums(op, b, b.size(b.dim() - 1));
+// A weight [N, K] or [E, N, K] alone, as prepack_weight takes it.
+inline void check_plain_weight(const char* op, const Tensor& weight) {
+  check_8bit(op, "weight", weight.scalar_type());
+  SQ_CHECK(weight.dim() == 2 || weight.dim() == 3, op, ": weight has shape ", shape_text(weight),
+           ", expected [N, K] or [E, N, K]");
+  check_exact_sums(op, weight, weight.size(weight.dim() - 1));
 }
 
 struct GemmShape {
@@ -155,64 +176,70 @@ inline int64_t row_count(const Tensor& a) {
   return rows;
 }
 
-// What a product's operands are called in messages.
-struct OperandNames {
-  const char* a = "a";
-  const char* b = "b";
-  const char* b_scale = "b_scale";
-  const char* bias = "bias";
+// The tensors of an 8-bit layer, or of those of all experts.
+struct LayerTensors {
+  const Tensor& weight;
+  const Tensor& scale;
+  const OptionalTensor& bias;
+};
+
+// What messages call a layer's input and tensors.
+struct LayerNames {
+  ArgName input = "x", weight = "weight", scale = "weight_scale", bias = "bias";
 };
 
 // What prepack_weight makes of [N, K], or of [E, N, K], for an activation of k values and scales of n columns.
-inline void check_packed(const char* op, const OperandNames& names, const Tensor& a, int64_t k, const Tensor& b,
+inline void check_packed(const char* op, const LayerNames& names, const Tensor& x, int64_t k, const Tensor& weight,
                          int64_t n) {
-  const int64_t first = b.dim() - 4;
-  SQ_CHECK(a.is_cpu(), op, ": ", names.b, " is packed for the CPU kernels, expected ", first == 0 ? "" : "E times ",
-           "[N, K] on this device");
-  SQ_CHECK(b.size(first + 2) == kPackedColumns && b.size(first + 3) == 4 && b.size(first + 1) % 16 == 1, op, ": ",
-           names.b, " has shape ", shape_text(b), ", expected [N, K] or what prepack_weight returns");
-  const int64_t most_n = b.size(first) * kPackedColumns;
-  const int64_t most_k = b.size(first + 1) / 16 * 64;
-  SQ_CHECK(most_n - kPackedColumns < n && n <= most_n, op, ": ", names.b_scale, " has ", n,
-           " elements, expected one a column of the packed ", names.b, ", which has ", most_n - kPackedColumns + 1,
+  const int64_t first = weight.dim() - 4;
+  SQ_CHECK(x.is_cpu(), op, ": ", names.weight, " is packed for the CPU kernels, expected ",
+           first == 0 ? "" : "E times ", "[N, K] on this device");
+  SQ_CHECK(weight.size(first + 2) == kPackedColumns && weight.size(first + 3) == 4 && weight.size(first + 1) % 16 == 1,
+           op, ": ", names.weight, " has shape ", shape_text(weight),
+           ", expected [N, K] or what prepack_weight returns");
+  const int64_t most_n = weight.size(first) * kPackedColumns;
+  const int64_t most_k = weight.size(first + 1) / 16 * 64;
+  SQ_CHECK(most_n - kPackedColumns < n && n <= most_n, op, ": ", names.scale, " has ", n,
+           " elements, expected one a column of the packed ", names.weight, ", which has ", most_n - kPackedColumns + 1,
            " to ", most_n);
-  SQ_CHECK(most_k - 64 < k && k <= most_k, op, ": ", names.a, " has K=", k, ", but the packed ", names.b,
+  SQ_CHECK(most_k - 64 < k && k <= most_k, op, ": ", names.input, " has K=", k, ", but the packed ", names.weight,
            " has K=", most_k - 63, " to ", most_k);
 }
 
-// The operands of a product of m rows of k values, on the device of `a` and checked for their own dtype already, with the
-// weight b, plain or packed.
-inline GemmShape check_weight(const char* op, const OperandNames& names, const Tensor& a, int64_t m, int64_t k,
-                              const Tensor& b, const Tensor& b_scale, const OptionalTensor& bias) {
-  check_8bit(op, names.b, b.scalar_type());
-  check_same_device(op, names.b, b, names.a, a);
-  check_same_device(op, names.b_scale, b_scale, names.a, a);
-  GemmShape shape{m, 0, k, b.dim() == 4};
+// A layer, plain or packed, whose input has as many rows as x, on the same device, and k values a row.
+inline GemmShape check_layer(const char* op, const LayerNames& names, const Tensor& x, int64_t k,
+                             const LayerTensors& layer) {
+  const Tensor& weight = layer.weight;
+  check_8bit(op, names.weight, weight.scalar_type());
+  check_same_device(op, names.weight, weight, names.input, x);
+  check_same_device(op, names.scale, layer.scale, names.input, x);
+  GemmShape shape{row_count(x), 0, k, weight.dim() == 4};
   if (shape.is_packed) {
-    check_scale_dtype(op, names.b_scale, b_scale);
-    shape.n = b_scale.numel();
-    check_packed(op, names, a, k, b, shape.n);
+    check_scale_dtype(op, names.scale, layer.scale);
+    shape.n = layer.scale.numel();
+    check_packed(op, names, x, k, weight, shape.n);
   } else {
-    SQ_CHECK(b.dim() == 2, op, ": ", names.b, " has shape ", shape_text(b),
+    SQ_CHECK(weight.dim() == 2, op, ": ", names.weight, " has shape ", shape_text(weight),
              ", expected [N, K] or what prepack_weight returns");
-    shape.n = b.size(0);
-    SQ_CHECK(b.size(1) == shape.k, op, ": ", names.a, " has K=", shape.k, ", but ", names.b, " has K=", b.size(1));
-    check_scale(op, names.b_scale, b_scale, "N", shape.n);
+    shape.n = weight.size(0);
+    SQ_CHECK(weight.size(1) == shape.k, op, ": ", names.input, " has K=", shape.k, ", but ", names.weight,
+             " has K=", weight.size(1));
+    check_scale(op, names.scale, layer.scale, "N", shape.n);
   }
-  check_exact_sums(op, b, shape.k);
-  if (bias.has_value()) {
-    check_same_device(op, names.bias, *bias, names.a, a);
-    check_float(op, names.bias, bias->scalar_type());
-    SQ_CHECK(bias->numel() == shape.n, op, ": ", names.bias, " has ", bias->numel(), " elements, expected N=", shape.n);
+  check_exact_sums(op, weight, shape.k);
+  if (layer.bias.has_value()) {
+    const Tensor& bias = *layer.bias;
+    check_same_device(op, names.bias, bias, names.input, x);
+    check_float(op, names.bias, bias.scalar_type());
+    SQ_CHECK(bias.numel() == shape.n, op, ": ", names.bias, " has ", bias.numel(), " elements, expected N=", shape.n);
   }
   return shape;
 }
 
-// The same for the rows of a [..., K].
-inline GemmShape check_gemm(const char* op, const OperandNames& names, const Tensor& a, const Tensor& b,
-                            const Tensor& b_scale, const OptionalTensor& bias) {
-  SQ_CHECK(a.dim() >= 1, op, ": ", names.a, " has no dimensions, expected [..., K]");
-  return check_weight(op, names, a, row_count(a), a.size(a.dim() - 1), b, b_scale, bias);
+// A layer of x [..., K] itself.
+inline GemmShape check_layer(const char* op, const LayerNames& names, const Tensor& x, const LayerTensors& layer) {
+  SQ_CHECK(x.dim() >= 1, op, ": ", names.input, " has no dimensions, expected [..., K]");
+  return check_layer(op, names, x, x.size(x.dim() - 1), layer);
 }
 
 // The 8-bit operands agree: INT8 with INT8, either fp8 with either fp8.

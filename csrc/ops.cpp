@@ -10,48 +10,49 @@ STABLE_TORCH_LIBRARY(sq, m) {
   // Norms and activations that quantize what they compute, in one pass. The third result is x + residual.
   m.def(
       "rms_norm_quantize(Tensor x, Tensor weight, float eps, ScalarType dtype, Tensor? residual=None, "
-      "Tensor? a_scale=None, float offset=0.0) -> (Tensor, Tensor, Tensor)");
+      "Tensor? scale=None, float offset=0.0) -> (Tensor, Tensor, Tensor)");
   m.def(
       "layer_norm_quantize(Tensor x, Tensor weight, Tensor? bias, float eps, ScalarType dtype, Tensor? residual=None, "
-      "Tensor? a_scale=None) -> (Tensor, Tensor, Tensor)");
-  m.def("silu_mul_quantize(Tensor gate, Tensor up, ScalarType dtype, Tensor? a_scale=None) -> (Tensor, Tensor)");
+      "Tensor? scale=None) -> (Tensor, Tensor, Tensor)");
+  m.def("silu_mul_quantize(Tensor gate, Tensor up, ScalarType dtype, Tensor? scale=None) -> (Tensor, Tensor)");
   m.def(
-      "gelu_mul_quantize(Tensor gate, Tensor up, ScalarType dtype, Tensor? a_scale=None, str approximate=\"none\") -> "
+      "gelu_mul_quantize(Tensor gate, Tensor up, ScalarType dtype, Tensor? scale=None, str approximate=\"none\") -> "
       "(Tensor, Tensor)");
-  m.def(
-      "gelu_quantize(Tensor x, ScalarType dtype, Tensor? a_scale=None, str approximate=\"none\") -> (Tensor, Tensor)");
-  m.def("relu_quantize(Tensor x, ScalarType dtype, Tensor? a_scale=None) -> (Tensor, Tensor)");
+  m.def("gelu_quantize(Tensor x, ScalarType dtype, Tensor? scale=None, str approximate=\"none\") -> (Tensor, Tensor)");
+  m.def("relu_quantize(Tensor x, ScalarType dtype, Tensor? scale=None) -> (Tensor, Tensor)");
 
   // 8-bit matrix products.
-  m.def("prepack_weight(Tensor b) -> Tensor");
+  m.def("prepack_weight(Tensor weight) -> Tensor");
   m.def(
       "w8a8_gemm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? bias=None, "
       "ScalarType out_dtype=bfloat16) -> Tensor");
   m.def(
-      "w8a8_linear(Tensor x, Tensor b, Tensor b_scale, Tensor? bias=None, Tensor? a_scale=None, Tensor? smooth=None, "
-      "ScalarType? out_dtype=None) -> Tensor");
-  m.def(
-      "w8a8_linears(Tensor x, Tensor[] b, Tensor[] b_scale, Tensor[] bias, Tensor? a_scale=None, "
-      "ScalarType? out_dtype=None) -> Tensor[]");
-  m.def(
-      "w8a8_mlp(Tensor x, Tensor gate, Tensor gate_scale, Tensor down, Tensor down_scale, Tensor? up=None, "
-      "Tensor? up_scale=None, Tensor? gate_bias=None, Tensor? up_bias=None, Tensor? down_bias=None, "
-      "Tensor? a_scale=None, Tensor? down_a_scale=None, str activation=\"silu\") -> Tensor");
+      "w8a8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, Tensor? input_scale=None, "
+      "Tensor? smooth=None, ScalarType? out_dtype=None) -> Tensor");
 
-  // The experts of a mixture: weights [E, N, K], tokens [..., K], and for every token its experts and their weights.
+  // Several layers at once, as lists of an element a layer. An MLP has (gate, up, down), or (first, down) where there is
+  // no gate; its input_scale is of x and of what down reads. A list of optional tensors may be None or empty: none of all.
   m.def(
-      "w8a8_experts(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor gate, Tensor gate_scale, Tensor down, "
-      "Tensor down_scale, Tensor? up=None, Tensor? up_scale=None, Tensor? gate_bias=None, Tensor? up_bias=None, "
-      "Tensor? down_bias=None, str activation=\"silu\") -> Tensor");
+      "w8a8_linear_group(Tensor x, Tensor[] weight, Tensor[] weight_scale, Tensor?[]? bias=None, "
+      "Tensor? input_scale=None, ScalarType? out_dtype=None) -> Tensor[]");
+  m.def(
+      "w8a8_mlp(Tensor x, Tensor[] weight, Tensor[] weight_scale, Tensor?[]? bias=None, Tensor?[]? input_scale=None, "
+      "str activation=\"silu\") -> Tensor");
 
-  // A whole layer of a Llama-like decoder. b: q, k, v, o, gate, up, down. Appends to keys and values [B, H, room, D],
-  // quantized where these have scales [B, H, room].
+  // The experts of a mixture, an MLP each: weights [E, N, K], tokens [..., K], and for every token its experts and their
+  // weights.
+  m.def(
+      "w8a8_experts(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor[] weight, Tensor[] weight_scale, "
+      "Tensor?[]? bias=None, str activation=\"silu\") -> Tensor");
+
+  // A whole layer of a Llama-like decoder: q, k, v, o, gate, up, down; input_scale of what q, o, gate and down read.
+  // Appends to keys and values [B, H, room, D], quantized where these have scales [B, H, room].
   m.def(
       "w8a8_decoder_layer_(Tensor x, Tensor norm, Tensor post_norm, float eps, float post_eps, float offset, "
-      "Tensor[] b, Tensor[] b_scale, Tensor[] bias, Tensor[] a_scale, Tensor cos, Tensor sin, Tensor(a!) keys, "
-      "Tensor(b!) values, int past, Tensor? mask, float scale, bool causal, str activation, "
-      "Tensor(c!)? keys_scale=None, Tensor(d!)? values_scale=None, Tensor? q_norm=None, Tensor? k_norm=None, "
-      "float head_eps=0.0) -> Tensor");
+      "Tensor[] weight, Tensor[] weight_scale, Tensor?[]? bias, Tensor?[]? input_scale, Tensor cos, Tensor sin, "
+      "Tensor(a!) keys, Tensor(b!) values, int past, Tensor? mask, float scale, bool causal, "
+      "str activation=\"silu\", Tensor(c!)? keys_scale=None, Tensor(d!)? values_scale=None, Tensor? q_norm=None, "
+      "Tensor? k_norm=None, float head_eps=0.0) -> Tensor");
 
   // What stays in floating point between the products.
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float offset=0.0) -> Tensor");

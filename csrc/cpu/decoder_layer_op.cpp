@@ -4,6 +4,7 @@
 #include <string>
 
 #include "cache.h"
+#include "gemm_args.h"
 #include "kernels/epilogue.h"
 #include "mlp.h"
 #include "op_string.h"
@@ -16,38 +17,34 @@ namespace {
 constexpr const char* kOp = "w8a8_decoder_layer_";
 
 enum Layer { kQ, kK, kV, kO, kGate, kUp, kDown, kLayers };
-constexpr OperandNames kNames[kLayers] = {{"x", "q", "q_scale", "q_bias"},
-                                          {"x", "k", "k_scale", "k_bias"},
-                                          {"x", "v", "v_scale", "v_bias"},
-                                          {"attention", "o", "o_scale", "o_bias"},
-                                          {"x", "gate", "gate_scale", "gate_bias"},
-                                          {"x", "up", "up_scale", "up_bias"},
-                                          {"act(gate)", "down", "down_scale", "down_bias"}};
+struct Role {
+  const char* layer;
+  const char* input;
+};
+constexpr Role kRoles[kLayers] = {{"q", "x"},    {"k", "x"},  {"v", "x"},           {"o", "attention"},
+                                  {"gate", "x"}, {"up", "x"}, {"down", "act(gate)"}};
+constexpr const char* kInputs[] = {"q, k, v", "o", "gate, up", "down"};  // of input_scale
 
-// The layers of the list, checked one by one; K is what each reads.
+// The layers of the lists, checked one by one; K is what each reads.
 class Layers {
  public:
-  Layers(const Tensor& x, int64_t m, const std::vector<Tensor>& b, const std::vector<Tensor>& b_scale,
-         const std::vector<Tensor>& bias)
-      : x_(x), m_(m), b_(b), b_scale_(b_scale), bias_(bias) {
-    SQ_CHECK(b.size() == kLayers, kOp, ": b has ", b.size(), " weights, expected q, k, v, o, gate, up and down");
-    SQ_CHECK(b_scale.size() == kLayers, kOp, ": b_scale has ", b_scale.size(), " tensors, expected 7");
-    SQ_CHECK(bias.empty() || bias.size() == kLayers, kOp, ": bias has ", bias.size(), " tensors, expected 0 or 7");
+  Layers(const Tensor& x, const LayerLists& layers) : x_(x), layers_(layers) {
+    SQ_CHECK(layers.size() == kLayers, kOp, ": weight has ", layers.size(),
+             " elements, expected 7 (q, k, v, o, gate, up, down)");
+    check_lists(kOp, layers);
   }
 
-  Weight weight(Layer layer, int64_t k) const {
-    const bool has_bias = !bias_.empty() && bias_[layer].numel() > 0;
-    const OptionalTensor bias = has_bias ? OptionalTensor(bias_[layer]) : OptionalTensor();
-    SQ_CHECK(b_[layer].scalar_type() == b_[0].scalar_type(), kOp, ": q is ", dtype_text(b_[0].scalar_type()), " and ",
-             kNames[layer].b, " is ", dtype_text(b_[layer].scalar_type()), ", expected one dtype");
-    return {check_weight(kOp, kNames[layer], x_, m_, k, b_[layer], b_scale_[layer], bias), b_[layer], b_scale_[layer],
-            bias};
+  PackedWeight weight(Layer layer, int64_t k) const {
+    const LayerNames names = names_in_lists(kRoles[layer].input, layer, kRoles[layer].layer);
+    const ScalarType dtype = layers_.weight[0].scalar_type(), own = layers_.weight[layer].scalar_type();
+    SQ_CHECK(own == dtype, kOp, ": weight[0] (q) is ", dtype_text(dtype), " and ", names.weight, " is ",
+             dtype_text(own), ", expected one dtype");
+    return {check_layer(kOp, names, x_, k, layers_[layer]), layers_[layer]};
   }
 
  private:
   const Tensor& x_;
-  int64_t m_;
-  const std::vector<Tensor>&b_, &b_scale_, &bias_;
+  const LayerLists& layers_;
 };
 
 // Parts of one scratch buffer: sizes first, addresses when it exists.
@@ -80,9 +77,9 @@ void check_angles(const char* name, const Tensor& angles, const Tensor& x) {
 }
 
 Tensor w8a8_decoder_layer_cpu(const Tensor& x_in, const Tensor& norm_in, const Tensor& post_norm_in, double eps,
-                              double post_eps, double offset, const std::vector<Tensor>& b,
-                              const std::vector<Tensor>& b_scale, const std::vector<Tensor>& bias,
-                              const std::vector<Tensor>& a_scale, const Tensor& cos_in, const Tensor& sin_in,
+                              double post_eps, double offset, const std::vector<Tensor>& weight,
+                              const std::vector<Tensor>& weight_scale, const OptionalTensors& bias,
+                              const OptionalTensors& input_scale, const Tensor& cos_in, const Tensor& sin_in,
                               const Tensor& keys, const Tensor& values, int64_t past, const OptionalTensor& mask_in,
                               double scale, bool causal, const OpString& activation, const OptionalTensor& keys_scale,
                               const OptionalTensor& values_scale, const OptionalTensor& q_norm,
@@ -93,7 +90,7 @@ Tensor w8a8_decoder_layer_cpu(const Tensor& x_in, const Tensor& norm_in, const T
   check_norm_weight("post_norm", post_norm_in, x_in, x_in.size(2));
   check_angles("cos", cos_in, x_in);
   check_angles("sin", sin_in, x_in);
-  SQ_CHECK(a_scale.empty() || a_scale.size() == 4, kOp, ": a_scale has ", a_scale.size(), " tensors, expected 0 or 4");
+  check_optional_list(kOp, "input_scale", input_scale, 4);
   SQ_CHECK(past >= 0, kOp, ": past is ", past, ", expected 0 or more");
   SQ_CHECK(scale > 0 && std::isfinite(scale), kOp, ": scale is ", scale, ", expected a positive finite number");
   const int64_t batch = x_in.size(0), time = x_in.size(1), k = x_in.size(2), m = batch * time, d = cos_in.size(2);
@@ -104,18 +101,18 @@ Tensor w8a8_decoder_layer_cpu(const Tensor& x_in, const Tensor& norm_in, const T
     check_norm_weight("k_norm", *k_norm, x_in, d);
   }
   const auto static_scale = [&](size_t index) {
-    const bool per_token = a_scale.empty() || a_scale[index].numel() == 0;
-    return per_token ? 0.0f : checked_static_scale(kOp, "a_scale", a_scale[index], "x", x_in);
+    return checked_static_scale(kOp, {"input_scale", index, kInputs[index]}, element_of(input_scale, index), "x", x_in);
   };
 
-  const Layers layers(x_in, m, b, b_scale, bias);
-  const Weight q = layers.weight(kQ, k), key = layers.weight(kK, k), value = layers.weight(kV, k);
-  const Weight o = layers.weight(kO, q.n());
-  const Weight gate = layers.weight(kGate, k), up = layers.weight(kUp, k);
+  const LayerLists lists{weight, weight_scale, bias};
+  const Layers layers(x_in, lists);
+  const PackedWeight q = layers.weight(kQ, k), key = layers.weight(kK, k), value = layers.weight(kV, k);
+  const PackedWeight o = layers.weight(kO, q.n());
+  const PackedWeight gate = layers.weight(kGate, k), up = layers.weight(kUp, k);
   SQ_CHECK(q.n() % d == 0 && key.n() % d == 0 && key.n() > 0 && q.n() % key.n() == 0 && value.n() == key.n(), kOp,
            ": q, k and v have N=", q.n(), ", ", key.n(), " and ", value.n(), ", expected multiples of D=", d);
-  SQ_CHECK(up.n() == gate.n(), kOp, ": up has N=", up.n(), ", but gate has N=", gate.n());
-  const Weight down = layers.weight(kDown, gate.n());
+  SQ_CHECK(up.n() == gate.n(), kOp, ": weight[5] (up) has N=", up.n(), ", but weight[4] (gate) has N=", gate.n());
+  const PackedWeight down = layers.weight(kDown, gate.n());
   SQ_CHECK(o.n() == k && down.n() == k, kOp, ": o and down have N=", o.n(), " and ", down.n(), ", expected K=", k);
   const Mlp mlp{gate, up, down, activation_kind(kOp, activation), static_scale(2), static_scale(3)};
   const int64_t heads = q.n() / d, kv_heads = key.n() / d, total = past + time;

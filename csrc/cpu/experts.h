@@ -14,11 +14,10 @@ namespace sq {
 // The weights [E, N, K] of all experts, packed now if they did not come packed.
 class ExpertWeights {
  public:
-  ExpertWeights(const GemmShape& shape, int64_t experts, const Tensor& b, const Tensor& b_scale,
-                const OptionalTensor& bias)
-      : weight_(shape, b, b_scale, bias),
+  ExpertWeights(const GemmShape& shape, int64_t experts, const LayerTensors& layers)
+      : weight_(shape, layers),
         packed_bytes_(panel_count(shape.n) * panel_bytes(shape.k)),
-        scales_(b_scale.numel() == experts && !shape.is_packed ? 1 : shape.n) {}
+        scales_(layers.scale.numel() == experts && !shape.is_packed ? 1 : shape.n) {}
 
   int64_t n() const { return weight_.n(); }
   int64_t k() const { return weight_.k(); }
@@ -37,7 +36,7 @@ class ExpertWeights {
   }
 
  private:
-  Weight weight_;
+  PackedWeight weight_;
   int64_t packed_bytes_;
   int64_t scales_;  // of an expert
 };

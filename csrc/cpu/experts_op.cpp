@@ -11,12 +11,12 @@ namespace {
 
 constexpr const char* kOp = "w8a8_experts";
 
-Tensor w8a8_experts_cpu(const Tensor& x_in, const Tensor& index_in, const Tensor& weights_in, const Tensor& gate_b,
-                        const Tensor& gate_scale, const Tensor& down_b, const Tensor& down_scale,
-                        const OptionalTensor& up_b, const OptionalTensor& up_scale, const OptionalTensor& gate_bias,
-                        const OptionalTensor& up_bias, const OptionalTensor& down_bias, const OpString& activation) {
-  const ExpertsShapes shapes = check_experts(kOp, x_in, index_in, weights_in, gate_b, gate_scale, down_b, down_scale,
-                                             up_b, up_scale, gate_bias, up_bias, down_bias, activation);
+Tensor w8a8_experts_cpu(const Tensor& x_in, const Tensor& index_in, const Tensor& weights_in,
+                        const std::vector<Tensor>& weight, const std::vector<Tensor>& weight_scale,
+                        const OptionalTensors& bias, const OpString& activation) {
+  const LayerLists layers{weight, weight_scale, bias};
+  const ExpertsShapes shapes = check_experts(kOp, x_in, index_in, weights_in, layers);
+  const Activation kind = activation_kind(kOp, activation);
   const Tensor x = as_contiguous(x_in), index = as_contiguous(index_in), weights = as_contiguous(weights_in);
   const auto* chosen = pointer<int64_t>(index);
   const int64_t slots = index.numel();
@@ -24,15 +24,14 @@ Tensor w8a8_experts_cpu(const Tensor& x_in, const Tensor& index_in, const Tensor
     SQ_CHECK(0 <= chosen[slot] && chosen[slot] <= shapes.experts, kOp, ": top_k_index has ", chosen[slot],
              ", expected 0 to ", shapes.experts - 1, ", or E=", shapes.experts, " for no expert");
   }
+  const auto packed = [&](size_t i) { return ExpertWeights(shapes.layers[i], shapes.experts, layers[i]); };
   const Experts experts{shapes.experts,
                         shapes.top_k,
-                        ExpertWeights(shapes.gate, shapes.experts, gate_b, gate_scale, gate_bias),
-                        up_b.has_value() ? std::optional<ExpertWeights>(
-                                               ExpertWeights(*shapes.up, shapes.experts, *up_b, *up_scale, up_bias))
-                                         : std::nullopt,
-                        ExpertWeights(shapes.down, shapes.experts, down_b, down_scale, down_bias),
-                        shapes.activation};
-  Tensor y = empty_cpu(replace_last(x, shapes.down.n), x.scalar_type());
+                        packed(0),
+                        is_gated(layers) ? std::optional<ExpertWeights>(packed(1)) : std::nullopt,
+                        packed(layers.size() - 1),
+                        kind};
+  Tensor y = empty_cpu(replace_last(x, experts.down.n()), x.scalar_type());
   Scratch wide(slots * static_cast<int64_t>(sizeof(float)));
   auto* wide_weights = reinterpret_cast<float*>(wide.data());
   widen(weights.const_data_ptr(), kernel_dtype(weights.scalar_type()), -0.0f, slots, wide_weights);

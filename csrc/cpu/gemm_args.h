@@ -8,69 +8,125 @@
 
 namespace sq {
 
-inline GemmShape check_w8a8_gemm(const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale,
-                                 const OptionalTensor& bias, ScalarType out_dtype) {
+inline GemmShape check_w8a8_gemm(const Tensor& a, const Tensor& a_scale, const LayerTensors& layer,
+                                 ScalarType out_dtype) {
   constexpr const char* kOp = "w8a8_gemm";
-  check_operand_dtypes(kOp, a, b);
-  const GemmShape shape = check_gemm(kOp, {}, a, b, b_scale, bias);
+  check_operand_dtypes(kOp, a, layer.weight);
+  const GemmShape shape = check_layer(kOp, {"a", "b", "b_scale", "bias"}, a, layer);
   check_same_device(kOp, "a_scale", a_scale, "a", a);
   check_scale(kOp, "a_scale", a_scale, "M", shape.m);
   check_float(kOp, "out_dtype", out_dtype);
   return shape;
 }
 
-inline GemmShape check_linear(const char* op, const Tensor& x, const Tensor& b, const Tensor& b_scale,
-                              const OptionalTensor& bias, std::optional<ScalarType> out_dtype) {
+inline GemmShape check_linear(const char* op, const Tensor& x, const LayerTensors& layer,
+                              std::optional<ScalarType> out_dtype, const LayerNames& names = {}) {
   check_activation(op, x);
-  const GemmShape shape = check_gemm(op, {"x", "b", "b_scale", "bias"}, x, b, b_scale, bias);
+  const GemmShape shape = check_layer(op, names, x, layer);
   check_float(op, "out_dtype", out_dtype.value_or(x.scalar_type()));
   return shape;
 }
 
-// Layers of one input; `bias` has as many or none.
-inline std::vector<GemmShape> check_linears(const char* op, const Tensor& x, const std::vector<Tensor>& b,
-                                            const std::vector<Tensor>& b_scale, const std::vector<Tensor>& bias,
-                                            std::optional<ScalarType> out_dtype) {
+// The element of a list of optional tensors, which may be missing or empty.
+inline const OptionalTensor& element_of(const OptionalTensors& list, size_t index) {
+  static const OptionalTensor kNone;
+  return list.has_value() && !list->empty() ? (*list)[index] : kNone;
+}
+
+inline void check_optional_list(const char* op, const char* name, const OptionalTensors& list, size_t count) {
+  SQ_CHECK(!list.has_value() || list->empty() || list->size() == count, op, ": ", name, " has ", list->size(),
+           " elements, expected 0 or ", count);
+}
+
+// The layers of an op that takes several, each argument a list of one element a layer.
+struct LayerLists {
+  const std::vector<Tensor>&weight, &scale;
+  const OptionalTensors& bias;
+
+  size_t size() const { return weight.size(); }
+  LayerTensors operator[](size_t index) const { return {weight[index], scale[index], element_of(bias, index)}; }
+};
+
+inline LayerNames names_in_lists(const ArgName& input, size_t index, const char* role = nullptr) {
+  return {input, {"weight", index, role}, {"weight_scale", index, role}, {"bias", index, role}};
+}
+
+// That the lists are of one length.
+inline void check_lists(const char* op, const LayerLists& layers) {
+  const size_t count = layers.size();
+  SQ_CHECK(layers.scale.size() == count, op, ": weight_scale has ", layers.scale.size(), " elements, but weight has ",
+           count);
+  check_optional_list(op, "bias", layers.bias, count);
+}
+
+// The layers of w8a8_linear_group.
+inline std::vector<GemmShape> check_linear_group(const char* op, const Tensor& x, const LayerLists& layers,
+                                                 std::optional<ScalarType> out_dtype) {
   check_activation(op, x);
-  SQ_CHECK(!b.empty(), op, ": b has no weights, expected at least one");
-  SQ_CHECK(b_scale.size() == b.size(), op, ": b_scale has ", b_scale.size(), " tensors, but b has ", b.size());
-  SQ_CHECK(bias.empty() || bias.size() == b.size(), op, ": bias has ", bias.size(), " tensors, but b has ", b.size());
+  SQ_CHECK(layers.size() > 0, op, ": weight has no elements, expected at least one");
+  check_lists(op, layers);
+  const ScalarType dtype = layers.weight[0].scalar_type();
   std::vector<GemmShape> shapes;
-  for (size_t i = 0; i < b.size(); ++i) {
-    const OptionalTensor own_bias = bias.empty() ? OptionalTensor() : OptionalTensor(bias[i]);
-    shapes.push_back(check_linear(op, x, b[i], b_scale[i], own_bias, out_dtype));
-    SQ_CHECK(b[i].scalar_type() == b[0].scalar_type(), op, ": b has weights of ", dtype_text(b[0].scalar_type()),
-             " and ", dtype_text(b[i].scalar_type()), ", expected one dtype");
+  for (size_t i = 0; i < layers.size(); ++i) {
+    shapes.push_back(check_linear(op, x, layers[i], out_dtype, names_in_lists("x", i)));
+    const ScalarType own = layers.weight[i].scalar_type();
+    SQ_CHECK(own == dtype, op, ": weight[0] is ", dtype_text(dtype), " and weight[", i, "] is ", dtype_text(own),
+             ", expected one dtype");
   }
   return shapes;
 }
 
-struct MlpShapes {
-  GemmShape gate;
-  std::optional<GemmShape> up;
-  GemmShape down;
-  Activation activation;
-};
+// --- MLPs: (gate, up, down), or (first, down) where there is no gate -------------------------------------------------
 
-inline MlpShapes check_mlp(const char* op, const Tensor& x, const Tensor& gate, const Tensor& gate_scale,
-                           const Tensor& down, const Tensor& down_scale, const OptionalTensor& up,
-                           const OptionalTensor& up_scale, const OptionalTensor& gate_bias,
-                           const OptionalTensor& up_bias, const OptionalTensor& down_bias,
-                           const std::string& activation) {
+struct MlpRole {
+  const char* layer;
+  const char* input;
+};
+constexpr MlpRole kGatedRoles[] = {{"gate", "x"}, {"up", "x"}, {"down", "act(gate)"}};
+constexpr MlpRole kPlainRoles[] = {{"first", "x"}, {"down", "act(first)"}};
+constexpr const char* kGatedInputs[] = {"gate, up", "down"};  // of input_scale
+constexpr const char* kPlainInputs[] = {"first", "down"};
+
+inline bool is_gated(const LayerLists& layers) { return layers.size() == 3; }
+
+inline LayerNames mlp_names(const LayerLists& layers, size_t index) {
+  const MlpRole& role = is_gated(layers) ? kGatedRoles[index] : kPlainRoles[index];
+  return names_in_lists(role.input, index, role.layer);
+}
+
+inline ArgName mlp_input_scale_name(const LayerLists& layers, size_t index) {
+  return {"input_scale", index, is_gated(layers) ? kGatedInputs[index] : kPlainInputs[index]};
+}
+
+inline void check_mlp_lists(const char* op, const LayerLists& layers) {
+  SQ_CHECK(layers.size() == 2 || layers.size() == 3, op, ": weight has ", layers.size(),
+           " elements, expected 3 (gate, up, down) or 2 (first, down)");
+  check_lists(op, layers);
+}
+
+// That gate and up fit each other.
+inline void check_gate_and_up(const char* op, const LayerNames& gate_names, const LayerTensors& gate, int64_t gate_n,
+                              const LayerNames& up_names, const LayerTensors& up, int64_t up_n) {
+  SQ_CHECK(up_n == gate_n, op, ": ", up_names.weight, " has N=", up_n, ", but ", gate_names.weight, " has N=", gate_n);
+  const ScalarType gate_dtype = gate.weight.scalar_type(), up_dtype = up.weight.scalar_type();
+  SQ_CHECK(up_dtype == gate_dtype, op, ": ", up_names.weight, " is ", dtype_text(up_dtype), ", but ", gate_names.weight,
+           " is ", dtype_text(gate_dtype));
+}
+
+// The layers' shapes, in their order.
+inline std::vector<GemmShape> check_mlp(const char* op, const Tensor& x, const LayerLists& layers,
+                                        const OptionalTensors& input_scale) {
   check_activation(op, x);
-  const GemmShape shape = check_gemm(op, {"x", "gate", "gate_scale", "gate_bias"}, x, gate, gate_scale, gate_bias);
-  SQ_CHECK(up.has_value() == up_scale.has_value(), op, ": expected up and up_scale both or neither");
-  SQ_CHECK(up.has_value() || !up_bias.has_value(), op, ": up_bias is given without up");
-  std::optional<GemmShape> up_shape;
-  if (up.has_value()) {
-    up_shape = check_gemm(op, {"x", "up", "up_scale", "up_bias"}, x, *up, *up_scale, up_bias);
-    SQ_CHECK(up_shape->n == shape.n, op, ": up has N=", up_shape->n, ", but gate has N=", shape.n);
-    SQ_CHECK(up->scalar_type() == gate.scalar_type(), op, ": up is ", dtype_text(up->scalar_type()), ", but gate is ",
-             dtype_text(gate.scalar_type()));
+  check_mlp_lists(op, layers);
+  check_optional_list(op, "input_scale", input_scale, 2);
+  const size_t down = layers.size() - 1;
+  std::vector<GemmShape> shapes;
+  for (size_t i = 0; i < down; ++i) shapes.push_back(check_layer(op, mlp_names(layers, i), x, layers[i]));
+  if (is_gated(layers)) {
+    check_gate_and_up(op, mlp_names(layers, 0), layers[0], shapes[0].n, mlp_names(layers, 1), layers[1], shapes[1].n);
   }
-  const OperandNames names{"act(gate)", "down", "down_scale", "down_bias"};
-  const GemmShape down_shape = check_weight(op, names, x, shape.m, shape.n, down, down_scale, down_bias);
-  return {shape, up_shape, down_shape, activation_kind(op, activation)};
+  shapes.push_back(check_layer(op, mlp_names(layers, down), x, shapes[0].n, layers[down]));
+  return shapes;
 }
 
 }  // namespace sq

@@ -6,11 +6,11 @@
 namespace sq {
 
 struct Mlp {
-  Weight gate;
-  std::optional<Weight> up;
-  Weight down;
+  PackedWeight gate;
+  std::optional<PackedWeight> up;
+  PackedWeight down;
   Activation activation;
-  float a_scale, down_a_scale;  // static scales, or 0
+  float input_scale, down_input_scale;  // static scales, or 0
 
   // Rows done together, so that what lies between the products stays within a cache that threads share.
   int64_t rows_together(int64_t element) const {
@@ -32,7 +32,7 @@ struct Mlp {
 
     for (int64_t row = 0; row < m; row += block) {
       const int64_t rows = std::min(block, m - row);
-      input.quantize(static_cast<const uint8_t*>(x) + row * k * element, dtype, a_scale, rows);
+      input.quantize(static_cast<const uint8_t*>(x) + row * k * element, dtype, input_scale, rows);
       std::vector<GemmArgs> first = {gate.product(planes, dtype)};
       if (up.has_value()) first.push_back(up->product(planes + plane, dtype));
       input.multiply(first, gate.dtype(), rows);
@@ -43,7 +43,7 @@ struct Mlp {
       source.gate = planes;
       source.up = up.has_value() ? planes + plane : nullptr;
       source.dtype = dtype;
-      parallel_activate_quantize(kernels, source, hidden.target(down_a_scale), rows);
+      parallel_activate_quantize(kernels, source, hidden.target(down_input_scale), rows);
       hidden.multiply({down.product(static_cast<uint8_t*>(y) + row * down.n() * element, dtype)}, down.dtype(), rows);
     }
   }

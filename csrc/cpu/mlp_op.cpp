@@ -10,21 +10,30 @@ namespace {
 
 constexpr const char* kOp = "w8a8_mlp";
 
-Tensor w8a8_mlp_cpu(const Tensor& x_in, const Tensor& gate_b, const Tensor& gate_scale, const Tensor& down_b,
-                    const Tensor& down_scale, const OptionalTensor& up_b, const OptionalTensor& up_scale,
-                    const OptionalTensor& gate_bias, const OptionalTensor& up_bias, const OptionalTensor& down_bias,
-                    const OptionalTensor& a_scale, const OptionalTensor& down_a_scale, const OpString& activation) {
-  const MlpShapes shapes = check_mlp(kOp, x_in, gate_b, gate_scale, down_b, down_scale, up_b, up_scale, gate_bias,
-                                     up_bias, down_bias, activation);
-  const Mlp mlp{Weight(shapes.gate, gate_b, gate_scale, gate_bias),
-                up_b.has_value() ? std::optional<Weight>(Weight(*shapes.up, *up_b, *up_scale, up_bias)) : std::nullopt,
-                Weight(shapes.down, down_b, down_scale, down_bias),
-                shapes.activation,
-                checked_static_scale(kOp, "a_scale", a_scale, "x", x_in),
-                checked_static_scale(kOp, "down_a_scale", down_a_scale, "x", x_in)};
+Mlp packed_mlp(const LayerLists& layers, const std::vector<GemmShape>& shapes, Activation activation, float input_scale,
+               float down_input_scale) {
+  const size_t down = layers.size() - 1;
+  std::optional<PackedWeight> up;
+  if (is_gated(layers)) up.emplace(shapes[1], layers[1]);
+  return {PackedWeight(shapes[0], layers[0]),
+          std::move(up),
+          PackedWeight(shapes[down], layers[down]),
+          activation,
+          input_scale,
+          down_input_scale};
+}
+
+Tensor w8a8_mlp_cpu(const Tensor& x_in, const std::vector<Tensor>& weight, const std::vector<Tensor>& weight_scale,
+                    const OptionalTensors& bias, const OptionalTensors& input_scale, const OpString& activation) {
+  const LayerLists layers{weight, weight_scale, bias};
+  const std::vector<GemmShape> shapes = check_mlp(kOp, x_in, layers, input_scale);
+  const auto static_scale = [&](size_t index) {
+    return checked_static_scale(kOp, mlp_input_scale_name(layers, index), element_of(input_scale, index), "x", x_in);
+  };
+  const Mlp mlp = packed_mlp(layers, shapes, activation_kind(kOp, activation), static_scale(0), static_scale(1));
   const Tensor x = as_contiguous(x_in);
-  Tensor y = empty_cpu(replace_last(x, shapes.down.n), x.scalar_type());
-  mlp.run(current_kernels(), x.const_data_ptr(), shapes.gate.m, kernel_dtype(x.scalar_type()), y.mutable_data_ptr());
+  Tensor y = empty_cpu(replace_last(x, mlp.down.n()), x.scalar_type());
+  mlp.run(current_kernels(), x.const_data_ptr(), row_count(x), kernel_dtype(x.scalar_type()), y.mutable_data_ptr());
   return y;
 }
 

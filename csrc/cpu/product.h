@@ -115,13 +115,13 @@ class Operand {
 };
 
 // A weight that was checked, packed now if it did not come packed.
-class Weight {
+class PackedWeight {
  public:
-  Weight(const GemmShape& shape, const Tensor& b, const Tensor& b_scale, const OptionalTensor& bias)
+  PackedWeight(const GemmShape& shape, const LayerTensors& layer)
       : shape_(shape),
-        packed_(shape.is_packed ? as_contiguous(b) : packed(as_contiguous(b))),
-        b_scale_(as_contiguous(b_scale)),
-        bias_(as_contiguous(bias)) {}
+        packed_(shape.is_packed ? as_contiguous(layer.weight) : packed(as_contiguous(layer.weight))),
+        scale_(as_contiguous(layer.scale)),
+        bias_(as_contiguous(layer.bias)) {}
 
   int64_t n() const { return shape_.n; }
   int64_t k() const { return shape_.k; }
@@ -134,8 +134,8 @@ class Weight {
     args.k = shape_.k;
     args.b = pointer<uint8_t>(packed_);
     args.b_dtype = dtype();
-    args.b_scale = pointer<float>(b_scale_);
-    args.b_scale_step = b_scale_.numel() == 1 ? 0 : 1;
+    args.b_scale = pointer<float>(scale_);
+    args.b_scale_step = scale_.numel() == 1 ? 0 : 1;
     args.bias = bias_.has_value() ? bias_->const_data_ptr() : nullptr;
     args.bias_dtype = bias_.has_value() ? kernel_dtype(bias_->scalar_type()) : DType::kFloat32;
     args.y = y;
@@ -145,19 +145,19 @@ class Weight {
   GemmArgs product(const Tensor& y) const { return product(y.mutable_data_ptr(), kernel_dtype(y.scalar_type())); }
 
   // Of [N, K], or each of [E, N, K].
-  static Tensor packed(const Tensor& b) {
-    const int64_t n = b.size(b.dim() - 2), k = b.size(b.dim() - 1);
+  static Tensor packed(const Tensor& weight) {
+    const int64_t n = weight.size(weight.dim() - 2), k = weight.size(weight.dim() - 1);
     std::vector<int64_t> shape = {panel_count(n), padded_k(k) / 4 + 1, kPanel, 4};
-    if (b.dim() == 3) shape.insert(shape.begin(), b.size(0));
-    Tensor packed = empty_cpu(shape, b.scalar_type());
+    if (weight.dim() == 3) shape.insert(shape.begin(), weight.size(0));
+    Tensor packed = empty_cpu(shape, weight.scalar_type());
     advise_huge_pages(packed);
-    parallel_pack(b, static_cast<uint8_t*>(packed.mutable_data_ptr()));
+    parallel_pack(weight, static_cast<uint8_t*>(packed.mutable_data_ptr()));
     return packed;
   }
 
  private:
   GemmShape shape_;
-  Tensor packed_, b_scale_;
+  Tensor packed_, scale_;
   OptionalTensor bias_;
 };
 

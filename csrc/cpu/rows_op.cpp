@@ -60,9 +60,9 @@ Tensor rms_norm_cpu(const Tensor& x_in, const Tensor& weight, double eps, double
 
 QuantizedSum norm_quantize(const char* op, Norm norm, const Tensor& x_in, const Tensor& weight,
                            const OptionalTensor& bias, double eps, double offset, ScalarType dtype,
-                           const OptionalTensor& residual_in, const OptionalTensor& a_scale) {
+                           const OptionalTensor& residual_in, const OptionalTensor& scale) {
   check_norm_quantize(op, x_in, weight, bias, dtype, residual_in);
-  const float static_scale = checked_static_scale(op, "a_scale", a_scale, "x", x_in);
+  const float static_scale = checked_static_scale(op, "scale", scale, "x", x_in);
   const Tensor x = as_contiguous(x_in);
   const OptionalTensor residual = as_contiguous(residual_in);
   Tensor sum = empty_cpu(sum_shape(x, residual), x.scalar_type());
@@ -94,21 +94,21 @@ QuantizedSum norm_quantize(const char* op, Norm norm, const Tensor& x_in, const 
 }
 
 QuantizedSum rms_norm_quantize_cpu(const Tensor& x, const Tensor& weight, double eps, ScalarType dtype,
-                                   const OptionalTensor& residual, const OptionalTensor& a_scale, double offset) {
-  return norm_quantize("rms_norm_quantize", Norm::kRms, x, weight, std::nullopt, eps, offset, dtype, residual, a_scale);
+                                   const OptionalTensor& residual, const OptionalTensor& scale, double offset) {
+  return norm_quantize("rms_norm_quantize", Norm::kRms, x, weight, std::nullopt, eps, offset, dtype, residual, scale);
 }
 
 QuantizedSum layer_norm_quantize_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, double eps,
-                                     ScalarType dtype, const OptionalTensor& residual, const OptionalTensor& a_scale) {
-  return norm_quantize("layer_norm_quantize", Norm::kLayer, x, weight, bias, eps, -0.0, dtype, residual, a_scale);
+                                     ScalarType dtype, const OptionalTensor& residual, const OptionalTensor& scale) {
+  return norm_quantize("layer_norm_quantize", Norm::kLayer, x, weight, bias, eps, -0.0, dtype, residual, scale);
 }
 
 // --- activations ----------------------------------------------------------------------------------------------------
 
 Quantized activate_quantize(const char* op, Activation activation, const Tensor& gate_in, const OptionalTensor& up_in,
-                            ScalarType dtype, const OptionalTensor& a_scale) {
+                            ScalarType dtype, const OptionalTensor& scale) {
   const char* name = check_activate_quantize(op, gate_in, up_in, dtype);
-  const float static_scale = checked_static_scale(op, "a_scale", a_scale, name, gate_in);
+  const float static_scale = checked_static_scale(op, "scale", scale, name, gate_in);
   const Tensor gate = as_contiguous(gate_in);
   const OptionalTensor up = as_contiguous(up_in);
   QuantizeTarget target(gate, dtype, static_scale);
@@ -122,24 +122,24 @@ Quantized activate_quantize(const char* op, Activation activation, const Tensor&
   return {target.q, target.scale};
 }
 
-Quantized silu_mul_quantize_cpu(const Tensor& gate, const Tensor& up, ScalarType dtype, const OptionalTensor& a_scale) {
-  return activate_quantize("silu_mul_quantize", Activation::kSilu, gate, up, dtype, a_scale);
+Quantized silu_mul_quantize_cpu(const Tensor& gate, const Tensor& up, ScalarType dtype, const OptionalTensor& scale) {
+  return activate_quantize("silu_mul_quantize", Activation::kSilu, gate, up, dtype, scale);
 }
 
-Quantized gelu_mul_quantize_cpu(const Tensor& gate, const Tensor& up, ScalarType dtype, const OptionalTensor& a_scale,
+Quantized gelu_mul_quantize_cpu(const Tensor& gate, const Tensor& up, ScalarType dtype, const OptionalTensor& scale,
                                 const OpString& approximate) {
   constexpr const char* kOp = "gelu_mul_quantize";
-  return activate_quantize(kOp, gelu_kind(kOp, approximate), gate, up, dtype, a_scale);
+  return activate_quantize(kOp, gelu_kind(kOp, approximate), gate, up, dtype, scale);
 }
 
-Quantized gelu_quantize_cpu(const Tensor& x, ScalarType dtype, const OptionalTensor& a_scale,
+Quantized gelu_quantize_cpu(const Tensor& x, ScalarType dtype, const OptionalTensor& scale,
                             const OpString& approximate) {
   constexpr const char* kOp = "gelu_quantize";
-  return activate_quantize(kOp, gelu_kind(kOp, approximate), x, std::nullopt, dtype, a_scale);
+  return activate_quantize(kOp, gelu_kind(kOp, approximate), x, std::nullopt, dtype, scale);
 }
 
-Quantized relu_quantize_cpu(const Tensor& x, ScalarType dtype, const OptionalTensor& a_scale) {
-  return activate_quantize("relu_quantize", Activation::kRelu, x, std::nullopt, dtype, a_scale);
+Quantized relu_quantize_cpu(const Tensor& x, ScalarType dtype, const OptionalTensor& scale) {
+  return activate_quantize("relu_quantize", Activation::kRelu, x, std::nullopt, dtype, scale);
 }
 
 }  // namespace

@@ -102,8 +102,8 @@ inline void advise_huge_pages(const Tensor& tensor) {
 }
 
 // The value of an activation's static scale, which on the CPU can be looked at; 0 where there is none.
-inline float checked_static_scale(const char* op, const char* name, const OptionalTensor& scale, const char* a_name,
-                                  const Tensor& a) {
+inline float checked_static_scale(const char* op, const ArgName& name, const OptionalTensor& scale,
+                                  const ArgName& a_name, const Tensor& a) {
   if (!scale.has_value()) return 0.0f;
   check_same_device(op, name, *scale, a_name, a);
   check_static_scale(op, name, *scale);

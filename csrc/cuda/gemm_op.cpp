@@ -66,23 +66,23 @@ bool multiply_with_library(const char* op, const GemmPlan& plan, const Tensor& a
 
 Tensor w8a8_gemm_cuda(const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale,
                       const OptionalTensor& bias, ScalarType out_dtype) {
-  const GemmShape shape = check_w8a8_gemm(a, b, a_scale, b_scale, bias, out_dtype);
+  const LayerTensors layer{b, b_scale, bias};
+  const GemmShape shape = check_w8a8_gemm(a, a_scale, layer, out_dtype);
   const DeviceGuard guard(a.get_device_index());
-  return multiply_cuda("w8a8_gemm", as_contiguous(a), as_contiguous(a_scale), b, b_scale, bias, shape, out_dtype);
+  return multiply_cuda("w8a8_gemm", as_contiguous(a), as_contiguous(a_scale), layer, shape, out_dtype);
 }
 
 }  // namespace
 
-Tensor multiply_cuda(const char* op, const Tensor& a, const Tensor& a_scale, const Tensor& b_in,
-                     const Tensor& b_scale_in, const OptionalTensor& bias_in, const GemmShape& shape,
-                     ScalarType out_dtype) {
+Tensor multiply_cuda(const char* op, const Tensor& a, const Tensor& a_scale, const LayerTensors& layer,
+                     const GemmShape& shape, ScalarType out_dtype) {
   const int device = a.get_device_index();
   const GemmRequest request = requested_gemm(op);
   if (!request.is_own) {
-    require_validated(op, is_float8(b_in.scalar_type()) ? Family::kGemmFp8 : Family::kGemmInt8, device);
+    require_validated(op, is_float8(layer.weight.scalar_type()) ? Family::kGemmFp8 : Family::kGemmInt8, device);
   }
-  const Tensor b = as_contiguous(b_in), b_scale = as_contiguous(b_scale_in);
-  const OptionalTensor bias = as_contiguous(bias_in);
+  const Tensor b = as_contiguous(layer.weight), b_scale = as_contiguous(layer.scale);
+  const OptionalTensor bias = as_contiguous(layer.bias);
   Tensor y = empty_like_device(a, replace_last(a, shape.n), out_dtype);
   if (y.numel() == 0) return y;
 

@@ -31,8 +31,8 @@ inline void check_rows(const char* op, int64_t rows) {
 }
 
 // A static scale stays on the device: looking at its value would wait for it.
-inline const float* static_scale_pointer(const char* op, const char* name, const OptionalTensor& scale,
-                                         const char* a_name, const Tensor& a) {
+inline const float* static_scale_pointer(const char* op, const ArgName& name, const OptionalTensor& scale,
+                                         const ArgName& a_name, const Tensor& a) {
   if (!scale.has_value()) return nullptr;
   check_same_device(op, name, *scale, a_name, a);
   check_static_scale(op, name, *scale);

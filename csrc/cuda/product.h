@@ -6,7 +6,7 @@
 namespace sq {
 
 // y [..., N] of a [..., K], 8 bits and contiguous, with one scale or one a row.
-Tensor multiply_cuda(const char* op, const Tensor& a, const Tensor& a_scale, const Tensor& b, const Tensor& b_scale,
-                     const OptionalTensor& bias, const GemmShape& shape, ScalarType out_dtype);
+Tensor multiply_cuda(const char* op, const Tensor& a, const Tensor& a_scale, const LayerTensors& layer,
+                     const GemmShape& shape, ScalarType out_dtype);
 
 }  // namespace sq

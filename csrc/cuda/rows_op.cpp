@@ -64,9 +64,9 @@ Tensor rms_norm_cuda(const Tensor& x_in, const Tensor& weight_in, double eps, do
 
 QuantizedSum norm_quantize(const char* op, bool is_layer, const Tensor& x_in, const Tensor& weight_in,
                            const OptionalTensor& bias_in, double eps, double offset, ScalarType dtype,
-                           const OptionalTensor& residual_in, const OptionalTensor& a_scale) {
+                           const OptionalTensor& residual_in, const OptionalTensor& scale) {
   check_norm_quantize(op, x_in, weight_in, bias_in, dtype, residual_in);
-  const float* static_scale = static_scale_pointer(op, "a_scale", a_scale, "x", x_in);
+  const float* static_scale = static_scale_pointer(op, "scale", scale, "x", x_in);
   require_validated(op, Family::kRows, x_in.get_device_index());
   const DeviceGuard guard(x_in.get_device_index());
   const Tensor x = as_contiguous(x_in), weight = as_contiguous(weight_in);
@@ -89,44 +89,43 @@ QuantizedSum norm_quantize(const char* op, bool is_layer, const Tensor& x_in, co
 }
 
 QuantizedSum rms_norm_quantize_cuda(const Tensor& x, const Tensor& weight, double eps, ScalarType dtype,
-                                    const OptionalTensor& residual, const OptionalTensor& a_scale, double offset) {
-  return norm_quantize("rms_norm_quantize", false, x, weight, std::nullopt, eps, offset, dtype, residual, a_scale);
+                                    const OptionalTensor& residual, const OptionalTensor& scale, double offset) {
+  return norm_quantize("rms_norm_quantize", false, x, weight, std::nullopt, eps, offset, dtype, residual, scale);
 }
 
 QuantizedSum layer_norm_quantize_cuda(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, double eps,
-                                      ScalarType dtype, const OptionalTensor& residual, const OptionalTensor& a_scale) {
-  return norm_quantize("layer_norm_quantize", true, x, weight, bias, eps, -0.0, dtype, residual, a_scale);
+                                      ScalarType dtype, const OptionalTensor& residual, const OptionalTensor& scale) {
+  return norm_quantize("layer_norm_quantize", true, x, weight, bias, eps, -0.0, dtype, residual, scale);
 }
 
 // --- activations ----------------------------------------------------------------------------------------------------
 
 Quantized activate_quantize(const char* op, Activation activation, const Tensor& gate, const OptionalTensor& up,
-                            ScalarType dtype, const OptionalTensor& a_scale) {
+                            ScalarType dtype, const OptionalTensor& scale) {
   const char* name = check_activate_quantize(op, gate, up, dtype);
-  const float* static_scale = static_scale_pointer(op, "a_scale", a_scale, name, gate);
+  const float* static_scale = static_scale_pointer(op, "scale", scale, name, gate);
   const DeviceGuard guard(gate.get_device_index());
   return activate_quantize_cuda(op, activation, as_contiguous(gate), as_contiguous(up), dtype, static_scale);
 }
 
-Quantized silu_mul_quantize_cuda(const Tensor& gate, const Tensor& up, ScalarType dtype,
-                                 const OptionalTensor& a_scale) {
-  return activate_quantize("silu_mul_quantize", Activation::kSilu, gate, up, dtype, a_scale);
+Quantized silu_mul_quantize_cuda(const Tensor& gate, const Tensor& up, ScalarType dtype, const OptionalTensor& scale) {
+  return activate_quantize("silu_mul_quantize", Activation::kSilu, gate, up, dtype, scale);
 }
 
-Quantized gelu_mul_quantize_cuda(const Tensor& gate, const Tensor& up, ScalarType dtype, const OptionalTensor& a_scale,
+Quantized gelu_mul_quantize_cuda(const Tensor& gate, const Tensor& up, ScalarType dtype, const OptionalTensor& scale,
                                  const OpString& approximate) {
   constexpr const char* kOp = "gelu_mul_quantize";
-  return activate_quantize(kOp, gelu_kind(kOp, approximate), gate, up, dtype, a_scale);
+  return activate_quantize(kOp, gelu_kind(kOp, approximate), gate, up, dtype, scale);
 }
 
-Quantized gelu_quantize_cuda(const Tensor& x, ScalarType dtype, const OptionalTensor& a_scale,
+Quantized gelu_quantize_cuda(const Tensor& x, ScalarType dtype, const OptionalTensor& scale,
                              const OpString& approximate) {
   constexpr const char* kOp = "gelu_quantize";
-  return activate_quantize(kOp, gelu_kind(kOp, approximate), x, std::nullopt, dtype, a_scale);
+  return activate_quantize(kOp, gelu_kind(kOp, approximate), x, std::nullopt, dtype, scale);
 }
 
-Quantized relu_quantize_cuda(const Tensor& x, ScalarType dtype, const OptionalTensor& a_scale) {
-  return activate_quantize("relu_quantize", Activation::kRelu, x, std::nullopt, dtype, a_scale);
+Quantized relu_quantize_cuda(const Tensor& x, ScalarType dtype, const OptionalTensor& scale) {
+  return activate_quantize("relu_quantize", Activation::kRelu, x, std::nullopt, dtype, scale);
 }
 
 }  // namespace
