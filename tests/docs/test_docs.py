@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
@@ -115,6 +116,12 @@ def test_links_lead_somewhere() -> None:
     for page in PAGES:
         for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
             assert link.startswith("https://") or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+@pytest.mark.parametrize("generator", ["write_accuracy", "write_kv_cache", "write_performance"])
+def test_a_page_of_measurements_is_current(generator: str) -> None:
+    written = importlib.import_module(generator)
+    assert written.TARGET.read_text(encoding="utf-8") == written.page(), f"run tools/{generator}.py"
 
 
 def test_the_reference_of_the_ops_is_current() -> None:
