@@ -6,9 +6,7 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="The model: a directory, a hub id or a GGUF file. W8A8 works too.")
-]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="The model: a directory, a hub id or a GGUF file.")]
 Served = Annotated[
     str, typer.Argument(metavar="MODEL", help="The model: a directory or a hub id; W8A8 runs on 8-bit kernels.")
 ]
