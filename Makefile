@@ -88,7 +88,7 @@ wheel-test: wheel ## run the op tests with that one wheel under the oldest and t
 clean: ## remove what was built, keep $(VENV)
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage compile_commands.json
 	@rm -f smoothquant_ext/*.so $(STAMPS)/installed $(STAMPS)/dev
-	@find smoothquant_ext tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	@find smoothquant_ext tests benchmarks tools -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## remove also $(VENV) and the demo's files
 	@rm -rf $(VENV) .venv-peers .venv-llmc demo .cache

@@ -1,9 +1,9 @@
-"""Every CUDA kernel once or twice, on small and awkward shapes, compared with the oracle; for compute-sanitizer.
+"""Runs every CUDA kernel on small and awkward shapes and compares it with the oracle; for compute-sanitizer.
 
     SMOOTHQUANT_UNVALIDATED_CUDA=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer \\
         python benchmarks/cuda_small_set.py [--own]
 
-``--own`` runs our own tensor-core products instead, those of them that the GPU has. With ``--device cpu`` it runs
+``--own`` runs this package's tensor-core products instead, as far as the GPU supports them. ``--device cpu`` runs
 without a GPU, which tests the script.
 """
 
@@ -25,7 +25,7 @@ EIGHT_BIT = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
-    """On the CPU: the same numbers everywhere."""
+    """Random numbers from the CPU's generator, so that they are the same everywhere."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -47,7 +47,7 @@ def producers() -> Iterator[tuple[str, tuple[Any, ...]]]:
 
 
 def products() -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Both kinds of rows, few and many, of sizes that tensor cores take and that they do not."""
+    """Products of few and many rows, of sizes that tensor cores support and that they do not."""
     for m, n, k in ((1, 9, 33), (5, 64, 640), (9, 30, 70), (40, 64, 64), (130, 48, 528)):
         for eight_bit in EIGHT_BIT:
             a, a_scale = reference.quantize_per_token(randn(m, k), eight_bit)
@@ -58,7 +58,7 @@ def products() -> Iterator[tuple[str, tuple[Any, ...]]]:
 
 
 def own_products(arch: int) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
-    """The family to ask for, and a product: less than a tile, several tiles and stages, k that is split; all types."""
+    """Families of kernels, each with a product: less than a tile, several tiles and stages, a split k; all dtypes."""
     for family in own_gemms(Gpu("", arch), ("gemm_int8",)):
         for m, n, k in ((1, 33, 16), (40, 64, 64), (130, 48, 528), (300, 272, 1040), (20, 256, 4096)):
             for a_type in EIGHT_BIT if arch >= OLDEST_FP8 else EIGHT_BIT[:1]:
@@ -69,7 +69,7 @@ def own_products(arch: int) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
 
 
 def differs(actual: Tensor, expected: Tensor, is_exact: bool) -> bool:
-    """Whether a result is wrong: any bit of it, or, of an fp8 product, more than tensor cores lose."""
+    """Whether a result is wrong: any bit of it or, of an fp8 product, more than the precision of tensor cores."""
     actual = actual.cpu()
     if is_exact:
         return not torch.equal(actual.view(torch.uint8), expected.view(torch.uint8))
@@ -78,7 +78,7 @@ def differs(actual: Tensor, expected: Tensor, is_exact: bool) -> bool:
 
 
 def main() -> int:
-    """Runs all of it; the exit status says whether everything was right."""
+    """Runs all cases; exit status 1 if a result is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--own", action="store_true")

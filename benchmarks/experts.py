@@ -1,10 +1,11 @@
-"""The experts of one layer in the shape of Qwen3-30B-A3B, ours in INT8 beside transformers' in bf16.
+"""Times the experts of one layer in the shape of Qwen3-30B-A3B: this package in INT8, transformers in bf16.
 
     python benchmarks/experts.py --output benchmarks/results/experts.json
 
-128 experts of which a token goes to 8, hidden size 2048, inner size 768; weights and routing are random. Every call has
-another routing, so that weights come from memory as they do when other layers run in between. Methods take turns; times
-are medians. batched_mm copies the weights of every token's experts, and is left out where that does not fit the memory.
+The layer has 128 experts, 8 for each token, hidden size 2048 and inner size 768. Weights and routing are random. Every
+call has another routing, so that weights come from memory as in a model, where other layers run in between. Methods
+take turns; times are medians. batched_mm copies the weights of every token's experts and is left out if memory is too
+small.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def _routing(tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def _errors(methods: dict[str, Callable[..., Tensor]], x: Tensor) -> dict[str, float]:
-    """Relative, against transformers' eager implementation; this also is the call that warms up."""
+    """Relative errors against transformers' eager implementation; these calls also warm up."""
     chosen = _routing(len(x))
     expected = methods["eager"](x, *chosen).float()
     return {name: float((run(x, *chosen).float() - expected).norm() / expected.norm()) for name, run in methods.items()}
