@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from pages import ROOT, ops_example
 
-
 COMPILED = ROOT / "build" / "temp" / "build.ninja"
 
 
