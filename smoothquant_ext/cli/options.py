@@ -1,10 +1,22 @@
-"""The options of the commands: what each is called and what ``--help`` says of it."""
+"""The options of the commands: their names, and their descriptions in ``--help``."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated
 
 import typer
+
+from ..checkpoint.formats.registry import written_formats  # imports torch, as the package does, but not transformers
+from ..scheme import SCHEMES
+
+
+def _default_alphas() -> str:
+    """The default of most schemes, and the exceptions by name."""
+    usual = Counter(scheme.alpha for scheme in SCHEMES.values()).most_common(1)[0][0]
+    others = [f", for {scheme.name} {scheme.alpha:g}" for scheme in SCHEMES.values() if scheme.alpha != usual]
+    return f"Default: {usual:g}{''.join(others)}."
+
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A model: a directory, a hub id, a GGUF file, or a W8A8 checkpoint.")
@@ -42,17 +54,16 @@ Dtype = Annotated[
 Alpha = Annotated[
     float | None,
     typer.Option(
-        help="How much of the outliers moves from the activations into the weights, 0 to 1. "
-        "Default: 0.5, for int8-static 0.8.",
+        help=f"How much of the outliers moves from the activations into the weights, 0 to 1. {_default_alphas()}",
     ),
 ]
 AlphaOrAuto = Annotated[
     str | None,
     typer.Option(
         metavar="NUMBER|auto",
-        help="How much of the outliers moves from the activations into the weights, 0 to 1. Default: 0.5, for "
-        "int8-static 0.8. auto: searches the best for each group of layers, on the real kernels, and rounds weights by "
-        "GPTQ; more accurate, takes minutes, and goes on where it stopped if it was cut off.",
+        help="How much of the outliers moves from the activations into the weights, 0 to 1. "
+        f"{_default_alphas()} auto: searches the best for each group of layers, on the real kernels, and rounds "
+        "weights by GPTQ; more accurate, takes minutes, and goes on where it stopped if it was cut off.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -113,7 +124,15 @@ StoredFormat = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="compressed-tensors, which vLLM, SGLang and transformers read, or lmdeploy. auto: the former, or the one "
-        "that can store the model: lmdeploy for fp8-e5m2, smoothquant-ext for --explicit.",
+        help="; ".join(f"{name}, read by {fmt.read_by}" for name, fmt in written_formats().items())
+        + ". auto: the first of these that can store the model.",
+    ),
+]
+SchemeName = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help=f"One of {', '.join(SCHEMES)}. Activations get a scale per token at run time, or with -static one per "
+        "layer from calibration: a little less accurate.",
     ),
 ]

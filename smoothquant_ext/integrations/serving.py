@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.reading import MODELOPT_CONFIG, find_quantization
+from ..checkpoint.reading import CONFIG, find_quantization
 from ..compat import first_line
 from ..errors import SmoothQuantError
 from .from_pretrained import enable
@@ -96,9 +96,9 @@ def _start(model: str, host: str, port: int, dtype: str, device: str, **options:
     """transformers' server with its model loaded, serving in a thread, so that the signals are ours."""
     from transformers.cli.serve import Serve
 
-    if Path(model).is_dir() and (found := find_quantization(Path(model))) and found[1].name == MODELOPT_CONFIG:
+    if Path(model).is_dir() and (found := find_quantization(Path(model))) and found[1].name != CONFIG:
         raise SmoothQuantError(
-            f"{model} says in {MODELOPT_CONFIG} only how it is quantized, where transformers does not look; run "
+            f"{model} says in {found[1].name} only how it is quantized, where transformers does not look; run "
             f"'smoothquant convert' on it first"
         )
     enable()
