@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import cached_file
 
 from .checkpoint import loading
-from .checkpoint.reading import MODELOPT_CONFIG, find_quantization
+from .checkpoint.formats.registry import config_files
+from .checkpoint.reading import find_quantization
 from .compat import first_line, quiet_transformers
 from .errors import SmoothQuantError
 
@@ -110,17 +111,15 @@ def _load_from_hub(
 
 
 def _is_quantized(name: str, config: Any, offline: bool) -> bool:
-    """Whether a model on the hub is quantized, by its configuration or by ModelOpt's file beside it."""
+    """Whether a model on the hub is quantized, by its config.json or by the file of a format beside it."""
     if getattr(config, "quantization_config", None) or getattr(config, "compression_config", None):
         return True
-    modelopt_file: str | None = cached_file(
-        name,
-        MODELOPT_CONFIG,
-        local_files_only=offline,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return modelopt_file is not None
+    options = {
+        "local_files_only": offline,
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    return any(cached_file(name, file, **options) is not None for file in config_files())
 
 
 def _is_offline() -> bool:

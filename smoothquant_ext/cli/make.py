@@ -22,6 +22,7 @@ from .options import (
     Only,
     Rounding,
     Samples,
+    SchemeName,
     Seed,
     Seqlen,
     Skip,
@@ -30,7 +31,6 @@ from .options import (
 )
 from .support import (
     CALIBRATION_TEXT,
-    FORMATS,
     TEST_SAMPLES,
     add_to_card,
     choose,
@@ -52,14 +52,7 @@ def quantize(
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Directory to write; new, empty or a W8A8 checkpoint.")
     ],
-    scheme: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="int8, int8-static, fp8, fp8-static or fp8-e5m2. Activations have one scale per token, computed at "
-            "run time. With -static they have one scale per layer, from calibration, which is less accurate.",
-        ),
-    ] = "int8",
+    scheme: SchemeName = "int8",
     alpha: AlphaOrAuto = None,
     no_smooth: NoSmooth = False,
     explicit: Explicit = False,
@@ -93,7 +86,7 @@ def quantize(
     the output. Output embedding and expert routers stay in floating point.
     """
     from ..checkpoint import saving
-    from ..checkpoint.formats.base import choose_format
+    from ..checkpoint.formats.registry import choose_format, written_formats
     from ..quantization.pipeline import quantize as quantize_
     from ..quantization.recipe import AUTO, Recipe
     from ..reporting.tables import render_report
@@ -110,7 +103,7 @@ def quantize(
         tuple(skip or ()),
         tuple(only or ()),
     )
-    chosen = choose_format(choose("format", format, FORMATS), [recipe.resolved_scheme], explicit)
+    chosen = choose_format(choose("format", format, ("auto", *written_formats())), [recipe.resolved_scheme], explicit)
     stored = parse_dtype(dtype)
     target = saving.check_destination(output)
 
@@ -151,9 +144,10 @@ def convert(
     Reads compressed-tensors, LMDeploy, and the FP8 formats of vLLM, transformers, FBGEMM and ModelOpt.
     """
     from ..checkpoint import saving
+    from ..checkpoint.formats.registry import written_formats
     from ..checkpoint.naming import count_quantized
 
-    chosen = choose("format", format, FORMATS)
+    chosen = choose("format", format, ("auto", *written_formats()))
     target = saving.check_destination(output)
     if target == Path(source).resolve():
         raise SmoothQuantError(f"--output is {output}, the checkpoint to convert; name another directory")

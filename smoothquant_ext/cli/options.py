@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated
 
 import typer
+
+from ..checkpoint.formats.registry import written_formats  # imports torch, as the package does, but not transformers
+from ..scheme import SCHEMES
+
+
+def _default_alphas() -> str:
+    """The default of most schemes, and the exceptions by name."""
+    usual = Counter(scheme.alpha for scheme in SCHEMES.values()).most_common(1)[0][0]
+    others = [f"; {scheme.name}: {scheme.alpha:g}" for scheme in SCHEMES.values() if scheme.alpha != usual]
+    return f"Default: {usual:g}{''.join(others)}."
+
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="The model: a directory, a hub id or a GGUF file.")]
 Served = Annotated[
@@ -40,14 +52,14 @@ Dtype = Annotated[
 Alpha = Annotated[
     float | None,
     typer.Option(
-        help="How far smoothing moves outliers from activations to weights, 0 to 1. Default: 0.5; int8-static: 0.8.",
+        help="How far smoothing moves outliers from activations to weights, 0 to 1. " + _default_alphas(),
     ),
 ]
 AlphaOrAuto = Annotated[
     str | None,
     typer.Option(
         metavar="NUMBER|auto",
-        help="How far smoothing moves outliers from activations to weights, 0 to 1. Default: 0.5; int8-static: 0.8. "
+        help=f"How far smoothing moves outliers from activations to weights, 0 to 1. {_default_alphas()} "
         "auto: searches the best alpha for each group of layers on the real kernels, and rounds weights by GPTQ. It is "
         "more accurate and takes minutes; the same command resumes an interrupted search.",
     ),
@@ -110,7 +122,15 @@ StoredFormat = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="compressed-tensors (read by vLLM, SGLang and transformers), lmdeploy or smoothquant-ext. auto: "
-        "compressed-tensors, but lmdeploy for fp8-e5m2 and smoothquant-ext for --explicit.",
+        help="; ".join(f"{name}, read by {fmt.read_by}" for name, fmt in written_formats().items())
+        + ". auto: the first of these that can store the model.",
+    ),
+]
+SchemeName = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help=f"{', '.join(SCHEMES)}. Activations have one scale per token, computed at run time. With -static they "
+        "have one scale per layer, from calibration, which is less accurate.",
     ),
 ]

@@ -22,7 +22,6 @@ CALIBRATION_TEXT = "Salesforce/wikitext/wikitext-2-raw-v1:train"
 TEST_TEXT = "Salesforce/wikitext/wikitext-2-raw-v1:test"
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 KV_CACHES = ("auto", "int8")
-FORMATS = ("auto", "compressed-tensors", "lmdeploy", "smoothquant-ext")
 TEST_SAMPLES = 64  # windows
 
 

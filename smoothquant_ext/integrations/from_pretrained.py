@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from ..checkpoint.formats.registry import METHODS, parse_quantization_config
+from ..checkpoint.formats.registry import parse_quantization_config, quant_methods
 from ..checkpoint.hf_quantizer import W8A8Config
 from ..errors import SmoothQuantError
 from .lora import forget_adapters, use_adapters
@@ -52,7 +52,7 @@ def enable() -> None:
     installed, it can put LoRA adapters on the 8-bit layers. A second call changes nothing.
     """
     use_adapters()
-    for method in METHODS:
+    for method in quant_methods():
         former = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
         if not isinstance(former, _Entry):
             AUTO_QUANTIZATION_CONFIG_MAPPING[method] = _Entry(method, former)

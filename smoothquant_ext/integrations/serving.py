@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.reading import MODELOPT_CONFIG, find_quantization
+from ..checkpoint.reading import CONFIG, find_quantization
 from ..compat import first_line
 from ..errors import SmoothQuantError
 from .from_pretrained import enable
@@ -96,9 +96,9 @@ def _start(model: str, host: str, port: int, dtype: str, device: str, **options:
     """Starts transformers' server in a thread, with the model loaded. The main thread keeps the signals."""
     from transformers.cli.serve import Serve
 
-    if Path(model).is_dir() and (found := find_quantization(Path(model))) and found[1].name == MODELOPT_CONFIG:
+    if Path(model).is_dir() and (found := find_quantization(Path(model))) and found[1].name != CONFIG:
         raise SmoothQuantError(
-            f"{model} describes its quantization only in {MODELOPT_CONFIG}, which transformers does not read; run "
+            f"{model} describes its quantization only in {found[1].name}, which transformers does not read; run "
             f"'smoothquant convert' on it first"
         )
     enable()

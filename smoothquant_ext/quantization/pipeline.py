@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..checkpoint.hf_names import expert_names
-from ..checkpoint.naming import describe_
+from ..checkpoint.naming import set_quantization_config_
 from ..fusion.fuse import fuse_
 from ..nn.experts import as_experts
+from ..nn.finalize import finalize_
 from ..probing.blocks import Batch, find_blocks, token_ids
 from ..probing.smoothing_groups import Discovery, discover
 from ..progress import track
@@ -124,7 +125,7 @@ def quantize(
         as_experts(model.get_submodule(name)).names = own_names
     report.fused = fuse_(model)
     if isinstance(model, PreTrainedModel):
-        describe_(model)
+        finalize_(model, refused=set_quantization_config_(model))
     notes.remove()
 
     smoothed = {consumer for group in done.smoothing.groups for consumer in group.consumers}
