@@ -73,7 +73,7 @@ class Format:
         """Reads a ``quantization_config`` that the format recognizes.
 
         Args:
-            config: the value found.
+            config: the ``quantization_config``.
             where: the name of its file, for messages.
 
         Raises:

@@ -49,7 +49,7 @@ _NOT_W8A8: Mapping[str, tuple[str, str]] = MappingProxyType(
 
 
 def quant_methods() -> list[str]:
-    """The values of ``quant_method`` under which W8A8 is found."""
+    """The values of ``quant_method`` of checkpoints that may be W8A8."""
     return list(dict.fromkeys(fmt.quant_method for fmt in FORMATS))
 
 
@@ -67,7 +67,7 @@ def parse_quantization_config(config: object, where: str) -> QuantizationMap:
     """Reads the ``quantization_config`` of a config.json.
 
     Args:
-        config: the value found there, or the content of a format's ``config_file``.
+        config: its value, or the content of a format's ``config_file``.
         where: the file's name, for messages.
 
     Raises:
