@@ -1,9 +1,9 @@
 // Attention in bf16 with the tile registers of AMX, whose second operand is what vdpbf16ps takes too.
-#include "amx.h"
+#include "cpu/kernels/amx.h"
 
 #if SQ_X86
 #define SQ_ATTENTION_TARGET SQ_AMX
-#include "attention_avx512_bf16.h"
+#include "cpu/kernels/attention_avx512_bf16.h"
 
 namespace sq {
 namespace {

@@ -3,7 +3,7 @@
 #include <immintrin.h>
 
 #define SQ_ATTENTION_TARGET __attribute__((target("avx2,fma,f16c")))
-#include "attention_body.h"
+#include "cpu/kernels/attention_body.h"
 
 namespace sq {
 namespace {

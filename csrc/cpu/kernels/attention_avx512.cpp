@@ -1,9 +1,9 @@
 // Attention with AVX-512, sixteen floats at a time.
-#include "avx512.h"
+#include "cpu/kernels/avx512.h"
 
 #if SQ_X86
 #define SQ_ATTENTION_TARGET SQ_AVX512
-#include "attention_avx512.h"
+#include "cpu/kernels/attention_avx512.h"
 
 namespace sq {
 

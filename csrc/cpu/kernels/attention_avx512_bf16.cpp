@@ -1,9 +1,9 @@
 // Attention in bf16 with vdpbf16ps, which multiplies pairs and adds them to fp32.
-#include "avx512.h"
+#include "cpu/kernels/avx512.h"
 
 #if SQ_X86
 #define SQ_ATTENTION_TARGET __attribute__((target(SQ_AVX512_FEATURES ",avx512bf16")))
-#include "attention_avx512_bf16.h"
+#include "cpu/kernels/attention_avx512_bf16.h"
 
 namespace sq {
 

@@ -2,7 +2,7 @@
 #include <cmath>
 
 #define SQ_ATTENTION_TARGET
-#include "attention_body.h"
+#include "cpu/kernels/attention_body.h"
 
 namespace sq {
 namespace {

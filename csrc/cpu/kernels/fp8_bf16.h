@@ -1,7 +1,7 @@
 // FP8 values to bf16, which holds all of them, by byte permutations: what the kernels share that multiply FP8 in bf16.
 #pragma once
 
-#include "avx512.h"
+#include "cpu/kernels/avx512.h"
 
 #if SQ_X86
 

@@ -11,7 +11,7 @@
 
 #include <cstdint>
 
-#include "dtypes.h"
+#include "common/dtypes.h"
 
 namespace sq {
 

@@ -9,8 +9,8 @@
 // and for FP8 decoding the next one.
 #include <algorithm>
 
-#include "../scratch.h"
-#include "amx.h"
+#include "cpu/kernels/amx.h"
+#include "cpu/kernels/scratch.h"
 
 #if SQ_X86
 

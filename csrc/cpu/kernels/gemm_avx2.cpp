@@ -1,7 +1,7 @@
 // INT8 product with AVX2, which has no instruction for bytes that cannot overflow: both operands are widened to 16 bits,
 // and vpmaddwd multiplies 4 columns x 4 k of the weight by 4 broadcast values of a row, into two sums a column that are
 // added at the end of a chunk. The weight is widened as it is loaded, for up to 6 rows at a time. See gemm_ymm.h.
-#include "gemm_ymm.h"
+#include "cpu/kernels/gemm_ymm.h"
 
 #if SQ_X86
 

@@ -5,7 +5,7 @@
 //
 // The weight comes from memory once a call, everything else from cache, and what costs time is waiting for it: the first
 // tiles of a chunk prefetch the next chunk, so that memory is read while the sums of this one are computed.
-#include "avx512.h"
+#include "cpu/kernels/avx512.h"
 
 #if SQ_X86
 

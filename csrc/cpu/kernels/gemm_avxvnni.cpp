@@ -1,6 +1,6 @@
 // INT8 product with AVX-VNNI, vpdpbusd in registers of 256 bits: every instruction multiplies 32 bytes of the weight
 // (8 columns, 4 k) by 4 broadcast bytes of a row. See gemm_ymm.h.
-#include "gemm_ymm.h"
+#include "cpu/kernels/gemm_ymm.h"
 
 #if SQ_X86
 

@@ -1,7 +1,7 @@
 // FP8 product with AVX2, FMA and F16C: the weight is decoded to fp32, 64 columns x 64 k at a time (16 KB, stays in L1), and
 // multiplied by fp32 activations with fused multiply-adds. A micro kernel holds up to 6 rows x 16 columns: 12 accumulators.
-#include "avx2.h"
-#include "epilogue.h"
+#include "cpu/kernels/avx2.h"
+#include "cpu/kernels/epilogue.h"
 
 #if SQ_X86
 

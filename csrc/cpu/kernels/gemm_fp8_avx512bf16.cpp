@@ -4,7 +4,7 @@
 // of e5m2's smallest value squared, 2^-32.
 //
 //   for panel: for depth chunk: decode it; for tile of rows: micro kernel, the first of which prefetch the next chunk
-#include "fp8_bf16.h"
+#include "cpu/kernels/fp8_bf16.h"
 
 #if SQ_X86
 

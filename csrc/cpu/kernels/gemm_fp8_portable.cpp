@@ -1,6 +1,6 @@
 // FP8 product for any CPU: both operands are decoded to fp32 through a table of 256 values.
-#include "epilogue.h"
-#include "gemm.h"
+#include "cpu/kernels/epilogue.h"
+#include "cpu/kernels/gemm.h"
 
 namespace sq {
 namespace {

@@ -1,6 +1,6 @@
 // INT8 product for any CPU: plain loops, for compilers to vectorize.
-#include "epilogue.h"
-#include "gemm.h"
+#include "cpu/kernels/epilogue.h"
+#include "cpu/kernels/gemm.h"
 
 namespace sq {
 

@@ -2,9 +2,9 @@
 // second. A block is 32 columns of y: 4 tiles of sums, 2 of weight, 2 of x.
 #include <algorithm>
 
-#include "../scratch.h"
-#include "amx.h"
-#include "linear.h"
+#include "cpu/kernels/amx.h"
+#include "cpu/kernels/linear.h"
+#include "cpu/kernels/scratch.h"
 
 #if SQ_X86
 

@@ -1,7 +1,7 @@
 // With vdpbf16ps: 4 columns of the weight times up to 4 rows of x are summed together, 32 k a step, so that a loaded vector
 // of either is used several times and the sums are independent.
-#include "avx512.h"
-#include "linear.h"
+#include "cpu/kernels/avx512.h"
+#include "cpu/kernels/linear.h"
 
 #if SQ_X86
 

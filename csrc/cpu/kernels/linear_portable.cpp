@@ -1,5 +1,5 @@
 // For any CPU: plain loops over 16 partial sums a row, for compilers to vectorize.
-#include "linear.h"
+#include "cpu/kernels/linear.h"
 
 namespace sq {
 

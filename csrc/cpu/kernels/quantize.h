@@ -9,9 +9,9 @@
 
 #include <cstdint>
 
-#include "dtypes.h"
-#include "gemm.h"
-#include "row_scale.h"
+#include "common/dtypes.h"
+#include "common/row_scale.h"
+#include "cpu/kernels/gemm.h"
 
 namespace sq {
 

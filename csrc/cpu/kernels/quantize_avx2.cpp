@@ -1,7 +1,7 @@
 // The quantizers with AVX2, 32 elements a step; the last step of a row ends with it, and does again what it shares with the
 // one before. Bytes moved a row: the input once from memory and once from cache.
-#include "avx2.h"
-#include "quantize.h"
+#include "cpu/kernels/avx2.h"
+#include "cpu/kernels/quantize.h"
 
 #if SQ_X86
 

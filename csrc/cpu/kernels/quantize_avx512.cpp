@@ -1,6 +1,6 @@
 // The quantizers with AVX-512, 64 elements a step. Bytes moved a row: the input once from memory and once from cache.
-#include "avx512.h"
-#include "quantize.h"
+#include "cpu/kernels/avx512.h"
+#include "cpu/kernels/quantize.h"
 
 #if SQ_X86
 

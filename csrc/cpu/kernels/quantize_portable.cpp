@@ -1,7 +1,7 @@
 // Rows are done in chunks that are first widened to fp32, so that one loop per step serves all input types and vectorizes.
 #include <cstring>
 
-#include "quantize.h"
+#include "cpu/kernels/quantize.h"
 
 namespace sq {
 namespace {

@@ -1,0 +1,72 @@
+// Arguments of the ops that run over rows, for every device.
+#pragma once
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "common/activation.h"
+#include "common/checks.h"
+#include "common/tensors.h"
+
+namespace sq {
+
+using Quantized = std::tuple<Tensor, Tensor>;             // q and scale
+using QuantizedSum = std::tuple<Tensor, Tensor, Tensor>;  // and x + residual
+
+inline Activation activation_kind(const char* op, const std::string& name) {
+  constexpr std::pair<const char*, Activation> kNames[] = {{"silu", Activation::kSilu},
+                                                           {"gelu", Activation::kGelu},
+                                                           {"gelu_tanh", Activation::kGeluTanh},
+                                                           {"relu", Activation::kRelu}};
+  for (const auto& [known, kind] : kNames) {
+    if (name == known) return kind;
+  }
+  fail(op, ": activation is '", name, "', expected silu, gelu, gelu_tanh or relu");
+}
+
+inline Activation gelu_kind(const char* op, const std::string& approximate) {
+  SQ_CHECK(approximate == "none" || approximate == "tanh", op, ": approximate is '", approximate,
+           "', expected none or tanh");
+  return approximate == "none" ? Activation::kGelu : Activation::kGeluTanh;
+}
+
+// A weight or bias of x [..., K].
+inline void check_channels(const char* op, const char* name, const Tensor& values, const Tensor& x) {
+  const int64_t k = x.size(x.dim() - 1);
+  check_same_device(op, name, values, "x", x);
+  check_float(op, name, values.scalar_type());
+  SQ_CHECK(values.numel() == k, op, ": ", name, " has ", values.numel(), " elements, expected K=", k);
+}
+
+inline void check_norm(const char* op, const Tensor& x, const Tensor& weight) {
+  check_activation(op, x);
+  check_channels(op, "weight", weight, x);
+}
+
+// All but the static scale: each device reads it in its own way. So below.
+inline void check_norm_quantize(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                ScalarType dtype, const OptionalTensor& residual) {
+  check_activation(op, x);
+  check_8bit(op, "dtype", dtype);
+  check_channels(op, "weight", weight, x);
+  if (bias.has_value()) check_channels(op, "bias", *bias, x);
+  if (residual.has_value()) check_alike(op, "residual", *residual, "x", x);
+}
+
+// The shape of the third result, x + residual.
+inline std::vector<int64_t> sum_shape(const Tensor& x, const OptionalTensor& residual) {
+  return residual.has_value() ? shape_of(x) : std::vector<int64_t>{0};
+}
+
+// Returns what messages call the first argument.
+inline const char* check_activate_quantize(const char* op, const Tensor& gate, const OptionalTensor& up,
+                                           ScalarType dtype) {
+  const char* name = up.has_value() ? "gate" : "x";
+  check_activation(op, gate, name);
+  check_8bit(op, "dtype", dtype);
+  if (up.has_value()) check_alike(op, "up", *up, name, gate);
+  return name;
+}
+
+}  // namespace sq
