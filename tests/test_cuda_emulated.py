@@ -23,7 +23,7 @@ from smoothquant_ext import backends, ops, reference
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [
     *(f"csrc/cuda/ops/{name}.cpp" for name in ("quantize", "norm_activation", "gemm", "linear")),
-    "csrc/cuda/compute/tile_product.cpp",
+    *(f"csrc/cuda/compute/{name}.cpp" for name in ("product", "quantize", "tile_product")),
     *(f"csrc/cuda/kernels/{name}.cu" for name in ("quantize", "norm", "activate", "gemm", "mma", "wgmma")),
     "tests/native/emulation/emulated_device.cpp",
 ]

@@ -1,4 +1,4 @@
-// Arguments of the ops that run over rows, for every device.
+// Arguments of norms and activations, for every device.
 #pragma once
 
 #include <string>
@@ -7,6 +7,7 @@
 
 #include "common/activation.h"
 #include "common/checks.h"
+#include "common/norm.h"
 #include "common/tensors.h"
 
 namespace sq {
@@ -44,14 +45,24 @@ inline void check_norm(const char* op, const Tensor& x, const Tensor& weight) {
   check_channels(op, "weight", weight, x);
 }
 
+// What an op takes that quantizes a norm of x, or of x + residual. No scale: one a row.
+struct NormQuantizeInputs {
+  Norm norm;
+  const Tensor& x;
+  const Tensor& weight;
+  const OptionalTensor& bias;
+  double eps, offset;
+  ScalarType dtype;
+  const OptionalTensor &residual, &scale;
+};
+
 // All but the static scale: each device reads it in its own way. So below.
-inline void check_norm_quantize(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                ScalarType dtype, const OptionalTensor& residual) {
-  check_activation(op, x);
-  check_8bit(op, "dtype", dtype);
-  check_channels(op, "weight", weight, x);
-  if (bias.has_value()) check_channels(op, "bias", *bias, x);
-  if (residual.has_value()) check_alike(op, "residual", *residual, "x", x);
+inline void check_norm_quantize(const char* op, const NormQuantizeInputs& inputs) {
+  check_activation(op, inputs.x);
+  check_8bit(op, "dtype", inputs.dtype);
+  check_channels(op, "weight", inputs.weight, inputs.x);
+  if (inputs.bias.has_value()) check_channels(op, "bias", *inputs.bias, inputs.x);
+  if (inputs.residual.has_value()) check_alike(op, "residual", *inputs.residual, "x", inputs.x);
 }
 
 // The shape of the third result, x + residual.
@@ -59,13 +70,21 @@ inline std::vector<int64_t> sum_shape(const Tensor& x, const OptionalTensor& res
   return residual.has_value() ? shape_of(x) : std::vector<int64_t>{0};
 }
 
+// What an op takes that quantizes act(gate), or act(gate) * up.
+struct ActivateQuantizeInputs {
+  Activation activation;
+  const Tensor& gate;
+  const OptionalTensor& up;
+  ScalarType dtype;
+  const OptionalTensor& scale;
+};
+
 // Returns what messages call the first argument.
-inline const char* check_activate_quantize(const char* op, const Tensor& gate, const OptionalTensor& up,
-                                           ScalarType dtype) {
-  const char* name = up.has_value() ? "gate" : "x";
-  check_activation(op, gate, name);
-  check_8bit(op, "dtype", dtype);
-  if (up.has_value()) check_alike(op, "up", *up, name, gate);
+inline const char* check_activate_quantize(const char* op, const ActivateQuantizeInputs& inputs) {
+  const char* name = inputs.up.has_value() ? "gate" : "x";
+  check_activation(op, inputs.gate, name);
+  check_8bit(op, "dtype", inputs.dtype);
+  if (inputs.up.has_value()) check_alike(op, "up", *inputs.up, name, inputs.gate);
   return name;
 }
 

@@ -14,12 +14,11 @@
 #include <cstdint>
 
 #include "common/activation.h"
+#include "common/norm.h"
 #include "common/row_scale.h"
 #include "cpu/kernels/gemm.h"
 
 namespace sq {
-
-enum class Norm { kRms, kLayer };
 
 struct NormArgs {
   Norm norm;

@@ -19,22 +19,22 @@ constexpr GemmRequest kRequests[] = {
 
 void multiply_by_wgmma(const char* op, const TileJob& job, const GemmChoice& choice, int multiprocessors,
                        const Tensor& like) {
-  const Finish& finish = job.finish;
+  const Epilogue& epilogue = job.epilogue;
   WgmmaJob wgmma{};
   wgmma.product = job;
   wgmma.is_swapped = choice.config->kernel == GemmKernel::kSwapped;
-  wgmma.a_map = map_of_rows(op, job.a, finish.m, job.k, choice.config->tile_m);
-  wgmma.b_map = map_of_rows(op, job.b, finish.n, job.k, choice.config->tile_n);
+  wgmma.a_map = map_of_rows(op, job.a, epilogue.m, job.k, choice.config->tile_m);
+  wgmma.b_map = map_of_rows(op, job.b, epilogue.n, job.k, choice.config->tile_n);
   wgmma.multiprocessors = multiprocessors;
   wgmma.splits = choice.splits;
   if (!wgmma.is_swapped) return launch_wgmma_gemm(wgmma, current_stream(like));
   const bool is_int32 = job.a_dtype == DType::kInt8;
   Tensor sums =
-      empty_like_device(like, {choice.splits, finish.m, finish.n}, is_int32 ? ScalarType::Int : ScalarType::Float);
+      empty_like_device(like, {choice.splits, epilogue.m, epilogue.n}, is_int32 ? ScalarType::Int : ScalarType::Float);
   wgmma.parts = sums.mutable_data_ptr();
   launch_wgmma_gemm(wgmma, current_stream(like));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  launch_epilogue({wgmma.parts, choice.splits, is_int32, finish}, current_stream(like));
+  launch_epilogue({wgmma.parts, choice.splits, is_int32, epilogue}, current_stream(like));
 }
 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kChunk == 0; }
@@ -54,12 +54,12 @@ void multiply_tiles(const char* op, const GemmRequest& request, const TileJob& j
   const int device = like.get_device_index();
   const CodeArch code = device_code(device);
   TileProblem problem{};
-  problem.m = job.finish.m;
-  problem.n = job.finish.n;
+  problem.m = job.epilogue.m;
+  problem.n = job.epilogue.n;
   problem.k = job.k;
   problem.a = job.a_dtype;
   problem.b = job.b_dtype;
-  problem.y_bytes = static_cast<int>(element_size(job.finish.y_dtype));
+  problem.y_bytes = static_cast<int>(element_size(job.epilogue.y_dtype));
   problem.is_aligned = is_aligned(job.a) && is_aligned(job.b);
   problem.arch = device_arch(device);
   problem.code_arch = code.arch;

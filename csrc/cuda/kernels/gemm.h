@@ -9,7 +9,7 @@ namespace sq {
 
 // The last step of every product: y[m, n] = cast(float(sum[m, n]) * (a_scale[m] * b_scale[n]) + bias[n]), every operation
 // one fp32 operation.
-struct Finish {
+struct Epilogue {
   int64_t m, n;
   const float* a_scale;
   const float* b_scale;
@@ -24,14 +24,14 @@ struct SkinnyJob {
   const uint8_t *a, *b;    // [m, k] and [n, k], contiguous
   DType a_dtype, b_dtype;  // both int8, or either fp8
   int64_t k;
-  Finish finish;
+  Epilogue epilogue;
 };
 
 struct EpilogueJob {
   const void* sums;  // [splits, m, n], contiguous, int32 or fp32
   int splits;        // which are added, the first first
   bool is_int32;
-  Finish finish;
+  Epilogue epilogue;
 };
 
 struct WidenJob {

@@ -69,8 +69,8 @@ __global__ void __launch_bounds__(MmaTile::kThreads, MmaTile::blocks_together(kA
     constexpr int kM = Tile::kWarpM / 16, kN = Tile::kWarpN / 8;
     SQ_DYNAMIC_SHARED(uint8_t, room);
     const uint32_t stages = shared_address(room);
-    const Finish& finish = job.finish;
-    const TilePlace place = tile_place(blockIdx.x, tiles_of(finish.m, Tile::kM), tiles_of(finish.n, Tile::kN));
+    const Epilogue& epilogue = job.epilogue;
+    const TilePlace place = tile_place(blockIdx.x, tiles_of(epilogue.m, Tile::kM), tiles_of(epilogue.n, Tile::kN));
     const int64_t row = place.row * Tile::kM, column = place.column * Tile::kN;
     const int warp = static_cast<int>(threadIdx.x) / 32;
     const int first_m = warp % (Tile::kM / Tile::kWarpM) * Tile::kWarpM;
@@ -80,8 +80,8 @@ __global__ void __launch_bounds__(MmaTile::kThreads, MmaTile::blocks_together(kA
       if (k_tile < k_tiles) {
         const uint32_t stage = stages + static_cast<uint32_t>(k_tile % Tile::kStages * Tile::kStageBytes);
         const int64_t first_k = static_cast<int64_t>(k_tile) * Tile::kK;
-        copy_tile(stage, job.a, finish.m, job.k, row, first_k);
-        copy_tile(stage + Tile::kM * Tile::kK, job.b, finish.n, job.k, column, first_k);
+        copy_tile(stage, job.a, epilogue.m, job.k, row, first_k);
+        copy_tile(stage + Tile::kM * Tile::kK, job.b, epilogue.n, job.k, column, first_k);
       }
       commit_copies();  // past the end an empty group, so that the count of groups stays that of tiles
     };
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(MmaTile::kThreads, MmaTile::blocks_together(kA
       }
     }
     wait_for_copies<0>();
-    store_tile(finish, row + first_m, column + first_n, sums);
+    store_tile(epilogue, row + first_m, column + first_n, sums);
   }
 }
 

@@ -13,7 +13,8 @@
 
 #include <type_traits>
 
-#include "cuda/kernels/finish.cuh"
+#include "cuda/kernels/epilogue.cuh"
+#include "cuda/kernels/widen.cuh"
 
 namespace sq {
 
@@ -184,10 +185,10 @@ __global__ void __launch_bounds__(32 * kSkinnyWarps, skinny_blocks_together<Sum>
   const uint8_t *a_rows[kRows], *b_rows[kColumns];
   SQ_UNROLL
   for (int r = 0; r < kRows; ++r)
-    a_rows[r] = job.a + (first_row + r < job.finish.m ? first_row + r : job.finish.m - 1) * k;
+    a_rows[r] = job.a + (first_row + r < job.epilogue.m ? first_row + r : job.epilogue.m - 1) * k;
   SQ_UNROLL
   for (int c = 0; c < kColumns; ++c) {
-    b_rows[c] = job.b + (first_column + c < job.finish.n ? first_column + c : job.finish.n - 1) * k;
+    b_rows[c] = job.b + (first_column + c < job.epilogue.n ? first_column + c : job.epilogue.n - 1) * k;
   }
 
   Sum sums[kCount] = {};
@@ -200,11 +201,11 @@ __global__ void __launch_bounds__(32 * kSkinnyWarps, skinny_blocks_together<Sum>
   __syncthreads();
   for (unsigned i = threadIdx.x; i < kCount; i += blockDim.x) {
     const int64_t row = first_row + i / kColumns, column = first_column + i % kColumns;
-    if (row >= job.finish.m || column >= job.finish.n) continue;
+    if (row >= job.epilogue.m || column >= job.epilogue.n) continue;
     Sum sum = partial[0][i];
     for (unsigned other = 1; other < blockDim.x / 32; ++other) sum = sum + partial[other][i];
-    store_float(job.finish.y, job.finish.y_dtype, row * job.finish.n + column,
-                finish_value(job.finish, row, column, sum));
+    store_float(job.epilogue.y, job.epilogue.y_dtype, row * job.epilogue.n + column,
+                epilogue_value(job.epilogue, row, column, sum));
   }
 }
 

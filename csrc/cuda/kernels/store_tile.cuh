@@ -1,9 +1,9 @@
-// The end of the tensor-core products: scales, bias and cast of the sums that lie in the registers of a warp (see Finish),
+// The end of the tensor-core products: scales, bias and cast of the sums that lie in the registers of a warp (see Epilogue),
 // stored from there. Four neighbouring lanes store 8 neighbouring columns, two each: 16 bytes of a 16-bit row at a time,
 // half a sector of L2.
 #pragma once
 
-#include "cuda/kernels/finish.cuh"
+#include "cuda/kernels/epilogue.cuh"
 #include "cuda/kernels/tile_maps.h"
 
 namespace sq {
@@ -32,42 +32,42 @@ __device__ __forceinline__ void store_two(void* y, int64_t index, bool is_pair, 
 // Sums of kM x kN fragments of 16 x 8, of which the first is that of y[row, column]. Rows and columns past the last are
 // not stored. Types are told apart for each pair and not for all of them, which would be three times as much code.
 template <typename Sum, int kM, int kN>
-__device__ __forceinline__ void store_tile(const Finish& finish, int64_t row, int64_t column,
+__device__ __forceinline__ void store_tile(const Epilogue& epilogue, int64_t row, int64_t column,
                                            const Sum (&sums)[kM][kN][4]) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const MatrixPlace own = fragment_c(lane, 0);
   constexpr int kHalf = fragment_c(0, 2).row;  // from the first two values of a fragment to the other two
-  const int64_t pair_bytes = finish.y_dtype == DType::kFloat32 ? 8 : 4;
-  const bool in_pairs = finish.n % 2 == 0 && reinterpret_cast<uintptr_t>(finish.y) % pair_bytes == 0;
+  const int64_t pair_bytes = epilogue.y_dtype == DType::kFloat32 ? 8 : 4;
+  const bool in_pairs = epilogue.n % 2 == 0 && reinterpret_cast<uintptr_t>(epilogue.y) % pair_bytes == 0;
   float row_scales[2 * kM];
   SQ_UNROLL
   for (int i = 0; i < 2 * kM; ++i) {
     const int64_t at = row + own.row + i * kHalf;
-    row_scales[i] = at < finish.m ? finish.a_scale[at * finish.a_scale_step] : 0.0f;
+    row_scales[i] = at < epilogue.m ? epilogue.a_scale[at * epilogue.a_scale_step] : 0.0f;
   }
   SQ_UNROLL
   for (int j = 0; j < kN; ++j) {
     const int64_t first = column + own.column + j * 8;
-    if (first >= finish.n) break;
-    const bool is_pair = first + 1 < finish.n;
-    const ColumnFinish left = column_finish(finish, first);
-    const ColumnFinish right = is_pair ? column_finish(finish, first + 1) : left;
+    if (first >= epilogue.n) break;
+    const bool is_pair = first + 1 < epilogue.n;
+    const ColumnEpilogue left = column_epilogue(epilogue, first);
+    const ColumnEpilogue right = is_pair ? column_epilogue(epilogue, first + 1) : left;
     SQ_UNROLL
     for (int i = 0; i < 2 * kM; ++i) {
       const int64_t at = row + own.row + i * kHalf;
-      if (at >= finish.m) break;
-      const float one = finish_value(row_scales[i], left, sums[i / 2][j][i % 2 * 2]);
-      const float other = finish_value(row_scales[i], right, sums[i / 2][j][i % 2 * 2 + 1]);
-      const int64_t index = at * finish.n + first;
-      switch (finish.y_dtype) {
+      if (at >= epilogue.m) break;
+      const float one = epilogue_value(row_scales[i], left, sums[i / 2][j][i % 2 * 2]);
+      const float other = epilogue_value(row_scales[i], right, sums[i / 2][j][i % 2 * 2 + 1]);
+      const int64_t index = at * epilogue.n + first;
+      switch (epilogue.y_dtype) {
         case DType::kBFloat16:
-          store_two<BFloat16>(finish.y, index, is_pair, in_pairs, one, other);
+          store_two<BFloat16>(epilogue.y, index, is_pair, in_pairs, one, other);
           break;
         case DType::kFloat16:
-          store_two<Float16>(finish.y, index, is_pair, in_pairs, one, other);
+          store_two<Float16>(epilogue.y, index, is_pair, in_pairs, one, other);
           break;
         default:
-          store_two<float>(finish.y, index, is_pair, in_pairs, one, other);
+          store_two<float>(epilogue.y, index, is_pair, in_pairs, one, other);
       }
     }
   }

@@ -10,7 +10,7 @@ struct TileJob {
   const uint8_t *a, *b;    // [m, k] and [n, k], contiguous, 16-byte aligned
   DType a_dtype, b_dtype;  // both int8, or either fp8
   int64_t k;               // a multiple of 16
-  Finish finish;
+  Epilogue epilogue;
 };
 
 // Of WgmmaTile, or swapped of SwapTile.

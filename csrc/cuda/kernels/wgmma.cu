@@ -12,7 +12,7 @@ namespace {
 template <typename Tile>
 void launch_wgmma(const WgmmaJob& job, void* stream) {
   const TileJob& product = job.product;
-  const int64_t tiles = tiles_of(product.finish.m, Tile::kM) * tiles_of(product.finish.n, Tile::kN);
+  const int64_t tiles = tiles_of(product.epilogue.m, Tile::kM) * tiles_of(product.epilogue.n, Tile::kN);
   const int64_t blocks = std::min<int64_t>(tiles * job.splits, job.multiprocessors);
   with_operand_types(product.a_dtype, product.b_dtype, [&](auto a, auto b) {
     launch(wgmma_gemm_kernel<decltype(a)::value, decltype(b)::value, Tile>, blocks, Tile::kThreads, Tile::kSharedBytes,

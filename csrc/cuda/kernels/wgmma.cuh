@@ -53,7 +53,7 @@ struct WgmmaWork {
 // visit(WgmmaWork) for all that is this block's, in the same order for everybody in it.
 template <typename Tile, typename Visit>
 __device__ __forceinline__ void for_own_work(const TileJob& job, int splits, const Visit& visit) {
-  const int64_t rows = tiles_of(job.finish.m, Tile::kM), columns = tiles_of(job.finish.n, Tile::kN);
+  const int64_t rows = tiles_of(job.epilogue.m, Tile::kM), columns = tiles_of(job.epilogue.n, Tile::kN);
   const auto k_tiles = static_cast<int>(tiles_of(job.k, Tile::kK));
   for (int64_t index = blockIdx.x; index < rows * columns * splits; index += gridDim.x) {
     const TilePlace place = tile_place(index / splits, rows, columns);
@@ -138,10 +138,10 @@ __device__ __forceinline__ void empty_ring(const WgmmaRing<Tile>& ring, const Ti
     }
     const int own = first + static_cast<int>(threadIdx.x) / 32 % 4 * 16;
     if constexpr (Tile::kIsSwapped) {
-      const int64_t m = job.finish.m, n = job.finish.n;
+      const int64_t m = job.epilogue.m, n = job.epilogue.n;
       store_swapped_sums(static_cast<Sum*>(parts) + work.split * m * n, m, n, work.row, work.column + own, sums[0]);
     } else {
-      store_tile(job.finish, work.row + own, work.column, sums);
+      store_tile(job.epilogue, work.row + own, work.column, sums);
     }
   });
 }

@@ -1,30 +1,11 @@
 // quantize_per_token and quantize_static on CUDA devices.
-#include "cuda/kernels/quantize.h"
-
 #include <torch/csrc/stable/library.h>
 
 #include "cuda/compute/devices.h"
 #include "cuda/compute/quantize.h"
+#include "cuda/kernels/quantize.h"
 
 namespace sq {
-
-Quantized quantize_rows_cuda(const char* op, const Tensor& x, const OptionalTensor& smooth, const float* static_scale,
-                             ScalarType dtype) {
-  require_validated(op, Family::kQuantize, x.get_device_index());
-  const OptionalTensor divisors = as_contiguous(smooth);
-  QuantizeTarget target(x, dtype, static_scale);
-  QuantizeRowsJob job{};
-  job.x = x.const_data_ptr();
-  job.smooth = pointer<float>(divisors);
-  job.target = target.rows;
-  job.rows = row_count(x);
-  job.columns = x.size(x.dim() - 1);
-  job.x_dtype = kernel_dtype(x.scalar_type());
-  check_rows(op, job.rows);
-  launch_quantize_rows(job, current_stream(x));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return {target.q, target.scale};
-}
 
 namespace {
 

@@ -9,6 +9,7 @@
 
 #include "cuda/kernels/epilogue.cuh"
 #include "cuda/kernels/skinny.cuh"
+#include "cuda/kernels/widen.cuh"
 #include "native/cpu/codes.h"
 
 namespace {
@@ -38,8 +39,8 @@ struct Case {
   int64_t offset;  // bytes before a and b, which take their alignment away
 };
 
-Finish finish_of(const Case& test, const Buffer<float>& a_scale, const Buffer<float>& b_scale, const Output& bias,
-                 const Output& y) {
+Epilogue epilogue_of(const Case& test, const Buffer<float>& a_scale, const Buffer<float>& b_scale, const Output& bias,
+                     const Output& y) {
   return {test.m,
           test.n,
           a_scale.data(),
@@ -54,8 +55,8 @@ Finish finish_of(const Case& test, const Buffer<float>& a_scale, const Buffer<fl
 
 template <typename Sum, int kRows>
 void run_skinny(const SkinnyJob& job) {
-  const auto column_blocks = static_cast<unsigned>((job.finish.n + kSkinnyColumns - 1) / kSkinnyColumns);
-  const auto row_blocks = static_cast<unsigned>((job.finish.m + kRows - 1) / kRows);
+  const auto column_blocks = static_cast<unsigned>((job.epilogue.n + kSkinnyColumns - 1) / kSkinnyColumns);
+  const auto row_blocks = static_cast<unsigned>((job.epilogue.m + kRows - 1) / kRows);
   shim::run_grid(skinny_gemm_kernel<Sum, kRows, kSkinnyColumns>, column_blocks * row_blocks,
                  static_cast<unsigned>(skinny_threads(job.k)), size_t{0}, job, column_blocks,
                  can_move_words(job.a, job.b, job.k));
@@ -63,9 +64,9 @@ void run_skinny(const SkinnyJob& job) {
 
 template <typename Sum>
 void run_skinny(const SkinnyJob& job) {
-  if (job.finish.m == 1) return run_skinny<Sum, 1>(job);
-  if (job.finish.m == 2) return run_skinny<Sum, 2>(job);
-  if (job.finish.m <= 4) return run_skinny<Sum, 4>(job);
+  if (job.epilogue.m == 1) return run_skinny<Sum, 1>(job);
+  if (job.epilogue.m == 2) return run_skinny<Sum, 2>(job);
+  if (job.epilogue.m <= 4) return run_skinny<Sum, 4>(job);
   run_skinny<Sum, kSkinnyRows>(job);
 }
 
@@ -95,7 +96,7 @@ void test_skinny(const Case& test) {
                       test.a_dtype,
                       test.b_dtype,
                       test.k,
-                      finish_of(test, a_scale, b_scale, bias, y)};
+                      epilogue_of(test, a_scale, b_scale, bias, y)};
   is_int8 ? run_skinny<int32_t>(job) : run_skinny<float>(job);
   for (int64_t row = 0; row < test.m; ++row) {
     for (int64_t column = 0; column < test.n; ++column) {
@@ -135,7 +136,7 @@ void test_largest_sum() {
   Buffer<float> one(1);
   one[0] = 1.0f;
   const Output none(DType::kFloat32, 0), y(DType::kFloat32, test.m * test.n);
-  run_skinny<int32_t>({a.data(), b.data(), test.a_dtype, test.b_dtype, kMost, finish_of(test, one, one, none, y)});
+  run_skinny<int32_t>({a.data(), b.data(), test.a_dtype, test.b_dtype, kMost, epilogue_of(test, one, one, none, y)});
   for (int64_t i = 0; i < y.memory.size() / 4; ++i) {
     const float expected = static_cast<float>((i % 2 == 0 ? 1 : -1) * 127 * 127 * kMost);
     CHECK(y[i] == expected, "%g, expected %g", y[i], expected);
@@ -150,7 +151,7 @@ void test_special_values(DType dtype) {
   b[4 * test.k] = 0x7f;
   const Buffer<float> one = random_scales(1);
   const Output none(DType::kFloat32, 0), y(DType::kFloat32, test.m * test.n);
-  run_skinny<float>({a.data(), b.data(), dtype, dtype, test.k, finish_of(test, one, one, none, y)});
+  run_skinny<float>({a.data(), b.data(), dtype, dtype, test.k, epilogue_of(test, one, one, none, y)});
   for (int64_t i = 0; i < test.m * test.n; ++i) {
     const bool is_hit = i / test.n == 3 || i % test.n == 4;
     CHECK(std::isfinite(y[i]) == !is_hit, "[%" PRId64 ", %" PRId64 "]: %g", i / test.n, i % test.n, y[i]);
@@ -158,10 +159,10 @@ void test_special_values(DType dtype) {
 }
 
 template <typename Sum, typename Y>
-void run_epilogue(const Buffer<Sum>& sums, int splits, const Finish& finish, bool wide) {
-  const auto row_blocks = static_cast<unsigned>(epilogue_blocks(finish.n));
-  shim::run_grid(epilogue_kernel<Sum, Y>, static_cast<unsigned>(finish.m) * row_blocks, unsigned{kEpilogueThreads},
-                 size_t{0}, const_cast<const Sum*>(sums.data()), splits, finish, row_blocks, wide);
+void run_epilogue(const Buffer<Sum>& sums, int splits, const Epilogue& epilogue, bool wide) {
+  const auto row_blocks = static_cast<unsigned>(epilogue_blocks(epilogue.n));
+  shim::run_grid(epilogue_kernel<Sum, Y>, static_cast<unsigned>(epilogue.m) * row_blocks, unsigned{kEpilogueThreads},
+                 size_t{0}, const_cast<const Sum*>(sums.data()), splits, epilogue, row_blocks, wide);
 }
 
 template <typename Sum>
@@ -175,17 +176,17 @@ void test_epilogue(const Case& test, int splits) {
   const Buffer<float> a_scale = random_scales(test.a_per_row ? test.m : 1);
   const Buffer<float> b_scale = random_scales(test.b_per_column ? test.n : 1);
   const Output bias = random_bias(test), y(test.y_dtype, test.m * test.n);
-  const Finish finish = finish_of(test, a_scale, b_scale, bias, y);
+  const Epilogue epilogue = epilogue_of(test, a_scale, b_scale, bias, y);
   const bool wide = test.n % kEpilogueColumns == 0;
   switch (test.y_dtype) {
     case DType::kBFloat16:
-      run_epilogue<Sum, BFloat16>(sums, splits, finish, wide);
+      run_epilogue<Sum, BFloat16>(sums, splits, epilogue, wide);
       break;
     case DType::kFloat16:
-      run_epilogue<Sum, Float16>(sums, splits, finish, wide);
+      run_epilogue<Sum, Float16>(sums, splits, epilogue, wide);
       break;
     default:
-      run_epilogue<Sum, float>(sums, splits, finish, wide);
+      run_epilogue<Sum, float>(sums, splits, epilogue, wide);
   }
   for (int64_t i = 0; i < count; ++i) {
     Sum sum = sums[i];

@@ -12,7 +12,7 @@ using namespace sq;
 
 template <DType kA, DType kB>
 void run(const TileJob& job) {
-  const int64_t tiles = tiles_of(job.finish.m, MmaTile::kM) * tiles_of(job.finish.n, MmaTile::kN);
+  const int64_t tiles = tiles_of(job.epilogue.m, MmaTile::kM) * tiles_of(job.epilogue.n, MmaTile::kN);
   shim::run_tensor_cores(mma_gemm_kernel<kA, kB>, static_cast<unsigned>(tiles), unsigned{MmaTile::kThreads},
                          size_t{MmaTile::kSharedBytes}, job);
 }

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "cuda/kernels/finish.cuh"
+#include "cuda/kernels/epilogue.cuh"
 #include "cuda/kernels/tile_gemm.h"
 #include "cuda/kernels/with_type.h"
 #include "native/cpu/codes.h"
@@ -44,17 +44,17 @@ void test_tile_case(const TileCase& test, const Run& run) {
   for (int64_t i = 0; i < test.n; ++i) store_value(bias.data(), test.bias_dtype, i, random_float() * 3);
   const Buffer<uint8_t> y(test.m * test.n * element_size(test.y_dtype));
   for (int64_t i = 0; i < y.size(); ++i) y[i] = 0xa5;
-  const Finish finish{test.m,
-                      test.n,
-                      a_scale.data(),
-                      b_scale.data(),
-                      test.a_per_row ? 1 : 0,
-                      test.b_per_column ? 1 : 0,
-                      test.has_bias ? bias.data() : nullptr,
-                      test.bias_dtype,
-                      y.data(),
-                      test.y_dtype};
-  const TileJob job{a.data(), b.data(), test.a_dtype, test.b_dtype, test.k, finish};
+  const Epilogue epilogue{test.m,
+                          test.n,
+                          a_scale.data(),
+                          b_scale.data(),
+                          test.a_per_row ? 1 : 0,
+                          test.b_per_column ? 1 : 0,
+                          test.has_bias ? bias.data() : nullptr,
+                          test.bias_dtype,
+                          y.data(),
+                          test.y_dtype};
+  const TileJob job{a.data(), b.data(), test.a_dtype, test.b_dtype, test.k, epilogue};
   with_operand_types(test.a_dtype, test.b_dtype, [&](auto a_type, auto b_type) { run(a_type, b_type, job); });
 
   for (int64_t row = 0; row < test.m; ++row) {

@@ -19,22 +19,22 @@ TensorMap map_of(const uint8_t* data, int64_t rows, int64_t k, int box_rows) {
 template <typename Tile, DType kA, DType kB>
 void run(const TileJob& job, unsigned blocks, int splits, void* parts) {
   shim::run_tensor_cores(wgmma_gemm_kernel<kA, kB, Tile>, blocks, unsigned{Tile::kThreads}, size_t{Tile::kSharedBytes},
-                         job, splits, parts, map_of(job.a, job.finish.m, job.k, Tile::kM),
-                         map_of(job.b, job.finish.n, job.k, Tile::kN));
+                         job, splits, parts, map_of(job.a, job.epilogue.m, job.k, Tile::kM),
+                         map_of(job.b, job.epilogue.n, job.k, Tile::kN));
 }
 
 // The sums of the splits, which memory of exactly their size holds, and what epilogue.cuh does with them.
 template <DType kA, DType kB>
 void run_swapped(const TileJob& job, unsigned blocks, int splits) {
-  const Finish& finish = job.finish;
-  const int64_t count = finish.m * finish.n;
+  const Epilogue& epilogue = job.epilogue;
+  const int64_t count = epilogue.m * epilogue.n;
   const Buffer<SumOf<kA>> parts(splits * count);
   std::memset(parts.data(), 0xa5, static_cast<size_t>(parts.size()) * sizeof parts[0]);
   run<SwapTile, kA, kB>(job, blocks, splits, parts.data());
   for (int64_t i = 0; i < count; ++i) {
     SumOf<kA> sum = parts[i];
     for (int split = 1; split < splits; ++split) sum += parts[split * count + i];
-    store_value(finish.y, finish.y_dtype, i, finish_value(finish, i / finish.n, i % finish.n, sum));
+    store_value(epilogue.y, epilogue.y_dtype, i, epilogue_value(epilogue, i / epilogue.n, i % epilogue.n, sum));
   }
 }
 
