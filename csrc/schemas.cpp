@@ -61,9 +61,11 @@ STABLE_TORCH_LIBRARY(sq, m) {
       "attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, *, float scale, bool causal=False, "
       "Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor");
 
-  // Which CPU instruction set and kernels run: cpu_isa_why_not is empty for one that can; the families of cpu_kernel are
-  // quantize, pack, gemm_int8, gemm_fp8, rows, linear and attention; _set_cpu_isa is for tests and benchmarks.
+  // Which CPU instruction set and kernels run. cpu_isas: those compiled for this architecture, "amx,...,portable", the
+  // fastest first; cpu_isa_why_not is empty for one that can run; the families of cpu_kernel are quantize, pack, gemm_int8,
+  // gemm_fp8, norm_activation, linear and attention; _set_cpu_isa is for tests and benchmarks.
   m.def("cpu_isa() -> str");
+  m.def("cpu_isas() -> str");
   m.def("cpu_kernel(str family) -> str");
   m.def("cpu_isa_why_not(str isa) -> str");
   m.def("_set_cpu_isa(str isa) -> ()");

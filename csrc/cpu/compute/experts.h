@@ -126,7 +126,7 @@ struct Experts {
     args.scale = scale;
     args.x = x;
     args.x_dtype = dtype;
-    parallel_quantize(kernels.quantize_rows, args, tokens);
+    parallel_quantize(kernels.quantize.run, args, tokens);
     parallel_rows(pairs, k, [&](Range rows) {
       for (int64_t row = rows.begin; row < rows.end; ++row) {
         const int64_t token = dispatch.tokens[row];
@@ -154,7 +154,7 @@ struct Experts {
     combine.weights = weights;
     combine.y = y;
     combine.dtype = dtype;
-    parallel_rows(tokens, top_k * down.n() * 4, [&](Range rows) { kernels.combine_rows(combine, rows); });
+    parallel_rows(tokens, top_k * down.n() * 4, [&](Range rows) { kernels.norm_activation.combine(combine, rows); });
   }
 
   // Of every expert that has rows, with each of these weights.

@@ -67,7 +67,7 @@ class CacheBuffer {
       args.q = address(batch, head, token);
       args.q_dtype = DType::kInt8;
       args.scale = scale_ + (batch * heads_ + head) * room_ + token;
-      kernels.quantize_rows(args, {0, 1});
+      kernels.quantize.run(args, {0, 1});
     }
   }
 

@@ -53,10 +53,10 @@ void parallel_produce_quantize(QuantizeRows quantize, const QuantizeArgs& args, 
 inline void parallel_activate_quantize(const Kernels& kernels, const ActivateArgs& source, const QuantizeArgs& target,
                                        int64_t rows) {
   // An exponential costs about as much as moving 32 bytes.
-  parallel_produce_quantize(kernels.quantize_rows, target, rows, source.k * 32, [&](Range range, float* values) {
+  parallel_produce_quantize(kernels.quantize.run, target, rows, source.k * 32, [&](Range range, float* values) {
     ActivateArgs args = source;
     args.v = values;
-    kernels.activate_rows(args, range);
+    kernels.norm_activation.activate(args, range);
   });
 }
 

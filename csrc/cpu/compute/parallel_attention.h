@@ -20,7 +20,7 @@ inline void parallel_tasks(int64_t tasks, int64_t work, const std::function<void
 
 // y of args for all batches and heads.
 inline void parallel_attention(const Kernels& kernels, const AttentionArgs& args, int64_t batches) {
-  const Attend attend = kernels.attend;
+  const Attend attend = kernels.attention.run;
   const int64_t kv_heads = args.heads / args.group, q_len = args.q_len;
   const int64_t rows = q_len * args.group, work = args.kv_len * (args.d + args.v_d);
   const int64_t parts = rows <= kAttentionDirectRows ? div_up(args.kv_len, kAttentionChunk) : 1;

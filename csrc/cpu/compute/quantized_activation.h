@@ -18,7 +18,7 @@ class QuantizedActivation {
         k_(k),
         dtype_(dtype),
         q_stride_(padded_k(k) + kRowPad),
-        wide_stride_(is_int8() ? 0 : padded_k(k) * kernels.fp8_element_size + kRowPad),
+        wide_stride_(is_int8() ? 0 : padded_k(k) * kernels.fp8.element_size + kRowPad),
         scale_offset_(Scratch::align(padded_rows(m) * q_stride_)),
         wide_offset_(scale_offset_ + Scratch::align(m * static_cast<int64_t>(sizeof(float)))) {}
 
@@ -49,7 +49,7 @@ class QuantizedActivation {
     QuantizeArgs args = target(static_scale);
     args.x = x;
     args.x_dtype = x_dtype;
-    parallel_quantize(kernels_.quantize_rows, args, rows);
+    parallel_quantize(kernels_.quantize.run, args, rows);
   }
 
   // The products of the first rows with weights, in one parallel region. Those without scales for the activation get the
@@ -57,24 +57,23 @@ class QuantizedActivation {
   void multiply(std::vector<GemmArgs> products, DType a_dtype, int64_t rows) {
     widen_first(rows, a_dtype);
     for (GemmArgs& args : products) complete(args, rows);
-    parallel_gemm(gemm(), products, rows, block_bytes());
+    parallel_gemm(gemm().run, products, rows, gemm().block_bytes);
   }
 
   // The same for products of some of the first rows each.
   void multiply(std::vector<RowsProduct> products, DType a_dtype, int64_t rows) {
     widen_first(rows, a_dtype);
     for (RowsProduct& product : products) complete(product.args, product.rows.end - product.rows.begin);
-    parallel_gemm(gemm(), products, block_bytes());
+    parallel_gemm(gemm().run, products, gemm().block_bytes);
   }
 
  private:
-  GemmRange gemm() const { return is_int8() ? kernels_.gemm_int8 : kernels_.gemm_fp8; }
-  int64_t block_bytes() const { return is_int8() ? kernels_.block_bytes : kernels_.fp8_block_bytes; }
+  const GemmKernels& gemm() const { return is_int8() ? kernels_.int8 : kernels_.fp8; }
 
   void widen_first(int64_t rows, DType a_dtype) {
     if (is_int8()) return;
     const WidenArgs args{k_, q(), q_stride_, a_dtype, memory_ + wide_offset_, wide_stride_};
-    parallel_rows(rows, wide_stride_, [&](Range range) { kernels_.widen_fp8(args, range); });
+    parallel_rows(rows, wide_stride_, [&](Range range) { kernels_.fp8.widen(args, range); });
   }
 
   // The activation's part of a product's arguments.

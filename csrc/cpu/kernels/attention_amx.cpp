@@ -80,16 +80,18 @@ struct Products<Amx> {
   }
 };
 
-}  // namespace
-
 SQ_AMX void attend_amx(const AttentionArgs& args, const AttentionTask& task) {
   if (args.dtype == DType::kBFloat16) {
     const Tiles tiles;
     attend<Avx512, Amx, BFloat16>(args, task);
   } else {
-    attend_avx512(args, task);
+    kAttentionAvx512.run(args, task);
   }
 }
+
+}  // namespace
+
+constexpr AttentionKernels kAttentionAmx = {"amx", attend_amx};
 
 }  // namespace sq
 

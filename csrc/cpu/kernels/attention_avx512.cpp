@@ -7,9 +7,15 @@
 
 namespace sq {
 
+namespace {
+
 SQ_ATTENTION_TARGET void attend_avx512(const AttentionArgs& args, const AttentionTask& task) {
   attend_in_dtype<Avx512, Avx512>(args, task);
 }
+
+}  // namespace
+
+constexpr AttentionKernels kAttentionAvx512 = {"avx512", attend_avx512};
 
 }  // namespace sq
 

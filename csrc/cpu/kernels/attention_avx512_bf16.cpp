@@ -7,13 +7,19 @@
 
 namespace sq {
 
+namespace {
+
 SQ_ATTENTION_TARGET void attend_avx512_bf16(const AttentionArgs& args, const AttentionTask& task) {
   if (args.dtype == DType::kBFloat16) {
     attend<Avx512, Avx512Bf16, BFloat16>(args, task);
   } else {
-    attend_avx512(args, task);
+    kAttentionAvx512.run(args, task);
   }
 }
+
+}  // namespace
+
+constexpr AttentionKernels kAttentionAvx512Bf16 = {"avx512bf16", attend_avx512_bf16};
 
 }  // namespace sq
 

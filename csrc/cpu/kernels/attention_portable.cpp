@@ -63,11 +63,13 @@ void merge(const AttentionArgs& args, const AttentionTask& task, const float* pa
   }
 }
 
-}  // namespace
-
 void attend_portable(const AttentionArgs& args, const AttentionTask& task) {
   attend_in_dtype<Portable, Portable>(args, task);
 }
+
+}  // namespace
+
+constexpr AttentionKernels kAttentionPortable = {"portable", attend_portable};
 
 void merge_attention(const AttentionArgs& args, const AttentionTask& task, const float* partials, int64_t parts) {
   switch (args.dtype) {

@@ -1,89 +1,100 @@
 #include "cpu/kernels/dispatch.h"
 
-namespace sq {
+#include <atomic>
+#include <cstdlib>
+#include <iterator>
+#include <stdexcept>
+#include <vector>
 
+#include "cpu/kernels/cpu_features.h"
+
+namespace sq {
+namespace {
+
+std::string always() { return ""; }
+
+// The only list of instruction sets: a row each, and the rows of an architecture in the order of preference. Another
+// architecture's come in an #elif of their own, in front of "portable".
 // clang-format off
-const Kernels& kernels_of(Isa isa) {
-  static constexpr Kernels kPortable = {
-      "portable", quantize_rows_portable,
-      "portable", gemm_int8_portable, /*block_bytes=*/1 << 17,
-      "portable", /*fp8_element_size=*/4, widen_fp32_portable, gemm_fp8_portable, /*fp8_block_bytes=*/1 << 17,
-      "portable", norm_rows_portable, activate_rows_portable, rotate_rows_portable, add_rows_portable,
-      combine_rows_portable,
-      "portable", linear_portable,
-      "portable", attend_portable,
-  };
 #if defined(__x86_64__)
-  static constexpr Kernels kAvx2 = {
-      "avx2", quantize_rows_avx2,
-      "avx2", gemm_int8_avx2, /*block_bytes=*/1 << 19,
-      "avx2", /*fp8_element_size=*/4, widen_fp32_portable, gemm_fp8_avx2, /*fp8_block_bytes=*/1 << 21,
-      "avx2", norm_rows_avx2, activate_rows_avx2, rotate_rows_avx2, add_rows_avx2,
-      combine_rows_avx2,
-      "portable", linear_portable,
-      "avx2", attend_avx2,
-  };
-  static constexpr Kernels kAvxVnni = {
-      "avx2", quantize_rows_avx2,
-      "avxvnni", gemm_int8_avxvnni, /*block_bytes=*/1 << 19,
-      "avx2", /*fp8_element_size=*/4, widen_fp32_portable, gemm_fp8_avx2, /*fp8_block_bytes=*/1 << 21,
-      "avx2", norm_rows_avx2, activate_rows_avx2, rotate_rows_avx2, add_rows_avx2,
-      combine_rows_avx2,
-      "portable", linear_portable,
-      "avx2", attend_avx2,
-  };
-  static constexpr Kernels kAvx512Vnni = {
-      "avx512", quantize_rows_avx512,
-      "avx512vnni", gemm_int8_avx512vnni, /*block_bytes=*/1 << 19,
-      "avx512", /*fp8_element_size=*/4, widen_fp32_portable, gemm_fp8_avx512, /*fp8_block_bytes=*/1 << 21,
-      "avx512", norm_rows_avx512, activate_rows_avx512, rotate_rows_avx512, add_rows_avx512,
-      combine_rows_avx512,
-      "portable", linear_portable,
-      "avx512", attend_avx512,
-  };
-  static constexpr Kernels kAvx512Bf16 = {
-      "avx512", quantize_rows_avx512,
-      "avx512vnni", gemm_int8_avx512vnni, /*block_bytes=*/1 << 19,
-      "avx512bf16", /*fp8_element_size=*/2, widen_bf16_avx512, gemm_fp8_avx512bf16, /*fp8_block_bytes=*/1 << 21,
-      "avx512", norm_rows_avx512, activate_rows_avx512, rotate_rows_avx512, add_rows_avx512,
-      combine_rows_avx512,
-      "avx512bf16", linear_avx512_bf16,
-      "avx512bf16", attend_avx512_bf16,
-  };
-  static constexpr Kernels kAmx = {
-      "avx512", quantize_rows_avx512,
-      "amx", gemm_int8_amx, /*block_bytes=*/1 << 24,  // it cuts blocks that fit itself
-      "amx", /*fp8_element_size=*/2, widen_bf16_avx512, gemm_fp8_amx, /*fp8_block_bytes=*/1 << 24,
-      "avx512", norm_rows_avx512, activate_rows_avx512, rotate_rows_avx512, add_rows_avx512,
-      combine_rows_avx512,
-      "amx", linear_amx,
-      "amx", attend_amx,
-  };
-  static const Kernels kSlowBf16 = [] {
-    Kernels kernels = kAvx512Bf16;
-    kernels.attention_name = "avx512";
-    kernels.attend = attend_avx512;
-    return kernels;
-  }();
-  switch (isa) {
-    case Isa::kAmx:
-      return kAmx;
-    case Isa::kAvx512Bf16:
-      return has_slow_bf16() ? kSlowBf16 : kAvx512Bf16;
-    case Isa::kAvx512Vnni:
-      return kAvx512Vnni;
-    case Isa::kAvxVnni:
-      return kAvxVnni;
-    case Isa::kAvx2:
-      return kAvx2;
-    case Isa::kPortable:
-      break;
-  }
-#else
-  static_cast<void>(isa);
+constexpr Kernels kAvx512SlowBf16 =
+    {kQuantizeAvx512,   kInt8Avx512Vnni, kFp8Avx512Bf16, kNormActivationAvx512,   kLinearAvx512Bf16, kAttentionAvx512};
 #endif
-  return kPortable;
-}
+
+constexpr Isa kIsas[] = {
+#if defined(__x86_64__)
+    {"amx", why_no_amx,
+    {kQuantizeAvx512,   kInt8Amx,        kFp8Amx,        kNormActivationAvx512,   kLinearAmx,        kAttentionAmx}},
+    {"avx512bf16", why_no_avx512_bf16,
+    {kQuantizeAvx512,   kInt8Avx512Vnni, kFp8Avx512Bf16, kNormActivationAvx512,   kLinearAvx512Bf16, kAttentionAvx512Bf16},
+     &kAvx512SlowBf16},
+    {"avx512vnni", why_no_avx512_vnni,
+    {kQuantizeAvx512,   kInt8Avx512Vnni, kFp8Avx512,     kNormActivationAvx512,   kLinearPortable,   kAttentionAvx512}},
+    {"avxvnni", why_no_avx_vnni,
+    {kQuantizeAvx2,     kInt8AvxVnni,    kFp8Avx2,       kNormActivationAvx2,     kLinearPortable,   kAttentionAvx2}},
+    {"avx2", why_no_avx2,
+    {kQuantizeAvx2,     kInt8Avx2,       kFp8Avx2,       kNormActivationAvx2,     kLinearPortable,   kAttentionAvx2}},
+#endif
+    {"portable", always,
+    {kQuantizePortable, kInt8Portable,   kFp8Portable,   kNormActivationPortable, kLinearPortable,   kAttentionPortable}},
+};
 // clang-format on
+
+const Isa& usable_isa(const std::string& name) {
+  if (const Isa* isa = find_isa(name)) {
+    if (why_not(*isa).empty()) return *isa;
+    throw std::runtime_error("SMOOTHQUANT_CPU_ISA asks for " + name + ", but " + why_not(*isa));
+  }
+  std::string names;
+  for (const Isa& isa : kIsas) names += std::string(names.empty() ? "" : ", ") + isa.name;
+  throw std::runtime_error("SMOOTHQUANT_CPU_ISA is '" + name + "', expected one of " + names);
+}
+
+const Isa& first_isa() {
+  if (const char* forced = std::getenv("SMOOTHQUANT_CPU_ISA"); forced != nullptr && *forced != '\0') {
+    return usable_isa(forced);
+  }
+  const Isa* isa = std::begin(kIsas);
+  while (!why_not(*isa).empty()) ++isa;
+  return *isa;
+}
+
+std::atomic<const Isa*>& selected() {
+  static std::atomic<const Isa*> isa{&first_isa()};
+  return isa;
+}
+
+}  // namespace
+
+IsaList isas() { return {std::begin(kIsas), std::end(kIsas)}; }
+
+const Isa* find_isa(const std::string& name) {
+  for (const Isa& isa : kIsas) {
+    if (name == isa.name) return &isa;
+  }
+  return nullptr;
+}
+
+const std::string& why_not(const Isa& isa) {
+  static const std::vector<std::string> reasons = [] {
+    std::vector<std::string> found;
+    for (const Isa& each : kIsas) found.push_back(each.find_why_not());
+    return found;
+  }();
+  return reasons[static_cast<size_t>(&isa - kIsas)];
+}
+
+const Kernels& kernels_of(const Isa& isa) {
+#if defined(__x86_64__)
+  static const bool is_bf16_slow =
+      has_slow_bf16();  // asked once: where the machine is virtual, cpuid takes a microsecond
+  if (is_bf16_slow && isa.if_slow_bf16 != nullptr) return *isa.if_slow_bf16;
+#endif
+  return isa.kernels;
+}
+
+const Isa& current_isa() { return *selected().load(std::memory_order_relaxed); }
+
+void set_isa(const std::string& name) { selected().store(&usable_isa(name), std::memory_order_relaxed); }
 
 }  // namespace sq

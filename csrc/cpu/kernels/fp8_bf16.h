@@ -52,6 +52,9 @@ SQ_BF16_INLINE WeightPairs decode_weight_pairs(const Bf16Table& table, const uin
           _mm512_castps_si512(_mm512_shuffle_ps(begin, end, _MM_SHUFFLE(3, 1, 3, 1)))};
 }
 
+// The values of fp8 as bf16, exactly.
+void widen_bf16_avx512(const WidenArgs& args, Range rows);
+
 }  // namespace sq
 
 #endif

@@ -46,9 +46,11 @@ struct Avx2 {
   }
 };
 
+void gemm_int8_avx2(const GemmArgs& args, Range rows, Range panels) { gemm_range<Avx2>(args, rows, panels); }
+
 }  // namespace
 
-void gemm_int8_avx2(const GemmArgs& args, Range rows, Range panels) { gemm_range<Avx2>(args, rows, panels); }
+constexpr GemmKernels kInt8Avx2 = {"avx2", gemm_int8_avx2, /*block_bytes=*/1 << 19, nullptr, /*element_size=*/1};
 
 }  // namespace sq
 

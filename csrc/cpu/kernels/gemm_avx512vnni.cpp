@@ -150,11 +150,14 @@ SQ_AVX512 void gemm_range(const GemmArgs& args, Range rows, Range panels) {
   }
 }
 
-}  // namespace
-
 void gemm_int8_avx512vnni(const GemmArgs& args, Range rows, Range panels) {
   SQ_DISPATCH_OUTPUT(gemm_range, args, rows, panels);
 }
+
+}  // namespace
+
+constexpr GemmKernels kInt8Avx512Vnni = {"avx512vnni", gemm_int8_avx512vnni, /*block_bytes=*/1 << 19, nullptr,
+                                         /*element_size=*/1};
 
 }  // namespace sq
 

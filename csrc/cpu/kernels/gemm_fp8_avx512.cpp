@@ -121,11 +121,14 @@ SQ_AVX512 void gemm_range(const GemmArgs& args, Range rows, Range panels) {
   }
 }
 
-}  // namespace
-
 void gemm_fp8_avx512(const GemmArgs& args, Range rows, Range panels) {
   SQ_DISPATCH_OUTPUT(gemm_range, args, rows, panels);
 }
+
+}  // namespace
+
+constexpr GemmKernels kFp8Avx512 = {"avx512", gemm_fp8_avx512, /*block_bytes=*/1 << 21, widen_fp32_portable,
+                                    /*element_size=*/4};
 
 }  // namespace sq
 

@@ -4,6 +4,8 @@
 
 namespace sq {
 
+namespace {
+
 void gemm_int8_portable(const GemmArgs& args, Range rows, Range panels) {
   constexpr int64_t kRows = 32;   // sums kept for this many rows at a time: 8 KB
   constexpr int64_t kDepth = 64;  // values of k widened at a time: 8 KB
@@ -33,5 +35,10 @@ void gemm_int8_portable(const GemmArgs& args, Range rows, Range panels) {
     }
   }
 }
+
+}  // namespace
+
+constexpr GemmKernels kInt8Portable = {"portable", gemm_int8_portable, /*block_bytes=*/1 << 17, nullptr,
+                                       /*element_size=*/1};
 
 }  // namespace sq

@@ -126,13 +126,15 @@ void columns_of_all_rows(const LinearArgs& args, int64_t column) {
   }
 }
 
-}  // namespace
-
 void linear_avx512_bf16(const LinearArgs& args, Range columns) {
   int64_t column = columns.begin;
   for (; column + kColumns <= columns.end; column += kColumns) columns_of_all_rows<kColumns>(args, column);
   for (; column < columns.end; ++column) columns_of_all_rows<1>(args, column);
 }
+
+}  // namespace
+
+constexpr LinearKernels kLinearAvx512Bf16 = {"avx512bf16", linear_avx512_bf16};
 
 }  // namespace sq
 

@@ -3,6 +3,8 @@
 
 namespace sq {
 
+namespace {
+
 void linear_portable(const LinearArgs& args, Range columns) {
   constexpr int64_t kLanes = 16;
   for (int64_t n = columns.begin; n < columns.end; ++n) {
@@ -22,5 +24,9 @@ void linear_portable(const LinearArgs& args, Range columns) {
     }
   }
 }
+
+}  // namespace
+
+constexpr LinearKernels kLinearPortable = {"portable", linear_portable};
 
 }  // namespace sq

@@ -76,20 +76,15 @@ using RotateRows = void (*)(const RotateArgs& args, Range rows);
 using AddRows = void (*)(const AddArgs& args, Range rows);
 using CombineRows = void (*)(const CombineArgs& args, Range rows);
 
-void norm_rows_portable(const NormArgs& args, Range rows);
-void norm_rows_avx2(const NormArgs& args, Range rows);
-void norm_rows_avx512(const NormArgs& args, Range rows);
-void activate_rows_portable(const ActivateArgs& args, Range rows);
-void activate_rows_avx2(const ActivateArgs& args, Range rows);
-void activate_rows_avx512(const ActivateArgs& args, Range rows);
-void rotate_rows_portable(const RotateArgs& args, Range rows);
-void rotate_rows_avx2(const RotateArgs& args, Range rows);
-void rotate_rows_avx512(const RotateArgs& args, Range rows);
-void add_rows_portable(const AddArgs& args, Range rows);
-void add_rows_avx2(const AddArgs& args, Range rows);
-void add_rows_avx512(const AddArgs& args, Range rows);
-void combine_rows_portable(const CombineArgs& args, Range rows);
-void combine_rows_avx2(const CombineArgs& args, Range rows);
-void combine_rows_avx512(const CombineArgs& args, Range rows);
+struct NormActivationKernels {
+  const char* name;
+  NormRows norm;
+  ActivateRows activate;
+  RotateRows rotate;
+  AddRows add;
+  CombineRows combine;
+};
+
+extern const NormActivationKernels kNormActivationPortable, kNormActivationAvx2, kNormActivationAvx512;
 
 }  // namespace sq

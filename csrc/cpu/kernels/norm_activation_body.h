@@ -1,6 +1,6 @@
 // The bodies of norm_activation.h in plain C++, for the compiler to vectorize: norm_activation_portable.cpp and others
-// compile them for their instruction set: SQ_ROWS names its functions, SQ_ROWS_TARGET is their attribute, SQ_ROWS_LANES the
-// floats of a register.
+// compile them for their instruction set, SQ_ROWS_NAME: SQ_ROWS_KERNELS is what its family is called, SQ_ROWS_TARGET the
+// attribute of its functions, SQ_ROWS_LANES the floats of a register.
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -185,9 +185,7 @@ SQ_ROWS_INLINE void combine_rows(const CombineArgs& args, Range rows) {
   }
 }
 
-}  // namespace
-
-SQ_ROWS_TARGET void SQ_ROWS(combine_rows)(const CombineArgs& args, Range rows) {
+SQ_ROWS_TARGET void run_combine(const CombineArgs& args, Range rows) {
   switch (args.dtype) {
     case DType::kBFloat16:
       return combine_rows<BFloat16>(args, rows);
@@ -198,7 +196,7 @@ SQ_ROWS_TARGET void SQ_ROWS(combine_rows)(const CombineArgs& args, Range rows) {
   }
 }
 
-SQ_ROWS_TARGET void SQ_ROWS(rotate_rows)(const RotateArgs& args, Range rows) {
+SQ_ROWS_TARGET void run_rotate(const RotateArgs& args, Range rows) {
   switch (args.dtype) {
     case DType::kBFloat16:
       return rotate_rows<BFloat16>(args, rows);
@@ -209,7 +207,7 @@ SQ_ROWS_TARGET void SQ_ROWS(rotate_rows)(const RotateArgs& args, Range rows) {
   }
 }
 
-SQ_ROWS_TARGET void SQ_ROWS(add_rows)(const AddArgs& args, Range rows) {
+SQ_ROWS_TARGET void run_add(const AddArgs& args, Range rows) {
   switch (args.dtype) {
     case DType::kBFloat16:
       return add_rows<BFloat16>(args, rows);
@@ -220,7 +218,7 @@ SQ_ROWS_TARGET void SQ_ROWS(add_rows)(const AddArgs& args, Range rows) {
   }
 }
 
-SQ_ROWS_TARGET void SQ_ROWS(norm_rows)(const NormArgs& args, Range rows) {
+SQ_ROWS_TARGET void run_norm(const NormArgs& args, Range rows) {
   switch (args.x_dtype) {
     case DType::kBFloat16:
       return norm_rows<BFloat16>(args, rows);
@@ -231,7 +229,7 @@ SQ_ROWS_TARGET void SQ_ROWS(norm_rows)(const NormArgs& args, Range rows) {
   }
 }
 
-SQ_ROWS_TARGET void SQ_ROWS(activate_rows)(const ActivateArgs& args, Range rows) {
+SQ_ROWS_TARGET void run_activate(const ActivateArgs& args, Range rows) {
   switch (args.activation) {
     case Activation::kSilu:
       return activate_rows<Activation::kSilu>(args, rows);
@@ -243,5 +241,10 @@ SQ_ROWS_TARGET void SQ_ROWS(activate_rows)(const ActivateArgs& args, Range rows)
       return activate_rows<Activation::kRelu>(args, rows);
   }
 }
+
+}  // namespace
+
+constexpr NormActivationKernels SQ_ROWS_KERNELS = {SQ_ROWS_NAME, run_norm, run_activate,
+                                                   run_rotate,   run_add,  run_combine};
 
 }  // namespace sq

@@ -164,8 +164,6 @@ void quantize_rows(const QuantizeArgs& args, Range rows) {
   args.smooth == nullptr ? quantize_rows<kIn, false>(args, rows) : quantize_rows<kIn, true>(args, rows);
 }
 
-}  // namespace
-
 void quantize_rows_avx512(const QuantizeArgs& args, Range rows) {
   switch (args.x_dtype) {
     case DType::kBFloat16:
@@ -176,6 +174,10 @@ void quantize_rows_avx512(const QuantizeArgs& args, Range rows) {
       return quantize_rows<DType::kFloat32>(args, rows);
   }
 }
+
+}  // namespace
+
+constexpr QuantizeKernels kQuantizeAvx512 = {"avx512", quantize_rows_avx512};
 
 }  // namespace sq
 

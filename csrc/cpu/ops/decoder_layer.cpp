@@ -179,7 +179,7 @@ Tensor w8a8_decoder_layer_cpu(const Tensor& x_in, const Tensor& norm_in, const T
     parallel_rows(m, row_bytes, [&](Range range) {
       NormArgs own = norm_args;
       own.y = memory + normed_at + range.begin * row_bytes;
-      kernels.norm_rows(own, range);
+      kernels.norm_activation.norm(own, range);
     });
   };
   normalize();
@@ -199,7 +199,7 @@ Tensor w8a8_decoder_layer_cpu(const Tensor& x_in, const Tensor& norm_in, const T
     own.weight = weights;
     own.x = memory + at;
     own.y = memory + at + range.begin * count * d * element;
-    kernels.norm_rows(own, {range.begin * count, range.end * count});
+    kernels.norm_activation.norm(own, {range.begin * count, range.end * count});
   };
 
   // q and the new keys are rotated, keys and values go behind those of before.
@@ -235,8 +235,8 @@ Tensor w8a8_decoder_layer_cpu(const Tensor& x_in, const Tensor& norm_in, const T
       normalize_heads(q_at, heads, q_norm_weights, range);
       normalize_heads(k_at, kv_heads, k_norm_weights, range);
     }
-    kernels.rotate_rows(rotate_q, range);
-    kernels.rotate_rows(rotate_k, range);
+    kernels.norm_activation.rotate(rotate_q, range);
+    kernels.norm_activation.rotate(rotate_k, range);
     for (int64_t row = range.begin; row < range.end; ++row) {
       const int64_t own_batch = row / time, token = past + row % time, offset = row * key.n() * element;
       if (k_cache.is_int8()) k_cache.put(kernels, own_batch, token, memory + rotated_k_at + offset);
@@ -281,7 +281,7 @@ Tensor w8a8_decoder_layer_cpu(const Tensor& x_in, const Tensor& norm_in, const T
   normalize();
   mlp.run(kernels, memory + normed_at, m, dtype, memory + part_at);
   const AddArgs add{dtype, k, memory + part_at, memory + sum_at, y.mutable_data_ptr()};
-  parallel_rows(m, 3 * row_bytes, [&](Range range) { kernels.add_rows(add, range); });
+  parallel_rows(m, 3 * row_bytes, [&](Range range) { kernels.norm_activation.add(add, range); });
   return y;
 }
 

@@ -50,7 +50,7 @@ void quantize_and_multiply(const char* op, const Tensor& x_in, const OptionalTen
   args.x = x.const_data_ptr();
   args.x_dtype = kernel_dtype(x.scalar_type());
   args.smooth = pointer<float>(smooth);
-  parallel_quantize(kernels.quantize_rows, args, m);
+  parallel_quantize(kernels.quantize.run, args, m);
   activation.multiply(products, dtype, m);
 }
 

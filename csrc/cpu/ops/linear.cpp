@@ -38,7 +38,7 @@ Tensor linear_cpu(const Tensor& x_in, const Tensor& weight_in, const OptionalTen
   args.w = pointer<BFloat16>(weight);
   args.bias = pointer<BFloat16>(bias);
   args.y = static_cast<BFloat16*>(y.mutable_data_ptr());
-  const LinearColumns linear = current_kernels().linear;
+  const LinearColumns linear = current_kernels().linear.run;
   const int64_t blocks = div_up(n, kLinearColumns);
   const int64_t grain = std::max<int64_t>(1, kGemmGrain / std::max<int64_t>(1, args.m * k * kLinearColumns));
   if (args.m > 0 && n > 0) {

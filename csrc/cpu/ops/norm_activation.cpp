@@ -44,7 +44,7 @@ Tensor rms_norm_cpu(const Tensor& x_in, const Tensor& weight, double eps, double
   parallel_rows(row_count(x), row_bytes, [&](Range range) {
     NormArgs own = args;
     own.y = target + range.begin * row_bytes;
-    current_kernels().norm_rows(own, range);
+    current_kernels().norm_activation.norm(own, range);
   });
   return y;
 }
@@ -74,11 +74,11 @@ struct Cpu {
     args.sum = sum.mutable_data_ptr();
     args.y_dtype = DType::kFloat32;
     const Kernels& kernels = current_kernels();
-    parallel_produce_quantize(kernels.quantize_rows, target.args, row_count(x), args.k * element_size(args.x_dtype),
+    parallel_produce_quantize(kernels.quantize.run, target.args, row_count(x), args.k * element_size(args.x_dtype),
                               [&](Range range, float* values) {
                                 NormArgs own = args;
                                 own.y = values;
-                                kernels.norm_rows(own, range);
+                                kernels.norm_activation.norm(own, range);
                               });
     return {target.q, target.scale, sum};
   }

@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor> quantize_per_token_cpu(const Tensor& x_in, ScalarType
   args.q_stride = args.k;
   args.q_dtype = kernel_dtype(dtype);
   args.scale = static_cast<float*>(scale.mutable_data_ptr());
-  parallel_quantize(current_kernels().quantize_rows, args, row_count(x));
+  parallel_quantize(current_kernels().quantize.run, args, row_count(x));
   return {q, scale};
 }
 
@@ -50,7 +50,7 @@ Tensor quantize_static_cpu(const Tensor& x_in, const Tensor& scale, ScalarType d
   args.q_stride = args.k;
   args.q_dtype = kernel_dtype(dtype);
   args.static_scale = static_scale;
-  parallel_quantize(current_kernels().quantize_rows, args, row_count(x));
+  parallel_quantize(current_kernels().quantize.run, args, row_count(x));
   return q;
 }
 

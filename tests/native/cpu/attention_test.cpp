@@ -68,7 +68,7 @@ void test_attention(const Kernels& kernels, const AttentionProblem& p) {
   for (int64_t head = 0; head < kv_heads; ++head) {
     AttentionTask task{0, head, {0, p.q_len}, {0, p.kv_len}, nullptr};
     if (rows > kAttentionDirectRows) {
-      kernels.attend(args, task);
+      kernels.attention.run(args, task);
       continue;
     }
     const Buffer<float> partials(parts * rows * (p.v_d + 2));
@@ -76,7 +76,7 @@ void test_attention(const Kernels& kernels, const AttentionProblem& p) {
       const int64_t first = part * kAttentionChunk;
       task.keys = {first, first + kAttentionChunk < p.kv_len ? first + kAttentionChunk : p.kv_len};
       task.partial = partials.data() + part * rows * (p.v_d + 2);
-      kernels.attend(args, task);
+      kernels.attention.run(args, task);
     }
     task.partial = nullptr;
     merge_attention(args, task, partials.data(), parts);
@@ -135,13 +135,13 @@ void test_attention(const Kernels& kernels) {
 }  // namespace
 
 int main() {
-  for (Isa isa : kIsas) {
+  for (const Isa& isa : isas()) {
     if (!why_not(isa).empty()) {
-      std::printf("%s: skipped, %s\n", isa_name(isa), why_not(isa).c_str());
+      std::printf("%s: skipped, %s\n", isa.name, why_not(isa).c_str());
       continue;
     }
     test_attention(kernels_of(isa));
-    std::printf("%s: passed\n", isa_name(isa));
+    std::printf("%s: passed\n", isa.name);
   }
   return 0;
 }

@@ -97,8 +97,8 @@ void test_quantize(const Kernels& kernels, DType x_dtype, DType q_dtype, int64_t
   args.flip = q_dtype == DType::kInt8 ? kOffset : 0;
   args.scale = scale.data();
   args.static_scale = is_static ? 0.05f : 0.0f;
-  kernels.quantize_rows(args, {0, rows / 2});
-  kernels.quantize_rows(args, {rows / 2, rows});
+  kernels.quantize.run(args, {0, rows / 2});
+  kernels.quantize.run(args, {rows / 2, rows});
   for (int64_t row = 0; row < rows; ++row) {
     std::vector<float> values;
     float absmax = 0;
@@ -184,7 +184,7 @@ void test_int8(const Kernels& kernels, const Problem& p, bool is_largest) {
   args.a_stride = stride;
   args.b = packed.data();
   args.b_dtype = DType::kInt8;
-  run(kernels.gemm_int8, args, p);
+  run(kernels.int8.run, args, p);
   for (int64_t m = 0; m < p.m; ++m) {
     for (int64_t n = 0; n < p.n; ++n) {
       int64_t sum = 0;
@@ -201,16 +201,16 @@ void test_int8(const Kernels& kernels, const Problem& p, bool is_largest) {
 
 void test_fp8(const Kernels& kernels, const Problem& p, DType a_dtype, DType b_dtype) {
   const int64_t stride = p.k + 3;
-  const int64_t wide_stride = padded_k(p.k) * kernels.fp8_element_size + kRowPad;
+  const int64_t wide_stride = padded_k(p.k) * kernels.fp8.element_size + kRowPad;
   const auto random_finite = [](DType dtype) {
     return static_cast<uint8_t>(random_int(0, dtype == DType::kFloat8E4M3 ? 0x7E : 0x7B) | random_int(0, 1) << 7);
   };
   Buffer<uint8_t> q((p.m - 1) * stride + p.k), b(p.n * p.k);
-  Buffer<uint8_t> a((padded_rows(p.m) - 1) * wide_stride + padded_k(p.k) * kernels.fp8_element_size);
+  Buffer<uint8_t> a((padded_rows(p.m) - 1) * wide_stride + padded_k(p.k) * kernels.fp8.element_size);
   for (int64_t i = 0; i < a.size(); ++i) a[i] = 0xFF;  // NaN, in rows and columns that do not count
   for (int64_t i = 0; i < q.size(); ++i) q[i] = random_finite(a_dtype);
   for (int64_t i = 0; i < b.size(); ++i) b[i] = random_finite(b_dtype);
-  kernels.widen_fp8({p.k, q.data(), stride, a_dtype, a.data(), wide_stride}, {0, p.m});
+  kernels.fp8.widen({p.k, q.data(), stride, a_dtype, a.data(), wide_stride}, {0, p.m});
   const Buffer<uint8_t> packed = pack(b, p, b_dtype);
   const Output output(p);
   GemmArgs args{};
@@ -219,7 +219,7 @@ void test_fp8(const Kernels& kernels, const Problem& p, DType a_dtype, DType b_d
   args.a_stride = wide_stride;
   args.b = packed.data();
   args.b_dtype = b_dtype;
-  run(kernels.gemm_fp8, args, p);
+  run(kernels.fp8.run, args, p);
   for (int64_t m = 0; m < p.m; ++m) {
     for (int64_t n = 0; n < p.n; ++n) {
       double sum = 0, magnitude = 0;
@@ -260,7 +260,7 @@ void test_pack(const Problem& p) {
   }
 }
 
-void test_kernels(Isa isa) {
+void test_kernels(const Isa& isa) {
   const Kernels& kernels = kernels_of(isa);
   for (DType q_dtype : {DType::kInt8, DType::kFloat8E4M3, DType::kFloat8E5M2}) {
     for (int64_t k : {0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 130, 700}) {
@@ -288,7 +288,7 @@ void test_kernels(Isa isa) {
   test_int8(kernels, {6, 2150, 4200, true}, false);
   test_int8(kernels, {300, 70, 4160, false}, false);
   test_fp8(kernels, {37, 70, 2100, true}, DType::kFloat8E4M3, DType::kFloat8E4M3);
-  std::printf("%s: passed\n", isa_name(isa));
+  std::printf("%s: passed\n", isa.name);
 }
 
 }  // namespace
@@ -301,11 +301,11 @@ int main() {
   for (int64_t n : {1, 63, 64, 65, 130}) {
     for (int64_t k : {1, 2, 3, 4, 63, 64, 65, 130}) test_pack({0, n, k, false});
   }
-  for (Isa isa : kIsas) {
+  for (const Isa& isa : isas()) {
     if (why_not(isa).empty()) {
       test_kernels(isa);
     } else {
-      std::printf("%s: skipped, %s\n", isa_name(isa), why_not(isa).c_str());
+      std::printf("%s: skipped, %s\n", isa.name, why_not(isa).c_str());
     }
   }
   return 0;

@@ -27,12 +27,12 @@ void test_norm(const Kernels& kernels, Norm norm, int64_t rows, int64_t k, bool 
   args.y_dtype = DType::kFloat32;
   args.sum = sum.data();
   args.y = y.data();
-  kernels.norm_rows(args, {0, rows / 2});
+  kernels.norm_activation.norm(args, {0, rows / 2});
   args.y = y.data() + rows / 2 * k;
-  kernels.norm_rows(args, {rows / 2, rows});
+  kernels.norm_activation.norm(args, {rows / 2, rows});
   args.sum = portable_sum.data();
   args.y = portable_y.data();
-  norm_rows_portable(args, {0, rows});
+  kNormActivationPortable.norm(args, {0, rows});
   for (int64_t row = 0; row < rows; ++row) {
     const auto value = [&](int64_t i) {
       return static_cast<double>(to_float(has_residual ? portable_sum[row * k + i] : x[row * k + i]));
@@ -85,11 +85,11 @@ void test_activation(const Kernels& kernels, Activation activation, int64_t rows
   args.up = has_up ? up.data() : nullptr;
   args.dtype = kDType<T>;
   args.v = v.data();
-  kernels.activate_rows(args, {0, rows / 2});
+  kernels.norm_activation.activate(args, {0, rows / 2});
   args.v = v.data() + rows / 2 * k;
-  kernels.activate_rows(args, {rows / 2, rows});
+  kernels.norm_activation.activate(args, {rows / 2, rows});
   args.v = portable_v.data();
-  activate_rows_portable(args, {0, rows});
+  kNormActivationPortable.activate(args, {0, rows});
   for (int64_t i = 0; i < rows * k; ++i) {
     CHECK(same(v[i], portable_v[i]), "%" PRId64, i);
     const double exact = exact_activation(activation, to_float(gate[i])) * (has_up ? to_float(up[i]) : 1.0);
@@ -106,8 +106,8 @@ void test_combine(const Kernels& kernels, int64_t rows, int64_t count, int64_t k
   for (int64_t i = 0; i < rows * count; ++i) chosen[i] = random_int(-1, sources - 1);
   Buffer<T> y(rows * k);
   const CombineArgs args{k, count, x.data(), chosen.data(), weights.data(), y.data(), kDType<T>};
-  kernels.combine_rows(args, {0, rows / 2});
-  kernels.combine_rows(args, {rows / 2, rows});
+  kernels.norm_activation.combine(args, {0, rows / 2});
+  kernels.norm_activation.combine(args, {rows / 2, rows});
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t i = 0; i < k; ++i) {
       float sum = 0;
@@ -125,8 +125,8 @@ void test_linear(const Kernels& kernels, int64_t m, int64_t n, int64_t k, bool h
   const Buffer<BFloat16> x = random_values<BFloat16>(m * k), w = random_values<BFloat16>(n * k),
                          bias = random_values<BFloat16>(n), y(m * n);
   const LinearArgs args{m, n, k, x.data(), w.data(), has_bias ? bias.data() : nullptr, y.data()};
-  kernels.linear(args, {0, n / 3});
-  kernels.linear(args, {n / 3, n});
+  kernels.linear.run(args, {0, n / 3});
+  kernels.linear.run(args, {n / 3, n});
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t j = 0; j < n; ++j) {
       double exact = has_bias ? to_float(bias[j]) : 0.0, magnitude = std::fabs(exact);
@@ -160,9 +160,9 @@ void test_type(const Kernels& kernels) {
 }  // namespace
 
 int main() {
-  for (Isa isa : kIsas) {
+  for (const Isa& isa : isas()) {
     if (!why_not(isa).empty()) {
-      std::printf("%s: skipped, %s\n", isa_name(isa), why_not(isa).c_str());
+      std::printf("%s: skipped, %s\n", isa.name, why_not(isa).c_str());
       continue;
     }
     const Kernels& kernels = kernels_of(isa);
@@ -174,7 +174,7 @@ int main() {
         for (int64_t k : {1, 31, 32, 33, 100}) test_linear(kernels, m, n, k, (m + n) % 2 == 0);
       }
     }
-    std::printf("%s: passed\n", isa_name(isa));
+    std::printf("%s: passed\n", isa.name);
   }
   return 0;
 }

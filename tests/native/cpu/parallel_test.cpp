@@ -77,7 +77,7 @@ void test_products(const Kernels& kernels, int64_t m, int64_t k) {
   test_threads("parallel_gemm", [&] {
     std::vector<uint8_t> bytes;
     for (Buffer<float>& y : outputs) std::memset(y.data(), 0xFF, y.size() * sizeof(float));  // NaN
-    parallel_gemm(kernels.gemm_int8, products, m, kernels.block_bytes);
+    parallel_gemm(kernels.int8.run, products, m, kernels.int8.block_bytes);
     for (const Buffer<float>& y : outputs) {
       for (int64_t i = 0; i < y.size(); ++i) CHECK(!std::isnan(y[i]), "%" PRId64 " was not written", i);
       append(y.data(), y.size(), &bytes);
@@ -97,7 +97,7 @@ void test_products(const Kernels& kernels, int64_t m, int64_t k) {
   test_threads("parallel_gemm of rows", [&] {
     std::vector<uint8_t> bytes;
     for (Buffer<float>& y : outputs) std::memset(y.data(), 0xFF, y.size() * sizeof(float));  // NaN
-    parallel_gemm(kernels.gemm_int8, parts, kernels.block_bytes);
+    parallel_gemm(kernels.int8.run, parts, kernels.int8.block_bytes);
     for (size_t i = 0; i < parts.size(); ++i) {
       for (int64_t at = 0; at < outputs[i].size(); ++at) {
         const int64_t row = at / products[i].n;
@@ -134,7 +134,7 @@ void test_rows(const Kernels& kernels, int64_t rows, int64_t k) {
     return bytes;
   };
   test_threads("parallel_quantize", [&] {
-    parallel_quantize(kernels.quantize_rows, target, rows);
+    parallel_quantize(kernels.quantize.run, target, rows);
     return result();
   });
   test_threads("parallel_activate_quantize", [&] {
@@ -170,13 +170,13 @@ void test_scratch() {
 }  // namespace
 
 int main() {
-  for (Isa isa : kIsas) {
+  for (const Isa& isa : isas()) {
     if (!why_not(isa).empty()) continue;
     const Kernels& kernels = kernels_of(isa);
     for (int64_t m : {1, 5, 33, 700}) test_products(kernels, m, 200);
     test_products(kernels, 3, 4100);
     for (int64_t rows : {1, 5, 700}) test_rows(kernels, rows, 1000);
-    std::printf("%s: passed\n", isa_name(isa));
+    std::printf("%s: passed\n", isa.name);
   }
   test_scratch();
   return 0;

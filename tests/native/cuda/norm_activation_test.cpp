@@ -62,7 +62,7 @@ Quantized quantize_plainly(const Buffer<float>& values, int64_t columns, float s
   args.q_dtype = dtype;
   args.scale = result.scale.data();
   args.static_scale = static_scale;
-  quantize_rows_portable(args, {0, kRows});
+  kQuantizePortable.run(args, {0, kRows});
   return result;
 }
 
@@ -127,7 +127,7 @@ void test_norm(Norm norm, int64_t columns, bool has_residual, bool has_bias, DTy
   args.sum = sum.data();
   args.y = values.data();
   args.y_dtype = DType::kFloat32;
-  norm_rows_portable(args, {0, kRows});
+  kNormActivationPortable.norm(args, {0, kRows});
   const Quantized expected = quantize_plainly(values, columns, static_scale, dtype);
 
   Quantized got(columns, offset);
@@ -157,7 +157,7 @@ void test_norm(Norm norm, int64_t columns, bool has_residual, bool has_bias, DTy
   Buffer<T> y(kRows * columns), got_y(kRows * columns);
   args.y = y.data();
   args.y_dtype = args.x_dtype;
-  norm_rows_portable(args, {0, kRows});
+  kNormActivationPortable.norm(args, {0, kRows});
   job.y = got_y.data();
   job.wide = job.wide && is_group_aligned(got_y.data());
   run_norm<T, false>(job);
@@ -178,7 +178,7 @@ void test_activation(int64_t columns, bool is_gated, bool is_kept, DType dtype, 
   args.up = is_gated ? up.data() : nullptr;
   args.dtype = kDType<T>;
   args.v = values.data();
-  activate_rows_portable(args, {0, kRows});
+  kNormActivationPortable.activate(args, {0, kRows});
   const Quantized expected = quantize_plainly(values, columns, static_scale, dtype);
 
   Quantized got(columns, offset);
