@@ -175,21 +175,15 @@ SQ_ATTENTION_TARGET void attend_packed(const AttentionArgs& args, const Attentio
   const int64_t padded_d = div_up(args.d, P::kDepth) * P::kDepth;
   const int64_t padded_rows = div_up(rows, P::kHeight) * P::kHeight;
   const int64_t panels = div_up(args.v_d, kColumns), width = panels * kColumns;
-  const int64_t o_bytes = Scratch::align(padded_rows * width * 4);
-  const int64_t q_bytes = Scratch::align(padded_rows * padded_d * static_cast<int64_t>(sizeof(Operand)));
-  const int64_t k_bytes = Scratch::align(P::kKeys * padded_d * static_cast<int64_t>(sizeof(Operand)));
-  const int64_t v_bytes = Scratch::align(P::kKeys * width * static_cast<int64_t>(sizeof(Operand)));
-  constexpr int64_t kSBytes = P::kStripe * P::kKeys * 4, kPBytes = P::kStripe * P::kKeys * sizeof(Operand);
-  Scratch scratch(o_bytes + q_bytes + k_bytes + v_bytes + kSBytes + kPBytes +
-                  rows * static_cast<int64_t>(sizeof(RowState)));
-  uint8_t* memory = scratch.data();
-  auto* o = reinterpret_cast<float*>(memory);
-  auto* q = reinterpret_cast<Operand*>(memory += o_bytes);
-  auto* k = reinterpret_cast<Operand*>(memory += q_bytes);
-  auto* v = reinterpret_cast<Operand*>(memory += k_bytes);
-  auto* s = reinterpret_cast<float*>(memory += v_bytes);
-  auto* p = reinterpret_cast<Operand*>(memory += kSBytes);
-  auto* states = reinterpret_cast<RowState*>(memory += kPBytes);
+  Plan plan;
+  const auto o_part = plan.add<float>(padded_rows * width), s_part = plan.add<float>(P::kStripe * P::kKeys);
+  const auto q_part = plan.add<Operand>(padded_rows * padded_d), k_part = plan.add<Operand>(P::kKeys * padded_d);
+  const auto v_part = plan.add<Operand>(P::kKeys * width), p_part = plan.add<Operand>(P::kStripe * P::kKeys);
+  const auto states_part = plan.add<RowState>(rows);
+  Scratch scratch(plan.bytes());
+  float *o = o_part.in(scratch), *s = s_part.in(scratch);
+  Operand *q = q_part.in(scratch), *k = k_part.in(scratch), *v = v_part.in(scratch), *p = p_part.in(scratch);
+  RowState* states = states_part.in(scratch);
 
   for (int64_t row = 0; row < rows; ++row) {
     copy_row(query_address<T>(args, task, row), args.d, padded_d, q + row * padded_d);
@@ -331,10 +325,11 @@ SQ_ATTENTION_TARGET void attend_direct(const AttentionArgs& args, const Attentio
   const int64_t padded = div_up(count, W::kLanes) * W::kLanes;
   const int64_t q_stride = div_up(args.d, W::kLanes) * W::kLanes;
   const int64_t o_stride = div_up(args.v_d, W::kLanes) * W::kLanes;
-  Scratch scratch(kRows * (padded + q_stride + o_stride) * 4);
-  auto* s = reinterpret_cast<float*>(scratch.data());
-  float* q = s + kRows * padded;
-  float* o = q + kRows * q_stride;
+  Plan plan;
+  const auto s_part = plan.add<float>(kRows * padded), q_part = plan.add<float>(kRows * q_stride);
+  const auto o_part = plan.add<float>(kRows * o_stride);
+  Scratch scratch(plan.bytes());
+  float *s = s_part.in(scratch), *q = q_part.in(scratch), *o = o_part.in(scratch);
   const E* k = row_address<E>(args.k, args.k_strides, task.batch, task.kv_head, task.keys.begin);
   const E* v = row_address<E>(args.v, args.v_strides, task.batch, task.kv_head, task.keys.begin);
 
