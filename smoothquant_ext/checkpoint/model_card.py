@@ -31,7 +31,7 @@ def model_card(
         fmt: the format it is stored in.
         schemes: the schemes of its layers, the commonest first.
         layers: how many layers run in 8 bits.
-        record: see ``record.record``; ``None`` for a checkpoint that somebody else quantized.
+        record: see ``Report.to_record``; ``None`` for a checkpoint that somebody else quantized.
     """
     record = record or {}
     base = str(record.get("base") or "")
@@ -57,7 +57,7 @@ def model_card(
         calibration=record.get("calibration") or {},
         groups=len(record.get("groups") or ()),
         skipped={reason: len(names) for reason, names in by_reason(record.get("skipped") or {}).items()},
-        per_token=len(record.get("per_token") or ()),
+        per_token=sum(layer["per_token"] for layer in _quantized_layers(record)),
         measured=record.get("measured") or [],
         package=record.get("package") or package_version(),
     )
@@ -92,6 +92,11 @@ def add_measured(directory: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     text = model_card(directory.resolve().name, layout.fmt, schemes, len(record["quantized"]), record)
     replace_file(directory / RECORD, json.dumps(record, indent=1) + "\n")
     replace_file(directory / CARD, text)
+
+
+def _quantized_layers(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    layers = record.get("layers") or {}
+    return [layers[name] for name in record.get("quantized") or () if name in layers]
 
 
 def _describe(scheme: Scheme) -> dict[str, str]:

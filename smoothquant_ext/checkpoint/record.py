@@ -1,4 +1,4 @@
-"""The record that a checkpoint keeps of how it was made, ``smoothquant.json``: what ``smoothquant report`` shows."""
+"""The record of how a checkpoint was made, ``smoothquant.json``, which ``smoothquant report`` shows."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from ..errors import SmoothQuantError
 
 RECORD = "smoothquant.json"
-VERSION = 1
+VERSION = 2
 
 
 def package_version() -> str:
-    """This package's, ``"unknown"`` where it runs from its source folder without being installed."""
+    """The version of this package, ``"unknown"`` where it runs from its source folder without being installed."""
     try:
         return version("smoothquant-ext")
     except PackageNotFoundError:
