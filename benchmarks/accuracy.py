@@ -33,6 +33,7 @@ from smoothquant_ext.evaluation.accuracy import Evaluation, evaluate_all
 from smoothquant_ext.models import load_model
 from smoothquant_ext.probing.linears import weight_nk
 from smoothquant_ext.probing.smoothing_groups import discover
+from smoothquant_ext.probing.structure import find_structure
 from smoothquant_ext.quantization.calibration import calibrate
 from smoothquant_ext.quantization.selection import select_linears
 from smoothquant_ext.quantization.smoothing import fold_, group_modules
@@ -131,19 +132,21 @@ def peers(python: Path, original: Path, calibration: Tensor, folder: Path) -> It
 
 def amplify_(model: Any, batch: Tensor, factor: float) -> None:
     """Multiplies channels of each norm by ``factor`` and divides in its consumers: the function is unchanged."""
-    for group in discover(model, batch).groups:
+    structure = find_structure(model, batch)
+    for group in discover(structure).groups:
         if group.kind == "norm":
             s = torch.ones(group.channels)
             s[:AMPLIFIED_CHANNELS] = 1 / factor
-            fold_(*group_modules(model, group), group, s)
+            fold_(*group_modules(structure.blocks[group.block], group), group, s)
 
 
 def lmdeploy(model: Any, windows: Tensor) -> Any:
     """LMDeploy 0.16: alpha 0.5, columns by their mean relative to the row, scales centred, no v -> o under GQA."""
-    absmax = calibrate(model, select_linears(model, Recipe()).linears, windows.split(1))
-    for group in discover(model, windows[:1]).groups:
-        producer, consumers = group_modules(model, group)
-        if any(not torch.equal(seen, torch.arange(group.channels)) for seen in group.consumers.values()):
+    structure = find_structure(model, windows[:1])
+    absmax = calibrate(model, select_linears(structure, Recipe()).linears, windows.split(1))
+    for group in discover(structure).groups:
+        producer, consumers = group_modules(structure.blocks[group.block], group)
+        if any(not torch.equal(channels, torch.arange(group.channels)) for channels in group.consumers.values()):
             continue
         weight = torch.cat([weight_nk(linear) for linear in consumers.values()]).abs()
         columns = (weight / weight.amax(dim=1, keepdim=True)).mean(0)

@@ -25,7 +25,7 @@ from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from smoothquant_ext import SCHEMES
-from smoothquant_ext.probing.experts import read_experts
+from smoothquant_ext.probing.experts import match_experts_layout
 from smoothquant_ext.quantization.convert import quantize_experts
 
 SHAPE = {"num_experts": 128, "hidden_size": 2048, "moe_intermediate_size": 768}
@@ -46,9 +46,9 @@ def main(
     module = Qwen3MoeExperts(config).to(torch.bfloat16)
     for parameter in module.parameters():
         parameter.normal_(std=parameter.shape[-1] ** -0.5)
-    reading = read_experts(module)
-    assert reading is not None
-    ours = quantize_experts(module, reading, SCHEMES["int8"])
+    layout = match_experts_layout(module)
+    assert layout is not None
+    ours = quantize_experts(module, layout, SCHEMES["int8"])
     methods: dict[str, Callable[..., Tensor]] = {"ours, INT8": ours} | {
         name: _with_implementation(module, name) for name in ("eager", "grouped_mm", "batched_mm")
     }

@@ -13,7 +13,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key, revert_weight_conversion
 
 from ..nn.experts import NAMES
-from ..probing.experts import Reading
+from ..probing.experts import ExpertsLayout
 
 
 def plain_tensors(model: nn.Module, besides: tuple[type[nn.Module], ...]) -> dict[str, Tensor]:
@@ -58,7 +58,7 @@ def to_checkpoint_modules(model: PreTrainedModel, names: Iterable[str]) -> dict[
     return {name: by_identity.get(id(marker), name) for name, marker in markers.items()}
 
 
-def expert_names(model: nn.Module, path: str, reading: Reading) -> dict[str, str]:
+def expert_names(model: nn.Module, path: str, reading: ExpertsLayout) -> dict[str, str]:
     """The names in checkpoints of an expert's layers, by the part of ``W8A8Experts`` that each is.
 
     Where transformers stores the experts fused, these are the names that llm-compressor gives them.

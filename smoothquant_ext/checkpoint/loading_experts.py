@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..errors import SmoothQuantError
 from ..nn.experts import NAMES, PARTS, W8A8Experts
 from ..nn.linear import W8A8Linear
-from ..probing.experts import Reading, looks_like_experts, read_all
+from ..probing.experts import ExpertsLayout, looks_like_experts, match_layouts
 from ..probing.linears import values_of
 from .hf_names import ExpertRenaming, expert_key, expert_names, renamed_alone
 from .reading import COPY_AGAIN, Checkpoint, CheckpointLayer
@@ -28,7 +28,9 @@ class LoadingExperts(nn.Module):
         names: the names of an expert's layers in checkpoints of this model, by part.
     """
 
-    def __init__(self, layers: Mapping[tuple[int, str], W8A8Linear], reading: Reading, names: dict[str, str]) -> None:
+    def __init__(
+        self, layers: Mapping[tuple[int, str], W8A8Linear], reading: ExpertsLayout, names: dict[str, str]
+    ) -> None:
         super().__init__()
         self.reading, self.names = reading, names
         for (expert, part), layer in layers.items():
@@ -73,7 +75,7 @@ class CheckpointExperts:
     """
 
     paths: dict[str, tuple[str, int, str]] = field(default_factory=dict)
-    readings: dict[str, Reading] = field(default_factory=dict)
+    readings: dict[str, ExpertsLayout] = field(default_factory=dict)
     names: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def renaming(self) -> ExpertRenaming:
@@ -102,7 +104,7 @@ def find_experts(model: PreTrainedModel, checkpoint: Checkpoint, names: list[str
         key = expert_key(renamed)
         if key is not None and key.path in modules:
             experts.paths[name.removesuffix(".weight")] = key.path, key.expert, key.layer
-    for path, reading in read_all({path: modules[path] for path, _, _ in experts.paths.values()}).items():
+    for path, reading in match_layouts({path: modules[path] for path, _, _ in experts.paths.values()}).items():
         if reading is None:
             kind = type(modules[path]).__name__
             raise SmoothQuantError(

@@ -31,7 +31,8 @@ def model_card(
         fmt: the format of the checkpoint.
         schemes: the schemes of its layers, the commonest first.
         layers: the number of layers that run in 8 bits.
-        record: the content of smoothquant.json; ``None`` for a checkpoint that another tool quantized.
+        record: the content of smoothquant.json (see ``Report.to_record``); ``None`` for a checkpoint that another tool
+            quantized.
     """
     record = record or {}
     base = str(record.get("base") or "")
@@ -58,7 +59,7 @@ def model_card(
         groups=len(record.get("groups") or ()),
         skipped={reason: len(names) for reason, names in by_reason(record.get("skipped") or {}).items()},
         is_static=any(scheme.is_static for scheme in schemes),
-        per_token=len(record.get("per_token") or ()),
+        per_token=sum(layer["per_token"] for layer in _quantized_layers(record)),
         measured=record.get("measured") or [],
         package=record.get("package") or package_version(),
     )
@@ -99,6 +100,11 @@ def add_measured(directory: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     text = model_card(directory.resolve().name, quantization.fmt, schemes, len(record["quantized"]), record)
     replace_file(directory / RECORD, json.dumps(record, indent=1) + "\n")
     replace_file(directory / CARD, text)
+
+
+def _quantized_layers(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    layers = record.get("layers") or {}
+    return [layers[name] for name in record.get("quantized") or () if name in layers]
 
 
 def _describe(scheme: Scheme) -> dict[str, str]:

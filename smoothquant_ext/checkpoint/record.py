@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import SmoothQuantError
 
 RECORD = "smoothquant.json"
-VERSION = 1
+VERSION = 2
 
 
 def package_version() -> str:

@@ -123,9 +123,7 @@ class Tally:
                 continue
             log_p = torch.log_softmax(expected[part].to(logits.device).float(), dim=-1)
             reference_nll -= float(log_p.gather(1, label).sum(dtype=torch.float64))
-            # p log(p / q) is 0 where p is: some models mask unused tokens with -inf.
-            terms = (log_p.exp() * (log_p - log_q)).masked_fill_(log_p == -math.inf, 0.0)
-            kl += float(terms.sum(dtype=torch.float64))
+            kl += _sum_kl(log_p, log_q)
             top1 += int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
         self.nll.append(nll / count)
         if expected is not None:
@@ -216,10 +214,15 @@ def mean_kl(log_p: Tensor, log_q: Tensor) -> float:
     log_p, log_q = log_p.flatten(0, -2), log_q.flatten(0, -2)
     total = 0.0
     for p, q in zip(log_p.split(CHUNK), log_q.split(CHUNK), strict=True):
-        # p log(p / q) is 0 where p is: some models mask unused tokens with -inf.
-        terms = (p.exp() * (p - q)).masked_fill_(p == -torch.inf, 0.0)
-        total += float(terms.sum(dtype=torch.float64))
+        total += _sum_kl(p, q)
     return total / len(log_p)
+
+
+def _sum_kl(log_p: Tensor, log_q: Tensor) -> float:
+    """Sum over positions [M, V] of KL(p || q), nats."""
+    # p log(p / q) is 0 where p is: some models mask unused tokens with -inf.
+    terms = (log_p.exp() * (log_p - log_q)).masked_fill_(log_p == -math.inf, 0.0)
+    return float(terms.sum(dtype=torch.float64))
 
 
 @torch.no_grad()
