@@ -20,7 +20,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install -qq
 STAMPS := $(VENV)/.stamps
 CSRC   := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
-CPP    := $(filter %.h %.cpp %.cu %.cuh,$(CSRC) $(wildcard tests/native/* tests/cuda/*))
+CPP    := $(filter %.h %.cpp %.cu %.cuh,$(CSRC) $(wildcard tests/native/* tests/native/*/* tests/native/emulation/stub/*))
 
 SANITIZE     ?= address,undefined
 comma        := ,

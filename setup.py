@@ -78,7 +78,7 @@ def headers() -> list[str]:
 def cpu_extension() -> Extension:
     return Extension(
         "smoothquant_ext._C",
-        sources("*.cpp", "cpu/*.cpp", "cpu/kernels/*.cpp"),
+        sources("*.cpp", "cpu/**/*.cpp"),
         depends=headers(),
         include_dirs=[str(ROOT / CSRC)],
         library_dirs=[str(TORCH_DIR / "lib")],
@@ -166,7 +166,7 @@ def cuda_extension() -> Extension:
     torch_include = ["-isystem", str(TORCH_DIR / "include")]
     return Extension(
         CUDA_EXTENSION,
-        sources("cuda/*.cpp", "kernels/*.cu"),
+        sources("cuda/**/*.cpp", "cuda/**/*.cu"),
         depends=headers(),
         include_dirs=[str(ROOT / CSRC)],
         # The object says itself what it was built for, see devices.cpp.
@@ -203,7 +203,7 @@ def make_stubs() -> None:
 def drop_stale_cuda_objects() -> None:
     """Removes what nvcc made from older headers: torch tells ninja about those of CUDA sources only if it has CUDA."""
     newest = max((ROOT / header).stat().st_mtime for header in headers())
-    for built in (ROOT / BUILD_TEMP / CSRC / "kernels").glob("*.o"):
+    for built in (ROOT / BUILD_TEMP / CSRC / "cuda" / "kernels").glob("*.o"):
         if built.stat().st_mtime < newest:
             built.unlink()
 

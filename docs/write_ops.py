@@ -15,7 +15,7 @@ from smoothquant_ext import ops
 
 HERE = Path(__file__).parent
 TARGET = HERE / "ops.md"
-# The section of csrc/ops.cpp that a schema stands in is its heading there, in these words.
+# The section of csrc/schemas.cpp that a schema stands in is its heading there, in these words.
 SECTIONS = {
     "Quantize activations": "Quantizing activations",
     "Norms and activations": "Norms and activations that quantize",
@@ -51,7 +51,7 @@ def sections() -> dict[str, list[str]]:
     """The public ops in the order of their schemas, by section."""
     found: dict[str, list[str]] = {}
     section = ""
-    source = (HERE.parent / "csrc" / "ops.cpp").read_text(encoding="utf-8")
+    source = (HERE.parent / "csrc" / "schemas.cpp").read_text(encoding="utf-8")
     for line in re.findall(r"^  //.*$|m\.def\(\s*\"\w+", source, re.MULTILINE):
         if line.startswith("  //"):
             section = next((title for words, title in SECTIONS.items() if words in line), section)

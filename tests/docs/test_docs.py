@@ -123,5 +123,5 @@ def test_the_reference_of_the_ops_is_current() -> None:
 
     assert write_ops.TARGET.read_text(encoding="utf-8") == write_ops.page(), "run make docs"
     documented = set(re.findall(r"^### `(\w+)`", write_ops.page(), re.MULTILINE))
-    schemas = set(re.findall(r"m\.def\(\s*\"(\w+)", (ROOT / "csrc" / "ops.cpp").read_text()))
+    schemas = set(re.findall(r"m\.def\(\s*\"(\w+)", (ROOT / "csrc" / "schemas.cpp").read_text()))
     assert documented == {name for name in schemas if not name.startswith(("cpu_", "_"))}

@@ -9,7 +9,7 @@
 #include <random>
 #include <type_traits>
 
-#include "cpu/kernels/dtypes.h"
+#include "common/dtypes.h"
 
 namespace sq {
 

@@ -1,7 +1,7 @@
 """The CUDA ops without a GPU: their own host code and kernels, compiled as plain C++, against the oracle.
 
 Everything is what a GPU runs but the matrix products of cuBLASLt, which are loops here that insist on what the library
-insists on (alignment, types, architectures), and the tensors' device. See tests/cuda/emulate.h.
+insists on (alignment, types, architectures), and the tensors' device. See tests/native/emulation/emulate.h.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from smoothquant_ext.ops import backends
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [
-    *(f"csrc/cuda/{name}_op.cpp" for name in ("quantize", "rows", "gemm", "linear")),
-    "csrc/cuda/tile_product.cpp",
-    *(f"csrc/kernels/{name}.cu" for name in ("quantize", "norm", "activate", "gemm", "mma", "wgmma")),
-    "tests/cuda/emulated_device.cpp",
+    *(f"csrc/cuda/ops/{name}.cpp" for name in ("quantize", "norm_activation", "gemm", "linear")),
+    *(f"csrc/cuda/compute/{name}.cpp" for name in ("product", "quantize", "tile_product")),
+    *(f"csrc/cuda/kernels/{name}.cu" for name in ("quantize", "norm", "activate", "gemm", "mma", "wgmma")),
+    "tests/native/emulation/emulated_device.cpp",
 ]
 OPS = [op.partition(",")[0] for op, _, families in backends._OPS if families]
 ARCHS = (80, 89, 90, 100)
@@ -43,8 +43,8 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch_dir = Path(torch.__file__).parent
     lines = (ROOT / "csrc" / "flags.txt").read_text().splitlines()
     flags = [line.split(maxsplit=1)[1] for line in lines if line.startswith(("cxx", "torch"))]
-    flags += ["-O1", "-fPIC", "-DUSE_CUDA", "-DSQ_MOST_SUM_BYTES=1", "-include", "tests/cuda/emulate.h"]
-    flags += ["-Itests/cuda/stub", "-Icsrc", "-isystem", str(torch_dir / "include")]
+    flags += ["-O1", "-fPIC", "-DUSE_CUDA", "-DSQ_MOST_SUM_BYTES=1", "-include", "tests/native/emulation/emulate.h"]
+    flags += ["-Itests/native/emulation/stub", "-Itests", "-Icsrc", "-isystem", str(torch_dir / "include")]
 
     def compile_one(source: str) -> str:
         target = str(folder / f"{Path(source).name}.o")

@@ -229,11 +229,11 @@ def test_the_driver_says_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_table_names_the_ops_that_have_cuda_kernels() -> None:
     root = Path(smoothquant_ext.__file__).parents[1]
-    sources = "".join(path.read_text() for path in (root / "csrc" / "cuda").glob("*_op.cpp"))
+    sources = "".join(path.read_text() for path in (root / "csrc" / "cuda" / "ops").glob("*.cpp"))
     implemented = set(re.findall(r'm\.impl\("(\w+)"', sources))
     assert {op.partition(",")[0] for op, _, families in backends._OPS if families} == implemented
     assert {op.partition(",")[0] for op, _, families in backends._OPS if not families} == set(backends._CPU_ONLY)
-    families = re.search(r"kFamilies\[\] = \{(.+?)\}", (root / "csrc" / "cuda" / "devices.cpp").read_text())
+    families = re.search(r"kFamilies\[\] = \{(.+?)\}", (root / "csrc" / "cuda" / "compute" / "devices.cpp").read_text())
     assert families is not None
     assert tuple(re.findall(r'"(\w+)"', families[1])) == cuda_kernels.FAMILIES
 

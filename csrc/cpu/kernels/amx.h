@@ -2,7 +2,7 @@
 // 16 x 32 bf16 by 32 x 16; the second operand holds 4, or 2, consecutive k of a column side by side.
 #pragma once
 
-#include "fp8_bf16.h"
+#include "cpu/kernels/fp8_bf16.h"
 
 #if SQ_X86
 

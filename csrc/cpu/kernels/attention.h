@@ -14,8 +14,8 @@
 
 #include <cstdint>
 
-#include "dtypes.h"
-#include "gemm.h"
+#include "common/dtypes.h"
+#include "cpu/kernels/gemm.h"
 
 namespace sq {
 
@@ -52,13 +52,13 @@ struct AttentionTask {
 
 using Attend = void (*)(const AttentionArgs& args, const AttentionTask& task);
 
-void attend_portable(const AttentionArgs& args, const AttentionTask& task);
-void attend_avx2(const AttentionArgs& args, const AttentionTask& task);
-void attend_avx512(const AttentionArgs& args, const AttentionTask& task);
-// bf16 by vdpbf16ps, other types as attend_avx512.
-void attend_avx512_bf16(const AttentionArgs& args, const AttentionTask& task);
-// bf16 by tdpbf16ps.
-void attend_amx(const AttentionArgs& args, const AttentionTask& task);
+struct AttentionKernels {
+  const char* name;
+  Attend run;
+};
+
+// Avx512Bf16 multiplies bf16 by vdpbf16ps and Amx by tdpbf16ps; other types are multiplied as Avx512 does.
+extern const AttentionKernels kAttentionPortable, kAttentionAvx2, kAttentionAvx512, kAttentionAvx512Bf16, kAttentionAmx;
 
 // y of the task's queries from the partial results [parts, rows, v_d + 2] of ranges of keys.
 void merge_attention(const AttentionArgs& args, const AttentionTask& task, const float* partials, int64_t parts);

@@ -1,9 +1,9 @@
 // Attention in bf16 with the tile registers of AMX, whose second operand is what vdpbf16ps takes too.
-#include "amx.h"
+#include "cpu/kernels/amx.h"
 
 #if SQ_X86
 #define SQ_ATTENTION_TARGET SQ_AMX
-#include "attention_avx512_bf16.h"
+#include "cpu/kernels/attention_avx512_bf16.h"
 
 namespace sq {
 namespace {
@@ -80,16 +80,18 @@ struct Products<Amx> {
   }
 };
 
-}  // namespace
-
 SQ_AMX void attend_amx(const AttentionArgs& args, const AttentionTask& task) {
   if (args.dtype == DType::kBFloat16) {
     const Tiles tiles;
     attend<Avx512, Amx, BFloat16>(args, task);
   } else {
-    attend_avx512(args, task);
+    kAttentionAvx512.run(args, task);
   }
 }
+
+}  // namespace
+
+constexpr AttentionKernels kAttentionAmx = {"amx", attend_amx};
 
 }  // namespace sq
 

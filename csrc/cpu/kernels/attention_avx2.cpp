@@ -3,7 +3,7 @@
 #include <immintrin.h>
 
 #define SQ_ATTENTION_TARGET __attribute__((target("avx2,fma,f16c")))
-#include "attention_body.h"
+#include "cpu/kernels/attention_body.h"
 
 namespace sq {
 namespace {
@@ -56,11 +56,13 @@ struct Avx2 {
   }
 };
 
-}  // namespace
-
 SQ_ATTENTION_TARGET void attend_avx2(const AttentionArgs& args, const AttentionTask& task) {
   attend_in_dtype<Avx2, Avx2>(args, task);
 }
+
+}  // namespace
+
+constexpr AttentionKernels kAttentionAvx2 = {"avx2", attend_avx2};
 
 }  // namespace sq
 

@@ -2,8 +2,8 @@
 // instruction set in SQ_ATTENTION_TARGET.
 #pragma once
 
-#include "attention_body.h"
-#include "avx512.h"
+#include "cpu/kernels/attention_body.h"
+#include "cpu/kernels/avx512.h"
 
 namespace sq {
 namespace {

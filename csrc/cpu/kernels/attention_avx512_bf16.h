@@ -2,7 +2,7 @@
 // names its instruction set in SQ_ATTENTION_TARGET.
 #pragma once
 
-#include "attention_avx512.h"
+#include "cpu/kernels/attention_avx512.h"
 
 namespace sq {
 namespace {

@@ -11,7 +11,7 @@
 //   kDepth, kHeight  the multiples to which the depth of products is padded with 0, and their rows with anything
 //   load(operands), broadcast(operands), multiply_add(Factor, Factor, Vec), store(Vec, operands) (W too)
 //   interleave(even, odd, target)  32 operands of each, alternating: P with kPair of 2 only
-#include "attention_softmax.h"
+#include "cpu/kernels/attention_softmax.h"
 
 namespace sq {
 namespace {

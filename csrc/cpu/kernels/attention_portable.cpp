@@ -2,7 +2,7 @@
 #include <cmath>
 
 #define SQ_ATTENTION_TARGET
-#include "attention_body.h"
+#include "cpu/kernels/attention_body.h"
 
 namespace sq {
 namespace {
@@ -63,11 +63,13 @@ void merge(const AttentionArgs& args, const AttentionTask& task, const float* pa
   }
 }
 
-}  // namespace
-
 void attend_portable(const AttentionArgs& args, const AttentionTask& task) {
   attend_in_dtype<Portable, Portable>(args, task);
 }
+
+}  // namespace
+
+constexpr AttentionKernels kAttentionPortable = {"portable", attend_portable};
 
 void merge_attention(const AttentionArgs& args, const AttentionTask& task, const float* partials, int64_t parts) {
   switch (args.dtype) {

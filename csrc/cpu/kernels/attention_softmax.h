@@ -4,8 +4,8 @@
 
 #include <limits>
 
-#include "../scratch.h"
-#include "attention.h"
+#include "cpu/kernels/attention.h"
+#include "cpu/kernels/scratch.h"
 
 #define SQ_ATTENTION_INLINE inline __attribute__((always_inline)) SQ_ATTENTION_TARGET
 

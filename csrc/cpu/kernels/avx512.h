@@ -11,7 +11,7 @@
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 
-#include "gemm.h"
+#include "cpu/kernels/gemm.h"
 
 #define SQ_AVX512_FEATURES "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni"
 #define SQ_AVX512 __attribute__((target(SQ_AVX512_FEATURES)))

@@ -1,12 +1,8 @@
-#include "cpu_features.h"
-
-#include <atomic>
-#include <cstdlib>
-#include <stdexcept>
+#include "cpu/kernels/cpu_features.h"
 
 #if defined(__x86_64__)
+
 #include <cpuid.h>
-#endif
 #if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -15,7 +11,6 @@
 namespace sq {
 namespace {
 
-#if defined(__x86_64__)
 struct Cpuid {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
 
@@ -32,6 +27,8 @@ bool saves_state(unsigned long long parts) {
   return ((static_cast<unsigned long long>(high) << 32 | low) & parts) == parts;
 }
 
+}  // namespace
+
 std::string why_no_avx2() {
   const Cpuid one(1);
   if (!bit(Cpuid(7).ebx, 5) || !bit(one.ecx, 12) || !bit(one.ecx, 29)) return "this CPU has no AVX2, FMA or F16C";
@@ -39,7 +36,6 @@ std::string why_no_avx2() {
   return saves_state(kYmm) ? "" : "the operating system does not save AVX registers";
 }
 
-// vpdpbusd of 256 bits, in the encoding that needs no AVX-512.
 std::string why_no_avx_vnni() {
   if (std::string reason = why_no_avx2(); !reason.empty()) return reason;
   return bit(Cpuid(7, 1).eax, 4) ? "" : "this CPU has no AVX-VNNI";
@@ -55,7 +51,6 @@ std::string why_no_avx512_vnni() {
   return saves_state(kZmm) ? "" : "the operating system does not save AVX512 registers";
 }
 
-// What multiplies bf16, and the byte permutations that decode fp8 to it.
 std::string why_no_avx512_bf16() {
   if (std::string reason = why_no_avx512_vnni(); !reason.empty()) return reason;
   return bit(Cpuid(7, 1).eax, 5) && bit(Cpuid(7).ecx, 1) ? "" : "this CPU has no AVX512-BF16 or no AVX512-VBMI";
@@ -75,67 +70,13 @@ std::string why_no_amx() {
   return "AMX is supported on Linux only";
 #endif
 }
-#else
-std::string why_no_avx2() { return "this is not an x86-64 CPU"; }
-std::string why_no_avx_vnni() { return "this is not an x86-64 CPU"; }
-std::string why_no_avx512_vnni() { return "this is not an x86-64 CPU"; }
-std::string why_no_avx512_bf16() { return "this is not an x86-64 CPU"; }
-std::string why_no_amx() { return "this is not an x86-64 CPU"; }
-#endif
-
-Isa usable_isa(const std::string& name) {
-  std::string names;
-  for (Isa isa : kIsas) {
-    if (name == isa_name(isa)) {
-      if (why_not(isa).empty()) return isa;
-      throw std::runtime_error("SMOOTHQUANT_CPU_ISA asks for " + name + ", but " + why_not(isa));
-    }
-    names += std::string(names.empty() ? "" : ", ") + isa_name(isa);
-  }
-  throw std::runtime_error("SMOOTHQUANT_CPU_ISA is '" + name + "', expected one of " + names);
-}
-
-Isa first_isa() {
-  if (const char* forced = std::getenv("SMOOTHQUANT_CPU_ISA"); forced != nullptr && *forced != '\0') {
-    return usable_isa(forced);
-  }
-  Isa best = Isa::kPortable;
-  for (Isa isa : kIsas) {
-    if (why_not(isa).empty()) best = isa;
-  }
-  return best;
-}
-
-std::atomic<Isa>& selected() {
-  static std::atomic<Isa> isa{first_isa()};
-  return isa;
-}
-
-}  // namespace
-
-const char* isa_name(Isa isa) {
-  constexpr const char* kNames[] = {"portable", "avx2", "avxvnni", "avx512vnni", "avx512bf16", "amx"};
-  return kNames[static_cast<int>(isa)];
-}
-
-const std::string& why_not(Isa isa) {
-  static const std::string reasons[] = {
-      "", why_no_avx2(), why_no_avx_vnni(), why_no_avx512_vnni(), why_no_avx512_bf16(), why_no_amx()};
-  return reasons[static_cast<int>(isa)];
-}
 
 bool has_slow_bf16() {
-#if defined(__x86_64__)
   unsigned eax, ebx = 0, ecx, edx;
   __get_cpuid(0, &eax, &ebx, &ecx, &edx);
   return ebx == signature_INTEL_ebx;
-#else
-  return false;
-#endif
 }
 
-Isa current_isa() { return selected().load(std::memory_order_relaxed); }
-
-void set_isa(const std::string& name) { selected().store(usable_isa(name), std::memory_order_relaxed); }
-
 }  // namespace sq
+
+#endif

@@ -2,7 +2,7 @@
 // at a time, which compilers vectorize, for the instruction set of the function that they are inlined into.
 #pragma once
 
-#include "gemm.h"
+#include "cpu/kernels/gemm.h"
 
 #define SQ_EPILOGUE_INLINE inline __attribute__((always_inline))
 

@@ -1,7 +1,7 @@
 // FP8 values to bf16, which holds all of them, by byte permutations: what the kernels share that multiply FP8 in bf16.
 #pragma once
 
-#include "avx512.h"
+#include "cpu/kernels/avx512.h"
 
 #if SQ_X86
 
@@ -51,6 +51,9 @@ SQ_BF16_INLINE WeightPairs decode_weight_pairs(const Bf16Table& table, const uin
   return {_mm512_castps_si512(_mm512_shuffle_ps(begin, end, _MM_SHUFFLE(2, 0, 2, 0))),
           _mm512_castps_si512(_mm512_shuffle_ps(begin, end, _MM_SHUFFLE(3, 1, 3, 1)))};
 }
+
+// The values of fp8 as bf16, exactly.
+void widen_bf16_avx512(const WidenArgs& args, Range rows);
 
 }  // namespace sq
 

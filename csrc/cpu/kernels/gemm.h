@@ -11,7 +11,7 @@
 
 #include <cstdint>
 
-#include "dtypes.h"
+#include "common/dtypes.h"
 
 namespace sq {
 
@@ -61,18 +61,20 @@ struct WidenArgs {
 };
 using WidenRows = void (*)(const WidenArgs& args, Range rows);
 
-void gemm_int8_portable(const GemmArgs& args, Range rows, Range panels);
-void gemm_int8_avx2(const GemmArgs& args, Range rows, Range panels);
-void gemm_int8_avxvnni(const GemmArgs& args, Range rows, Range panels);
-void gemm_int8_avx512vnni(const GemmArgs& args, Range rows, Range panels);
-void gemm_int8_amx(const GemmArgs& args, Range rows, Range panels);
-
+// The values of fp8 as fp32, for kernels that have no better.
 void widen_fp32_portable(const WidenArgs& args, Range rows);
-void gemm_fp8_portable(const GemmArgs& args, Range rows, Range panels);
-void gemm_fp8_avx2(const GemmArgs& args, Range rows, Range panels);
-void gemm_fp8_avx512(const GemmArgs& args, Range rows, Range panels);
-void widen_bf16_avx512(const WidenArgs& args, Range rows);
-void gemm_fp8_avx512bf16(const GemmArgs& args, Range rows, Range panels);
-void gemm_fp8_amx(const GemmArgs& args, Range rows, Range panels);
+
+// The product of one type with one instruction set; each is defined in the file of its kernel.
+struct GemmKernels {
+  const char* name;
+  GemmRange run;
+  int64_t block_bytes;   // of activation that a thread should multiply at a time, so that it stays in L2
+  WidenRows widen;       // null in INT8
+  int64_t element_size;  // of what the product reads
+};
+
+extern const GemmKernels kInt8Portable, kInt8Avx2, kInt8AvxVnni, kInt8Avx512Vnni, kInt8Amx;
+// Blocks are larger where every block decodes the weight anew.
+extern const GemmKernels kFp8Portable, kFp8Avx2, kFp8Avx512, kFp8Avx512Bf16, kFp8Amx;
 
 }  // namespace sq

@@ -9,8 +9,8 @@
 // and for FP8 decoding the next one.
 #include <algorithm>
 
-#include "../scratch.h"
-#include "amx.h"
+#include "cpu/kernels/amx.h"
+#include "cpu/kernels/scratch.h"
 
 #if SQ_X86
 
@@ -370,17 +370,21 @@ SQ_AMX void gemm_range(const GemmArgs& args, Range rows, Range panels, Product /
   for (int64_t row = rows.begin; row < rows.end; row += block) product.run({row, std::min(rows.end, row + block)});
 }
 
-}  // namespace
-
 void gemm_int8_amx(const GemmArgs& args, Range rows, Range panels) {
-  if (rows.end - rows.begin < kFewestInt8Rows || args.k == 0) return gemm_int8_avx512vnni(args, rows, panels);
+  if (rows.end - rows.begin < kFewestInt8Rows || args.k == 0) return kInt8Avx512Vnni.run(args, rows, panels);
   SQ_DISPATCH_OUTPUT(gemm_range, args, rows, panels, Int8Product());
 }
 
 void gemm_fp8_amx(const GemmArgs& args, Range rows, Range panels) {
-  if (args.m < kFewestFp8Rows || args.k == 0) return gemm_fp8_avx512bf16(args, rows, panels);
+  if (args.m < kFewestFp8Rows || args.k == 0) return kFp8Avx512Bf16.run(args, rows, panels);
   SQ_DISPATCH_OUTPUT(gemm_range, args, rows, panels, Fp8Product());
 }
+
+}  // namespace
+
+// These cut blocks that fit themselves.
+constexpr GemmKernels kInt8Amx = {"amx", gemm_int8_amx, /*block_bytes=*/1 << 24, nullptr, /*element_size=*/1};
+constexpr GemmKernels kFp8Amx = {"amx", gemm_fp8_amx, /*block_bytes=*/1 << 24, widen_bf16_avx512, /*element_size=*/2};
 
 }  // namespace sq
 

@@ -1,7 +1,7 @@
 // INT8 product with AVX2, which has no instruction for bytes that cannot overflow: both operands are widened to 16 bits,
 // and vpmaddwd multiplies 4 columns x 4 k of the weight by 4 broadcast values of a row, into two sums a column that are
 // added at the end of a chunk. The weight is widened as it is loaded, for up to 6 rows at a time. See gemm_ymm.h.
-#include "gemm_ymm.h"
+#include "cpu/kernels/gemm_ymm.h"
 
 #if SQ_X86
 
@@ -46,9 +46,11 @@ struct Avx2 {
   }
 };
 
+void gemm_int8_avx2(const GemmArgs& args, Range rows, Range panels) { gemm_range<Avx2>(args, rows, panels); }
+
 }  // namespace
 
-void gemm_int8_avx2(const GemmArgs& args, Range rows, Range panels) { gemm_range<Avx2>(args, rows, panels); }
+constexpr GemmKernels kInt8Avx2 = {"avx2", gemm_int8_avx2, /*block_bytes=*/1 << 19, nullptr, /*element_size=*/1};
 
 }  // namespace sq
 

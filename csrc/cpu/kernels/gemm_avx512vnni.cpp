@@ -5,7 +5,7 @@
 //
 // The weight comes from memory once a call, everything else from cache, and what costs time is waiting for it: the first
 // tiles of a chunk prefetch the next chunk, so that memory is read while the sums of this one are computed.
-#include "avx512.h"
+#include "cpu/kernels/avx512.h"
 
 #if SQ_X86
 
@@ -150,11 +150,14 @@ SQ_AVX512 void gemm_range(const GemmArgs& args, Range rows, Range panels) {
   }
 }
 
-}  // namespace
-
 void gemm_int8_avx512vnni(const GemmArgs& args, Range rows, Range panels) {
   SQ_DISPATCH_OUTPUT(gemm_range, args, rows, panels);
 }
+
+}  // namespace
+
+constexpr GemmKernels kInt8Avx512Vnni = {"avx512vnni", gemm_int8_avx512vnni, /*block_bytes=*/1 << 19, nullptr,
+                                         /*element_size=*/1};
 
 }  // namespace sq
 

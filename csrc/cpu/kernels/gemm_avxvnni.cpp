@@ -1,6 +1,6 @@
 // INT8 product with AVX-VNNI, vpdpbusd in registers of 256 bits: every instruction multiplies 32 bytes of the weight
 // (8 columns, 4 k) by 4 broadcast bytes of a row. See gemm_ymm.h.
-#include "gemm_ymm.h"
+#include "cpu/kernels/gemm_ymm.h"
 
 #if SQ_X86
 
@@ -33,9 +33,12 @@ struct AvxVnni {
   SQ_AVX2_INLINE static __m256i columns(const __m256i* sums, int i) { return sums[i]; }
 };
 
+void gemm_int8_avxvnni(const GemmArgs& args, Range rows, Range panels) { gemm_range<AvxVnni>(args, rows, panels); }
+
 }  // namespace
 
-void gemm_int8_avxvnni(const GemmArgs& args, Range rows, Range panels) { gemm_range<AvxVnni>(args, rows, panels); }
+constexpr GemmKernels kInt8AvxVnni = {"avxvnni", gemm_int8_avxvnni, /*block_bytes=*/1 << 19, nullptr,
+                                      /*element_size=*/1};
 
 }  // namespace sq
 

@@ -1,7 +1,7 @@
 // FP8 product with AVX2, FMA and F16C: the weight is decoded to fp32, 64 columns x 64 k at a time (16 KB, stays in L1), and
 // multiplied by fp32 activations with fused multiply-adds. A micro kernel holds up to 6 rows x 16 columns: 12 accumulators.
-#include "avx2.h"
-#include "epilogue.h"
+#include "cpu/kernels/avx2.h"
+#include "cpu/kernels/epilogue.h"
 
 #if SQ_X86
 
@@ -122,14 +122,17 @@ SQ_AVX2 void gemm_panel(const GemmArgs& args, Range rows, int64_t panel) {
   }
 }
 
-}  // namespace
-
 void gemm_fp8_avx2(const GemmArgs& args, Range rows, Range panels) {
   for (int64_t row = rows.begin; row < rows.end; row += kBlockRows) {
     const int64_t end = row + kBlockRows < rows.end ? row + kBlockRows : rows.end;
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) gemm_panel(args, {row, end}, panel);
   }
 }
+
+}  // namespace
+
+constexpr GemmKernels kFp8Avx2 = {"avx2", gemm_fp8_avx2, /*block_bytes=*/1 << 21, widen_fp32_portable,
+                                  /*element_size=*/4};
 
 }  // namespace sq
 

@@ -1,7 +1,7 @@
 // FP8 product with AVX-512: the weight is decoded to fp32, 64 columns x 128 k at a time (32 KB, stays in L1 or L2), and
 // multiplied by fp32 activations with fused multiply-adds. A micro kernel holds 6 rows x 64 columns, as in
 // gemm_avx512vnni.cpp.
-#include "avx512.h"
+#include "cpu/kernels/avx512.h"
 
 #if SQ_X86
 
@@ -121,11 +121,14 @@ SQ_AVX512 void gemm_range(const GemmArgs& args, Range rows, Range panels) {
   }
 }
 
-}  // namespace
-
 void gemm_fp8_avx512(const GemmArgs& args, Range rows, Range panels) {
   SQ_DISPATCH_OUTPUT(gemm_range, args, rows, panels);
 }
+
+}  // namespace
+
+constexpr GemmKernels kFp8Avx512 = {"avx512", gemm_fp8_avx512, /*block_bytes=*/1 << 21, widen_fp32_portable,
+                                    /*element_size=*/4};
 
 }  // namespace sq
 

@@ -4,7 +4,7 @@
 // of e5m2's smallest value squared, 2^-32.
 //
 //   for panel: for depth chunk: decode it; for tile of rows: micro kernel, the first of which prefetch the next chunk
-#include "fp8_bf16.h"
+#include "cpu/kernels/fp8_bf16.h"
 
 #if SQ_X86
 
@@ -181,11 +181,14 @@ SQ_BF16 void widen_rows(const WidenArgs& args, Range rows) {
   }
 }
 
-}  // namespace
-
 void gemm_fp8_avx512bf16(const GemmArgs& args, Range rows, Range panels) {
   SQ_DISPATCH_OUTPUT(gemm_range, args, rows, panels);
 }
+
+}  // namespace
+
+constexpr GemmKernels kFp8Avx512Bf16 = {"avx512bf16", gemm_fp8_avx512bf16, /*block_bytes=*/1 << 21, widen_bf16_avx512,
+                                        /*element_size=*/2};
 
 void widen_bf16_avx512(const WidenArgs& args, Range rows) { widen_rows(args, rows); }
 

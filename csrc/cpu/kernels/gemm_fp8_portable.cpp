@@ -1,6 +1,6 @@
 // FP8 product for any CPU: both operands are decoded to fp32 through a table of 256 values.
-#include "epilogue.h"
-#include "gemm.h"
+#include "cpu/kernels/epilogue.h"
+#include "cpu/kernels/gemm.h"
 
 namespace sq {
 namespace {
@@ -31,6 +31,8 @@ void widen_fp32_portable(const WidenArgs& args, Range rows) {
   }
 }
 
+namespace {
+
 void gemm_fp8_portable(const GemmArgs& args, Range rows, Range panels) {
   constexpr int64_t kRows = 32;   // sums kept for this many rows at a time: 8 KB
   constexpr int64_t kDepth = 64;  // values of k decoded at a time: 16 KB
@@ -59,5 +61,10 @@ void gemm_fp8_portable(const GemmArgs& args, Range rows, Range panels) {
     }
   }
 }
+
+}  // namespace
+
+constexpr GemmKernels kFp8Portable = {"portable", gemm_fp8_portable, /*block_bytes=*/1 << 17, widen_fp32_portable,
+                                      /*element_size=*/4};
 
 }  // namespace sq

@@ -1,8 +1,10 @@
 // INT8 product for any CPU: plain loops, for compilers to vectorize.
-#include "epilogue.h"
-#include "gemm.h"
+#include "cpu/kernels/epilogue.h"
+#include "cpu/kernels/gemm.h"
 
 namespace sq {
+
+namespace {
 
 void gemm_int8_portable(const GemmArgs& args, Range rows, Range panels) {
   constexpr int64_t kRows = 32;   // sums kept for this many rows at a time: 8 KB
@@ -33,5 +35,10 @@ void gemm_int8_portable(const GemmArgs& args, Range rows, Range panels) {
     }
   }
 }
+
+}  // namespace
+
+constexpr GemmKernels kInt8Portable = {"portable", gemm_int8_portable, /*block_bytes=*/1 << 17, nullptr,
+                                       /*element_size=*/1};
 
 }  // namespace sq

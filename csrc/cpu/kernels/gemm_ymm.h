@@ -6,9 +6,9 @@
 //
 // A slice reads a part of every 256 bytes of the chunk, which therefore stays in L1. The first tile prefetches the next
 // chunk, so that memory is read while the sums of this one are computed.
-#include "avx2.h"
-#include "epilogue.h"
-#include "gemm.h"
+#include "cpu/kernels/avx2.h"
+#include "cpu/kernels/epilogue.h"
+#include "cpu/kernels/gemm.h"
 
 #if SQ_X86
 

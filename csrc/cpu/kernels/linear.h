@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
-#include "dtypes.h"
-#include "gemm.h"
+#include "common/dtypes.h"
+#include "cpu/kernels/gemm.h"
 
 namespace sq {
 
@@ -24,8 +24,11 @@ constexpr int64_t kLinearColumns = 32;
 // Computes these columns of y; calls with disjoint ranges may run at the same time.
 using LinearColumns = void (*)(const LinearArgs& args, Range columns);
 
-void linear_portable(const LinearArgs& args, Range columns);
-void linear_avx512_bf16(const LinearArgs& args, Range columns);
-void linear_amx(const LinearArgs& args, Range columns);
+struct LinearKernels {
+  const char* name;
+  LinearColumns run;
+};
+
+extern const LinearKernels kLinearPortable, kLinearAvx512Bf16, kLinearAmx;
 
 }  // namespace sq

@@ -2,9 +2,9 @@
 // second. A block is 32 columns of y: 4 tiles of sums, 2 of weight, 2 of x.
 #include <algorithm>
 
-#include "../scratch.h"
-#include "amx.h"
-#include "linear.h"
+#include "cpu/kernels/amx.h"
+#include "cpu/kernels/linear.h"
+#include "cpu/kernels/scratch.h"
 
 #if SQ_X86
 
@@ -102,11 +102,9 @@ SQ_AMX_INLINE void store_block(const LinearArgs& args, Range rows, int64_t colum
   }
 }
 
-}  // namespace
-
 SQ_AMX void linear_amx(const LinearArgs& args, Range columns) {
   const int64_t last = columns.begin + (columns.end - columns.begin) / kLinearColumns * kLinearColumns;
-  if (last == columns.begin) return linear_avx512_bf16(args, columns);
+  if (last == columns.begin) return kLinearAvx512Bf16.run(args, columns);
   const Tiles configured;
   const int64_t steps = div_up(args.k, kDepth);
   alignas(64) float sums[kLinearColumns * kRows];
@@ -121,8 +119,12 @@ SQ_AMX void linear_amx(const LinearArgs& args, Range columns) {
       store_block(args, rows, column, sums);
     }
   }
-  if (last < columns.end) linear_avx512_bf16(args, {last, columns.end});
+  if (last < columns.end) kLinearAvx512Bf16.run(args, {last, columns.end});
 }
+
+}  // namespace
+
+constexpr LinearKernels kLinearAmx = {"amx", linear_amx};
 
 }  // namespace sq
 

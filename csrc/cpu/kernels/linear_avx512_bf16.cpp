@@ -1,7 +1,7 @@
 // With vdpbf16ps: 4 columns of the weight times up to 4 rows of x are summed together, 32 k a step, so that a loaded vector
 // of either is used several times and the sums are independent.
-#include "avx512.h"
-#include "linear.h"
+#include "cpu/kernels/avx512.h"
+#include "cpu/kernels/linear.h"
 
 #if SQ_X86
 
@@ -126,13 +126,15 @@ void columns_of_all_rows(const LinearArgs& args, int64_t column) {
   }
 }
 
-}  // namespace
-
 void linear_avx512_bf16(const LinearArgs& args, Range columns) {
   int64_t column = columns.begin;
   for (; column + kColumns <= columns.end; column += kColumns) columns_of_all_rows<kColumns>(args, column);
   for (; column < columns.end; ++column) columns_of_all_rows<1>(args, column);
 }
+
+}  // namespace
+
+constexpr LinearKernels kLinearAvx512Bf16 = {"avx512bf16", linear_avx512_bf16};
 
 }  // namespace sq
 

@@ -1,7 +1,9 @@
 // For any CPU: plain loops over 16 partial sums a row, for compilers to vectorize.
-#include "linear.h"
+#include "cpu/kernels/linear.h"
 
 namespace sq {
+
+namespace {
 
 void linear_portable(const LinearArgs& args, Range columns) {
   constexpr int64_t kLanes = 16;
@@ -22,5 +24,9 @@ void linear_portable(const LinearArgs& args, Range columns) {
     }
   }
 }
+
+}  // namespace
+
+constexpr LinearKernels kLinearPortable = {"portable", linear_portable};
 
 }  // namespace sq

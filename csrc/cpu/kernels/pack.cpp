@@ -1,4 +1,4 @@
-#include "pack.h"
+#include "cpu/kernels/pack.h"
 
 #include <cstring>
 

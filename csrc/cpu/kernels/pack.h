@@ -6,8 +6,8 @@
 
 #include <cstdint>
 
-#include "dtypes.h"
-#include "gemm.h"
+#include "common/dtypes.h"
+#include "cpu/kernels/gemm.h"
 
 namespace sq {
 

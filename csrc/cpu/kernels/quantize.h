@@ -9,9 +9,9 @@
 
 #include <cstdint>
 
-#include "dtypes.h"
-#include "gemm.h"
-#include "row_scale.h"
+#include "common/dtypes.h"
+#include "common/row_scale.h"
+#include "cpu/kernels/gemm.h"
 
 namespace sq {
 
@@ -37,8 +37,11 @@ inline RowScale row_scale(const QuantizeArgs& args, uint32_t absmax_bits) {
 
 using QuantizeRows = void (*)(const QuantizeArgs& args, Range rows);
 
-void quantize_rows_portable(const QuantizeArgs& args, Range rows);
-void quantize_rows_avx2(const QuantizeArgs& args, Range rows);
-void quantize_rows_avx512(const QuantizeArgs& args, Range rows);
+struct QuantizeKernels {
+  const char* name;
+  QuantizeRows run;
+};
+
+extern const QuantizeKernels kQuantizePortable, kQuantizeAvx2, kQuantizeAvx512;
 
 }  // namespace sq

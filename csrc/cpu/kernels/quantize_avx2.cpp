@@ -1,7 +1,7 @@
 // The quantizers with AVX2, 32 elements a step; the last step of a row ends with it, and does again what it shares with the
 // one before. Bytes moved a row: the input once from memory and once from cache.
-#include "avx2.h"
-#include "quantize.h"
+#include "cpu/kernels/avx2.h"
+#include "cpu/kernels/quantize.h"
 
 #if SQ_X86
 
@@ -162,10 +162,8 @@ void quantize_rows(const QuantizeArgs& args, Range rows) {
   args.smooth == nullptr ? quantize_rows<kIn, false>(args, rows) : quantize_rows<kIn, true>(args, rows);
 }
 
-}  // namespace
-
 void quantize_rows_avx2(const QuantizeArgs& args, Range rows) {
-  if (args.k < kStep) return quantize_rows_portable(args, rows);
+  if (args.k < kStep) return kQuantizePortable.run(args, rows);
   switch (args.x_dtype) {
     case DType::kBFloat16:
       return quantize_rows<DType::kBFloat16>(args, rows);
@@ -175,6 +173,10 @@ void quantize_rows_avx2(const QuantizeArgs& args, Range rows) {
       return quantize_rows<DType::kFloat32>(args, rows);
   }
 }
+
+}  // namespace
+
+constexpr QuantizeKernels kQuantizeAvx2 = {"avx2", quantize_rows_avx2};
 
 }  // namespace sq
 

@@ -1,6 +1,6 @@
 // The quantizers with AVX-512, 64 elements a step. Bytes moved a row: the input once from memory and once from cache.
-#include "avx512.h"
-#include "quantize.h"
+#include "cpu/kernels/avx512.h"
+#include "cpu/kernels/quantize.h"
 
 #if SQ_X86
 
@@ -164,8 +164,6 @@ void quantize_rows(const QuantizeArgs& args, Range rows) {
   args.smooth == nullptr ? quantize_rows<kIn, false>(args, rows) : quantize_rows<kIn, true>(args, rows);
 }
 
-}  // namespace
-
 void quantize_rows_avx512(const QuantizeArgs& args, Range rows) {
   switch (args.x_dtype) {
     case DType::kBFloat16:
@@ -176,6 +174,10 @@ void quantize_rows_avx512(const QuantizeArgs& args, Range rows) {
       return quantize_rows<DType::kFloat32>(args, rows);
   }
 }
+
+}  // namespace
+
+constexpr QuantizeKernels kQuantizeAvx512 = {"avx512", quantize_rows_avx512};
 
 }  // namespace sq
 

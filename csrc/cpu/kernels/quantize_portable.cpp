@@ -1,7 +1,7 @@
 // Rows are done in chunks that are first widened to fp32, so that one loop per step serves all input types and vectorizes.
 #include <cstring>
 
-#include "quantize.h"
+#include "cpu/kernels/quantize.h"
 
 namespace sq {
 namespace {
@@ -86,8 +86,6 @@ void convert_row(const QuantizeArgs& args, int64_t row, float multiplier, uint8_
   }
 }
 
-}  // namespace
-
 void quantize_rows_portable(const QuantizeArgs& args, Range rows) {
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     uint8_t* q = args.q + row * args.q_stride;
@@ -100,5 +98,9 @@ void quantize_rows_portable(const QuantizeArgs& args, Range rows) {
     }
   }
 }
+
+}  // namespace
+
+constexpr QuantizeKernels kQuantizePortable = {"portable", quantize_rows_portable};
 
 }  // namespace sq

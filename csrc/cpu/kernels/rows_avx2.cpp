@@ -1,6 +1,0 @@
-#if defined(__x86_64__)
-#define SQ_ROWS(name) name##_avx2
-#define SQ_ROWS_TARGET __attribute__((target("avx2")))
-#define SQ_ROWS_LANES 8
-#include "rows_body.h"
-#endif

@@ -1,0 +1,30 @@
+// The quantizing steps as other ops call them: their tensors are checked already.
+#pragma once
+
+#include "common/norm_activation_checks.h"
+#include "cuda/compute/launch.h"
+#include "cuda/kernels/norm_activation.h"
+
+namespace sq {
+
+// q [..., K] and scale [...] of what has the shape of x, and where a kernel writes them.
+struct QuantizeTarget {
+  Tensor q, scale;
+  QuantizedRows rows;
+
+  QuantizeTarget(const Tensor& x, ScalarType dtype, const float* static_scale)
+      : q(empty_like_device(x, shape_of(x), dtype)),
+        scale(empty_like_device(x, drop_last(x), ScalarType::Float)),
+        rows{static_cast<uint8_t*>(q.mutable_data_ptr()), static_cast<float*>(scale.mutable_data_ptr()), static_scale,
+             kernel_dtype(dtype)} {}
+};
+
+// Of a contiguous x, with a scale per row or a static one.
+Quantized quantize_rows_cuda(const char* op, const Tensor& x, const OptionalTensor& smooth, const float* static_scale,
+                             ScalarType dtype);
+
+// Of act(gate), or act(gate) * up; contiguous.
+Quantized activate_quantize_cuda(const char* op, Activation activation, const Tensor& gate, const OptionalTensor& up,
+                                 ScalarType dtype, const float* static_scale);
+
+}  // namespace sq

@@ -1,0 +1,45 @@
+// cuTensorMapEncodeTiled, asked of the driver that is there: nothing is linked with libcuda, which machines without a GPU
+// do not have.
+#include "cuda/compute/tensor_map.h"
+
+#include <cudaTypedefs.h>
+#include <cuda_runtime.h>
+
+#include "common/checks.h"
+#include "cuda/kernels/tile_maps.h"
+
+namespace sq {
+namespace {
+
+static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) == alignof(CUtensorMap));
+
+PFN_cuTensorMapEncodeTiled_v12000 find_encode(const char* op) {
+  constexpr unsigned kSince = 12000;  // CUDA 12.0 brought it
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result{};
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, kSince, cudaEnableDefault, &result);
+  SQ_CHECK(error == cudaSuccess && result == cudaDriverEntryPointSuccess && found != nullptr, op,
+           ": the NVIDIA driver has no cuTensorMapEncodeTiled, which wgmma needs; update it");
+  return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
+}
+
+}  // namespace
+
+TensorMap map_of_rows(const char* op, const uint8_t* data, int64_t rows, int64_t k, int box_rows) {
+  static const PFN_cuTensorMapEncodeTiled_v12000 encode = find_encode(op);
+  static_assert(WgmmaTile::kK == SwapTile::kK);
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(k), static_cast<cuuint64_t>(rows)};  // the innermost comes first
+  const cuuint64_t row_bytes[] = {static_cast<cuuint64_t>(k)};
+  const cuuint32_t box[] = {WgmmaTile::kK, static_cast<cuuint32_t>(box_rows)}, steps[] = {1, 1};
+  TensorMap map;
+  const CUresult result =
+      encode(reinterpret_cast<CUtensorMap*>(&map), CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<uint8_t*>(data), sizes,
+             row_bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  SQ_CHECK(result == CUDA_SUCCESS, op, ": the driver makes no tensor map of ", rows, " rows of ", k, " bytes (error ",
+           static_cast<int>(result), ")");
+  return map;
+}
+
+}  // namespace sq

@@ -1,0 +1,65 @@
+// Chooses the instances of the kernels of gemm.h and launches them.
+#include "cuda/kernels/gemm.h"
+
+#include "cuda/kernels/epilogue.cuh"
+#include "cuda/kernels/launch.cuh"
+#include "cuda/kernels/skinny.cuh"
+#include "cuda/kernels/widen.cuh"
+#include "cuda/kernels/with_type.h"
+
+namespace sq {
+namespace {
+
+template <typename Sum, int kRows>
+void launch_skinny(const SkinnyJob& job, void* stream) {
+  const auto column_blocks = static_cast<unsigned>((job.epilogue.n + kSkinnyColumns - 1) / kSkinnyColumns);
+  const auto row_blocks = static_cast<unsigned>((job.epilogue.m + kRows - 1) / kRows);
+  launch(skinny_gemm_kernel<Sum, kRows, kSkinnyColumns>, int64_t{column_blocks} * row_blocks, skinny_threads(job.k), 0,
+         stream, job, column_blocks, can_move_words(job.a, job.b, job.k));
+}
+
+template <typename Sum>
+void launch_skinny(const SkinnyJob& job, void* stream) {
+  if (job.epilogue.m == 1) return launch_skinny<Sum, 1>(job, stream);
+  if (job.epilogue.m == 2) return launch_skinny<Sum, 2>(job, stream);
+  if (job.epilogue.m <= 4) return launch_skinny<Sum, 4>(job, stream);
+  launch_skinny<Sum, kSkinnyRows>(job, stream);
+}
+
+template <typename Sum>
+void launch_epilogue_of(const EpilogueJob& job, void* stream) {
+  with_float_type(job.epilogue.y_dtype, [&](auto type) {
+    using Y = typename decltype(type)::type;
+    const auto* sums = static_cast<const Sum*>(job.sums);
+    const bool wide = job.epilogue.n % kEpilogueColumns == 0 &&
+                      reinterpret_cast<uintptr_t>(job.sums) % alignof(Four<Sum>) == 0 &&
+                      reinterpret_cast<uintptr_t>(job.epilogue.y) % alignof(Four<Y>) == 0;
+    const auto row_blocks = static_cast<unsigned>(epilogue_blocks(job.epilogue.n));
+    launch(epilogue_kernel<Sum, Y>, job.epilogue.m * row_blocks, kEpilogueThreads, 0, stream, sums, job.splits,
+           job.epilogue, row_blocks, wide);
+  });
+}
+
+}  // namespace
+
+void launch_skinny_gemm(const SkinnyJob& job, void* stream) {
+  if (job.epilogue.m == 0 || job.epilogue.n == 0) return;
+  job.a_dtype == DType::kInt8 ? launch_skinny<int32_t>(job, stream) : launch_skinny<float>(job, stream);
+}
+
+void launch_epilogue(const EpilogueJob& job, void* stream) {
+  if (job.epilogue.m == 0 || job.epilogue.n == 0) return;
+  job.is_int32 ? launch_epilogue_of<int32_t>(job, stream) : launch_epilogue_of<float>(job, stream);
+}
+
+void launch_widen(const WidenJob& job, void* stream) {
+  if (job.count == 0) return;
+  constexpr int kThreads = 256;
+  constexpr int64_t kMostBlocks = 8192;
+  const int64_t needed = (job.count + kThreads * kGroup - 1) / (kThreads * kGroup);
+  const int64_t blocks = needed < kMostBlocks ? needed : kMostBlocks;
+  const bool is_aligned = is_group_aligned(job.q) && is_group_aligned(job.wide);
+  launch(widen_kernel, blocks, kThreads, 0, stream, job.q, job.dtype, job.wide, job.count, is_aligned);
+}
+
+}  // namespace sq

@@ -1,0 +1,75 @@
+// w8a8_linear, w8a8_linear_group and w8a8_mlp on CUDA devices: quantization, products and activations one after the other.
+#include <torch/csrc/stable/library.h>
+
+#include <vector>
+
+#include "common/gemm_checks.h"
+#include "common/norm_activation_checks.h"
+#include "common/op_string.h"
+#include "cuda/compute/product.h"
+#include "cuda/compute/quantize.h"
+
+namespace sq {
+namespace {
+
+Tensor w8a8_linear_cuda(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const OptionalTensor& bias,
+                        const OptionalTensor& input_scale, const OptionalTensor& smooth,
+                        std::optional<ScalarType> out_dtype) {
+  constexpr const char* kOp = "w8a8_linear";
+  const LayerTensors layer{weight, weight_scale, bias};
+  const GemmShape shape = check_linear(kOp, x, layer, out_dtype);
+  check_smooth(kOp, smooth, x);
+  const float* static_scale = static_scale_pointer(kOp, "input_scale", input_scale, "x", x);
+  const DeviceGuard guard(x.get_device_index());
+  const auto [q, scale] = quantize_rows_cuda(kOp, as_contiguous(x), smooth, static_scale, weight.scalar_type());
+  return multiply_cuda(kOp, q, scale, layer, shape, out_dtype.value_or(x.scalar_type()));
+}
+
+std::vector<Tensor> w8a8_linear_group_cuda(const Tensor& x, const std::vector<Tensor>& weight,
+                                           const std::vector<Tensor>& weight_scale, const OptionalTensors& bias,
+                                           const OptionalTensor& input_scale, std::optional<ScalarType> out_dtype) {
+  constexpr const char* kOp = "w8a8_linear_group";
+  const LayerLists layers{weight, weight_scale, bias};
+  const std::vector<GemmShape> shapes = check_linear_group(kOp, x, layers, out_dtype);
+  const float* static_scale = static_scale_pointer(kOp, "input_scale", input_scale, "x", x);
+  const DeviceGuard guard(x.get_device_index());
+  const auto [q, scale] =
+      quantize_rows_cuda(kOp, as_contiguous(x), std::nullopt, static_scale, weight[0].scalar_type());
+  std::vector<Tensor> outputs;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    outputs.push_back(multiply_cuda(kOp, q, scale, layers[i], shapes[i], out_dtype.value_or(x.scalar_type())));
+  }
+  return outputs;
+}
+
+Tensor w8a8_mlp_cuda(const Tensor& x, const std::vector<Tensor>& weight, const std::vector<Tensor>& weight_scale,
+                     const OptionalTensors& bias, const OptionalTensors& input_scale, const OpString& activation) {
+  constexpr const char* kOp = "w8a8_mlp";
+  const LayerLists layers{weight, weight_scale, bias};
+  const std::vector<GemmShape> shapes = check_mlp(kOp, x, layers, input_scale);
+  const Activation kind = activation_kind(kOp, activation);
+  const auto static_scale = [&](size_t index) {
+    return static_scale_pointer(kOp, mlp_input_scale_name(layers, index), element_of(input_scale, index), "x", x);
+  };
+  const float *x_scale = static_scale(0), *hidden_scale = static_scale(1);
+  const DeviceGuard guard(x.get_device_index());
+  const ScalarType dtype = x.scalar_type();
+  const size_t down = layers.size() - 1;
+  const auto [q, scale] = quantize_rows_cuda(kOp, as_contiguous(x), std::nullopt, x_scale, weight[0].scalar_type());
+  const Tensor gate = multiply_cuda(kOp, q, scale, layers[0], shapes[0], dtype);
+  OptionalTensor up;
+  if (is_gated(layers)) up = multiply_cuda(kOp, q, scale, layers[1], shapes[1], dtype);
+  const auto [hidden, hidden_scales] =
+      activate_quantize_cuda(kOp, kind, gate, up, weight[down].scalar_type(), hidden_scale);
+  return multiply_cuda(kOp, hidden, hidden_scales, layers[down], shapes[down], dtype);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sq, CUDA, m) {
+  m.impl("w8a8_linear", TORCH_BOX(&w8a8_linear_cuda));
+  m.impl("w8a8_linear_group", TORCH_BOX(&w8a8_linear_group_cuda));
+  m.impl("w8a8_mlp", TORCH_BOX(&w8a8_mlp_cuda));
+}
+
+}  // namespace sq

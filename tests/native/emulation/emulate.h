@@ -1,0 +1,36 @@
+// Included before every file of csrc/cuda when it is compiled as plain C++: its kernels then run on the CPU through the
+// shim, and its ops are registered as torch.ops.sq_emulated.* for CPU tensors. What the ops do around the kernels (checks,
+// plans, pointers, buffers) is the very code that runs on a GPU.
+#pragma once
+
+#include "native/cuda/tensor_core_shim.h"
+
+// After the shim.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+
+#include <cuda_runtime.h>
+
+// As in cuda/kernels/launch.cuh.
+namespace sq {
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes, void* /*stream*/,
+            const Arguments&... arguments) {
+  shim::run_tensor_cores(kernel, static_cast<unsigned>(blocks), static_cast<unsigned>(threads),
+                         static_cast<size_t>(shared_bytes), Parameters(arguments)...);
+}
+}  // namespace sq
+
+namespace torch::stable::accelerator {
+struct NoGuard {
+  explicit NoGuard(int) {}
+};
+}  // namespace torch::stable::accelerator
+#define DeviceGuard NoGuard
+
+#undef STABLE_TORCH_LIBRARY_IMPL
+#define STABLE_TORCH_LIBRARY_IMPL(ns, key, m) _STABLE_TORCH_LIBRARY_IMPL(sq_emulated, CPU, m, C10_UID)
+
+#undef STD_CUDA_KERNEL_LAUNCH_CHECK
+#define STD_CUDA_KERNEL_LAUNCH_CHECK() static_cast<void>(0)
