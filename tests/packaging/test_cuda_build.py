@@ -195,7 +195,14 @@ def program_of(source: str, target: Path, cuda_home: Path, *more: str | Path) ->
     command: list[str | Path] = ["c++", "-std=c++17", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     includes = (torch_dir / "include", cuda_home / "include", NVIDIA / "include")
     command += [f"-I{ROOT / 'csrc'}", *(part for path in includes for part in ("-isystem", path))]
-    command += [ROOT / "tests" / "native" / "emulation" / source, "-o", target, f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-lc10"]
+    command += [
+        ROOT / "tests" / "native" / "emulation" / source,
+        "-o",
+        target,
+        f"-L{torch_dir / 'lib'}",
+        "-ltorch_cpu",
+        "-lc10",
+    ]
     subprocess.run([*command, f"-Wl,-rpath,{torch_dir / 'lib'}", *more], check=True)
     return target
 
