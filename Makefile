@@ -71,8 +71,8 @@ native-test: ## build the kernels without torch and run their tests under SANITI
 abi: $(STAMPS)/dev ## prove that what was built needs only torch's stable ABI
 	@for object in smoothquant_ext/_C*.so; do $(BIN)/torch-abi-audit --check torch -v "$$object"; done
 
-docs: $(STAMPS)/installed ## write docs/ops.md from the schemas and docstrings
-	@$(BIN)/python docs/write_ops.py
+docs: $(STAMPS)/installed ## write docs/ops.md from the declarations of the ops
+	@$(BIN)/python tools/write_ops.py
 
 cuda-headers: $(STAMPS)/torch ## fetch cuBLASLt's headers, which with nvcc are what the CUDA kernels need to compile, and the disassembler
 	@$(INSTALL) --no-deps 'nvidia-cublas>=13,<14' 'nvidia-cuda-cuobjdump>=13,<14' 'nvidia-cuda-nvdisasm>=13,<14'

@@ -13,15 +13,26 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from smoothquant_ext import ops, reference
+from smoothquant_ext import reference
 from smoothquant_ext.ops.cuda_kernels import OLDEST_FP8, OWN_GEMMS, WGMMA, Gpu, own_gemms
+from smoothquant_ext.ops.declare import DECLARED
+
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
+from op_cases import CASES, Problem, call, expected_of
 
 EIGHT_BIT = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+ROWS = ((1, torch.float32), (577, torch.bfloat16), (4096, torch.bfloat16), (33000, torch.float16))
+"""Short, odd, wide and very long rows, for the ops without a product."""
+PRODUCTS = ((1, 9, 33), (5, 64, 640), (9, 30, 70), (40, 64, 64), (130, 48, 528))
+"""M, N and K, few rows and many, of sizes that tensor cores take and that they do not."""
+
+Case = tuple[str, dict[str, Any]]
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -29,35 +40,18 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def producers() -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Names of ops and arguments, for short, odd, wide and very long rows."""
-    for columns, dtype in ((1, torch.float32), (577, torch.bfloat16), (4096, torch.bfloat16), (33000, torch.float16)):
-        x, y, w = randn(3, columns).to(dtype), randn(3, columns, seed=1).to(dtype), randn(columns, seed=2)
-        one = torch.tensor([0.03])
-        for eight_bit in EIGHT_BIT:
-            yield "quantize_per_token", (x, eight_bit, w.abs() + 0.5)
-            yield "quantize_static", (x, one, eight_bit)
-            yield "rms_norm_quantize", (x, w, 1e-5, eight_bit, y)
-            yield "layer_norm_quantize", (x, w, w, 1e-5, eight_bit, None, one)
-            yield "silu_mul_quantize", (x, y, eight_bit)
-            yield "gelu_mul_quantize", (x, y, eight_bit, one, "tanh")
-            yield "gelu_quantize", (x, eight_bit)
-            yield "relu_quantize", (x, eight_bit)
-        yield "rms_norm", (x, w, 1e-5)
+def library() -> Iterator[Case]:
+    """Names of ops and arguments: every op that has CUDA kernels, with all the arguments that it takes."""
+    for name, case in CASES.items():
+        is_product = "gemm" in DECLARED[name].cuda
+        shapes = [(m, k, n, torch.bfloat16) for m, n, k in PRODUCTS] if is_product else [(3, k, 1, x) for k, x in ROWS]
+        for m, k, n, dtype in shapes if DECLARED[name].cuda else ():
+            for eight_bit in case.eight_bit:
+                *_, arguments = case.make(Problem((m,), k, n, dtype, eight_bit, packs=False))
+                yield name, arguments
 
 
-def products() -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Products of few and many rows, of sizes that tensor cores support and that they do not."""
-    for m, n, k in ((1, 9, 33), (5, 64, 640), (9, 30, 70), (40, 64, 64), (130, 48, 528)):
-        for eight_bit in EIGHT_BIT:
-            a, a_scale = reference.quantize_per_token(randn(m, k), eight_bit)
-            b, b_scale = reference.quantize_per_token(randn(n, k, seed=1), eight_bit)
-            yield "w8a8_gemm", (a, b, a_scale, b_scale, randn(n, seed=2), torch.float32)
-        b, b_scale = reference.quantize_per_token(randn(n, k, seed=1), torch.int8)
-        yield "w8a8_linear", (randn(m, k).bfloat16(), b, b_scale)
-
-
-def own_products(arch: int) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+def own_products(arch: int) -> Iterator[tuple[str, Case]]:
     """Families of kernels, each with a product: less than a tile, several tiles and stages, a split k; all dtypes."""
     for family in own_gemms(Gpu("", arch), ("gemm_int8",)):
         for m, n, k in ((1, 33, 16), (40, 64, 64), (130, 48, 528), (300, 272, 1040), (20, 256, 4096)):
@@ -65,16 +59,8 @@ def own_products(arch: int) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
                 for b_type in EIGHT_BIT[1:] if a_type != torch.int8 else EIGHT_BIT[:1]:
                     a, a_scale = reference.quantize_per_token(randn(m, k), a_type)
                     b, b_scale = reference.quantize_per_token(randn(n, k, seed=1), b_type)
-                    yield family, "w8a8_gemm", (a, b, a_scale, b_scale, randn(n, seed=2), torch.float32)
-
-
-def differs(actual: Tensor, expected: Tensor, is_exact: bool) -> bool:
-    """Whether a result is wrong: any bit of it or, of an fp8 product, more than the precision of tensor cores."""
-    actual = actual.cpu()
-    if is_exact:
-        return not torch.equal(actual.view(torch.uint8), expected.view(torch.uint8))
-    scale = float(expected.abs().max()) if expected.numel() else 0.0
-    return bool(((actual - expected).abs() > 0.02 * scale).any())
+                    arguments = {"a": a, "b": b, "a_scale": a_scale, "b_scale": b_scale, "bias": randn(n, seed=2)}
+                    yield family, ("w8a8_gemm", {**arguments, "out_dtype": torch.float32})
 
 
 def main() -> int:
@@ -85,19 +71,19 @@ def main() -> int:
     options = parser.parse_args()
     device = options.device
     wrong = []
-    cases = [("library", *case) for case in (*producers(), *products())]
+    cases = [("library", case) for case in library()]
     if options.own:
         major, minor = torch.cuda.get_device_capability() if device == "cuda" else (WGMMA // 10, WGMMA % 10)
         cases = list(own_products(10 * major + minor))
-    for family, name, arguments in cases:
+    for family, (name, arguments) in cases:
         os.environ["SMOOTHQUANT_CUDA_GEMM"] = family
-        there = [value.to(device) if isinstance(value, Tensor) else value for value in arguments]
-        actual, expected = getattr(ops, name)(*there), getattr(reference, name)(*arguments)
-        pairs = zip(actual, expected, strict=True) if isinstance(expected, tuple) else [(actual, expected)]
-        is_exact = name != "w8a8_gemm" or arguments[0].dtype == torch.int8
-        if any(differs(one, other, is_exact) for one, other in pairs):
+        case = CASES[name]
+        try:
+            case.check(call(case.op, arguments, device), expected_of(case, arguments, device), arguments, "")
+        except AssertionError as error:
             asked = f" by {family}" if family in OWN_GEMMS else ""
-            wrong.append(f"{name}{asked} {[tuple(v.shape) if isinstance(v, Tensor) else v for v in arguments]}")
+            shapes = {key: tuple(v.shape) if isinstance(v, Tensor) else v for key, v in arguments.items()}
+            wrong.append(f"{name}{asked} {shapes}: {error}")
     for what in wrong:
         print(f"WRONG: {what}", file=sys.stderr)
     print(f"{len(cases) - len(wrong)} of {len(cases)} calls were right")

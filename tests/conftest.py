@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_cases import HAS_CUDA, ISAS, cpu_isa, run_on
+from op_testing import HAS_CUDA, ISAS, cpu_isa, run_on
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import json
 import struct
@@ -21,7 +20,6 @@ from smoothquant_ext import SCHEMES, Recipe, W8A8Linear, load, ops, quantize, re
 from smoothquant_ext.evaluation.accuracy import Evaluation, evaluate, evaluate_all
 from smoothquant_ext.evaluation.size import model_bytes
 from smoothquant_ext.models import load_model
-from smoothquant_ext.reference.decoder_layer import w8a8_decoder_layer_
 from smoothquant_ext.reporting.profiler import profile_products
 
 ROOT = Path(__file__).parent.parent
@@ -44,10 +42,9 @@ def logits(model: nn.Module, tokens: Tensor) -> Tensor:
 def oracle_logits(model: nn.Module, tokens: Tensor) -> Tensor:
     """What a quantized model gives when every op of ours is computed by plain torch operators."""
     with pytest.MonkeyPatch.context() as patch:
-        for op in ("w8a8_linear", "w8a8_linears", "w8a8_mlp", "rms_norm", "linear"):
+        patch.setattr("smoothquant_ext.reference.decoder_layer.attention", ops.attention)  # fp32 sums have no order
+        for op in ("w8a8_linear", "w8a8_linear_group", "w8a8_mlp", "w8a8_decoder_layer_", "rms_norm", "linear"):
             patch.setattr(ops, op, getattr(reference, op))
-        layer = functools.partial(w8a8_decoder_layer_, attend=ops.attention)
-        patch.setattr(ops, "w8a8_decoder_layer_", layer)
         return logits(model, tokens)
 
 
@@ -101,7 +98,7 @@ def test_a_profile_tells_8_bit_products_from_floating_point_ones():
     products = profile_products(model, TEST[:1])
     assert products.quantized == 13
     # The first layer module by module: q, k and v together, gate and up too; the second one whole.
-    assert products.eight_bit == {"sq::w8a8_linears": 2, "sq::w8a8_linear": 1, "sq::w8a8_decoder_layer_": 1}
+    assert products.eight_bit == {"sq::w8a8_linear_group": 2, "sq::w8a8_linear": 1, "sq::w8a8_decoder_layer_": 1}
     assert products.float_inside == {}
     assert products.float_linears == ["model.layers.0.mlp.down_proj", "lm_head"]
     assert products.float_elsewhere == {}
@@ -114,7 +111,7 @@ def test_a_profile_tells_8_bit_products_from_floating_point_ones():
     model.model.layers[1].self_attn.o_proj.__class__ = Cheat
     products = profile_products(model, TEST[:1])
     assert list(products.float_inside) == ["model.layers.1.self_attn.o_proj"]
-    assert products.eight_bit == {"sq::w8a8_linears": 3, "sq::w8a8_linear": 1, "sq::w8a8_mlp": 1}
+    assert products.eight_bit == {"sq::w8a8_linear_group": 3, "sq::w8a8_linear": 1, "sq::w8a8_mlp": 1}
     assert not demo.products_check(model, TEST[:1])[0][0]
 
 

@@ -119,10 +119,6 @@ class FusedDecoderLayer:
         total, mask = past + x.shape[1], kwargs.get("attention_mask")
         if not takes_mask(mask, x.shape[0], layers[0].out_features // d, x.shape[1], total):
             return None
-        operands: list[dict[str, Any]] = [layer._buffers for layer in layers]
-        biases = [own["bias"] for own in operands if own["bias"] is not None]
-        if biases:
-            biases = [x.new_empty(0) if own["bias"] is None else own["bias"] for own in operands]
         output = ops.w8a8_decoder_layer_(
             x,
             norm.weight,
@@ -130,10 +126,8 @@ class FusedDecoderLayer:
             norm.fused_eps,
             post_norm.fused_eps,
             norm.fused_offset,
-            [own["weight"] for own in operands],
-            [own["weight_scale"] for own in operands],
-            biases,
-            _input_scales([operands[index]["input_scale"] for index in (0, 3, 4, 6)], x),
+            *ops.as_lists(layer.tensors for layer in layers),
+            [layers[index]._buffers["input_scale"] for index in (0, 3, 4, 6)],  # of q, o, gate, down
             cos,
             sin,
             buffers.keys,
@@ -172,13 +166,6 @@ def fuse_layers_(model: PreTrainedModel) -> list[str]:
             layer.__class__ = plain
             del vars(layer)["parts"]
     return fused
-
-
-def _input_scales(scales: list[Tensor | None], x: Tensor) -> list[Tensor]:
-    """Static scales as the op takes them: an empty tensor for an input with a scale per token, nothing if all are."""
-    if all(scale is None for scale in scales):
-        return []
-    return [x.new_empty(0) if scale is None else scale for scale in scales]
 
 
 def _own_output(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

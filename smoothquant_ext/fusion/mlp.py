@@ -12,10 +12,10 @@ from .. import ops
 from ..activations import ACTIVATIONS
 from ..nn.grad import needs_grad
 from ..nn.linear import W8A8Linear, have_one_input_scale
+from ..packing import PANEL
 from ..probing.hooks import hooked, output_of
 from ..probing.numerics import same_elements
 
-PANEL = 64  # columns that a packed weight is cut at
 # Of the last layer's input, in the dtype of the activations: the activation, a cast, a product and another cast.
 ROUNDINGS = 4
 
@@ -38,19 +38,11 @@ class Roles(NamedTuple):
         return self.up == self.gate
 
 
-class Operands(NamedTuple):
-    """A layer, or half of one, as ``ops.w8a8_mlp`` takes it."""
-
-    weight: Tensor
-    scale: Tensor
-    bias: Tensor | None
-
-
 class FusedMLP:
     """Mixed into the class of an MLP: one op on the CPU, the class's own forward elsewhere."""
 
     fused_roles: Roles
-    fused_halves: tuple[Tensor, Operands, Operands] | None
+    fused_halves: tuple[Tensor, ops.Layer, ops.Layer] | None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., K] -> [..., N]"""
@@ -60,25 +52,14 @@ class FusedMLP:
         is_ours = _is_plain(gate) and _is_plain(down) and (up is None or up is gate or _is_plain(up))
         if not is_ours or not hidden_states.is_cpu or needs_grad(hidden_states):
             return super().forward(hidden_states)  # type: ignore[misc, no-any-return]
-        first, second = self._halves(gate) if roles.is_packed else (_operands(gate), up and _operands(up))
-        last = _operands(down)
-        return ops.w8a8_mlp(
-            hidden_states,
-            first.weight,
-            first.scale,
-            last.weight,
-            last.scale,
-            second and second.weight,
-            second and second.scale,
-            first.bias,
-            second and second.bias,
-            last.bias,
-            gate.input_scale,
-            down.input_scale,
-            roles.activation,
-        )
+        if roles.is_packed:
+            layers = [*self._halves(gate), down.tensors]
+        else:
+            layers = [layer.tensors for layer in (gate, up, down) if layer is not None]
+        input_scale = [gate.input_scale, down.input_scale]
+        return ops.w8a8_mlp(hidden_states, *ops.as_lists(layers), input_scale, roles.activation)
 
-    def _halves(self, layer: W8A8Linear) -> tuple[Operands, Operands]:
+    def _halves(self, layer: W8A8Linear) -> tuple[ops.Layer, ops.Layer]:
         """Gate and up of a layer that computes both: views, kept until the layer has another weight."""
         if self.fused_halves is None or self.fused_halves[0] is not layer.weight:
             first, second = _split(layer)
@@ -158,19 +139,14 @@ def _is_plain(module: nn.Module) -> bool:
     return type(module) is W8A8Linear and not module._forward_pre_hooks and not module._forward_hooks
 
 
-def _operands(layer: W8A8Linear) -> Operands:
-    buffers: dict[str, Any] = layer._buffers
-    return Operands(buffers["weight"], buffers["weight_scale"], buffers["bias"])
-
-
-def _split(layer: W8A8Linear) -> tuple[Operands, Operands]:
+def _split(layer: W8A8Linear) -> tuple[ops.Layer, ops.Layer]:
     """The two halves of the outputs of a layer."""
-    weight, scale, bias = _operands(layer)
+    weight, scale, bias = layer.tensors
     inner = layer.out_features // 2
     middle = inner // PANEL if layer.is_packed else inner
     scale = scale.reshape(-1).expand(layer.out_features)
-    first = Operands(weight[:middle], scale[:inner], None if bias is None else bias[:inner])
-    return first, Operands(weight[middle:], scale[inner:], None if bias is None else bias[inner:])
+    first = ops.Layer(weight[:middle], scale[:inner], None if bias is None else bias[:inner])
+    return first, ops.Layer(weight[middle:], scale[inner:], None if bias is None else bias[inner:])
 
 
 def _has_parameters(module: nn.Module) -> bool:

@@ -37,11 +37,8 @@ class SharedInput:
                 return result
         if layer is not self.layers[0] or not x.is_cpu or torch.compiler.is_compiling():
             return None
-        buffers: list[dict[str, Any]] = [member._buffers for member in self.layers]
-        biases = [own["bias"] for own in buffers] if buffers[0]["bias"] is not None else ()
-        first, *others = ops.w8a8_linears(
-            x, [own["weight"] for own in buffers], [own["weight_scale"] for own in buffers], biases, layer.input_scale
-        )
+        layers = ops.as_lists(member.tensors for member in self.layers)
+        first, *others = ops.w8a8_linear_group(x, *layers, layer.input_scale)
         self._waiting = (x, _version(x), dict(zip(self.layers[1:], others, strict=True)))
         return first
 

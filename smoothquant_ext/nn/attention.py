@@ -107,7 +107,8 @@ def attention_forward(
                 "dropout, a soft cap, a bias of positions or a mask that is not boolean; use another cache"
             )
         causal = _is_causal(module, query.shape[2], attention_mask, is_causal)
-        return ops.attention(query, key.q, value.q, attention_mask, scale, causal, key.scale, value.scale), None
+        scales = {"k_scale": key.scale, "v_scale": value.scale}
+        return ops.attention(query, key.q, value.q, attention_mask, scale=scale, causal=causal, **scales), None
     if not is_supported:
         output: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
@@ -118,7 +119,7 @@ def attention_forward(
     if causal and key.shape[2] > queries:
         # The first tokens in a static cache: what lies behind them is not filled yet.
         key, value = key[:, :, :queries], value[:, :, :queries]
-    return ops.attention(query, key, value, attention_mask, scale, causal), None
+    return ops.attention(query, key, value, attention_mask, scale=scale, causal=causal), None
 
 
 def is_causal(module: nn.Module, queries: int, mask: Tensor | None, wanted: bool | None = None) -> bool:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..activations import ACTIVATIONS
+from ..ops.experts import experts_one_by_one
 from ..probing.experts import sorted_routing
-from ..reference.experts import experts_one_by_one
 from ..scheme import Scheme
 from .grad import needs_grad
 from .linear import W8A8Linear
@@ -86,14 +86,9 @@ class W8A8Experts(nn.Module):
     def product(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The output, without a gradient."""
         own: dict[str, Any] = self._buffers
-        operands = (
-            *(own[name] for name in ("gate", "gate_scale", "down", "down_scale", "up", "up_scale")),
-            *(own[f"{part}_bias"] for part in PARTS),
-            self.activation,
-        )
-        if x.is_cpu:
-            return ops.w8a8_experts(x, index, weights, *operands)
-        return experts_one_by_one(ops, x, index, weights, *operands)
+        layers = [ops.Layer(own[part], own[f"{part}_scale"], own[f"{part}_bias"]) for part in self.sizes]
+        op = ops.w8a8_experts if x.is_cpu else experts_one_by_one
+        return op(x, index, weights, *ops.as_lists(layers), self.activation)
 
     def prepack_(self) -> None:
         """Reorders the weights for the CPU kernels, in place of the plain ones. Does nothing off the CPU."""

@@ -89,6 +89,12 @@ class W8A8Linear(nn.Module):
         )
 
     @property
+    def tensors(self) -> ops.Layer:
+        """Weight, scale and bias, as the ops of several layers take them."""
+        buffers: dict[str, Any] = self._buffers
+        return ops.Layer(buffers["weight"], buffers["weight_scale"], buffers["bias"])
+
+    @property
     def is_plain(self) -> bool:
         """Whether its input is quantized as it comes, so that fused ops can do it: not smoothed, and symmetric."""
         return self.smooth is None and self.scheme.symmetric

@@ -1,53 +1,37 @@
-"""The 8-bit ops: typed wrappers of ``torch.ops.sq``.
+"""The 8-bit ops: ``torch.ops.sq`` under typed and documented signatures.
 
 Letters in shapes: M tokens (any leading shape), K input features, N output features. A real value is ``q * scale``.
 Arguments that do not fit raise ``RuntimeError`` with one sentence that names the op and the argument. Non-contiguous
 tensors are accepted. ``reference`` holds the same functions in plain torch, which the kernels are tested against.
 """
 
-from __future__ import annotations
+# One line an op, module by module in the order in which ``info`` and docs/ops.md name them. The compiled ops are loaded
+# first: the modules below look them up.
+# isort: off
+from .backends import OpInfo as OpInfo, cpu_isa as cpu_isa, cpu_isas as cpu_isas, fast_linear_rows as fast_linear_rows
+from .backends import info as info
+from .layer import Layer as Layer, as_lists as as_lists
+from ..packing import unpack_weight as unpack_weight
 
-# The compiled ops are loaded first: the files below look them up. There is one for each section of csrc/ops.cpp, where
-# every op has its handle, its wrapper and its fake kernel. The handle is looked up once: every dot in
-# torch.ops.sq.x.default costs as much as a small kernel.
-from .backends import CPU_ISAS, OpInfo, cpu_isa, fast_linear_rows, info
-from .decoder_layer import w8a8_decoder_layer_
-from .experts import w8a8_experts
-from .floating import attention, linear, rms_norm
-from .gemm import prepack_weight, unpack_weight, w8a8_gemm, w8a8_linear, w8a8_linears, w8a8_mlp
-from .norm_activation import (
-    gelu_mul_quantize,
-    gelu_quantize,
-    layer_norm_quantize,
-    relu_quantize,
-    rms_norm_quantize,
-    silu_mul_quantize,
-)
-from .quantize import quantize_per_token, quantize_static
+from .quantize import quantize_per_token as quantize_per_token
+from .quantize import quantize_static as quantize_static
 
-__all__ = [
-    "CPU_ISAS",
-    "OpInfo",
-    "attention",
-    "cpu_isa",
-    "fast_linear_rows",
-    "gelu_mul_quantize",
-    "gelu_quantize",
-    "info",
-    "layer_norm_quantize",
-    "linear",
-    "prepack_weight",
-    "quantize_per_token",
-    "quantize_static",
-    "relu_quantize",
-    "rms_norm",
-    "rms_norm_quantize",
-    "silu_mul_quantize",
-    "unpack_weight",
-    "w8a8_decoder_layer_",
-    "w8a8_experts",
-    "w8a8_gemm",
-    "w8a8_linear",
-    "w8a8_linears",
-    "w8a8_mlp",
-]
+from .norm_activation import rms_norm_quantize as rms_norm_quantize
+from .norm_activation import layer_norm_quantize as layer_norm_quantize
+from .norm_activation import silu_mul_quantize as silu_mul_quantize
+from .norm_activation import gelu_mul_quantize as gelu_mul_quantize
+from .norm_activation import gelu_quantize as gelu_quantize
+from .norm_activation import relu_quantize as relu_quantize
+
+from .gemm import prepack_weight as prepack_weight
+from .gemm import w8a8_gemm as w8a8_gemm
+from .gemm import w8a8_linear as w8a8_linear
+from .gemm import w8a8_linear_group as w8a8_linear_group
+from .gemm import w8a8_mlp as w8a8_mlp
+
+from .experts import w8a8_experts as w8a8_experts
+from .decoder_layer import w8a8_decoder_layer_ as w8a8_decoder_layer_
+
+from .floating import rms_norm as rms_norm
+from .floating import linear as linear
+from .floating import attention as attention

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from ..ops import cuda_kernels
+from .declare import DECLARED, Declaration
 
 
 def _load_library(name: str) -> None:
@@ -53,47 +55,30 @@ class OpInfo(NamedTuple):
     reason: str
 
 
-CPU_ISAS = ("amx", "avx512bf16", "avx512vnni", "avxvnni", "avx2", "portable")  # fastest first
+GEMM_DTYPES = ("int8", "fp8")  # an op that needs the kernels "gemm" has a row for each
 
-# What the table shows: an op, the family of its CPU kernels, and the families of CUDA kernels that it needs.
-_OPS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("quantize_per_token", "quantize", ("quantize",)),
-    ("quantize_static", "quantize", ("quantize",)),
-    ("prepack_weight", "pack", ()),
-    ("w8a8_gemm, int8", "gemm_int8", ("gemm_int8",)),
-    ("w8a8_gemm, fp8", "gemm_fp8", ("gemm_fp8",)),
-    ("w8a8_linear, int8", "gemm_int8", ("quantize", "gemm_int8")),
-    ("w8a8_linear, fp8", "gemm_fp8", ("quantize", "gemm_fp8")),
-    ("w8a8_linears, int8", "gemm_int8", ("quantize", "gemm_int8")),
-    ("w8a8_linears, fp8", "gemm_fp8", ("quantize", "gemm_fp8")),
-    ("w8a8_mlp, int8", "gemm_int8", ("quantize", "rows", "gemm_int8")),
-    ("w8a8_mlp, fp8", "gemm_fp8", ("quantize", "rows", "gemm_fp8")),
-    ("w8a8_experts, int8", "gemm_int8", ()),
-    ("w8a8_experts, fp8", "gemm_fp8", ()),
-    ("w8a8_decoder_layer_", "gemm_int8", ()),
-    ("rms_norm_quantize", "rows", ("rows",)),
-    ("layer_norm_quantize", "rows", ("rows",)),
-    ("silu_mul_quantize", "rows", ("rows",)),
-    ("gelu_mul_quantize", "rows", ("rows",)),
-    ("gelu_quantize", "rows", ("rows",)),
-    ("relu_quantize", "rows", ("rows",)),
-    ("rms_norm", "rows", ("rows",)),
-    ("linear", "linear", ()),
-    ("attention", "attention", ()),
-)
 
-# Why some ops need no CUDA kernel.
-_CPU_ONLY = {
-    "prepack_weight": "for the CPU only: the CUDA kernels read a weight as it lies",
-    "w8a8_experts": "for the CPU only: on a GPU the experts run one by one",
-    "w8a8_decoder_layer_": "for the CPU only: on a GPU a model runs its modules one by one",
-    "linear": "for the CPU only: on a GPU torch's own is used",
-    "attention": "for the CPU only: on a GPU transformers' own is used",
-}
+def _rows() -> Iterator[tuple[str, Declaration, str]]:
+    """The rows of ``info`` on one device: its name for an op, the declaration, and the dtype of the products."""
+    for op, declaration in DECLARED.items():
+        if declaration.cpu == "gemm":
+            yield from ((f"{op}, {dtype}", declaration, dtype) for dtype in GEMM_DTYPES)
+        else:
+            yield op, declaration, ""
+
+
+def _family(name: str, dtype: str) -> str:
+    """A family of kernels as the compiled libraries call it."""
+    return f"gemm_{dtype}" if name == "gemm" else name
+
+
+def cpu_isas() -> tuple[str, ...]:
+    """The instruction sets that the CPU kernels were compiled for, fastest first; this CPU may have fewer."""
+    return tuple(torch.ops.sq.cpu_isas().split(","))
 
 
 def cpu_isa() -> str:
-    """The instruction set in use on the CPU: one of ``CPU_ISAS``.
+    """The instruction set in use on the CPU: one of ``cpu_isas``.
 
     The environment variable SMOOTHQUANT_CPU_ISA forces one, and is read once per process.
 
@@ -117,21 +102,22 @@ def _cpu_reason() -> str:
     isa = cpu_isa()
     if forced := os.environ.get("SMOOTHQUANT_CPU_ISA"):
         return f"SMOOTHQUANT_CPU_ISA={forced}"
-    better = CPU_ISAS[: CPU_ISAS.index(isa)]
+    isas = cpu_isas()
+    better = isas[: isas.index(isa)]
     return "; ".join(f"no {name}: {torch.ops.sq.cpu_isa_why_not(name)}" for name in better)
 
 
-def _cuda_rows() -> list[OpInfo]:
+def _cuda_rows() -> Iterator[OpInfo]:
     facts = cuda_kernels.gather(_cuda_missing)
     validations = cuda_kernels.read_validations()
-    rows = []
-    for op, _, families in _OPS:
-        if families:
+    for op, declaration, dtype in _rows():
+        if declaration.cuda:
+            families = tuple(_family(name, dtype) for name in declaration.cuda)
             backend, reason = cuda_kernels.choose(facts, families, validations)
         else:
-            backend, reason = "none", cuda_kernels.why_not_at_all(facts) or _CPU_ONLY[op.partition(",")[0]]
-        rows.append(OpInfo(op, "cuda", backend, reason))
-    return rows
+            why_not = f"for the CPU only: {declaration.why_not_cuda}"
+            backend, reason = "none", cuda_kernels.why_not_at_all(facts) or why_not
+        yield OpInfo(op, "cuda", backend, reason)
 
 
 def info() -> list[OpInfo]:
@@ -141,5 +127,5 @@ def info() -> list[OpInfo]:
         RuntimeError: as ``cpu_isa``.
     """
     reason = _cpu_reason()
-    rows = [OpInfo(op, "cpu", torch.ops.sq.cpu_kernel(family), reason) for op, family, _ in _OPS]
-    return rows + _cuda_rows()
+    kernels = ((op, torch.ops.sq.cpu_kernel(_family(declaration.cpu, dtype))) for op, declaration, dtype in _rows())
+    return [*(OpInfo(op, "cpu", kernel, reason) for op, kernel in kernels), *_cuda_rows()]

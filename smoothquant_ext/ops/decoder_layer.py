@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .fakes import check_devices
-
-_w8a8_decoder_layer_ = torch.ops.sq.w8a8_decoder_layer_.default
+from .declare import op
 
 
+@op("gemm", why_not_cuda="on a GPU a model runs its modules one by one")
 def w8a8_decoder_layer_(
     x: Tensor,
     norm: Tensor,
@@ -19,10 +18,10 @@ def w8a8_decoder_layer_(
     eps: float,
     post_eps: float,
     offset: float,
-    b: Sequence[Tensor],
-    b_scale: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    a_scale: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    weight_scale: Sequence[Tensor],
+    bias: Sequence[Tensor | None] | None,
+    input_scale: Sequence[Tensor | None] | None,
     cos: Tensor,
     sin: Tensor,
     keys: Tensor,
@@ -41,9 +40,9 @@ def w8a8_decoder_layer_(
     """A decoder layer of the Llama family: ``h = x + o(attention(q, k, v))``, ``y = h + mlp(rms_norm(h))``.
 
     q, k and v are the layers of ``rms_norm(x)``; q and k are normalized, head by head, if there are weights for that
-    (Henry et al. 2020), and rotated by ``cos`` and ``sin`` (Su et al. 2021, the halves
-    of a head being the two coordinates). It has the bits of ``rms_norm``, ``w8a8_linears``, torch's rotation,
-    ``attention``, ``w8a8_linear``, torch's addition and ``w8a8_mlp`` one after the other; with an INT8 cache, also of
+    (Henry et al. 2020), and rotated by ``cos`` and ``sin`` (Su et al. 2021, the halves of a head being the two
+    coordinates). It has the bits of ``rms_norm``, ``w8a8_linear_group``, torch's rotation, ``attention``,
+    ``w8a8_linear``, torch's addition and ``w8a8_mlp`` one after the other; with an INT8 cache, also of
     ``quantize_per_token`` of the new keys, once rotated, and values.
 
     Args:
@@ -53,11 +52,11 @@ def w8a8_decoder_layer_(
         eps: of the first norm.
         post_eps: of the second one.
         offset: added to the weights of both norms.
-        b: the 8-bit weights of q, k, v, o, gate, up and down, plain or packed, of one dtype.
-        b_scale: their scales.
-        bias: seven biases, an empty tensor where there is none; or nothing at all.
-        a_scale: static scales of the inputs of q/k/v, o, gate/up and down, an empty tensor for scales per token; or
-            nothing for scales per token everywhere.
+        weight: (q, k, v, o, gate, up, down), 8 bits of one dtype, plain or packed.
+        weight_scale: one for each weight, as ``w8a8_linear`` takes it.
+        bias: one for each weight, or ``None`` where a layer has none; ``None`` or an empty list if no layer has one.
+        input_scale: static scales of the inputs of (q, k, v), of o, of (gate, up) and of down, ``None`` for a scale per
+            token; ``None`` or an empty list for scales per token everywhere.
         cos: of the dtype of ``x`` [1 or B, T, D].
         sin: the same.
         keys: of the dtype of ``x``, or int8, [B, Hkv, room, D], contiguous; gets T more tokens behind ``past``.
@@ -79,62 +78,4 @@ def w8a8_decoder_layer_(
     Raises:
         RuntimeError: for dtypes, shapes, devices or numbers of tensors that do not fit.
     """
-    y: Tensor = _w8a8_decoder_layer_(
-        x,
-        norm,
-        post_norm,
-        eps,
-        post_eps,
-        offset,
-        b,
-        b_scale,
-        bias,
-        a_scale,
-        cos,
-        sin,
-        keys,
-        values,
-        past,
-        mask,
-        scale,
-        causal,
-        activation,
-        keys_scale,
-        values_scale,
-        q_norm,
-        k_norm,
-        head_eps,
-    )
-    return y
-
-
-@torch.library.register_fake("sq::w8a8_decoder_layer_")
-def _(
-    x: Tensor,
-    norm: Tensor,
-    post_norm: Tensor,
-    eps: float,
-    post_eps: float,
-    offset: float,
-    b: list[Tensor],
-    b_scale: list[Tensor],
-    bias: list[Tensor],
-    a_scale: list[Tensor],
-    cos: Tensor,
-    sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    past: int,
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    activation: str,
-    keys_scale: Tensor | None = None,
-    values_scale: Tensor | None = None,
-    q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None,
-    head_eps: float = 0.0,
-) -> Tensor:
-    cache = {"keys": keys, "values": values, "keys_scale": keys_scale, "values_scale": values_scale}
-    check_devices("w8a8_decoder_layer_", "x", x, norm=norm, cos=cos, sin=sin, mask=mask, **cache)
     return torch.empty_like(x, memory_format=torch.contiguous_format)

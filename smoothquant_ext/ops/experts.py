@@ -2,50 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from .fakes import check_devices
+from .declare import op
+from .gemm import w8a8_gemm
+from .norm_activation import gelu_mul_quantize, silu_mul_quantize
+from .quantize import quantize_per_token
 
-_w8a8_experts = torch.ops.sq.w8a8_experts.default
 
-
+@op("gemm", why_not_cuda="on a GPU the experts run one by one")
 def w8a8_experts(
     x: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    gate: Tensor,
-    gate_scale: Tensor,
-    down: Tensor,
-    down_scale: Tensor,
-    up: Tensor | None = None,
-    up_scale: Tensor | None = None,
-    gate_bias: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
+    weight: Sequence[Tensor],
+    weight_scale: Sequence[Tensor],
+    bias: Sequence[Tensor | None] | None = None,
     activation: str = "silu",
 ) -> Tensor:
     """The experts of a mixture of 8-bit MLPs: ``y = sum over slots s of top_k_weights[s] * mlp_e(x)``.
 
     e is ``top_k_index[s]``. Each token is quantized once, with a scale of its own, for all its experts. An expert
-    computes what ``w8a8_mlp`` does, ``down(act(gate(x)) * up(x))``, but its output stays fp32; the sum is taken in
-    fp32, slot by slot, and rounded once. So a token's bits depend neither on the other tokens nor on the number of
-    threads. On the CPU only; the same made of other ops, which runs anywhere, is
-    ``reference_experts.experts_one_by_one``.
+    computes what ``w8a8_mlp`` does, but its output stays fp32; the sum is taken in fp32, slot by slot, and rounded
+    once. So a token's bits depend neither on the other tokens nor on the number of threads. On the CPU only;
+    ``experts_one_by_one`` computes the same with other ops, on any device.
 
     Args:
         x: fp32, bf16 or fp16 [..., K].
         top_k_index: int64 [..., slots]: the expert of each slot of a token, or E for none.
         top_k_weights: fp32, bf16 or fp16, of the same shape.
-        gate: the weights [E, I, K] of E experts, 8 bits, plain or packed (see ``prepack_weight``).
-        gate_scale: fp32, E * I elements, or E when ``gate`` is plain.
-        down: the weights [E, N, I].
-        down_scale: fp32, E * N elements, or E when ``down`` is plain.
-        up: the weights [E, I, K], of the dtype of ``gate``; ``None`` for experts that compute ``down(act(gate(x)))``.
-        up_scale: its scales.
-        gate_bias: fp32, bf16 or fp16 [E, I], or ``None``.
-        up_bias: the same.
-        down_bias: fp32, bf16 or fp16 [E, N], or ``None``.
+        weight: (gate, up, down) or (first, down) of E experts, 8 bits of one dtype, plain or packed (see
+            ``prepack_weight``): [E, I, K], and [E, N, I] of down.
+        weight_scale: fp32, one for each weight, of one element for each of its E * N rows, or of E where it is plain.
+        bias: fp32, bf16 or fp16, one [E, N] for each weight, or ``None`` where the layers have none; ``None`` or an
+            empty list if no layer has one.
         activation: as in ``w8a8_mlp``.
 
     Returns:
@@ -54,41 +48,59 @@ def w8a8_experts(
     Raises:
         RuntimeError: for dtypes, shapes or devices that do not fit, an index beyond E, or another activation.
     """
-    y: Tensor = _w8a8_experts(
-        x,
-        top_k_index,
-        top_k_weights,
-        gate,
-        gate_scale,
-        down,
-        down_scale,
-        up,
-        up_scale,
-        gate_bias,
-        up_bias,
-        down_bias,
-        activation,
-    )
-    return y
+    down, scale = weight[-1], weight_scale[-1]
+    n = down.shape[1] if down.dim() == 3 else scale.numel() // down.shape[0]
+    return x.new_empty((*x.shape[:-1], n))
 
 
-@torch.library.register_fake("sq::w8a8_experts")
-def _(
+def experts_one_by_one(
     x: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    gate: Tensor,
-    gate_scale: Tensor,
-    down: Tensor,
-    down_scale: Tensor,
-    up: Tensor | None = None,
-    up_scale: Tensor | None = None,
-    gate_bias: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
+    weight: Sequence[Tensor],
+    weight_scale: Sequence[Tensor],
+    bias: Sequence[Tensor | None] | None = None,
     activation: str = "silu",
 ) -> Tensor:
-    chosen = {"top_k_index": top_k_index, "top_k_weights": top_k_weights}
-    check_devices("w8a8_experts", "x", x, **chosen, gate=gate, down=down, up=up)
-    n = down.shape[1] if down.dim() == 3 else down_scale.numel() // down.shape[0]
-    return x.new_empty((*x.shape[:-1], n))
+    """``w8a8_experts`` made of other ops, expert by expert, with the same bits: for devices where it has no kernel.
+
+    The experts that the tokens chose are looked up on the host, so this cannot be captured in a graph.
+    """
+    experts, down, down_scale = weight[0].shape[0], weight[-1], weight_scale[-1]
+    n = down.shape[1] if down.dim() == 3 else down_scale.numel() // experts
+    rows, index = x.reshape(-1, x.shape[-1]), top_k_index.reshape(-1, top_k_index.shape[-1])
+    scales = [each.reshape(experts, -1) for each in weight_scale]
+    biases = [None if each is None else each.reshape(experts, -1) for each in bias or [None] * len(weight)]
+    q, q_scale = quantize_per_token(rows, weight[0].dtype)
+    outputs = rows.new_zeros((*index.shape, n), dtype=torch.float32)
+    for expert in index.unique().tolist():
+        if expert == experts:
+            continue
+        token, slot = (index == expert).nonzero(as_tuple=True)
+        *first, last = (
+            (weight[i][expert], scales[i][expert], None if (b := biases[i]) is None else b[expert])
+            for i in range(len(weight))
+        )
+        inner = [w8a8_gemm(q[token], w, q_scale[token], scale, b, x.dtype) for w, scale, b in first]
+        gate, up = inner if len(inner) == 2 else (inner[0], torch.ones_like(inner[0]))
+        hidden, hidden_scale = _GATED[activation](gate, up, last[0].dtype)
+        outputs[token, slot] = w8a8_gemm(hidden, last[0], hidden_scale, *last[1:], torch.float32)
+    shares = top_k_weights.reshape(index.shape).float()
+    total = outputs.new_zeros(len(rows), n)
+    for i in range(index.shape[1]):
+        is_chosen = (index[:, i] < experts)[:, None]
+        total = torch.where(is_chosen, total + shares[:, i : i + 1] * outputs[:, i], total)
+    return total.to(x.dtype).reshape(*x.shape[:-1], n)
+
+
+def _relu_mul_quantize(gate: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """There is no such kernel, and no rounding that one would save."""
+    return quantize_per_token(torch.where(gate < 0, 0.0, gate.float()) * up.float(), dtype)
+
+
+_GATED: Mapping[str, Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]] = {
+    "silu": silu_mul_quantize,
+    "gelu": gelu_mul_quantize,
+    "gelu_tanh": partial(gelu_mul_quantize, approximate="tanh"),
+    "relu": _relu_mul_quantize,
+}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .fakes import check_devices
-
-_rms_norm = torch.ops.sq.rms_norm.default
+from .declare import op
 
 
+@op("norm_activation", cuda=("rows",))
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """Root-mean-square norm over the last dimension: ``x / sqrt(mean(x * x) + eps) * (offset + weight)``.
 
@@ -27,19 +25,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     Raises:
         RuntimeError: for another dtype, or a weight that does not have K elements.
     """
-    y: Tensor = _rms_norm(x, weight, eps, offset)
-    return y
-
-
-@torch.library.register_fake("sq::rms_norm")
-def _(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
-    check_devices("rms_norm", "x", x, weight=weight)
     return x.new_empty(x.shape)
 
 
-_linear = torch.ops.sq.linear.default
-
-
+@op("linear", why_not_cuda="on a GPU torch's own is used")
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.linear`` in bf16, made for few rows: the weight is read once, as it lies.
 
@@ -57,24 +46,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         RuntimeError: for another dtype, or shapes or devices that do not fit.
     """
-    y: Tensor = _linear(x, weight, bias)
-    return y
-
-
-@torch.library.register_fake("sq::linear")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    check_devices("linear", "x", x, weight=weight, bias=bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-_attention = torch.ops.sq.attention.default
-
-
+@op("attention", why_not_cuda="on a GPU transformers' own is used")
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor | None,
+    mask: Tensor | None = None,
+    *,
     scale: float,
     causal: bool = False,
     k_scale: Tensor | None = None,
@@ -102,21 +83,4 @@ def attention(
     Raises:
         RuntimeError: for dtypes, shapes or devices that do not fit, or a scale that is not positive and finite.
     """
-    y: Tensor = _attention(q, k, v, mask, scale=scale, causal=causal, k_scale=k_scale, v_scale=v_scale)
-    return y
-
-
-@torch.library.register_fake("sq::attention")
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    *,
-    scale: float,
-    causal: bool = False,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> Tensor:
-    check_devices("attention", "q", q, k=k, v=v, mask=mask, k_scale=k_scale, v_scale=v_scale)
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))

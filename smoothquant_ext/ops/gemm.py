@@ -7,44 +7,35 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..reference.gemm import unpack_weight as _unpack_weight
-from .fakes import check_devices, out_features
-
-_prepack_weight = torch.ops.sq.prepack_weight.default
+from ..packing import packed_shape
+from .declare import op
 
 
-def prepack_weight(b: Tensor) -> Tensor:
+def out_features(weight: Tensor, weight_scale: Tensor) -> int:
+    """N of a weight, plain or packed."""
+    return weight.shape[0] if weight.dim() == 2 else weight_scale.numel()
+
+
+@op("pack", why_not_cuda="the CUDA kernels read a weight as it lies")
+def prepack_weight(weight: Tensor) -> Tensor:
     """Reorders a weight for the CPU kernels, so that a product need not do it on every call.
 
     Args:
-        b: int8, float8_e4m3fn or float8_e5m2 [N, K], on the CPU; or the weights [E, N, K] of E experts.
+        weight: int8, float8_e4m3fn or float8_e5m2 [N, K], on the CPU; or the weights [E, N, K] of E experts.
 
     Returns:
         The same dtype, [ceil(N / 64), ceil(K / 64) * 16 + 1, 64, 4], where element [p, k4, n, j] is
-        b[64 p + n, 4 k4 + j], zero padded; the last k4 row of an INT8 weight holds the int32 sums of its columns. The
-        layout is the same on every CPU. Of [E, N, K] the weights are packed one after the other: [E, ...].
+        weight[64 p + n, 4 k4 + j], zero padded; the last k4 row of an INT8 weight holds the int32 sums of its columns.
+        The layout is the same on every CPU. Of [E, N, K] the weights are packed one after the other: [E, ...].
 
     Raises:
         RuntimeError: for another dtype or shape, or an INT8 K above 133144.
     """
-    packed: Tensor = _prepack_weight(b)
-    return packed
+    *experts, n, k = weight.shape
+    return weight.new_empty(*experts, *packed_shape(n, k))
 
 
-@torch.library.register_fake("sq::prepack_weight")
-def _(b: Tensor) -> Tensor:
-    *experts, n, k = b.shape
-    return b.new_empty(*experts, (n + 63) // 64, (k + 63) // 64 * 16 + 1, 64, 4)
-
-
-def unpack_weight(packed: Tensor, out_features: int, in_features: int) -> Tensor:
-    """The weight [out_features, in_features] that ``prepack_weight`` packed."""
-    return _unpack_weight(packed, out_features, in_features)
-
-
-_w8a8_gemm = torch.ops.sq.w8a8_gemm.default
-
-
+@op("gemm", cuda=("gemm",))
 def w8a8_gemm(
     a: Tensor,
     b: Tensor,
@@ -72,45 +63,30 @@ def w8a8_gemm(
     Raises:
         RuntimeError: for dtypes, shapes or devices that do not fit, or an INT8 K above 133144.
     """
-    y: Tensor = _w8a8_gemm(a, b, a_scale, b_scale, bias, out_dtype)
-    return y
-
-
-@torch.library.register_fake("sq::w8a8_gemm")
-def _(
-    a: Tensor,
-    b: Tensor,
-    a_scale: Tensor,
-    b_scale: Tensor,
-    bias: Tensor | None = None,
-    out_dtype: torch.dtype = torch.bfloat16,
-) -> Tensor:
-    check_devices("w8a8_gemm", "a", a, b=b, a_scale=a_scale, b_scale=b_scale, bias=bias)
     return a.new_empty((*a.shape[:-1], out_features(b, b_scale)), dtype=out_dtype)
 
 
-_w8a8_linear = torch.ops.sq.w8a8_linear.default
-
-
+@op("gemm", cuda=("quantize", "gemm"))
 def w8a8_linear(
     x: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
     bias: Tensor | None = None,
-    a_scale: Tensor | None = None,
+    input_scale: Tensor | None = None,
     smooth: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Quantizes ``x`` and multiplies it with an 8-bit weight: a linear layer in one call.
 
-    The activation gets the dtype of ``b``. A row of ``x`` with a NaN or an infinity gives a row of NaN.
+    The activation gets the dtype of ``weight``. A row of ``x`` with a NaN or an infinity gives a row of NaN.
 
     Args:
         x: fp32, bf16 or fp16 [..., K].
-        b: int8, float8_e4m3fn or float8_e5m2 [N, K], or packed.
-        b_scale: fp32, 1 or N elements, any shape; N elements when ``b`` is packed.
+        weight: int8, float8_e4m3fn or float8_e5m2 [N, K], or packed.
+        weight_scale: fp32, 1 or N elements, any shape; N elements when ``weight`` is packed.
         bias: fp32, bf16 or fp16 [N], or ``None``.
-        a_scale: fp32, one element (see ``quantize_static``), or ``None`` for one a row (see ``quantize_per_token``).
+        input_scale: fp32, one element (see ``quantize_static``), or ``None`` for one a row (see
+            ``quantize_per_token``).
         smooth: fp32 [K], divides ``x`` first, or ``None``.
         out_dtype: fp32, bf16 or fp16; ``None`` is the dtype of ``x``.
 
@@ -120,46 +96,29 @@ def w8a8_linear(
     Raises:
         RuntimeError: for dtypes, shapes or devices that do not fit, or an INT8 K above 133144.
     """
-    y: Tensor = _w8a8_linear(x, b, b_scale, bias, a_scale, smooth, out_dtype)
-    return y
+    return x.new_empty((*x.shape[:-1], out_features(weight, weight_scale)), dtype=out_dtype or x.dtype)
 
 
-@torch.library.register_fake("sq::w8a8_linear")
-def _(
+@op("gemm", cuda=("quantize", "gemm"))
+def w8a8_linear_group(
     x: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    bias: Tensor | None = None,
-    a_scale: Tensor | None = None,
-    smooth: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    check_devices("w8a8_linear", "x", x, b=b, b_scale=b_scale, bias=bias, a_scale=a_scale, smooth=smooth)
-    return x.new_empty((*x.shape[:-1], out_features(b, b_scale)), dtype=out_dtype or x.dtype)
-
-
-_w8a8_linears = torch.ops.sq.w8a8_linears.default
-
-
-def w8a8_linears(
-    x: Tensor,
-    b: Sequence[Tensor],
-    b_scale: Sequence[Tensor],
-    bias: Sequence[Tensor] = (),
-    a_scale: Tensor | None = None,
+    weight: Sequence[Tensor],
+    weight_scale: Sequence[Tensor],
+    bias: Sequence[Tensor | None] | None = None,
+    input_scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """Several linear layers of one input, such as q, k and v: ``[w8a8_linear(x, b[i], b_scale[i], ...), ...]``.
+    """Several linear layers of one input, such as q, k and v: ``w8a8_linear(x, weight[i], ...)`` of each.
 
     ``x`` is quantized once, and the products are one piece of work for all threads. The results have the bits of the
     single calls.
 
     Args:
         x: fp32, bf16 or fp16 [..., K].
-        b: weights of one dtype, each as ``w8a8_linear`` takes it, with the same K.
-        b_scale: one for each weight.
-        bias: one for each weight, or none at all.
-        a_scale: fp32, one element, or ``None`` for a scale per row.
+        weight: weights of one dtype, each as ``w8a8_linear`` takes it, with the same K.
+        weight_scale: one for each weight.
+        bias: one for each weight, or ``None`` where a layer has none; ``None`` or an empty list if no layer has one.
+        input_scale: fp32, one element, or ``None`` for a scale per row.
         out_dtype: fp32, bf16 or fp16; ``None`` is the dtype of ``x``.
 
     Returns:
@@ -168,104 +127,37 @@ def w8a8_linears(
     Raises:
         RuntimeError: for dtypes, shapes, devices or numbers of tensors that do not fit.
     """
-    y: list[Tensor] = _w8a8_linears(x, b, b_scale, bias, a_scale, out_dtype)
-    return y
+    widths = [out_features(each, scale) for each, scale in zip(weight, weight_scale, strict=True)]
+    return [x.new_empty((*x.shape[:-1], n), dtype=out_dtype or x.dtype) for n in widths]
 
 
-@torch.library.register_fake("sq::w8a8_linears")
-def _(
-    x: Tensor,
-    b: list[Tensor],
-    b_scale: list[Tensor],
-    bias: list[Tensor],
-    a_scale: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> list[Tensor]:
-    outputs = []
-    for index, (weight, scale) in enumerate(zip(b, b_scale, strict=True)):
-        own_bias = bias[index] if bias else None
-        check_devices("w8a8_linears", "x", x, b=weight, b_scale=scale, bias=own_bias, a_scale=a_scale)
-        outputs.append(x.new_empty((*x.shape[:-1], out_features(weight, scale)), dtype=out_dtype or x.dtype))
-    return outputs
-
-
-_w8a8_mlp = torch.ops.sq.w8a8_mlp.default
-
-
+@op("gemm", cuda=("quantize", "rows", "gemm"))
 def w8a8_mlp(
     x: Tensor,
-    gate: Tensor,
-    gate_scale: Tensor,
-    down: Tensor,
-    down_scale: Tensor,
-    up: Tensor | None = None,
-    up_scale: Tensor | None = None,
-    gate_bias: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    a_scale: Tensor | None = None,
-    down_a_scale: Tensor | None = None,
+    weight: Sequence[Tensor],
+    weight_scale: Sequence[Tensor],
+    bias: Sequence[Tensor | None] | None = None,
+    input_scale: Sequence[Tensor | None] | None = None,
     activation: str = "silu",
 ) -> Tensor:
-    """A whole MLP of 8-bit linear layers: ``down(act(gate(x)) * up(x))``, or ``down(act(gate(x)))`` without ``up``.
+    """An MLP of 8-bit linear layers: ``down(act(gate(x)) * up(x))`` of three, ``down(act(first(x)))`` of two.
 
     ``x`` is quantized once. The outputs of gate and up are rounded to the dtype of ``x``, as those of ``w8a8_linear``
     are; the activation and the product are computed in fp32 and go to the second quantization unrounded.
 
     Args:
         x: fp32, bf16 or fp16 [..., K].
-        gate: the weight [I, K], 8 bits, plain or packed; named for gated MLPs, the first layer of others.
-        gate_scale: fp32, 1 or I elements; I when ``gate`` is packed.
-        down: the weight [N, I].
-        down_scale: fp32, 1 or N elements; N when ``down`` is packed.
-        up: the weight [I, K], of the dtype of ``gate``, or ``None``.
-        up_scale: its scale.
-        gate_bias: fp32, bf16 or fp16 [I], or ``None``.
-        up_bias: the same.
-        down_bias: fp32, bf16 or fp16 [N], or ``None``.
-        a_scale: fp32, one element, of ``x``; ``None`` for a scale per row.
-        down_a_scale: fp32, one element, of the input of ``down``; ``None`` for a scale per row.
+        weight: (gate, up, down) or (first, down), 8 bits of one dtype, plain or packed: [I, K], and [N, I] of down.
+        weight_scale: one for each weight, as ``w8a8_linear`` takes it.
+        bias: one for each weight, or ``None`` where a layer has none; ``None`` or an empty list if no layer has one.
+        input_scale: fp32, one element, of ``x`` and of the input of down, ``None`` for a scale per row; ``None`` or an
+            empty list for scales per row of both.
         activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"relu"``, see ``silu_mul_quantize`` and the others.
 
     Returns:
         y, of the dtype of ``x`` [..., N].
 
     Raises:
-        RuntimeError: for dtypes, shapes or devices that do not fit, or another activation.
+        RuntimeError: for dtypes, shapes, devices or numbers of tensors that do not fit, or another activation.
     """
-    y: Tensor = _w8a8_mlp(
-        x,
-        gate,
-        gate_scale,
-        down,
-        down_scale,
-        up,
-        up_scale,
-        gate_bias,
-        up_bias,
-        down_bias,
-        a_scale,
-        down_a_scale,
-        activation,
-    )
-    return y
-
-
-@torch.library.register_fake("sq::w8a8_mlp")
-def _(
-    x: Tensor,
-    gate: Tensor,
-    gate_scale: Tensor,
-    down: Tensor,
-    down_scale: Tensor,
-    up: Tensor | None = None,
-    up_scale: Tensor | None = None,
-    gate_bias: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    a_scale: Tensor | None = None,
-    down_a_scale: Tensor | None = None,
-    activation: str = "silu",
-) -> Tensor:
-    check_devices("w8a8_mlp", "x", x, gate=gate, gate_scale=gate_scale, down=down, down_scale=down_scale, up=up)
-    return x.new_empty((*x.shape[:-1], out_features(down, down_scale)))
+    return x.new_empty((*x.shape[:-1], out_features(weight[-1], weight_scale[-1])))

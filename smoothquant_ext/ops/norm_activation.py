@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .fakes import check_devices, quantized
+from .declare import op
+from .quantize import quantized
 
-_rms_norm_quantize = torch.ops.sq.rms_norm_quantize.default
 
-
+@op("norm_activation", cuda=("rows",))
 def rms_norm_quantize(
     x: Tensor,
     weight: Tensor,
     eps: float,
     dtype: torch.dtype,
     residual: Tensor | None = None,
-    a_scale: Tensor | None = None,
+    scale: Tensor | None = None,
     offset: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Residual addition, RMS norm and quantization in one pass: quantizes ``rms_norm(x + residual, weight, eps)``.
@@ -29,7 +29,7 @@ def rms_norm_quantize(
         eps: added to the mean of the squares.
         dtype: ``torch.int8``, ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
         residual: of the dtype and shape of ``x``, or ``None``.
-        a_scale: fp32, one element (see ``quantize_static``), or ``None`` for one a row (see ``quantize_per_token``).
+        scale: fp32, one element (see ``quantize_static``), or ``None`` for one a row (see ``quantize_per_token``).
         offset: added to the weight.
 
     Returns:
@@ -39,27 +39,10 @@ def rms_norm_quantize(
     Raises:
         RuntimeError: for dtypes, shapes or devices that do not fit, or a scale that is not positive and finite.
     """
-    q, scale, total = _rms_norm_quantize(x, weight, eps, dtype, residual, a_scale, offset)
-    return q, scale, total
-
-
-@torch.library.register_fake("sq::rms_norm_quantize")
-def _(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    dtype: torch.dtype,
-    residual: Tensor | None = None,
-    a_scale: Tensor | None = None,
-    offset: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_devices("rms_norm_quantize", "x", x, weight=weight, residual=residual, a_scale=a_scale)
     return *quantized(x, dtype), x.new_empty((0,) if residual is None else x.shape)
 
 
-_layer_norm_quantize = torch.ops.sq.layer_norm_quantize.default
-
-
+@op("norm_activation", cuda=("rows",))
 def layer_norm_quantize(
     x: Tensor,
     weight: Tensor,
@@ -67,7 +50,7 @@ def layer_norm_quantize(
     eps: float,
     dtype: torch.dtype,
     residual: Tensor | None = None,
-    a_scale: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Residual addition, layer norm and quantization in one pass.
 
@@ -81,7 +64,7 @@ def layer_norm_quantize(
         eps: added to the variance.
         dtype: ``torch.int8``, ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
         residual: of the dtype and shape of ``x``, or ``None``.
-        a_scale: fp32, one element, or ``None`` for a scale per row.
+        scale: fp32, one element, or ``None`` for a scale per row.
 
     Returns:
         As ``rms_norm_quantize``.
@@ -89,29 +72,12 @@ def layer_norm_quantize(
     Raises:
         RuntimeError: as ``rms_norm_quantize``.
     """
-    q, scale, total = _layer_norm_quantize(x, weight, bias, eps, dtype, residual, a_scale)
-    return q, scale, total
-
-
-@torch.library.register_fake("sq::layer_norm_quantize")
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-    residual: Tensor | None = None,
-    a_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_devices("layer_norm_quantize", "x", x, weight=weight, bias=bias, residual=residual, a_scale=a_scale)
     return *quantized(x, dtype), x.new_empty((0,) if residual is None else x.shape)
 
 
-_silu_mul_quantize = torch.ops.sq.silu_mul_quantize.default
-
-
+@op("norm_activation", cuda=("rows",))
 def silu_mul_quantize(
-    gate: Tensor, up: Tensor, dtype: torch.dtype, a_scale: Tensor | None = None
+    gate: Tensor, up: Tensor, dtype: torch.dtype, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The activation of a SwiGLU MLP and its quantization in one pass: quantizes ``gate / (1 + exp(-gate)) * up``.
 
@@ -121,7 +87,7 @@ def silu_mul_quantize(
         gate: fp32, bf16 or fp16 [..., K].
         up: the same dtype and shape.
         dtype: ``torch.int8``, ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
-        a_scale: fp32, one element, or ``None`` for a scale per row.
+        scale: fp32, one element, or ``None`` for a scale per row.
 
     Returns:
         q, of ``dtype`` [..., K]; scale, fp32 [...], with a static scale this one, or NaN for a row that is not finite.
@@ -129,43 +95,23 @@ def silu_mul_quantize(
     Raises:
         RuntimeError: for dtypes, shapes or devices that do not fit, or a scale that is not positive and finite.
     """
-    q, scale = _silu_mul_quantize(gate, up, dtype, a_scale)
-    return q, scale
-
-
-@torch.library.register_fake("sq::silu_mul_quantize")
-def _(gate: Tensor, up: Tensor, dtype: torch.dtype, a_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    check_devices("silu_mul_quantize", "gate", gate, up=up, a_scale=a_scale)
     return quantized(gate, dtype)
 
 
-_gelu_mul_quantize = torch.ops.sq.gelu_mul_quantize.default
-
-
+@op("norm_activation", cuda=("rows",))
 def gelu_mul_quantize(
-    gate: Tensor, up: Tensor, dtype: torch.dtype, a_scale: Tensor | None = None, approximate: str = "none"
+    gate: Tensor, up: Tensor, dtype: torch.dtype, scale: Tensor | None = None, approximate: str = "none"
 ) -> tuple[Tensor, Tensor]:
     """The activation of a GeGLU MLP and its quantization in one pass: quantizes ``gelu(gate, approximate) * up``.
 
     See ``gelu_quantize`` for the function, ``silu_mul_quantize`` for arguments and results.
     """
-    q, scale = _gelu_mul_quantize(gate, up, dtype, a_scale, approximate)
-    return q, scale
-
-
-@torch.library.register_fake("sq::gelu_mul_quantize")
-def _(
-    gate: Tensor, up: Tensor, dtype: torch.dtype, a_scale: Tensor | None = None, approximate: str = "none"
-) -> tuple[Tensor, Tensor]:
-    check_devices("gelu_mul_quantize", "gate", gate, up=up, a_scale=a_scale)
     return quantized(gate, dtype)
 
 
-_gelu_quantize = torch.ops.sq.gelu_quantize.default
-
-
+@op("norm_activation", cuda=("rows",))
 def gelu_quantize(
-    x: Tensor, dtype: torch.dtype, a_scale: Tensor | None = None, approximate: str = "none"
+    x: Tensor, dtype: torch.dtype, scale: Tensor | None = None, approximate: str = "none"
 ) -> tuple[Tensor, Tensor]:
     """GELU (Hendrycks and Gimpel 2016) and quantization in one pass.
 
@@ -176,7 +122,7 @@ def gelu_quantize(
     Args:
         x: fp32, bf16 or fp16 [..., K].
         dtype: ``torch.int8``, ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
-        a_scale: fp32, one element, or ``None`` for a scale per row.
+        scale: fp32, one element, or ``None`` for a scale per row.
         approximate: ``"none"`` or ``"tanh"``, as in torch.
 
     Returns:
@@ -186,29 +132,13 @@ def gelu_quantize(
         RuntimeError: for dtypes, shapes or devices that do not fit, another approximation, or a scale that is not
             positive and finite.
     """
-    q, scale = _gelu_quantize(x, dtype, a_scale, approximate)
-    return q, scale
-
-
-@torch.library.register_fake("sq::gelu_quantize")
-def _(x: Tensor, dtype: torch.dtype, a_scale: Tensor | None = None, approximate: str = "none") -> tuple[Tensor, Tensor]:
-    check_devices("gelu_quantize", "x", x, a_scale=a_scale)
     return quantized(x, dtype)
 
 
-_relu_quantize = torch.ops.sq.relu_quantize.default
-
-
-def relu_quantize(x: Tensor, dtype: torch.dtype, a_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+@op("norm_activation", cuda=("rows",))
+def relu_quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Quantizes ``relu(x)`` in one pass. A NaN stays one, and -inf becomes 0.
 
     See ``silu_mul_quantize`` for arguments and results.
     """
-    q, scale = _relu_quantize(x, dtype, a_scale)
-    return q, scale
-
-
-@torch.library.register_fake("sq::relu_quantize")
-def _(x: Tensor, dtype: torch.dtype, a_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    check_devices("relu_quantize", "x", x, a_scale=a_scale)
     return quantized(x, dtype)

@@ -1,15 +1,19 @@
-"""Ops that quantize activations."""
+"""Quantization of activations."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .fakes import check_devices, quantized
-
-_quantize_per_token = torch.ops.sq.quantize_per_token.default
+from .declare import op
 
 
+def quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Empty q and scales of the rows of ``x``."""
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@op("quantize", cuda=("quantize",))
 def quantize_per_token(x: Tensor, dtype: torch.dtype, smooth: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Quantizes every row of ``x`` (divided by ``smooth`` first) with its own scale.
 
@@ -27,19 +31,10 @@ def quantize_per_token(x: Tensor, dtype: torch.dtype, smooth: Tensor | None = No
     Raises:
         RuntimeError: for another dtype, or a ``smooth`` that does not have K elements.
     """
-    q, scale = _quantize_per_token(x, dtype, smooth)
-    return q, scale
-
-
-@torch.library.register_fake("sq::quantize_per_token")
-def _(x: Tensor, dtype: torch.dtype, smooth: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    check_devices("quantize_per_token", "x", x, smooth=smooth)
     return quantized(x, dtype)
 
 
-_quantize_static = torch.ops.sq.quantize_static.default
-
-
+@op("quantize", cuda=("quantize",))
 def quantize_static(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Quantizes ``x`` with one given scale: ``q = round(x * (1 / scale))``, half to even, saturating at +-qmax.
 
@@ -56,11 +51,4 @@ def quantize_static(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     Raises:
         RuntimeError: for another dtype, or a scale that is not one positive finite fp32 number.
     """
-    q: Tensor = _quantize_static(x, scale, dtype)
-    return q
-
-
-@torch.library.register_fake("sq::quantize_static")
-def _(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    check_devices("quantize_static", "x", x, scale=scale)
     return x.new_empty(x.shape, dtype=dtype)

@@ -1,9 +1,9 @@
 """The oracles: every op in plain torch, written for reading, which the kernels are tested against."""
 
 from .decoder_layer import w8a8_decoder_layer_
-from .experts import experts_one_by_one
+from .experts import w8a8_experts
 from .floating import attention, linear
-from .gemm import prepack_weight, unpack_weight, w8a8_gemm, w8a8_linear, w8a8_linears, w8a8_mlp
+from .gemm import prepack_weight, w8a8_gemm, w8a8_linear, w8a8_linear_group, w8a8_mlp
 from .norm_activation import (
     ACTIVATIONS,
     gelu,
@@ -23,7 +23,6 @@ from .quantize import quantize_per_token, quantize_static
 __all__ = [
     "ACTIVATIONS",
     "attention",
-    "experts_one_by_one",
     "gelu",
     "gelu_mul_quantize",
     "gelu_quantize",
@@ -39,10 +38,10 @@ __all__ = [
     "rms_norm_quantize",
     "silu",
     "silu_mul_quantize",
-    "unpack_weight",
     "w8a8_decoder_layer_",
+    "w8a8_experts",
     "w8a8_gemm",
     "w8a8_linear",
-    "w8a8_linears",
+    "w8a8_linear_group",
     "w8a8_mlp",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,10 +26,10 @@ def w8a8_decoder_layer_(
     eps: float,
     post_eps: float,
     offset: float,
-    b: Sequence[Tensor],
-    b_scale: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    a_scale: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    weight_scale: Sequence[Tensor],
+    bias: Sequence[Tensor | None] | None,
+    input_scale: Sequence[Tensor | None] | None,
     cos: Tensor,
     sin: Tensor,
     keys: Tensor,
@@ -44,28 +44,26 @@ def w8a8_decoder_layer_(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     head_eps: float = 0.0,
-    attend: Callable[..., Tensor] = attention,
 ) -> Tensor:
-    """See ``ops.w8a8_decoder_layer_``; ``attend`` computes the attention."""
-    biases = [own if own.numel() else None for own in bias] or [None] * 7
-    static = [scale if scale.numel() else None for scale in a_scale] or [None] * 4
+    """See ``ops.w8a8_decoder_layer_``."""
+    biases = bias or [None] * 7
+    x_scale, o_scale, mlp_scale, down_scale = input_scale or [None] * 4
+    *qkv, o = list(zip(weight, weight_scale, biases, strict=True))[:4]
     q, k, v = (
-        w8a8_linear(rms_norm(x, norm, eps, offset), b[i], b_scale[i], biases[i], static[0])
-        .unflatten(-1, (-1, cos.shape[-1]))
-        .transpose(1, 2)
-        for i in range(3)
+        w8a8_linear(rms_norm(x, norm, eps, offset), *layer, x_scale).unflatten(-1, (-1, cos.shape[-1])).transpose(1, 2)
+        for layer in qkv
     )
     if q_norm is not None and k_norm is not None:
         q, k = rms_norm(q, q_norm, head_eps, offset), rms_norm(k, k_norm, head_eps, offset)
     total = past + x.shape[1]
-    k, scales = rotate(k, cos, sin), list[Tensor]()
+    k, cache_scales = rotate(k, cos, sin), dict[str, Tensor]()
     if keys_scale is not None and values_scale is not None:
         k, keys_scale[:, :, past:total] = quantize_per_token(k, torch.int8)
         v, values_scale[:, :, past:total] = quantize_per_token(v, torch.int8)
-        scales = [keys_scale[:, :, :total], values_scale[:, :, :total]]
+        cache_scales = {"k_scale": keys_scale[:, :, :total], "v_scale": values_scale[:, :, :total]}
     keys[:, :, past:total], values[:, :, past:total] = k, v
-    attended = attend(rotate(q, cos, sin), keys[:, :, :total], values[:, :, :total], mask, scale, causal, *scales)
-    h = x + w8a8_linear(attended.flatten(2), b[3], b_scale[3], biases[3], static[1])
-    _, _, _, _, gate, up, down = zip(b, b_scale, biases, strict=True)
-    operands = *gate[:2], *down[:2], *up[:2], gate[2], up[2], down[2]
-    return h + w8a8_mlp(rms_norm(h, post_norm, post_eps, offset), *operands, static[2], static[3], activation)
+    visible = keys[:, :, :total], values[:, :, :total]
+    attended = attention(rotate(q, cos, sin), *visible, mask, scale=scale, causal=causal, **cache_scales)
+    h = x + w8a8_linear(attended.flatten(2), *o, o_scale)
+    mlp = weight[4:], weight_scale[4:], biases[4:], [mlp_scale, down_scale]
+    return h + w8a8_mlp(rms_norm(h, post_norm, post_eps, offset), *mlp, activation)

@@ -7,32 +7,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..packing import PANEL, packed_shape, unpack_weight
 from .norm_activation import ACTIVATIONS
 from .quantize import quantize_with
 
-PANEL = 64
-"""Columns in one panel of a packed weight, and what K is padded to."""
 
-
-def prepack_weight(b: Tensor) -> Tensor:
+def prepack_weight(weight: Tensor) -> Tensor:
     """See ``ops.prepack_weight``."""
-    n, k = b.shape
-    panels, rows4 = -(-n // PANEL), -(-k // PANEL) * PANEL // 4
+    if weight.dim() == 3:
+        return torch.stack([prepack_weight(each).view(torch.int8) for each in weight]).view(weight.dtype)
+    n, k = weight.shape
+    packed = torch.zeros(packed_shape(n, k), dtype=torch.int8)
+    panels, rows4 = packed.shape[0], packed.shape[1] - 1
     padded = torch.zeros(panels * PANEL, rows4 * 4, dtype=torch.int8)
-    padded[:n, :k] = b.view(torch.int8)
-    packed = torch.zeros(panels, rows4 + 1, PANEL, 4, dtype=torch.int8)
+    padded[:n, :k] = weight.view(torch.int8)
     packed[:, :rows4] = padded.view(panels, PANEL, rows4, 4).transpose(1, 2)
-    if b.dtype == torch.int8:
+    if weight.dtype == torch.int8:
         column_sums = padded.sum(1, dtype=torch.int32).view(panels, PANEL, 1)
         packed[:, rows4] = column_sums.view(torch.int8)
-    return packed.view(b.dtype)
-
-
-def unpack_weight(packed: Tensor, out_features: int, in_features: int) -> Tensor:
-    """See ``ops.unpack_weight``."""
-    panels, rows4 = packed.shape[0], packed.shape[1] - 1
-    plain = packed.view(torch.int8)[:, :rows4].transpose(1, 2).reshape(panels * PANEL, rows4 * 4)
-    return plain[:out_features, :in_features].contiguous().view(packed.dtype)
+    return packed.view(weight.dtype)
 
 
 def w8a8_gemm(
@@ -59,49 +52,56 @@ def w8a8_gemm(
 
 def w8a8_linear(
     x: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
     bias: Tensor | None = None,
-    a_scale: Tensor | None = None,
+    input_scale: Tensor | None = None,
     smooth: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """See ``ops.w8a8_linear``."""
-    q, scale = quantize_with(x, b.dtype, a_scale, smooth)
-    return w8a8_gemm(q, b, scale, b_scale, bias, out_dtype or x.dtype)
+    q, scale = quantize_with(x, weight.dtype, input_scale, smooth)
+    return w8a8_gemm(q, weight, scale, weight_scale, bias, out_dtype or x.dtype)
 
 
-def w8a8_linears(
+def w8a8_linear_group(
     x: Tensor,
-    b: Sequence[Tensor],
-    b_scale: Sequence[Tensor],
-    bias: Sequence[Tensor] = (),
-    a_scale: Tensor | None = None,
+    weight: Sequence[Tensor],
+    weight_scale: Sequence[Tensor],
+    bias: Sequence[Tensor | None] | None = None,
+    input_scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """See ``ops.w8a8_linears``."""
-    biases = list[Tensor | None](bias) or [None] * len(b)
-    return [w8a8_linear(x, *own, a_scale, out_dtype=out_dtype) for own in zip(b, b_scale, biases, strict=True)]
+    """See ``ops.w8a8_linear_group``."""
+    layers = zip(weight, weight_scale, bias or [None] * len(weight), strict=True)
+    return [w8a8_linear(x, *layer, input_scale, out_dtype=out_dtype) for layer in layers]
 
 
 def w8a8_mlp(
     x: Tensor,
-    gate: Tensor,
-    gate_scale: Tensor,
-    down: Tensor,
-    down_scale: Tensor,
-    up: Tensor | None = None,
-    up_scale: Tensor | None = None,
-    gate_bias: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    a_scale: Tensor | None = None,
-    down_a_scale: Tensor | None = None,
+    weight: Sequence[Tensor],
+    weight_scale: Sequence[Tensor],
+    bias: Sequence[Tensor | None] | None = None,
+    input_scale: Sequence[Tensor | None] | None = None,
     activation: str = "silu",
 ) -> Tensor:
     """See ``ops.w8a8_mlp``."""
-    values = ACTIVATIONS[activation](w8a8_linear(x, gate, gate_scale, gate_bias, a_scale))
-    if up is not None:
-        assert up_scale is not None
-        values = values * w8a8_linear(x, up, up_scale, up_bias, a_scale).float()
-    return w8a8_linear(values, down, down_scale, down_bias, down_a_scale, out_dtype=x.dtype)
+    layers = list(zip(weight, weight_scale, bias or [None] * len(weight), strict=True))
+    return mlp(x, layers, input_scale or (None, None), activation, x.dtype)
+
+
+def mlp(
+    x: Tensor,
+    layers: Sequence[tuple[Tensor, Tensor, Tensor | None]],
+    input_scale: Sequence[Tensor | None],
+    activation: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """``w8a8_mlp`` with a result of any dtype."""
+    *first, down = layers
+    x_scale, down_scale = input_scale
+    gate, *up = (w8a8_linear(x, *layer, x_scale) for layer in first)
+    values = ACTIVATIONS[activation](gate)
+    for factor in up:
+        values = values * factor.float()
+    return w8a8_linear(values, *down, down_scale, out_dtype=out_dtype)

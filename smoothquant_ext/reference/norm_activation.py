@@ -47,13 +47,13 @@ def rms_norm_quantize(
     eps: float,
     dtype: torch.dtype,
     residual: Tensor | None = None,
-    a_scale: Tensor | None = None,
+    scale: Tensor | None = None,
     offset: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``ops.rms_norm_quantize``."""
     total = x if residual is None else (x.float() + residual.float()).to(x.dtype)
     values = _norm(total, 0.0, weight.float().reshape(-1) + offset, eps)
-    return *quantize_with(values, dtype, a_scale), x.new_empty(0) if residual is None else total
+    return *quantize_with(values, dtype, scale), x.new_empty(0) if residual is None else total
 
 
 def layer_norm_quantize(
@@ -63,14 +63,14 @@ def layer_norm_quantize(
     eps: float,
     dtype: torch.dtype,
     residual: Tensor | None = None,
-    a_scale: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``ops.layer_norm_quantize``."""
     total = x if residual is None else (x.float() + residual.float()).to(x.dtype)
     values = _norm(total, _lane_sum(total.float()) / float(x.shape[-1]), weight.float().reshape(-1), eps)
     if bias is not None:
         values = values + bias.float().reshape(-1)
-    return *quantize_with(values, dtype, a_scale), x.new_empty(0) if residual is None else total
+    return *quantize_with(values, dtype, scale), x.new_empty(0) if residual is None else total
 
 
 # --- activations ----------------------------------------------------------------------------------------------------
@@ -136,29 +136,29 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def silu_mul_quantize(
-    gate: Tensor, up: Tensor, dtype: torch.dtype, a_scale: Tensor | None = None
+    gate: Tensor, up: Tensor, dtype: torch.dtype, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See ``ops.silu_mul_quantize``."""
-    return quantize_with(silu(gate) * up.float(), dtype, a_scale)
+    return quantize_with(silu(gate) * up.float(), dtype, scale)
 
 
 def gelu_mul_quantize(
-    gate: Tensor, up: Tensor, dtype: torch.dtype, a_scale: Tensor | None = None, approximate: str = "none"
+    gate: Tensor, up: Tensor, dtype: torch.dtype, scale: Tensor | None = None, approximate: str = "none"
 ) -> tuple[Tensor, Tensor]:
     """See ``ops.gelu_mul_quantize``."""
-    return quantize_with(_gelu_of_kind(gate, approximate) * up.float(), dtype, a_scale)
+    return quantize_with(_gelu_of_kind(gate, approximate) * up.float(), dtype, scale)
 
 
 def gelu_quantize(
-    x: Tensor, dtype: torch.dtype, a_scale: Tensor | None = None, approximate: str = "none"
+    x: Tensor, dtype: torch.dtype, scale: Tensor | None = None, approximate: str = "none"
 ) -> tuple[Tensor, Tensor]:
     """See ``ops.gelu_quantize``."""
-    return quantize_with(_gelu_of_kind(x, approximate), dtype, a_scale)
+    return quantize_with(_gelu_of_kind(x, approximate), dtype, scale)
 
 
-def relu_quantize(x: Tensor, dtype: torch.dtype, a_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def relu_quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """See ``ops.relu_quantize``."""
-    return quantize_with(relu(x), dtype, a_scale)
+    return quantize_with(relu(x), dtype, scale)
 
 
 def _gelu_of_kind(x: Tensor, approximate: str) -> Tensor:

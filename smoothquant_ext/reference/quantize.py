@@ -38,12 +38,12 @@ def quantize_static(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def quantize_with(
-    x: Tensor, dtype: torch.dtype, a_scale: Tensor | None, smooth: Tensor | None = None
+    x: Tensor, dtype: torch.dtype, scale: Tensor | None, smooth: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """q and the scale of each row, which is NaN where a value is not finite; with a static scale or one per token."""
-    if a_scale is None:
+    if scale is None:
         return quantize_per_token(x, dtype, smooth)
     values = smoothed(x, smooth)
     finite = values.isfinite().all(-1)
-    q = quantize_static(torch.where(finite.unsqueeze(-1), values, 0.0), a_scale, dtype)
-    return q, torch.where(finite, a_scale.reshape(()), torch.nan)
+    q = quantize_static(torch.where(finite.unsqueeze(-1), values, 0.0), scale, dtype)
+    return q, torch.where(finite, scale.reshape(()), torch.nan)

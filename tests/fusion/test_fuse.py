@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from op_cases import HAS_CUDA
+from op_testing import HAS_CUDA
 from torch import Tensor, nn
 
 from smoothquant_ext import ops
@@ -248,7 +248,7 @@ def test_off_the_cpu_a_fused_model_runs_its_modules(device: str, scheme: str, mo
     with torch.no_grad():
         expected = model(ids).logits
         calls = []
-        for op in ("attention", "linear", "rms_norm", "w8a8_decoder_layer_", "w8a8_mlp", "w8a8_linears"):
+        for op in ("attention", "linear", "rms_norm", "w8a8_decoder_layer_", "w8a8_mlp", "w8a8_linear_group"):
             monkeypatch.setattr(ops, op, lambda *_, op=op: calls.append(op))
         logits = model.to(device)(ids.to(device)).logits
     assert not calls

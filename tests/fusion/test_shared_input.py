@@ -31,7 +31,7 @@ def quantized(model_type: str = "llama", scheme: str = "int8") -> Any:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Counts the calls of the ops that compute one layer and several."""
-    counts = {"w8a8_linear": 0, "w8a8_linears": 0}
+    counts = {"w8a8_linear": 0, "w8a8_linear_group": 0}
 
     def counting(name: str, op: Any) -> Any:
         def count(*args: Any, **kwargs: Any) -> Any:
@@ -67,7 +67,7 @@ def test_q_k_and_v_are_one_op(scheme: str, calls: dict[str, int]) -> None:
     calls.update(dict.fromkeys(calls, 0))
     with torch.no_grad():
         model(token_ids())
-    assert calls == {"w8a8_linear": 2, "w8a8_linears": 2}  # o; q, k and v; the MLPs are another op
+    assert calls == {"w8a8_linear": 2, "w8a8_linear_group": 2}  # o; q, k and v; the MLPs are another op
 
 
 def attention_layers() -> tuple[W8A8Linear, W8A8Linear, W8A8Linear]:
@@ -107,7 +107,7 @@ def test_inference_tensors_share_too(calls: dict[str, int]) -> None:
     with torch.inference_mode():
         x = torch.randn(3, 64)
         results = q(x), k(x), v(x)
-    assert calls == {"w8a8_linear": 0, "w8a8_linears": 1}
+    assert calls == {"w8a8_linear": 0, "w8a8_linear_group": 1}
     assert all(torch.equal(y, alone(layer, x)) for y, layer in zip(results, (q, k, v), strict=True))
 
 

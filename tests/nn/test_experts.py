@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from op_cases import assert_same_bits, randn
+from op_testing import assert_same_bits, randn
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_cases import assert_same_bits
+from op_testing import assert_same_bits
 from tiny import build, token_ids
 from torch import Tensor
 from transformers import DynamicCache, StaticCache

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from op_cases import assert_same_bits
+from op_testing import assert_same_bits
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import FLOATS, ISAS, cpu_isa, randn, threads
+from op_bounds import check_attention
+from op_testing import FLOATS, ISAS, cpu_isa, randn, threads
 from torch import Tensor
 
 from smoothquant_ext import ops, reference
@@ -50,66 +51,45 @@ def int8_inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Ten
     return q, k, v, {"k_scale": k_scale, "v_scale": v_scale}
 
 
-def bound(q: Tensor, k: Tensor, v: Tensor, scale: float, expected: Tensor) -> Tensor:
-    """How far roundings may move the result [B, T, H, Dv].
-
-    A score, a sum of D products, is off by at most (D + 3) eps times the sum of its magnitudes, its scales included,
-    and its exponential by that relatively; fp32 exponentials, sums over S keys and the scales of values by a few eps
-    more; a probability that is rounded to bf16, by 2^-9. Every one of these moves the weighted mean of v by its
-    relative size times at most 2 max|v|. Then one cast. INT8 keys and values are given dequantized, in fp64.
-    """
-    eps = torch.finfo(torch.float32).eps
-    group = q.shape[1] // k.shape[1]
-    magnitudes = scale * q.double().abs() @ k.double().abs().repeat_interleave(group, 1).transpose(2, 3)
-    score = (q.shape[3] + 5) * eps * magnitudes.amax((2, 3))  # [B, H]
-    relative = score + (k.shape[2] + 16) * eps + (2**-9 if q.dtype == torch.bfloat16 else 0)
-    largest = v.double().abs().amax((2, 3)).repeat_interleave(group, 1)
-    absolute = (2 * relative * largest)[:, None, :, None]
-    return absolute + torch.finfo(q.dtype).eps * expected.double().abs() + torch.finfo(q.dtype).tiny
-
-
 def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, **scales: Tensor) -> None:
-    y = ops.attention(q, k, v, mask, scale, causal, **scales)
-    expected = reference.attention(q, k, v, mask, scale, causal, **scales)
-    if scales:
-        k, v = (x.double() * own.double().unsqueeze(-1) for x, own in zip((k, v), scales.values(), strict=True))
-    assert y.dtype == q.dtype
-    assert y.shape == (q.shape[0], q.shape[2], q.shape[1], v.shape[3])
-    assert y.is_contiguous()
-    error = (y.double() - expected.double()).abs()
-    assert bool((error <= bound(q, k, v, scale, expected)).all()), float(error.max())
+    y, expected = (
+        op(q, k, v, mask, scale=scale, causal=causal, **scales) for op in (ops.attention, reference.attention)
+    )
+    check_attention(y, expected, q, k, v, scale, **scales)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equals_the_oracle(shape: tuple[int, ...], dtype: torch.dtype, causal: bool) -> None:
-    check(*inputs(shape, dtype), None, 1 / math.sqrt(shape[5]), causal)
+def test_equals_the_oracle(shape: tuple[int, ...]) -> None:
+    for dtype in FLOATS:
+        for causal in (False, True):
+            check(*inputs(shape, dtype), None, 1 / math.sqrt(shape[5]), causal)
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_masks(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_masks(shape: tuple[int, ...]) -> None:
     b, h, _, t, s, d, _ = shape
-    for i, mask_shape in enumerate(((1, 1, t, s), (b, 1, t, s), (1, h, t, s), (b, h, t, s))):
+    kinds = (1, 1, t, s), (b, 1, t, s), (1, h, t, s), (b, h, t, s)
+    for i, (mask_shape, dtype) in enumerate(zip(kinds, (*FLOATS, FLOATS[0]), strict=True)):
         mask = randn(*mask_shape, seed=i) > 0.3
         mask[0, 0, 0] = False  # a query that sees nothing gives 0
         check(*inputs(shape, dtype), mask, 1 / math.sqrt(d), False)
         check(*inputs(shape, dtype), mask, 1 / math.sqrt(d), True)
-    assert not ops.attention(*inputs(shape, dtype), torch.zeros(1, 1, t, s, dtype=torch.bool), 1.0).any()
-    # One row of the mask for all queries and keys, through strides of 0.
-    check(*inputs(shape, dtype), torch.ones(1, 1, 1, 1, dtype=torch.bool).expand(b, h, t, s), 1.0, False)
+    for dtype in FLOATS:
+        nothing = torch.zeros(1, 1, t, s, dtype=torch.bool)
+        assert not ops.attention(*inputs(shape, dtype), nothing, scale=1.0).any()
+        # One row of the mask for all queries and keys, through strides of 0.
+        check(*inputs(shape, dtype), torch.ones(1, 1, 1, 1, dtype=torch.bool).expand(b, h, t, s), 1.0, False)
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_int8_keys_and_values(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_int8_keys_and_values(shape: tuple[int, ...]) -> None:
     b, h, _, t, s, d, _ = shape
-    q, k, v, scales = int8_inputs(shape, dtype)
     mask = randn(b, h, t, s) > 0.3
     mask[0, 0, 0] = False
-    for own, causal in ((None, False), (None, True), (mask, False), (mask, True)):
-        check(q, k, v, own, 1 / math.sqrt(d), causal, **scales)
+    for dtype in FLOATS:
+        q, k, v, scales = int8_inputs(shape, dtype)
+        for own, causal in ((None, False), (None, True), (mask, False), (mask, True)):
+            check(q, k, v, own, 1 / math.sqrt(d), causal, **scales)
 
 
 @settings(max_examples=40, deadline=None)
@@ -131,7 +111,7 @@ def test_any_shape(
     shape = (b, hkv * group, hkv, t, s, d, dv)
     q, k, v, scales = int8_inputs(shape, dtype) if int8 else (*inputs(shape, dtype), {})
     if b == 0 or s == 0 or t == 0:
-        y = ops.attention(q, k, v, None, 0.5, causal, **scales)
+        y = ops.attention(q, k, v, scale=0.5, causal=causal, **scales)
         assert y.shape == (b, t, hkv * group, dv)
         assert not y.any()
     else:
@@ -144,7 +124,7 @@ def test_large_scores_do_not_overflow(dtype: torch.dtype, t: int) -> None:
     q, k, v = inputs((1, 4, 2, t, 300, 16, 16), dtype, size=500.0)
     check(q, k, v, None, 1.0, False)
     # Almost all the weight is on one key.
-    y = ops.attention(q.float(), k.float(), v.float(), None, 100.0)
+    y = ops.attention(q.float(), k.float(), v.float(), scale=100.0)
     best = (q.float() @ k.float().repeat_interleave(2, 1).transpose(2, 3)).argmax(-1)
     expected = v.float().repeat_interleave(2, 1).gather(2, best[..., None].expand(-1, -1, -1, 16)).transpose(1, 2)
     torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3)
@@ -154,7 +134,7 @@ def test_large_scores_do_not_overflow(dtype: torch.dtype, t: int) -> None:
 def test_weights_sum_to_one(dtype: torch.dtype) -> None:
     for t in (1, 200):
         q, k, _ = inputs((2, 6, 2, t, 700, 64, 64), dtype)
-        y = ops.attention(q, k, torch.ones(2, 2, 700, 64, dtype=dtype), None, 0.125)
+        y = ops.attention(q, k, torch.ones(2, 2, 700, 64, dtype=dtype), scale=0.125)
         # bf16 rounds each weight, and their errors cancel but for one rounding in the worst case.
         assert float((y.float() - 1).abs().max()) <= (2**-8 if dtype == torch.bfloat16 else 1e-3)
 
@@ -165,34 +145,34 @@ def test_any_number_of_threads_gives_the_same_bits(t: int) -> None:
     outputs = []
     for count in (1, 2, 3, 7):
         with threads(count):
-            outputs.append(ops.attention(q, k, v, None, 0.125, causal=True))
+            outputs.append(ops.attention(q, k, v, scale=0.125, causal=True))
     assert all(torch.equal(y, outputs[0]) for y in outputs)
     q, k, v, scales = int8_inputs((2, 6, 2, t, 1100, 64, 64), torch.bfloat16)
     outputs = []
     for count in (1, 2, 3, 7):
         with threads(count):
-            outputs.append(ops.attention(q, k, v, None, 0.125, causal=True, **scales))
+            outputs.append(ops.attention(q, k, v, scale=0.125, causal=True, **scales))
     assert all(torch.equal(y, outputs[0]) for y in outputs)
 
 
 @pytest.mark.parametrize("t", [1, 50])
 def test_any_strides(t: int) -> None:
     q, k, v = inputs((2, 6, 2, t, 90, 32, 48), torch.float32)
-    expected = ops.attention(q, k, v, None, 0.2)
+    expected = ops.attention(q, k, v, scale=0.2)
     by_token = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
-    assert torch.equal(ops.attention(*by_token, None, 0.2), expected)
+    assert torch.equal(ops.attention(*by_token, scale=0.2), expected)
     columns = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v)]
-    assert torch.equal(ops.attention(*columns, None, 0.2), expected)
+    assert torch.equal(ops.attention(*columns, scale=0.2), expected)
     longer = torch.cat([k, k.new_full((2, 2, 9, 32), torch.nan)], 2)  # a cache that is not full yet
-    assert torch.equal(ops.attention(q, longer[:, :, :90], v, None, 0.2), expected)
-    one_for_all = ops.attention(q, k[:1].expand(2, -1, -1, -1), v[:1].expand(2, -1, -1, -1), None, 0.2)
+    assert torch.equal(ops.attention(q, longer[:, :, :90], v, scale=0.2), expected)
+    one_for_all = ops.attention(q, k[:1].expand(2, -1, -1, -1), v[:1].expand(2, -1, -1, -1), scale=0.2)
     assert torch.equal(one_for_all[0], expected[0])
 
 
 @pytest.mark.parametrize("t", [1, 50])
 def test_any_strides_of_an_int8_cache(t: int) -> None:
     q, k, v, scales = int8_inputs((2, 6, 2, t, 90, 32, 48), torch.float32)
-    expected = ops.attention(q, k, v, None, 0.2, **scales)
+    expected = ops.attention(q, k, v, scale=0.2, **scales)
 
     def strided(x: Tensor) -> Tensor:
         every_second = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), 77)
@@ -207,18 +187,18 @@ def test_any_strides_of_an_int8_cache(t: int) -> None:
 
     for layout in (strided, in_a_buffer, by_token):
         own = {name: layout(scale) for name, scale in scales.items()}
-        assert torch.equal(ops.attention(q, layout(k), layout(v), None, 0.2, **own), expected)
-    first = [x[:1].expand(2, *x.shape[1:]) for x in (k, v, *scales.values())]
-    assert torch.equal(ops.attention(q, *first[:2], None, 0.2, False, *first[2:])[0], expected[0])
+        assert torch.equal(ops.attention(q, layout(k), layout(v), scale=0.2, **own), expected)
+    k, v, *first = (x[:1].expand(2, *x.shape[1:]) for x in (k, v, *scales.values()))
+    assert torch.equal(ops.attention(q, k, v, scale=0.2, **dict(zip(scales, first, strict=True)))[0], expected[0])
 
 
 @pytest.mark.parametrize("t", [1, 50])
 def test_a_token_that_was_not_finite_spoils_its_head(t: int) -> None:
     q, k, v, scales = int8_inputs((1, 4, 2, t, 90, 16, 16), torch.float32)
-    clean = ops.attention(q, k, v, None, 0.25, **scales)
+    clean = ops.attention(q, k, v, scale=0.25, **scales)
     for scale in scales.values():
         scale[0, 1, 3] = torch.nan
-        y = ops.attention(q, k, v, None, 0.25, **scales)
+        y = ops.attention(q, k, v, scale=0.25, **scales)
         assert y[:, :, 2:].isnan().all()
         assert torch.equal(y[:, :, :2], clean[:, :, :2])
         scale[0, 1, 3] = 1.0
@@ -227,13 +207,13 @@ def test_a_token_that_was_not_finite_spoils_its_head(t: int) -> None:
 def test_what_cannot_be_said_is_not_a_number_and_stays_in_its_head() -> None:
     for t in (1, 50):
         q, k, v = inputs((1, 4, 2, t, 90, 16, 16), torch.float32)
-        clean = ops.attention(q, k, v, None, 0.25)
+        clean = ops.attention(q, k, v, scale=0.25)
         k[0, 1, 3, 5] = torch.nan
-        y = ops.attention(q, k, v, None, 0.25)
+        y = ops.attention(q, k, v, scale=0.25)
         assert y[:, :, 2:].isnan().all()
         assert torch.equal(y[:, :, :2], clean[:, :, :2])
         q[0, 0, 0, 0] = torch.inf
-        assert ops.attention(q, k, v, None, 0.25)[0, 0, 0].isnan().all()
+        assert ops.attention(q, k, v, scale=0.25)[0, 0, 0].isnan().all()
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -242,7 +222,7 @@ def test_a_query_that_is_not_a_number_gets_no_answer(t: int, causal: bool) -> No
     for dtype in FLOATS:
         q, k, v = inputs((2, 4, 2, t, t, 32, 32), dtype)
         q[0, 1, t // 2] = torch.nan  # none of its scores is a number
-        y = ops.attention(q, k, v, None, 0.25, causal)
+        y = ops.attention(q, k, v, scale=0.25, causal=causal)
         assert y[0, t // 2, 1].isnan().all()
         y[0, t // 2, 1] = 0
         assert y.isfinite().all()
@@ -265,7 +245,7 @@ def test_errors_name_the_culprit() -> None:
         ((q, k, v, mask[:, :, :4], 1.0), r"mask has shape \[2, 1, 4, 7\], expected \[1 or B, 1 or heads, 5, 7\]"),
     ):
         with pytest.raises(RuntimeError, match=f"attention: {sentence}"):
-            ops.attention(*arguments)
+            ops.attention(*arguments[:4], scale=arguments[4])
     q, k, v, scales = int8_inputs((2, 6, 2, 5, 7, 16, 8), torch.float32)
     own = scales["k_scale"]
     for wrong, sentence in (
@@ -280,13 +260,3 @@ def test_errors_name_the_culprit() -> None:
     ):
         with pytest.raises(RuntimeError, match=f"attention: {sentence}"):
             ops.attention(**{"q": q, "k": k, "v": v, "mask": None, "scale": 1.0} | scales | wrong)  # type: ignore[arg-type]
-
-
-def test_opcheck() -> None:
-    q, k, v = inputs((2, 6, 2, 5, 7, 16, 8), torch.bfloat16)
-    mask = torch.ones(2, 1, 5, 7, dtype=torch.bool)
-    op = torch.ops.sq.attention.default
-    torch.library.opcheck(op, (q, k, v), {"scale": 0.25})
-    torch.library.opcheck(op, (q, k, v, mask), {"scale": 0.25, "causal": True})
-    q, k, v, scales = int8_inputs((2, 6, 2, 5, 7, 16, 8), torch.bfloat16)
-    torch.library.opcheck(op, (q, k, v, mask), {"scale": 0.25, "causal": True, **scales})

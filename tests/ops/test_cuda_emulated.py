@@ -6,20 +6,24 @@ insists on (alignment, types, architectures), and the tensors' device. See tests
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import os
+import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from op_cases import EIGHT_BIT, FLOAT8, FLOATS, assert_same_bits, randn, random_float8, random_int8
+from op_cases import CASES, OpCase, Problem, call, expected_of
+from op_testing import EIGHT_BIT, FLOAT8, FLOATS, assert_same_bits, randn, random_float8, random_int8, threads
 from torch import Tensor
 
 from smoothquant_ext import ops, reference
-from smoothquant_ext.ops import backends
+from smoothquant_ext.ops.declare import DECLARED
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [
@@ -28,7 +32,7 @@ SOURCES = [
     *(f"csrc/cuda/kernels/{name}.cu" for name in ("quantize", "norm", "activate", "gemm", "mma", "wgmma")),
     "tests/native/emulation/emulated_device.cpp",
 ]
-OPS = [op.partition(",")[0] for op, _, families in backends._OPS if families]
+OPS = [name for name, declaration in DECLARED.items() if declaration.cuda]
 ARCHS = (80, 89, 90, 100)
 EPS = torch.finfo(torch.float32).eps
 LIBRARY = torch.library.Library("sq_emulated", "DEF")  # its ops are there as long as it is
@@ -38,44 +42,63 @@ pytestmark = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="the source
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library, compiled with the project's own flags; products in pieces of 256 rows."""
-    folder = tmp_path_factory.mktemp("emulated")
+    """The library, compiled with the project's own flags; products in pieces of 256 rows.
+
+    It stays in build/emulation/ until a source changes: compiling takes as long as all the tests here.
+    """
     torch_dir = Path(torch.__file__).parent
     lines = (ROOT / "csrc" / "flags.txt").read_text().splitlines()
     flags = [line.split(maxsplit=1)[1] for line in lines if line.startswith(("cxx", "torch"))]
     flags += ["-O1", "-fPIC", "-DUSE_CUDA", "-DSQ_MOST_SUM_BYTES=1", "-include", "tests/native/emulation/emulate.h"]
     flags += ["-Itests/native/emulation/stub", "-Itests", "-Icsrc", "-isystem", str(torch_dir / "include")]
+    library = ROOT / "build" / "emulation" / f"{state_of_the_sources(flags)}.so"
+    if library.is_file():
+        return library
+    folder = tmp_path_factory.mktemp("emulated")
 
     def compile_one(source: str) -> str:
-        target = str(folder / f"{Path(source).name}.o")
+        target = str(folder / f"{source.replace('/', '-')}.o")
         subprocess.run(["c++", "-x", "c++", *flags, "-c", source, "-o", target], cwd=ROOT, check=True)
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, SOURCES))
-    library = folder / "libemulated.so"
-    subprocess.run(["c++", "-shared", *objects, "-o", library, f"-L{torch_dir / 'lib'}", "-ltorch_cpu"], check=True)
+    linked = folder / library.name
+    subprocess.run(["c++", "-shared", *objects, "-o", linked, f"-L{torch_dir / 'lib'}", "-ltorch_cpu"], check=True)
+    shutil.rmtree(library.parent, ignore_errors=True)  # those of older sources
+    library.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(linked, library)
     return library
+
+
+def state_of_the_sources(flags: list[str]) -> str:
+    """A hash of what the library is made of: sources, flags, compiler and torch."""
+    compiler = subprocess.run(["c++", "--version"], capture_output=True, text=True, check=True).stdout
+    state = hashlib.sha256(f"{SOURCES} {flags} {compiler} {torch.__version__}".encode())
+    for folder in ("csrc/common", "csrc/cuda", "tests/native"):
+        for path in sorted((ROOT / folder).rglob("*.*")):
+            state.update(path.read_bytes() if path.is_file() else b"")
+    return state.hexdigest()[:16]
 
 
 @pytest.fixture(scope="session")
 def registered(emulated: Path) -> Any:
     """``torch.ops.sq_emulated``, with the schemas of ``torch.ops.sq``."""
-    for op in set(OPS):
+    for op in OPS:
         LIBRARY.define(str(getattr(torch.ops.sq, op).default._schema).removeprefix("sq::"))
     torch.ops.load_library(emulated)
     return torch.ops.sq_emulated
 
 
 def call_instead(registered: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Puts the emulated op behind every wrapper in ``ops``."""
-    for op in set(OPS):
-        monkeypatch.setattr(f"{getattr(ops, op).__module__}._{op}", getattr(registered, op).default)
+    """Puts the emulated ops into ``ops``."""
+    for op in OPS:
+        monkeypatch.setattr(ops, op, getattr(registered, op).default)
 
 
 @pytest.fixture(params=ARCHS)
 def arch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, registered: Any) -> int:
-    """Makes every wrapper in ``ops`` call the emulated op, on each architecture in turn."""
+    """Puts the emulated ops into ``ops``, on each architecture in turn."""
     value: int = request.param
     monkeypatch.setenv("SQ_EMULATED_ARCH", str(value))
     call_instead(registered, monkeypatch)
@@ -87,6 +110,13 @@ def hopper(monkeypatch: pytest.MonkeyPatch, registered: Any) -> None:
     """The same on one architecture, for what does not depend on it."""
     monkeypatch.setenv("SQ_EMULATED_ARCH", "90")
     call_instead(registered, monkeypatch)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """The emulation has one, and threads of the oracle would only wait for one another."""
+    with threads(1):
+        yield
 
 
 def same(actual: Any, expected: Any, what: object = "") -> None:
@@ -103,39 +133,36 @@ def scales(count: int, seed: int = 0) -> Tensor:
 
 # --- producers ------------------------------------------------------------------------------------------------------
 
-SHAPES = [(0, 8), (1, 1), (3, 15), (2, 16), (3, 64), (2, 577), (2, 2, 100), (2, 4096), (1, 8200), (1, 16392)]
+SHORT = [((0,), 8), ((1,), 1), ((3,), 15), ((2,), 16), ((3,), 64), ((2,), 577), ((2, 2), 100)]
+LONG = [((2,), 4096), ((1,), 8200), ((1,), 16392), ((1,), 26000)]  # the last one is too long for shared memory
+PRODUCERS = [CASES[name] for name in OPS if "gemm" not in DECLARED[name].cuda]
+LAYERS = [CASES[name] for name in OPS if "gemm" in DECLARED[name].cuda]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def check(case: OpCase, problem: Problem) -> None:
+    """Every way to call an op, against the oracle."""
+    for arguments in case.make(problem):
+        case.check(call(case.op, arguments), expected_of(case, arguments), arguments, (problem, list(arguments)))
+
+
+@pytest.mark.parametrize("case", PRODUCERS, ids=lambda case: case.name)
 @pytest.mark.usefixtures("hopper")
-def test_producers_equal_the_oracle(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    x, up, w = randn(*shape, dtype=dtype), randn(*shape, dtype=dtype, seed=1), randn(shape[-1], seed=2)
-    if x.numel() > 60:
-        x[-1].view(-1)[7] = torch.nan
-    one, smooth = torch.tensor([0.03]), randn(shape[-1], seed=3).abs() + 0.1
-    for eight_bit in EIGHT_BIT if shape[-1] < 1000 else EIGHT_BIT[:1]:
-        for name, arguments in (
-            ("quantize_per_token", (x, eight_bit)),
-            ("quantize_per_token", (x, eight_bit, smooth)),
-            ("quantize_static", (x, one, eight_bit)),
-            ("rms_norm_quantize", (x, w.to(dtype), 1e-5, eight_bit, None, None, 1.0)),
-            ("rms_norm_quantize", (x, w, 1e-5, eight_bit, up, one)),
-            ("layer_norm_quantize", (x, w, None, 1e-5, eight_bit, up)),
-            ("layer_norm_quantize", (x, w, w.half(), 1e-5, eight_bit)),
-            ("silu_mul_quantize", (x, up, eight_bit)),
-            ("gelu_mul_quantize", (x, up, eight_bit, one, "tanh")),
-            ("gelu_quantize", (x, eight_bit, None, "none")),
-            ("relu_quantize", (x, eight_bit, one)),
-        ):
-            same(getattr(ops, name)(*arguments), getattr(reference, name)(*arguments), (name, shape, dtype, eight_bit))
-    same(ops.rms_norm(x, w, 1e-5, 1.0), reference.rms_norm(x, w, 1e-5, 1.0))
+def test_producers_equal_the_oracle(case: OpCase) -> None:
+    for shape in SHORT:
+        for problem in case.problems(*shape, packs=False):
+            check(case, problem)
+    for turn, shape in enumerate(LONG):
+        check(case, Problem(*shape, dtype=FLOATS[turn % 3], packs=False))
 
 
+@pytest.mark.parametrize("case", PRODUCERS, ids=lambda case: case.name)
 @pytest.mark.usefixtures("hopper")
-def test_rows_that_are_too_long_for_shared_memory() -> None:
-    gate, up = randn(1, 26000, dtype=torch.bfloat16), randn(1, 26000, dtype=torch.bfloat16, seed=1)
-    same(ops.silu_mul_quantize(gate, up, torch.int8), reference.silu_mul_quantize(gate, up, torch.int8))
+def test_rows_that_are_not_finite(case: OpCase) -> None:
+    for eight_bit in case.eight_bit:
+        for arguments in case.make(Problem((5,), 577, eight_bit=eight_bit, packs=False)):
+            x = arguments[case.rows[0]]
+            x[1, 7], x[2, 576], x[3] = torch.nan, torch.inf, 0.0
+            case.check(call(case.op, arguments), expected_of(case, arguments), arguments, list(arguments))
 
 
 @pytest.mark.usefixtures("hopper")
@@ -170,14 +197,22 @@ def test_int8_products_equal_the_oracle(arch: int, m: int, n: int, k: int) -> No
         same(ops.w8a8_gemm(*arguments), reference.w8a8_gemm(*arguments), (arch, m, n, k))
 
 
-@pytest.mark.parametrize("b_dtype", FLOAT8, ids=str)
-@pytest.mark.parametrize("a_dtype", FLOAT8, ids=str)
-@pytest.mark.parametrize(("m", "n", "k"), PRODUCTS)
-def test_fp8_products_are_within_the_bound(
-    arch: int, m: int, n: int, k: int, a_dtype: torch.dtype, b_dtype: torch.dtype
-) -> None:
+PAIRS = list(itertools.product(FLOAT8, FLOAT8))
+
+
+def fp8_product(
+    m: int, n: int, k: int, a_dtype: torch.dtype, b_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     a, b = random_float8(m, k, dtype=a_dtype), random_float8(n, k, dtype=b_dtype, seed=1)
+    return a, b, scales(m), scales(n, seed=1), randn(n)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), PRODUCTS)
+def test_fp8_products_are_within_the_bound(arch: int, m: int, n: int, k: int) -> None:
     for turn, (a_scale, b_scale) in enumerate(((m, n), (m, n), (1, n), (1, 1))):
+        # Each shape in all pairs of types; each pair, over the shapes, in all turns.
+        a_dtype, b_dtype = PAIRS[(turn + PRODUCTS.index((m, n, k))) % 4]
+        a, b = random_float8(m, k, dtype=a_dtype), random_float8(n, k, dtype=b_dtype, seed=1)
         bias = (None, randn(n, dtype=torch.bfloat16), randn(n), randn(n, dtype=torch.float16))[turn]
         out_dtype = (torch.float32, torch.bfloat16)[turn % 2]
         arguments = (a, b, scales(a_scale), scales(b_scale, seed=1), bias)
@@ -230,10 +265,14 @@ def test_memory_that_is_not_aligned(arch: int, dtype: torch.dtype, offset: int) 
 
 OWN = [*(("mma", arch) for arch in ARCHS), ("wgmma", 90), ("auto", 90)]
 TILES = [(0, 16, 16), (1, 33, 16), (9, 16, 32), (130, 17, 208), (20, 136, 1040), (300, 16, 16), (12, 0, 16)]
-TILES += [(5, 40, 4096)]  # for which wgmma swaps operands and splits k: see gemm_config_test.cpp
+ON_HOPPER = [own for own in OWN if own[1] == 90]
 
 
-@pytest.fixture(params=OWN, ids=lambda own: f"{own[0]} on {own[1]}")
+def named(own: tuple[str, int]) -> str:
+    return f"{own[0]} on {own[1]}"
+
+
+@pytest.fixture(params=OWN, ids=named)
 def own(request: pytest.FixtureRequest, hopper: None, monkeypatch: pytest.MonkeyPatch) -> tuple[str, int]:
     """Asks for one of them, on each architecture that has it."""
     family, arch = request.param
@@ -250,20 +289,28 @@ def test_own_int8_products_equal_the_oracle(own: tuple[str, int], m: int, n: int
     same(ops.w8a8_gemm(*arguments), reference.w8a8_gemm(*arguments), (own, m, n, k))
 
 
-@pytest.mark.parametrize("k", [208, 4096])
-@pytest.mark.parametrize("b_dtype", FLOAT8, ids=str)
-@pytest.mark.parametrize("a_dtype", FLOAT8, ids=str)
-def test_own_fp8_products_are_within_the_bound(
-    own: tuple[str, int], a_dtype: torch.dtype, b_dtype: torch.dtype, k: int
-) -> None:
+def test_own_fp8_products_are_within_the_bound(own: tuple[str, int]) -> None:
     family, arch = own
-    a, b = random_float8(20, k, dtype=a_dtype), random_float8(33, k, dtype=b_dtype, seed=1)
-    arguments = (a, b, scales(20), scales(33, seed=1), randn(33))
-    if arch < 89:
-        with pytest.raises(RuntimeError, match=f"SMOOTHQUANT_CUDA_GEMM is {family}, but compute capability 8.0 has no"):
-            ops.w8a8_gemm(*arguments, torch.bfloat16)
-        return
-    check_fp8(ops.w8a8_gemm(*arguments, torch.bfloat16), *arguments)
+    for a_dtype, b_dtype in PAIRS:
+        arguments = fp8_product(20, 33, 208, a_dtype, b_dtype)
+        if arch < 89:
+            sentence = f"SMOOTHQUANT_CUDA_GEMM is {family}, but compute capability 8.0 has no"
+            with pytest.raises(RuntimeError, match=sentence):
+                ops.w8a8_gemm(*arguments, torch.bfloat16)
+        else:
+            check_fp8(ops.w8a8_gemm(*arguments, torch.bfloat16), *arguments)
+
+
+@pytest.mark.parametrize("own", ON_HOPPER, ids=named, indirect=True)
+@pytest.mark.usefixtures("own")
+def test_own_products_of_which_wgmma_splits_k() -> None:
+    """It swaps operands too, see gemm_config_test.cpp; mma's kernels are those of every architecture."""
+    m, n, k = 5, 40, 4096
+    arguments = (random_int8(m, k), random_int8(n, k, seed=1), scales(m), scales(n), randn(n), torch.float32)
+    same(ops.w8a8_gemm(*arguments), reference.w8a8_gemm(*arguments))
+    for a_dtype, b_dtype in (FLOAT8, FLOAT8[::-1]):
+        fp8 = fp8_product(m, n, k, a_dtype, b_dtype)
+        check_fp8(ops.w8a8_gemm(*fp8, torch.bfloat16), *fp8)
 
 
 @pytest.mark.usefixtures("own")
@@ -272,8 +319,8 @@ def test_layers_on_our_own_products_equal_the_oracle() -> None:
     x[2, 3], x[3], x[4, 5] = torch.nan, 0.0, torch.inf
     single = (x, *weight(32, 64), randn(32), None, randn(64, seed=4).abs() + 0.2, torch.float16)
     same(ops.w8a8_linear(*single), reference.w8a8_linear(*single))
-    operands = (*weight(48, 64), *weight(32, 48, seed=3), *weight(48, 64, seed=2))
-    same(ops.w8a8_mlp(x, *operands), reference.w8a8_mlp(x, *operands))
+    layers = lists(weight(48, 64), weight(48, 64, seed=2), weight(32, 48, seed=3))
+    same(ops.w8a8_mlp(x, *layers), reference.w8a8_mlp(x, *layers))
 
 
 @pytest.mark.parametrize(
@@ -318,33 +365,36 @@ def weight(n: int, k: int, seed: int = 1, dtype: torch.dtype = torch.int8) -> tu
     return reference.quantize_per_token(randn(n, k, seed=seed), dtype)
 
 
-@pytest.mark.parametrize("m", [0, 1, 20, 300])
-@pytest.mark.parametrize("is_static", [False, True], ids=["per token", "static"])
-def test_layers_equal_the_oracle(arch: int, m: int, is_static: bool) -> None:
-    x = randn(m, 64, dtype=torch.bfloat16)
-    if m > 4:
-        x[2, 3], x[3], x[4, 5] = torch.nan, 0.0, torch.inf
-    a_scale = torch.tensor([0.02]) if is_static else None
-    smooth = randn(64, seed=4).abs() + 0.2
-    single = (x, *weight(32, 64), randn(32), a_scale, smooth, torch.float16)
+def lists(*layers: tuple[Tensor, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """``weight`` and ``weight_scale`` of several layers."""
+    return [w for w, _ in layers], [scale for _, scale in layers]
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.name)
+def test_layers_equal_the_oracle(arch: int, case: OpCase) -> None:
+    """In FP8 too: it takes the emulated products as they are, see ``expected_of``."""
+    for turn, shape in enumerate((((0,), 64, 32), ((9,), 70, 33), ((1,), 64, 32), ((20,), 64, 32))):
+        for eight_bit in EIGHT_BIT[: 1 + turn // 2]:
+            check(case, Problem(*shape, FLOATS[turn % 3], eight_bit, packs=False))
+
+
+def test_layers_in_pieces_of_rows(arch: int) -> None:
+    x = randn(300, 64, dtype=torch.bfloat16)
+    x[2, 3], x[3], x[299, 5] = torch.nan, 0.0, torch.inf
+    layers = lists(weight(48, 64), weight(48, 64, seed=2), weight(32, 48, seed=3))
+    same(ops.w8a8_mlp(x, *layers), reference.w8a8_mlp(x, *layers), arch)
+    single = (x, *weight(32, 64), randn(32), None, randn(64, seed=4).abs() + 0.2, torch.float16)
     same(ops.w8a8_linear(*single), reference.w8a8_linear(*single), arch)
-    b, b_scale = zip(weight(32, 64), weight(15, 64, seed=2), strict=True)
-    for bias in ([], [randn(32), randn(15)]):
-        several = (x, b, b_scale, bias, a_scale)
-        same(ops.w8a8_linears(*several), reference.w8a8_linears(*several), arch)
-    for activation in reference.ACTIVATIONS:
-        gate, up, down = weight(48, 64), weight(48, 64, seed=2), weight(32, 48, seed=3)
-        for operands in ((*gate, *down, *up, randn(48), randn(48), randn(32)), (*gate, *down)):
-            operands = (*operands, *[None] * (9 - len(operands)), a_scale, a_scale, activation)
-            same(ops.w8a8_mlp(x, *operands), reference.w8a8_mlp(x, *operands), (arch, activation))
 
 
-@pytest.mark.parametrize("dtype", FLOAT8, ids=str)
-def test_an_fp8_mlp_is_made_of_the_single_ops(arch: int, dtype: torch.dtype) -> None:
-    x = randn(20, 64, dtype=torch.bfloat16)
-    gate, up, down = weight(48, 64, 1, dtype), weight(48, 64, 2, dtype), weight(32, 48, 3, dtype)
-    q, scale = ops.silu_mul_quantize(ops.w8a8_linear(x, *gate), ops.w8a8_linear(x, *up), dtype)
-    same(ops.w8a8_mlp(x, *gate, *down, *up), ops.w8a8_gemm(q, down[0], scale, down[1]), arch)
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.usefixtures("hopper")
+def test_every_activation(activation: str) -> None:
+    x, one = randn(20, 64, dtype=torch.bfloat16), torch.tensor([0.02])
+    gate, up, down = weight(48, 64), weight(48, 64, seed=2), weight(32, 48, seed=3)
+    for layers, input_scale in (((gate, up, down), [one, one]), ((gate, down), [None, one])):
+        mlp = (x, *lists(*layers), None, input_scale, activation)
+        same(ops.w8a8_mlp(*mlp), reference.w8a8_mlp(*mlp), activation)
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------
@@ -360,11 +410,11 @@ X, B, S, ONE = torch.ones(3, 40), torch.ones(9, 40, dtype=torch.int8), torch.one
         (lambda: ops.rms_norm(X, S, 1e-5), "rms_norm: weight has 9 elements, expected K=40"),
         (lambda: ops.silu_mul_quantize(X, X[:2], torch.int8), r"gate has shape \[3, 40\] and up \[2, 40\]"),
         (lambda: ops.gelu_quantize(X, torch.int8, None, "erf"), "approximate is 'erf', expected none or tanh"),
-        (lambda: ops.rms_norm_quantize(X, X[0], 1e-5, torch.int8, None, S), "a_scale has 9 elements, expected 1"),
+        (lambda: ops.rms_norm_quantize(X, X[0], 1e-5, torch.int8, None, S), "scale has 9 elements, expected 1"),
         (lambda: ops.w8a8_gemm(B, B, ONE, S[:8]), "w8a8_gemm: b_scale has 8 elements, expected 1 or N=9"),
-        (lambda: ops.w8a8_linear(X, B, S, None, S), "w8a8_linear: a_scale has 9 elements, expected 1"),
-        (lambda: ops.w8a8_linears(X, [B], [S], [S, S]), "w8a8_linears: bias has 2 tensors, but b has 1"),
-        (lambda: ops.w8a8_mlp(X, B, S, B, S), r"act\(gate\) has K=9, but down has K=40"),
+        (lambda: ops.w8a8_linear(X, B, S, None, S), "w8a8_linear: input_scale has 9 elements, expected 1"),
+        (lambda: ops.w8a8_linear_group(X, [B], [S], [S, S]), "w8a8_linear_group: bias has 2 elements, expected 0 or 1"),
+        (lambda: ops.w8a8_mlp(X, [B, B], [S, S]), r"act\(first\) has K=9, but weight\[1\] \(down\) has K=40"),
     ],
 )
 @pytest.mark.usefixtures("hopper")

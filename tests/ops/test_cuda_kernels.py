@@ -22,6 +22,7 @@ from smoothquant_ext.ops.cuda_kernels import (
     read_validations,
     why_not_at_all,
 )
+from smoothquant_ext.ops.declare import DECLARED
 
 A100, L4, H100 = Gpu("NVIDIA A100", 80), Gpu("NVIDIA L4", 89), Gpu("NVIDIA H100", 90)
 B200, T4 = Gpu("NVIDIA B200", 100), Gpu("Tesla T4", 75)
@@ -231,8 +232,8 @@ def test_the_table_names_the_ops_that_have_cuda_kernels() -> None:
     root = Path(smoothquant_ext.__file__).parents[1]
     sources = "".join(path.read_text() for path in (root / "csrc" / "cuda" / "ops").glob("*.cpp"))
     implemented = set(re.findall(r'm\.impl\("(\w+)"', sources))
-    assert {op.partition(",")[0] for op, _, families in backends._OPS if families} == implemented
-    assert {op.partition(",")[0] for op, _, families in backends._OPS if not families} == set(backends._CPU_ONLY)
+    assert {name for name, declaration in DECLARED.items() if declaration.cuda} == implemented
+    assert all(bool(declaration.cuda) != bool(declaration.why_not_cuda) for declaration in DECLARED.values())
     families = re.search(r"kFamilies\[\] = \{(.+?)\}", (root / "csrc" / "cuda" / "compute" / "devices.cpp").read_text())
     assert families is not None
     assert tuple(re.findall(r'"(\w+)"', families[1])) == cuda_kernels.FAMILIES

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_cases import EIGHT_BIT, FLOATS, HAS_CUDA, assert_same_bits, moved_to, randn, random_int8, run_on
+from op_testing import EIGHT_BIT, FLOATS, HAS_CUDA, assert_same_bits, moved_to, randn, random_int8, run_on
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -102,11 +102,10 @@ def test_long_rows(device: str, columns: int, dtype: torch.dtype) -> None:
 # --- layers ---------------------------------------------------------------------------------------------------------
 
 
-def mlp(k: int, inner: int, n: int) -> dict[str, Tensor]:
-    operands = {}
-    for seed, (name, rows, columns) in enumerate((("gate", inner, k), ("up", inner, k), ("down", n, inner))):
-        operands[name], operands[f"{name}_scale"] = weight(rows, columns, seed=seed)
-    return operands
+def mlp(k: int, inner: int, n: int) -> dict[str, list[Tensor]]:
+    """``weight`` and ``weight_scale`` of gate, up and down."""
+    layers = [weight(*shape, seed=seed) for seed, shape in enumerate(((inner, k), (inner, k), (n, inner)))]
+    return {"weight": [w for w, _ in layers], "weight_scale": [scale for _, scale in layers]}
 
 
 @pytest.mark.parametrize("m", [0, 1, 8, 40])
@@ -116,16 +115,15 @@ def test_layers_equal_the_oracle(device: str, m: int, is_static: bool) -> None:
     if m > 4:
         x[2, 3] = torch.nan
         x[3] = 0
-    a_scale = torch.tensor([0.02]) if is_static else None
-    b, b_scale = zip(weight(96, 64), weight(30, 64, seed=2), strict=True)
-    arguments = (x, list(b), list(b_scale), [], a_scale)
+    one = torch.tensor([0.02]) if is_static else None
+    layers = mlp(64, 96, 48)
+    group = (x, layers["weight"][:2], layers["weight_scale"][:2], None, one)
     for actual, expected in zip(
-        run_on(device, ops.w8a8_linears, *arguments), reference.w8a8_linears(*arguments), strict=True
+        run_on(device, ops.w8a8_linear_group, *group), reference.w8a8_linear_group(*group), strict=True
     ):
         assert_same_bits(actual, expected)
     for activation in reference.ACTIVATIONS:
-        keywords: dict[str, Any] = {**mlp(64, 96, 48), "a_scale": a_scale, "down_a_scale": a_scale}
-        keywords["activation"] = activation
+        keywords: dict[str, Any] = {**layers, "input_scale": [one, one], "activation": activation}
         assert_same_bits(run_on(device, ops.w8a8_mlp, x, **keywords), reference.w8a8_mlp(x, **keywords), activation)
 
 
@@ -156,10 +154,10 @@ def test_modules_move(device: str, scheme: str) -> None:
 
 def test_a_compiled_layer_is_one_graph(device: str) -> None:
     b, b_scale = moved_to(device, weight(48, 64))
-    operands, norm = moved_to(device, mlp(64, 96, 64)), torch.ones(64, device=device)
+    layers, norm = moved_to(device, mlp(64, 96, 64)), torch.ones(64, device=device)
 
     def forward(x: Tensor) -> Tensor:
-        h = ops.w8a8_mlp(x, **operands)
+        h = ops.w8a8_mlp(x, **layers)
         q, scale, _ = ops.rms_norm_quantize(h, norm, 1e-5, torch.int8, x)
         return ops.w8a8_gemm(q, b, scale, b_scale, None, torch.float32) + 1
 
@@ -236,7 +234,7 @@ def test_nothing_waits_for_the_device() -> None:
     x, a_scale = randn(33, 64).cuda(), torch.ones(1, device="cuda")
     calls = (
         lambda: ops.w8a8_linear(x, b, b_scale),
-        lambda: ops.w8a8_linear(x, b, b_scale, a_scale=a_scale),
+        lambda: ops.w8a8_linear(x, b, b_scale, input_scale=a_scale),
         lambda: ops.rms_norm_quantize(x, x[0], 1e-5, torch.int8, x, a_scale),
         lambda: ops.silu_mul_quantize(x, x, torch.float8_e4m3fn),
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gemm_bound import check_gemm
-from op_cases import FLOAT8, FLOATS, HAS_CUDA, assert_same_bits, moved_to, randn, random_float8, random_int8, run_on
+from op_bounds import check_gemm
+from op_testing import FLOAT8, FLOATS, HAS_CUDA, assert_same_bits, moved_to, randn, random_float8, random_int8, run_on
 from torch import Tensor
 
 from smoothquant_ext import ops, reference

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gemm_bound import check_gemm
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import FLOAT8, FLOATS, ISAS, assert_same_bits, cpu_isa, non_contiguous, randn, random_float8, threads
+from op_bounds import check_gemm
+from op_testing import FLOAT8, FLOATS, ISAS, assert_same_bits, cpu_isa, non_contiguous, randn, random_float8, threads
 from torch import Tensor
 
 from smoothquant_ext import ops, reference
@@ -102,10 +102,10 @@ def test_strange_rows_touch_no_other(backend: str, dtype: torch.dtype) -> None:
     x = randn(40, 130)
     b, b_scale = (t.to(backend) for t in reference.quantize_per_token(randn(70, 130, seed=1), dtype))
     for a_scale in (None, torch.tensor([0.01], device=backend)):
-        clean = ops.w8a8_linear(x.to(backend), b, b_scale, a_scale=a_scale)
+        clean = ops.w8a8_linear(x.to(backend), b, b_scale, input_scale=a_scale)
         strange = x.clone()
         strange[3, 7], strange[17, 129], strange[20] = torch.nan, torch.inf, 0.0
-        y = ops.w8a8_linear(strange.to(backend), b, b_scale, a_scale=a_scale)
+        y = ops.w8a8_linear(strange.to(backend), b, b_scale, input_scale=a_scale)
         assert y[[3, 17]].isnan().all()
         assert not y[20].any()
         untouched = [row for row in range(40) if row not in (3, 17, 20)]

@@ -1,29 +1,21 @@
-"""Writes ops.md: every op of torch.ops.sq, with its schema, and what its wrapper in smoothquant_ext.ops says of it.
+"""Writes docs/ops.md: every op of torch.ops.sq, with its schema and docstring, by the modules of smoothquant_ext.ops.
 
-python docs/write_ops.py          # `make docs`
+python tools/write_ops.py          # `make docs`
 """
 
 from __future__ import annotations
 
 import inspect
 import re
+import sys
 from pathlib import Path
 
 import torch
 
 from smoothquant_ext import ops
+from smoothquant_ext.ops.declare import DECLARED
 
-HERE = Path(__file__).parent
-TARGET = HERE / "ops.md"
-# The section of csrc/schemas.cpp that a schema stands in is its heading there, in these words.
-SECTIONS = {
-    "Quantize activations": "Quantizing activations",
-    "Norms and activations": "Norms and activations that quantize",
-    "8-bit matrix products": "Products",
-    "The experts of a mixture": "Experts",
-    "A whole layer": "Whole layers",
-    "What stays in floating point": "In floating point",
-}
+TARGET = Path(__file__).parents[1] / "docs" / "ops.md"
 
 
 def page() -> str:
@@ -31,35 +23,28 @@ def page() -> str:
     lines = [
         "# Ops",
         "",
-        "<!-- Written by docs/write_ops.py from the schemas and docstrings; change those. -->",
+        "<!-- Written by tools/write_ops.py from the declarations in smoothquant_ext/ops/; change those. -->",
         "",
-        "`torch.ops.sq.*`, each with a typed wrapper of the same name in `smoothquant_ext.ops`, a fake kernel for",
-        "`torch.compile`, and the same function in plain torch in `smoothquant_ext.reference`.",
+        "`torch.ops.sq.*`, each under the same name in `smoothquant_ext.ops`, with a fake kernel for `torch.compile`,",
+        "and in plain torch in `smoothquant_ext.reference`.",
         "",
         *inspect.cleandoc(ops.__doc__ or "").replace("``", "`").splitlines()[2:],
     ]
     for section, names in sections().items():
         lines += ["", f"## {section}"]
         for name in names:
-            wrapper = getattr(ops, name)
             schema = str(getattr(torch.ops.sq, name).default._schema)
-            lines += ["", f"### `{name}`", "", "```text", wrap(schema), "```", "", *described(wrapper)]
+            lines += ["", f"### `{name}`", "", "```text", wrap(schema), "```", "", *described(DECLARED[name].fake)]
     return "\n".join(lines) + "\n"
 
 
 def sections() -> dict[str, list[str]]:
-    """The public ops in the order of their schemas, by section."""
-    found: dict[str, list[str]] = {}
-    section = ""
-    source = (HERE.parent / "csrc" / "schemas.cpp").read_text(encoding="utf-8")
-    for line in re.findall(r"^  //.*$|m\.def\(\s*\"\w+", source, re.MULTILINE):
-        if line.startswith("  //"):
-            section = next((title for words, title in SECTIONS.items() if words in line), section)
-        else:
-            name = line.partition('"')[2]
-            if callable(getattr(ops, name, None)) and name != "cpu_isa":
-                found.setdefault(section, []).append(name)
-    return found
+    """The names of the ops by the first sentence of the docstring of the module that declares them."""
+    names: dict[str, list[str]] = {}
+    for name, declaration in DECLARED.items():
+        title = (inspect.getdoc(sys.modules[declaration.fake.__module__]) or "").partition(".")[0]
+        names.setdefault(title, []).append(name)
+    return names
 
 
 def wrap(schema: str) -> str:
@@ -77,9 +62,9 @@ def wrap(schema: str) -> str:
     return "\n".join([f"{head}(", *lines, line.rstrip(", "), f") -> {result}"])
 
 
-def described(wrapper: object) -> list[str]:
+def described(function: object) -> list[str]:
     """A docstring in Markdown: literals in single backticks, arguments as a list."""
-    text = re.sub(r"``", "`", inspect.getdoc(wrapper) or "")
+    text = re.sub(r"``", "`", inspect.getdoc(function) or "")
     lines: list[str] = []
     for line in text.splitlines():
         if heading := re.fullmatch(r"(Args|Returns|Raises):", line):

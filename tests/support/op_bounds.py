@@ -1,0 +1,85 @@
+"""The bounds that ops keep to whose sums have no defined order: FP8 products, linear and attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def check_gemm(
+    y: Tensor, a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, what: object = ""
+) -> None:
+    """``y`` differs from the exact result by no more than its roundings allow.
+
+    Products of two fp8 values are exact in fp32. Each of K additions, in any order, errs by at most eps / 2 of a
+    partial sum, which is at most sum(|a b|); the factor (1 + eps)^K that compounds this is under 2 for K < 2^22. Then
+    the product of the scales, the scaling, the bias and the cast round once each.
+
+    The tensor cores of a GPU, which take more than 8 rows of sizes that fit them, are less exact: an instruction adds
+    32 products and the sum so far after cutting each to 13 bits behind the largest, and after 4 of them cuBLASLt goes
+    on in fp32. 33 terms cut 4 times are off by at most 132 * 2^-13 of the magnitude of the products.
+    """
+    scale = a_scale.reshape(-1, 1).double() * b_scale.reshape(-1).double()
+    wide_a, wide_b = a.float().double(), b.float().double()
+    exact = (wide_a @ wide_b.T) * scale
+    magnitude = (wide_a.abs() @ wide_b.abs().T) * scale
+    if bias is not None:
+        exact = exact + bias.double()
+        magnitude = magnitude + bias.double().abs()
+    bound = (a.shape[-1] + 3) * EPS * magnitude
+    if y.is_cuda and exact.shape[0] > 8 and exact.shape[1] % 8 == a.shape[-1] % 8 == 0:
+        bound += 132 * 2.0**-13 * magnitude
+    bound += torch.finfo(y.dtype).eps / 2 * (exact.abs() + bound)
+    bound += torch.finfo(y.dtype).smallest_normal * torch.finfo(y.dtype).eps
+    worst = ((y.cpu().double() - exact).abs() / bound).amax(dim=-1)  # of each row
+    assert not y.isnan().any(), what
+    assert float(worst.max()) <= 1, (what, worst)
+
+
+def check_linear(y: Tensor, expected: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """fp32 sums of K products, and one rounding to bf16; ``expected`` is the exact result, rounded."""
+    wide_x, wide_weight = x.double(), weight.double()
+    exact, magnitude = wide_x @ wide_weight.T, wide_x.abs() @ wide_weight.abs().T
+    if bias is not None:
+        exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
+    assert torch.equal(expected, exact.to(torch.bfloat16))
+    assert (y.dtype, y.shape) == (expected.dtype, expected.shape)
+    bound = torch.finfo(torch.bfloat16).eps / 2 * exact.abs() + (x.shape[-1] + 2) * EPS * magnitude
+    assert bool(((y.double() - exact).abs() <= 1.01 * bound).all())
+
+
+def check_attention(
+    y: Tensor,
+    expected: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    **_: object,
+) -> None:
+    """Roundings may move the result [B, T, H, Dv] by as much as this.
+
+    A score, a sum of D products, is off by at most (D + 3) eps times the sum of its magnitudes, its scales included,
+    and its exponential by that relatively; fp32 exponentials, sums over S keys and the scales of values by a few eps
+    more; a probability that is rounded to bf16, by 2^-9. Every one of these moves the weighted mean of v by its
+    relative size times at most 2 max|v|. Then one cast.
+    """
+    k = k.double() if k_scale is None else k.double() * k_scale.double().unsqueeze(-1)
+    v = v.double() if v_scale is None else v.double() * v_scale.double().unsqueeze(-1)
+    assert (y.dtype, y.shape) == (q.dtype, (q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
+    assert y.is_contiguous()
+    if not y.numel():
+        return
+    group = q.shape[1] // k.shape[1]
+    magnitudes = scale * q.double().abs() @ k.abs().repeat_interleave(group, 1).transpose(2, 3)
+    score = (q.shape[3] + 5) * EPS * magnitudes.amax((2, 3))  # [B, H]
+    relative = score + (k.shape[2] + 16) * EPS + (2**-9 if q.dtype == torch.bfloat16 else 0)
+    largest = v.abs().amax((2, 3)).repeat_interleave(group, 1)
+    bound = (2 * relative * largest)[:, None, :, None]
+    bound = bound + torch.finfo(q.dtype).eps * expected.double().abs() + torch.finfo(q.dtype).tiny
+    error = (y.double() - expected.double()).abs()
+    assert bool((error <= bound).all()), float(error.max())
