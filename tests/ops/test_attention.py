@@ -55,7 +55,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, ca
     y, expected = (
         op(q, k, v, mask, scale=scale, causal=causal, **scales) for op in (ops.attention, reference.attention)
     )
-    check_attention(y, expected, q, k, v, scale, **scales)
+    check_attention(y, expected, {"q": q, "k": k, "v": v, "scale": scale, **scales})
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -94,20 +94,22 @@ def test_int8_keys_and_values(shape: tuple[int, ...]) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    b=st.integers(0, 3),
-    hkv=st.integers(1, 4),
-    group=st.integers(1, 5),
-    t=st.integers(0, 70),
-    s=st.integers(0, 150),
-    d=st.integers(1, 70),
-    dv=st.integers(1, 70),
+    batch_and_heads=st.tuples(st.integers(0, 3), st.integers(1, 4), st.integers(1, 5)),
+    lengths=st.tuples(st.integers(0, 70), st.integers(0, 150)),
+    widths=st.tuples(st.integers(1, 70), st.integers(1, 70)),
     dtype=st.sampled_from(FLOATS),
     causal=st.booleans(),
     int8=st.booleans(),
 )
 def test_any_shape(
-    b: int, hkv: int, group: int, t: int, s: int, d: int, dv: int, dtype: torch.dtype, causal: bool, int8: bool
+    batch_and_heads: tuple[int, int, int],
+    lengths: tuple[int, int],
+    widths: tuple[int, int],
+    dtype: torch.dtype,
+    causal: bool,
+    int8: bool,
 ) -> None:
+    (b, hkv, group), (t, s), (d, dv) = batch_and_heads, lengths, widths
     shape = (b, hkv * group, hkv, t, s, d, dv)
     q, k, v, scales = int8_inputs(shape, dtype) if int8 else (*inputs(shape, dtype), {})
     if b == 0 or s == 0 or t == 0:

@@ -215,27 +215,22 @@ def test_any_number_of_threads_gives_the_same_bits(isa: str, rows: int, n: int, 
 
 @settings(max_examples=80, deadline=None)
 @given(
-    rows=st.integers(0, 300),
-    n=st.integers(1, 200),
-    k=st.integers(1, 1300),
-    x_dtype=st.sampled_from(FLOATS),
-    out_dtype=st.sampled_from([None, *FLOATS]),
+    shape=st.tuples(st.integers(0, 300), st.integers(1, 200), st.integers(1, 1300)),
+    dtypes=st.tuples(st.sampled_from(FLOATS), st.sampled_from([None, *FLOATS])),
     is_static=st.booleans(),
     has_bias=st.booleans(),
     is_packed=st.booleans(),
     seed=st.integers(0, 2**20),
 )
 def test_any_linear(
-    rows: int,
-    n: int,
-    k: int,
-    x_dtype: torch.dtype,
-    out_dtype: torch.dtype | None,
+    shape: tuple[int, int, int],
+    dtypes: tuple[torch.dtype, torch.dtype | None],
     is_static: bool,
     has_bias: bool,
     is_packed: bool,
     seed: int,
 ) -> None:
+    (rows, n, k), (x_dtype, out_dtype) = shape, dtypes
     x, b = randn(rows, k, dtype=x_dtype, seed=seed), random_int8(n, k, seed=seed)
     bias = randn(n, seed=seed) if has_bias else None
     a_scale = torch.tensor([0.03]) if is_static else None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -50,26 +53,20 @@ def check_linear(y: Tensor, expected: Tensor, x: Tensor, weight: Tensor, bias: T
     assert bool(((y.double() - exact).abs() <= 1.01 * bound).all())
 
 
-def check_attention(
-    y: Tensor,
-    expected: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    **_: object,
-) -> None:
-    """Roundings may move the result [B, T, H, Dv] by as much as this.
+def _dequantized(x: Tensor, scale: Tensor | None) -> Tensor:
+    return x.double() if scale is None else x.double() * scale.double().unsqueeze(-1)
+
+
+def check_attention(y: Tensor, expected: Tensor, arguments: Mapping[str, Any]) -> None:
+    """Roundings may move the result [B, T, H, Dv] of ``ops.attention(**arguments)`` by as much as this.
 
     A score, a sum of D products, is off by at most (D + 3) eps times the sum of its magnitudes, its scales included,
     and its exponential by that relatively; fp32 exponentials, sums over S keys and the scales of values by a few eps
     more; a probability that is rounded to bf16, by 2^-9. Every one of these moves the weighted mean of v by its
     relative size times at most 2 max|v|. Then one cast.
     """
-    k = k.double() if k_scale is None else k.double() * k_scale.double().unsqueeze(-1)
-    v = v.double() if v_scale is None else v.double() * v_scale.double().unsqueeze(-1)
+    q, scale = arguments["q"], arguments["scale"]
+    k, v = (_dequantized(arguments[name], arguments.get(f"{name}_scale")) for name in ("k", "v"))
     assert (y.dtype, y.shape) == (q.dtype, (q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
     assert y.is_contiguous()
     if not y.numel():
