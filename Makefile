@@ -34,8 +34,9 @@ help: ## list the targets
 demo: $(STAMPS)/installed $(STAMPS)/model ## quantize a real model on this machine and compare it with the original
 	@$(BIN)/python benchmarks/demo.py
 
+# A worker a core, whose threads wait without spinning: else two of them would take turns at each other's cost.
 test: $(STAMPS)/installed $(STAMPS)/model ## run the tests, with coverage
-	@$(BIN)/python -m pytest --cov -m 'not slow'
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --cov -m 'not slow' -n auto --dist worksteal
 
 acceptance: $(STAMPS)/installed $(STAMPS)/model ## run the slow tests: accuracy, size and speed of a real model
 	@$(BIN)/python -m pytest -m slow
@@ -65,7 +66,7 @@ format: $(STAMPS)/dev ## rewrite the sources in the project's style
 native-test: ## build the kernels without torch and run their tests under SANITIZE=address,undefined (or thread, or empty)
 	@cmake -S . -B $(NATIVE_BUILD) -DSQ_SANITIZE=$(SANITIZE) >/dev/null
 	@env -u MAKELEVEL -u MAKEFLAGS cmake --build $(NATIVE_BUILD) --parallel $$(nproc)
-	@ctest --test-dir $(NATIVE_BUILD) --output-on-failure --no-tests=error
+	@ctest --test-dir $(NATIVE_BUILD) --parallel $$(nproc) --output-on-failure --no-tests=error
 
 abi: $(STAMPS)/dev ## prove that what was built needs only torch's stable ABI
 	@for object in smoothquant_ext/_C*.so; do $(BIN)/torch-abi-audit --check torch -v "$$object"; done
@@ -87,7 +88,7 @@ wheel-test: wheel ## run the op tests with that one wheel under the oldest and t
 clean: ## remove what was built, keep $(VENV)
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage compile_commands.json
 	@rm -f smoothquant_ext/*.so $(STAMPS)/installed $(STAMPS)/dev
-	@find smoothquant_ext tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	@find smoothquant_ext tests benchmarks tools -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## remove also $(VENV) and the demo's files
 	@rm -rf $(VENV) .venv-peers .venv-llmc demo .cache

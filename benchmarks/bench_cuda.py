@@ -1,9 +1,9 @@
-"""Times the CUDA ops beside torch's own products, on fresh random data that is in no cache; JSON lines as they come.
+"""Times the CUDA ops beside torch's products, on random data in cold caches; writes JSON lines as it measures.
 
     SMOOTHQUANT_UNVALIDATED_CUDA=1 python benchmarks/bench_cuda.py OUT.jsonl [--seconds 240] [--own]
 
-Every case has several sets of buffers, together twice the L2 cache, and a CUDA graph runs each once; a time is the
-median of replays, by events, divided by the number of sets.
+Every case has several sets of buffers, together twice the L2 cache. A CUDA graph runs each set once. A time is the
+median of replays, measured by events, divided by the number of sets.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Call = Callable[[], Any]
 
 
 def time_us(calls: list[Call]) -> float:
-    """Microseconds of one call, where each of the calls has data of its own."""
+    """Microseconds of one call; each of the calls has different data."""
     for call in calls[:2]:  # what is made once is made now: handles, choices of algorithms
         call()
     torch.cuda.synchronize()
@@ -74,7 +74,7 @@ def _ours(case: Gemm, make: Callable[..., Tensor]) -> Call:
 
 
 def _by(family: str, make: Callable[..., Tensor]) -> Callable[[Gemm], Call]:
-    """The same on one of our own tensor-core kernels."""
+    """The same on one of this package's tensor-core kernels."""
 
     def call_of(case: Gemm) -> Call:
         call = _ours(case, make)
@@ -92,7 +92,7 @@ def _by(family: str, make: Callable[..., Tensor]) -> Callable[[Gemm], Call]:
 
 
 def _linear(case: Gemm) -> Call:
-    """A whole layer: quantization and product."""
+    """Quantization and product."""
     x = torch.randn(case.m, case.k, device=DEVICE, dtype=torch.bfloat16)
     b, b_scale = _random_int8(case.n, case.k), _scales(case.n)
     return lambda: ops.w8a8_linear(x, b, b_scale)
@@ -152,7 +152,7 @@ def time_gemm(case: Gemm, cache_bytes: int, has_own: bool) -> Iterator[Record]:
 
 
 def time_copy() -> Record:
-    """The bandwidth that everything is compared with: 512 MiB copied."""
+    """The reference bandwidth: copying 512 MiB."""
     source = torch.empty(512 * MIB, dtype=torch.uint8, device=DEVICE).random_()
     target = torch.empty_like(source)
     taken = time_us([lambda: target.copy_(source)] * 4)
@@ -160,7 +160,7 @@ def time_copy() -> Record:
 
 
 def producer_call(name: str, rows: int, columns: int) -> Call:
-    """One call with data of its own."""
+    """One call with new data."""
     x, y = (torch.randn(rows, columns, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     w, one = torch.ones(columns, device=DEVICE, dtype=torch.bfloat16), torch.full((1,), 0.03, device=DEVICE)
     calls: dict[str, Call] = {
@@ -189,7 +189,7 @@ def time_producer(name: str, columns: int, cache_bytes: int) -> Record:
 
 
 def measure(cache_bytes: int, has_own: bool) -> Iterator[Record]:
-    """Every record, the most telling first."""
+    """Every record, the most important first."""
     yield time_copy()
     for columns in PRODUCER_COLUMNS:
         for name in PRODUCERS:
@@ -199,11 +199,11 @@ def measure(cache_bytes: int, has_own: bool) -> Iterator[Record]:
 
 
 def main() -> int:
-    """Measures until everything is measured or the time is over."""
+    """Measures until everything is done or the time is over."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--seconds", type=float, default=240.0, help="stop after this long")
-    parser.add_argument("--own", action="store_true", help="time our own tensor-core kernels too")
+    parser.add_argument("--own", action="store_true", help="time this package's tensor-core kernels too")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench_cuda: torch sees no GPU here; 'smoothquant info' says why", file=sys.stderr)

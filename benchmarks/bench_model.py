@@ -1,8 +1,9 @@
-"""Times whole models: reading a prompt and answering, ours beside transformers and vLLM's CPU engine.
+"""Times prompt and answer of whole models: smoothquant-ext, transformers and vLLM's CPU engine.
 
-Every engine has a process of its own and they take turns in one run; a number is the median of the rounds. All get the
-same random prompts, other ones in every round, and answer greedily. Both W8A8 engines load the same checkpoint. Name a
-real model, or an architecture below, which is made with random weights: speed does not depend on their values.
+Each engine runs in a separate process, and they take turns in one run. A number is the median of the rounds. All
+engines get the same random prompts, new ones in every round, and answer greedily. Both W8A8 engines load the same
+checkpoint. The model is a real one or one of the shapes below with random weights: speed does not depend on their
+values.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ out, err = Console(width=120), Console(stderr=True)
 
 
 class Engine(NamedTuple):
-    """What makes one of the compared models, in a process with these variables."""
+    """The function that makes a model, and the environment variables of its process."""
 
     factory: Callable[..., object]
     arguments: tuple[object, ...]
@@ -67,18 +68,18 @@ class Engine(NamedTuple):
 def main(
     shape: Annotated[str, typer.Option(help=f"A model with random weights: {', '.join(SHAPES)}.")] = "",
     original: Annotated[str, typer.Option(help="A real model: its directory, hub id or GGUF file.")] = "",
-    quantized: Annotated[Path | None, typer.Option(help="The same, in W8A8; by default made here, unsmoothed.")] = None,
-    batches: Annotated[str, typer.Option(help="Prompts at once, separated by commas.")] = "1,8",
+    quantized: Annotated[Path | None, typer.Option(help="The model in W8A8; by default made here, unsmoothed.")] = None,
+    batches: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8",
     prefill: Annotated[int, typer.Option(help="Tokens of a prompt.", min=1)] = 512,
     decode: Annotated[int, typer.Option(help="Tokens of an answer.", min=1)] = 32,
-    rounds: Annotated[int, typer.Option(help="Rounds to take the median of.", min=1)] = 5,
-    threads: Annotated[int, typer.Option(help="Threads, each on a CPU of its own.", min=1)] = 2,
+    rounds: Annotated[int, typer.Option(help="Rounds, of which the median counts.", min=1)] = 5,
+    threads: Annotated[int, typer.Option(help="Threads, each on a separate CPU.", min=1)] = 2,
     fp32: Annotated[bool, typer.Option("--fp32", help="Time transformers in fp32 as well.")] = False,
     compiled: Annotated[bool, typer.Option("--compiled", help="Time transformers compiled as well: minutes.")] = False,
     vllm: Annotated[bool, typer.Option(help="Time vLLM as well.")] = True,
-    output: Annotated[Path | None, typer.Option(help="Where the raw results go, as JSON.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the raw results as JSON.")] = None,
 ) -> None:
-    """Tokens per second of prompt and of answer."""
+    """Measures tokens per second of prompt and answer."""
     if (shape in SHAPES) == bool(original):
         raise typer.BadParameter(f"give --shape, one of {', '.join(SHAPES)}, or --original")
     machine = start(threads)
@@ -111,7 +112,7 @@ def main(
 
 
 def others(plain: Path, int8: Path, sizes: tuple[int, int, int], threads: int) -> dict[str, Engine]:
-    """Whatever ours is compared with."""
+    """The engines to compare with."""
     variables = environment("vllm", first_cpus(threads)) | VLLM
     return {
         BASELINE: Engine(Transformers, (plain, torch.bfloat16), {}),
@@ -125,7 +126,7 @@ def others(plain: Path, int8: Path, sizes: tuple[int, int, int], threads: int) -
 def measure(
     workers: dict[str, Worker], vocabulary: int, batch: int, prefill: int, decode: int, rounds: int
 ) -> dict[str, Speed]:
-    """All engines in turn, in an order that rotates; the first round is thrown away."""
+    """Runs all engines in turn, in an order that rotates; the first round does not count."""
     names = list(workers)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     generator = torch.Generator().manual_seed(batch)
@@ -138,7 +139,7 @@ def measure(
 
 
 def table(batch: int, speeds: dict[str, Speed]) -> Table:
-    """Tokens per second, and ours over each."""
+    """Prints tokens per second of every engine, and ours divided by it."""
     one = speeds[OURS]
     result = Table(title=f"batch {batch}: {one.prompt} tokens of prompt, {one.generated} of answer; tokens per second")
     for heading in ("", "prompt", "ours is", "answer", "ours is"):

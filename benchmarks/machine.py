@@ -1,4 +1,4 @@
-"""What the benchmarks ran on: the machine, its measured limits, versions and the commit."""
+"""Describes a benchmark's machine, its measured limits, the versions and the commit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 
 
 def cpu_name() -> str:
-    """The processor's name as the operating system knows it."""
+    """The processor's name, from the operating system."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -32,7 +32,7 @@ def cpu_name() -> str:
 
 
 def last_level_cache_bytes() -> int:
-    """The size of the largest cache that this process's CPU reads through; 0 where Linux does not say."""
+    """The size of the largest cache of this process's CPU; 0 if Linux does not report it."""
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     return max((int(size.read_text().strip().removesuffix("K")) << 10 for size in sizes), default=0)
 
@@ -80,7 +80,7 @@ def peaks(threads: int) -> dict[str, float]:
 
 
 def mean_limits(*measured: dict[str, float]) -> dict[str, float]:
-    """The mean of the limits measured before and after a run: a shared machine's change meanwhile."""
+    """The mean of the limits before and after a run, since a shared machine's limits change."""
     return {name: statistics.fmean(limits[name] for limits in measured) for name in measured[0]}
 
 

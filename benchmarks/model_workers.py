@@ -1,7 +1,7 @@
-"""The workers' side of bench_model.py: engines that read prompts and answer them, greedily, and say how long they took.
+"""The engines of bench_model.py, each run in a worker process.
 
-Every one has ``generate(prompts, answer)``, with as many seconds for the prompts as it takes to have the first token of
-every answer, and as many for ``answer`` more tokens of each.
+Each has ``generate(prompts, answer)``, which answers greedily and returns two times in seconds: until the first token
+of every answer, and for ``answer`` more tokens of each.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def prepare(original: Path, quantized: Path, source: str, shape: dict[str, Any] 
     """Writes a model in bf16 and, quantized, in the compressed-tensors format.
 
     Args:
-        original: where the bf16 model goes.
-        quantized: where the quantized one goes, unless it is there.
+        original: folder for the bf16 model.
+        quantized: folder for the quantized model, unless it exists.
         source: a directory, hub id or GGUF file; unused for a shape.
-        shape: settings of a Llama to be made with random weights.
+        shape: settings of a Llama with random weights.
     """
     if shape is None:
         model = load_model(source, torch.bfloat16)[0]
@@ -42,10 +42,10 @@ def prepare(original: Path, quantized: Path, source: str, shape: dict[str, Any] 
 
 
 class Transformers:
-    """A model that transformers runs: ours, or the original."""
+    """A model in transformers: quantized or the original."""
 
     def __init__(self, directory: Path, dtype: torch.dtype | None) -> None:
-        """``None`` loads a quantized model."""
+        """Loads the model; ``None`` loads a quantized one."""
         if dtype is None:
             self.model = load(directory)
         else:
@@ -53,7 +53,7 @@ class Transformers:
 
     @torch.no_grad()
     def generate(self, prompts: Prompts, answer: int) -> Seconds:
-        """With a cache that grows, as ``generate`` does it."""
+        """Uses a growing cache, as transformers' ``generate`` does."""
         start = time.perf_counter()
         output = self.model(input_ids=torch.tensor(prompts), use_cache=True, logits_to_keep=1)
         token = output.logits[:, -1:].argmax(-1)
@@ -65,7 +65,7 @@ class Transformers:
 
 
 class Compiled(Transformers):
-    """The original with a static cache, compiled for reading one token at a time."""
+    """The original with a static cache, compiled for one token at a time."""
 
     def __init__(self, directory: Path, dtype: torch.dtype) -> None:
         super().__init__(directory, dtype)
@@ -74,7 +74,7 @@ class Compiled(Transformers):
 
     @torch.no_grad()
     def generate(self, prompts: Prompts, answer: int) -> Seconds:
-        """The prompt eager, the answer compiled."""
+        """Runs the prompt eagerly and the answer compiled."""
         batch, length = len(prompts), len(prompts[0])
         if batch not in self.caches:
             self.caches[batch] = StaticCache(config=self.model.config, max_cache_len=length + answer)
@@ -95,7 +95,7 @@ class Vllm:
     """vLLM's CPU engine."""
 
     def __init__(self, directory: Path, batch: int, prompt: int, answer: int) -> None:
-        """Reserves what ``batch`` prompts at once need, and reads them all in one step."""
+        """Reserves memory for ``batch`` prompts, which are read in one step."""
         try:
             from vllm import LLM
         except ImportError as error:
@@ -112,7 +112,7 @@ class Vllm:
         )
 
     def generate(self, prompts: Prompts, answer: int) -> Seconds:
-        """One token of each answer, then anew all of them: the difference is the time of the others."""
+        """Generates one token of each answer, then all tokens again; the difference is the time of the others."""
         first = self._seconds(prompts, 1)
         return first, self._seconds(prompts, 1 + answer) - first
 

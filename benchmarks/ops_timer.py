@@ -1,4 +1,4 @@
-"""The worker's side of bench_ops.py: makes methods for a shape, checks them, and times one turn of one of them."""
+"""Runs in the workers of bench_ops.py: makes methods for a shape, checks them, and times one turn of a method."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class OpsTimer:
         torch.set_grad_enabled(False)
 
     def prepare(self, name: str, case: Case) -> float:
-        """Makes a method for a shape, as many copies as do not fit the caches; returns its relative error."""
+        """Makes a method for a shape, in more copies than fit in the caches; returns its relative error."""
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(case.n, case.k, generator=generator).to(torch.bfloat16)
         x = torch.randn(case.m, case.k, generator=generator).to(torch.bfloat16)
@@ -57,7 +57,7 @@ class OpsTimer:
         return error
 
     def turn(self, name: str, case: Case) -> float:
-        """Seconds a call, the mean of one turn."""
+        """Seconds of a call, the mean over one turn."""
         prepared = self._prepared[name, case]
         functions, x = prepared.functions, prepared.x
         functions[-1](x)  # wakes the threads
@@ -67,6 +67,6 @@ class OpsTimer:
         return (time.perf_counter() - start) / prepared.calls
 
     def clear(self) -> None:
-        """Forgets what was prepared."""
+        """Drops the prepared methods."""
         self._prepared.clear()
         torch.compiler.reset()

@@ -1,7 +1,7 @@
-"""Other implementations of ``y = x @ w.T`` with 8-bit operands on the CPU, timed beside ours.
+"""Implementations of ``y = x @ w.T`` with 8-bit operands on the CPU: this package's and others'.
 
-Each is a function of a bf16 weight [N, K] that returns a function of an activation [M, K], quantization included unless
-it is marked partial. One that cannot be had here raises ``Unavailable`` with the reason.
+Each is a function of a bf16 weight [N, K] that returns a function of an activation [M, K]. The latter includes
+quantization unless the method is marked partial. A method that cannot run here raises ``Unavailable`` with the reason.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def ours_fp8(weight: Tensor) -> Linear:
 
 
 def ours_one_thread(weight: Tensor) -> Linear:
-    """The INT8 layer on one of the process's threads: what more of them gain."""
+    """The INT8 layer on one of the process's threads, to show the gain of more."""
     run = ours(weight)
 
     def run_on_one(x: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def torch_int_mm(weight: Tensor) -> Linear:
 
 
 def onednn_qlinear_static(weight: Tensor) -> Linear:
-    """onednn.qlinear_pointwise, u8 activations with a scale known beforehand, product alone."""
+    """onednn.qlinear_pointwise: u8 activations with a given scale, the product alone."""
     q, scale = ops.quantize_per_token(weight, torch.int8)
     packed = torch.ops.onednn.qlinear_prepack(q, None)
     zeros = torch.zeros(len(scale), dtype=torch.int64)
@@ -129,7 +129,7 @@ _compiled = itertools.count()
 
 
 def torchao_compiled(weight: Tensor) -> Linear:
-    """The same, compiled, with the weight frozen into the code and packed by oneDNN."""
+    """torchao, compiled, with the weight frozen into the code and packed by oneDNN."""
     module = torchao_eager(weight)
 
     def run(x: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ def torchao_compiled(weight: Tensor) -> Linear:
 
 @cache
 def _share_threads(threads: int) -> None:
-    """One thread pool for all sessions of ONNX Runtime: those of idle sessions would spin beside the busy one's."""
+    """Sets one thread pool for all sessions of ONNX Runtime: pools of idle sessions would spin beside the busy one."""
     import onnxruntime
 
     onnxruntime.set_global_thread_pool_sizes(threads, 1)
@@ -173,7 +173,7 @@ def onnx_runtime(weight: Tensor) -> Linear:
 
 
 def openvino_dynamic(weight: Tensor) -> Linear:
-    """OpenVINO's MatMul with an 8-bit weight, which quantizes the activation in groups as it likes best."""
+    """OpenVINO's MatMul with an 8-bit weight; it quantizes the activation in groups of its choice."""
     _need("openvino")
     import openvino
     from openvino import opset13
@@ -250,7 +250,7 @@ METHODS = {
 
 
 def environment(engine: str, cpus: list[int]) -> dict[str, str]:
-    """Variables for an engine's process. vLLM gets the OpenMP runtime and the binding that its documentation asks for.
+    """Variables for an engine's process. vLLM gets the OpenMP runtime and the binding that its documentation requires.
 
     The others keep their defaults. Binding the threads of torch's OpenMP made no difference to a model's speed.
     """

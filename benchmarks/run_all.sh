@@ -12,4 +12,4 @@ for threads in 1 2; do
 done
 "$python" benchmarks/bench_model.py --shape tinyllama-1.1b --output $results/model-tinyllama-1.1b.json
 "$python" benchmarks/bench_model.py --original "$gguf" --compiled --fp32 --output $results/model-smollm2-135m.json
-"$python" benchmarks/write_performance.py
+"$python" tools/write_performance.py

@@ -1,7 +1,7 @@
-"""Worker processes: every engine in a process of its own, with its own thread pool, and one of them at work at a time.
+"""Worker processes: each engine runs in a separate process with its thread pool, and one process runs at a time.
 
-Thread pools that share two cores steal them from each other, even idle ones: most spin for a while, some for ever. So a
-worker's process and its children are stopped (SIGSTOP) until it is their turn. Each may spin as suits it best.
+Thread pools that share two cores take them from each other, even idle ones: most spin for a while, some for ever.
+Therefore a worker's process and its children are stopped (SIGSTOP) until their turn. Each may spin in its turn.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ QUIET = {
 
 
 class WorkerError(Exception):
-    """Why a worker cannot do what it was asked to."""
+    """Raised when a worker fails; the message is the reason."""
 
 
 class Unavailable(Exception):
-    """Raised in a worker: what it was asked for cannot be had on this machine."""
+    """Raised in a worker when a method cannot run on this machine."""
 
 
 def first_cpus(threads: int) -> list[int]:
-    """The first of the CPUs that this process may use, one a thread."""
+    """The first CPUs that this process may use, one for each thread."""
     cpus = sorted(os.sched_getaffinity(0))
     if threads > len(cpus):
         raise WorkerError(f"{threads} threads on {len(cpus)} CPUs would wait for each other: ask for fewer")
@@ -43,7 +43,7 @@ def first_cpus(threads: int) -> list[int]:
 
 
 class Worker(AbstractContextManager["Worker"]):
-    """An object in a process of its own, on the first CPUs, whose methods are called from here, one at a time."""
+    """An object in a separate process on the first CPUs, whose methods are called from here, one at a time."""
 
     def __init__(
         self, factory: Callable[..., object], *arguments: object, threads: int, environment: Mapping[str, str] = {}
@@ -63,7 +63,7 @@ class Worker(AbstractContextManager["Worker"]):
             raise
 
     def call(self, method: str, *arguments: object) -> Any:
-        """Lets the worker run, and returns what the method of its object returned.
+        """Lets the worker run and returns the result of its object's method.
 
         Raises:
             WorkerError: the method raised an exception, or the process has died.
@@ -86,7 +86,7 @@ class Worker(AbstractContextManager["Worker"]):
         return value
 
     def close(self) -> None:
-        """Ends the process: by itself if it can, or else at once."""
+        """Asks the process to end, and kills it if it does not."""
         self._signal(signal.SIGCONT)
         self._connection.close()
         self._process.join(SECONDS_TO_END)
@@ -116,7 +116,7 @@ def _variables(variables: Mapping[str, str]) -> Iterator[None]:
 def _serve(
     connection: Connection, cpus: list[int], factory: Callable[..., object], arguments: tuple[object, ...]
 ) -> None:
-    """A worker's life: answers calls until the other end hangs up."""
+    """The main loop of a worker: answers calls until the other end closes."""
     os.setpgrp()  # its children are stopped with it; and if its parent is killed, the kernel ends a stopped group
     os.sched_setaffinity(0, cpus)
     torch.set_num_threads(len(cpus))

@@ -1,4 +1,4 @@
-"""Loading whatever a user may name as a model: a directory, a hub id, a GGUF file, or a W8A8 checkpoint of either."""
+"""Loads a model from a directory, a hub id or a GGUF file, in floating point or W8A8."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import cached_file
 
 from .checkpoint import loading
-from .checkpoint.reading import MODELOPT_CONFIG, find_quantization
+from .checkpoint.formats.registry import config_files
+from .checkpoint.reading import find_quantization
 from .compat import first_line, quiet_transformers
 from .errors import SmoothQuantError
 
@@ -32,16 +33,16 @@ def load_model(
     """Loads a causal LM and its tokenizer.
 
     Args:
-        source: a directory as ``save_pretrained`` or ``smoothquant_ext.save`` writes it, the path of a .gguf file
-            (dequantized), or the id of a model on the Hugging Face hub.
-        dtype: of the floating-point weights; ``None`` takes the checkpoint's own, for GGUF float32.
-        device: where to, the CPU by default.
+        source: a directory written by ``save_pretrained`` or ``smoothquant_ext.save``, the path of a .gguf file (which
+            is dequantized), or the id of a model on the Hugging Face hub.
+        dtype: dtype of the floating-point weights; ``None`` takes the checkpoint's, for GGUF float32.
+        device: the device to load to, by default the CPU.
 
     Returns:
         The model in evaluation mode, with ``W8A8Linear`` layers if the source is a W8A8 checkpoint, and the tokenizer.
 
     Raises:
-        SmoothQuantError: there is no such model, transformers cannot load it, or it has no tokenizer.
+        SmoothQuantError: the model does not exist, transformers cannot load it, or it has no tokenizer.
     """
     path = Path(source)
     with quiet_transformers():
@@ -64,7 +65,7 @@ def _load(
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     unloadable = f"{name}: transformers cannot load this model"
-    # The configuration comes first, or the tokenizer would complain about it beside the point; and it is handed on,
+    # The configuration is loaded first: an error in it would otherwise appear as one of the tokenizer. It is passed on
     # because a GGUF file takes seconds to parse.
     config = _call(unloadable, AutoConfig, source, **kwargs)
     no_tokenizer = f"{name} has no tokenizer that transformers can load"
@@ -84,7 +85,7 @@ def _load_gguf(
         if importlib.util.find_spec(package) is None:
             raise SmoothQuantError(f"{path} needs the package {package} to be read; install smoothquant-ext[gguf]")
     model, tokenizer = _load(str(path), path.parent, False, dtype, device, gguf_file=path.name)
-    # The weights were dequantized while loading: to everything that follows this is a float model.
+    # transformers dequantized the weights while loading, so from here on this is a float model.
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
@@ -97,7 +98,7 @@ def _load_from_hub(
     absent = f"{name} is neither a directory here nor a model on the hub"
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise SmoothQuantError(f"{absent}; name a directory, a .gguf file or a hub id like 'namespace/name'")
-    # Without a network the hub's client would retry for half a minute; what it downloaded before still counts.
+    # Without a network the hub's client would retry for half a minute. Models in its cache still load.
     offline = _is_offline()
     config = _call(f"{absent} that can be reached", AutoConfig, name, local_files_only=offline)
     if not _is_quantized(name, config, offline):
@@ -110,21 +111,19 @@ def _load_from_hub(
 
 
 def _is_quantized(name: str, config: Any, offline: bool) -> bool:
-    """Whether a model on the hub is quantized, in its configuration or in ModelOpt's file beside it."""
+    """Whether a model on the hub is quantized, by its config.json or by the file of a format beside it."""
     if getattr(config, "quantization_config", None) or getattr(config, "compression_config", None):
         return True
-    found: str | None = cached_file(
-        name,
-        MODELOPT_CONFIG,
-        local_files_only=offline,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return found is not None
+    options = {
+        "local_files_only": offline,
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    return any(cached_file(name, file, **options) is not None for file in config_files())
 
 
 def _is_offline() -> bool:
-    """True if the hub's name does not resolve; behind a proxy, which resolves names itself, the answer is unknown."""
+    """Whether the hub's host name does not resolve. Behind a proxy, which resolves names itself, it returns False."""
     endpoint = urlsplit(constants.ENDPOINT)
     if endpoint.scheme in getproxies() or endpoint.hostname is None:
         return False
@@ -136,7 +135,7 @@ def _is_offline() -> bool:
 
 
 def _call(problem: str, auto_class: Any, source: Path | str, **kwargs: Any) -> Any:
-    """``auto_class.from_pretrained``, whose exceptions of every kind become one sentence."""
+    """Calls ``auto_class.from_pretrained``; any exception becomes a ``SmoothQuantError`` of one sentence."""
     try:
         return auto_class.from_pretrained(source, trust_remote_code=False, **kwargs)
     except Exception as error:

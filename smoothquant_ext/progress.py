@@ -1,4 +1,4 @@
-"""Progress of long work: bars on stderr, alike everywhere."""
+"""Progress bars on stderr."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ Item = TypeVar("Item")
 
 
 def track(items: Iterable[Item], what: str, show: bool = True) -> Iterable[Item]:
-    """Yields the items under a bar that says ``what`` is going on."""
+    """Yields the items and shows a progress bar with the text ``what``."""
     return rich.progress.track(items, what.ljust(24), console=Console(stderr=True), disable=not show)

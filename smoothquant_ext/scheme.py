@@ -63,11 +63,16 @@ SCHEMES: Mapping[str, Scheme] = MappingProxyType(
 )
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as configurations spell it, such as ``int8``, ``float8_e4m3fn`` or ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def scheme_of(dtype: torch.dtype, weight: str, activation: str) -> Scheme:
     """The preset with these properties, or an unnamed scheme for the combinations that have no preset."""
     for scheme in SCHEMES.values():
         if (scheme.dtype, scheme.weight, scheme.activation) == (dtype, weight, activation):
             return scheme
-    name = f"{str(dtype).removeprefix('torch.')}-{weight}-{activation}"
+    name = f"{dtype_name(dtype)}-{weight}-{activation}"
     kind = cast(Literal["channel", "tensor"], weight)
     return Scheme(name, dtype, kind, cast(Literal["token", "tensor"], activation), alpha=0.5)

@@ -1,4 +1,4 @@
-"""Text from files, folders or ``datasets``, and the windows of tokens that models are calibrated and tested on."""
+"""Reads text from files, folders or ``datasets``, and draws windows of tokens from it for calibration and tests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ JSONL_SUFFIXES = (".jsonl", ".ndjson")
 OTHER_FORMATS = {".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zip", ".zst", ".xz", ".bz2", ".pdf", ".docx"}
 
 CHARACTERS_PER_TOKEN = 16
-"""More than tokenizers of language models average over a window: so many characters hold a token and to spare."""
+"""An upper bound of the characters per token, averaged over a window."""
 
 Source = str | os.PathLike[str]
 
@@ -32,11 +32,11 @@ def read_text(source: Source, max_characters: int | None = None) -> list[str]:
     Args:
         source: a UTF-8 text file; a jsonl file (the string field ``text`` of each line, or its only string field); a
             folder of such files, searched recursively and read in the order of their names; or a dataset as
-            ``NAME[/CONFIG][:SPLIT]`` (split ``train`` unless said otherwise), which needs the package ``datasets``.
-        max_characters: stop reading a dataset after that many; files are read whole.
+            ``NAME[/CONFIG][:SPLIT]`` (default split: ``train``), which needs the package ``datasets``.
+        max_characters: stops reading a dataset after this number of characters; files are read whole.
 
     Returns:
-        The documents that hold more than white space; at least one.
+        The documents with more than white space; at least one.
 
     Raises:
         SmoothQuantError: when the source does not exist, cannot be decoded, or holds no text.
@@ -55,23 +55,23 @@ def read_text(source: Source, max_characters: int | None = None) -> list[str]:
         documents = _read_dataset(str(source), max_characters)
     documents = [document for document in documents if document.strip()]
     if not documents:
-        raise SmoothQuantError(f"{source} is empty: it holds no text, give one that does")
+        raise SmoothQuantError(f"{source} is empty: give a source that holds text")
     return documents
 
 
 def token_windows(tokenizer: Any, source: Source | Sequence[str], samples: int, seqlen: int, seed: int = 0) -> Tensor:
     """Draws contiguous windows of tokens, one from each of ``samples`` equal stretches of the text.
 
-    The same arguments give the same windows. What the tokenizer puts before a text (Llama's and Gemma's BOS) is put
-    before every window, since these models misbehave without it. A text that holds fewer whole windows gives those,
-    with a warning.
+    The same arguments give the same windows. If the tokenizer puts special tokens before a text (Llama's and Gemma's
+    BOS), every window starts with them, because these models misbehave without. A text with fewer whole windows than
+    ``samples`` gives those, with a warning.
 
     Args:
         tokenizer: a transformers tokenizer.
-        source: what ``read_text`` takes, or the documents themselves.
-        samples: how many windows.
-        seqlen: how many tokens each, BOS included.
-        seed: decides where in its stretch each window begins.
+        source: a source for ``read_text``, or a list of documents.
+        samples: number of windows.
+        seqlen: tokens in each window, BOS included.
+        seed: seed of each window's position in its stretch.
 
     Returns:
         int64 [samples, seqlen].
@@ -100,7 +100,7 @@ def token_windows(tokenizer: Any, source: Source | Sequence[str], samples: int, 
         )
     if len(stretches) < samples:
         warnings.warn(
-            f"{name} holds {len(stretches)} windows of {seqlen} tokens, not the {samples} asked for: using those",
+            f"{name} holds {len(stretches)} windows of {seqlen} tokens, not {samples}: using those",
             stacklevel=2,
         )
     draw = random.Random(seed)
@@ -110,7 +110,7 @@ def token_windows(tokenizer: Any, source: Source | Sequence[str], samples: int, 
 
 
 def _stretches(tokenizer: Any, text: str, samples: int, length: int) -> list[list[int]]:
-    """At most ``samples`` stretches of the tokenized text, each of at least ``length`` tokens, evenly spread."""
+    """At most ``samples`` stretches of the tokenized text, evenly spread, each of at least ``length`` tokens."""
     size = length * CHARACTERS_PER_TOKEN
     if len(text) > samples * size:
         # Tokenizing all of a large corpus for a few windows would take minutes.
@@ -125,7 +125,7 @@ def _stretches(tokenizer: Any, text: str, samples: int, length: int) -> list[lis
 
 
 def _next_word(text: str, start: int) -> int:
-    """``start``, moved to the next white space unless none is near (Chinese) so that no word is cut in two."""
+    """Moves ``start`` to the next white space, so that no word is cut, unless none is near (Chinese)."""
     if start == 0:
         return 0
     return next((i for i in range(start, min(start + 64, len(text))) if text[i].isspace()), start)
@@ -168,7 +168,7 @@ def _text_field(line: str, where: str) -> str:
         return row
     if not isinstance(row, dict):
         raise SmoothQuantError(
-            f"{where}, is not a JSON object: give one object a line, with its text in a field 'text'"
+            f"{where}, is not a JSON object: give one object a line, with the text in its field 'text'"
         )
     return _text_of(row, where)
 
@@ -180,7 +180,9 @@ def _text_of(row: dict[str, Any], where: str) -> str:
     strings = [value for value in row.values() if isinstance(value, str)]
     if len(strings) != 1:
         fields = ", ".join(repr(field) for field in row) or "none"
-        raise SmoothQuantError(f"{where}, has no string field 'text' (its fields: {fields}): name the text so")
+        raise SmoothQuantError(
+            f"{where}, has no string field 'text' (its fields: {fields}): rename the field of the text to 'text'"
+        )
     return strings[0]
 
 
@@ -219,7 +221,7 @@ def _read_dataset(source: str, max_characters: int | None) -> list[str]:
 
 
 def _dataset_rows(datasets: Any, name: str, split: str) -> Iterable[dict[str, Any]]:
-    # Streaming reads only what is used of corpora that take hundreds of gigabytes; offline, only the cache can be read.
+    # Some corpora take hundreds of gigabytes; streaming reads only what is used. Offline, only the cache is readable.
     streaming = not datasets.config.HF_HUB_OFFLINE
 
     def load(*names: str) -> Iterable[dict[str, Any]]:

@@ -38,6 +38,14 @@ def test_importing_the_package_registers_the_ops(order: str) -> None:
     assert output(f"import sys, {order}\n{OP}") == "sq::w8a8_gemm False"
 
 
+def test_help_does_not_import_transformers() -> None:
+    code = (
+        "import sys; from smoothquant_ext.cli import app; sys.argv = ['smoothquant', 'quantize', '--help']\n"
+        "app(standalone_mode=False); print('transformers' in sys.modules)"
+    )
+    assert output(code).endswith("False")
+
+
 def test_probing_needs_no_compiled_library(uncompiled: Path) -> None:
     modules = [f"smoothquant_ext.probing.{path.stem}" for path in (PACKAGE / "probing").glob("[a-z]*.py")]
     code = f"import sys, {', '.join(modules)}\nprint('smoothquant_ext.ops' in sys.modules)"

@@ -214,6 +214,7 @@ def test_a_hub_id(kind: str, float_directory: Path, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(models_under_test, "_is_offline", lambda: False)
     monkeypatch.setattr(models_under_test, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(models_under_test, "cached_file", lambda *_, **__: None)  # no hf_quant_config.json
     for name in ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"):
         auto_class = getattr(models_under_test, name)
         monkeypatch.setattr(auto_class, "from_pretrained", from_pretrained(auto_class))

@@ -32,12 +32,18 @@ inline Activation gelu_kind(const char* op, const std::string& approximate) {
   return approximate == "none" ? Activation::kGelu : Activation::kGeluTanh;
 }
 
-// A weight or bias of x [..., K].
-inline void check_channels(const char* op, const char* name, const Tensor& values, const Tensor& x) {
-  const int64_t k = x.size(x.dim() - 1);
+// A norm's weight or bias of `count` elements, on the device of x.
+inline void check_channels(const char* op, const char* name, const Tensor& values, const Tensor& x,
+                           const char* dimension, int64_t count) {
   check_same_device(op, name, values, "x", x);
   check_float(op, name, values.scalar_type());
-  SQ_CHECK(values.numel() == k, op, ": ", name, " has ", values.numel(), " elements, expected K=", k);
+  SQ_CHECK(values.numel() == count, op, ": ", name, " has ", values.numel(), " elements, expected ", dimension, "=",
+           count);
+}
+
+// One of x [..., K].
+inline void check_channels(const char* op, const char* name, const Tensor& values, const Tensor& x) {
+  check_channels(op, name, values, x, "K", x.size(x.dim() - 1));
 }
 
 inline void check_norm(const char* op, const Tensor& x, const Tensor& weight) {

@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all.
+"""Atomic replacement of directories and files: they appear whole or not at all.
 
 A new directory is filled under a temporary name beside its target, flushed to the disk, and renamed. A process that is
 killed leaves the old directory or none, plus a hidden sibling that the next save to the same target removes.
@@ -18,11 +18,11 @@ from pathlib import Path
 from ..errors import SmoothQuantError
 
 FILLING = "saving"  # .NAME.saving-XXXX: being filled
-RETIRED = "retired"  # .NAME.retired-XXXX: the previous directory, on its way out
+RETIRED = "retired"  # .NAME.retired-XXXX: the previous directory, to be removed
 
 
 def check_place(target: Path) -> None:
-    """Raises SmoothQuantError unless a directory could be put at ``target``, whatever is there now."""
+    """Raises SmoothQuantError unless ``target`` can be replaced by a directory or created as one."""
     if not target.name:
         raise SmoothQuantError(f"{target} cannot be replaced; name a directory below it")
     if target.is_dir() and target.is_mount():
@@ -47,32 +47,32 @@ def check_free_space(target: Path, needed: int) -> None:
 
 @contextmanager
 def replace_directory(target: Path) -> Iterator[Path]:
-    """Yields an empty directory to fill, which takes the place of ``target`` when the block ends without an exception.
+    """Yields an empty directory to fill, which replaces ``target`` when the block ends without an exception.
 
-    The exchange with an existing ``target`` is two renames: a process killed exactly between them leaves the old
-    directory under its retired name, and the next save keeps it until the new one stands in its place.
+    Replacing an existing ``target`` takes two renames. A process killed between them leaves the old directory under its
+    retired name, and the next save keeps it until the new one is in place.
 
     Raises:
         SmoothQuantError: the file system refuses (full, read-only, gone).
     """
-    staging = target.parent / f".{target.name}.{FILLING}-{secrets.token_hex(4)}"
+    unfinished = target.parent / f".{target.name}.{FILLING}-{secrets.token_hex(4)}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for leftover in _siblings(target, FILLING):
             with _locked(leftover) as abandoned:
                 if abandoned:
                     shutil.rmtree(leftover, ignore_errors=True)
-        staging.mkdir()
-        with _locked(staging):
-            yield staging
-            _flush(staging)
-            _publish(staging, target)
+        unfinished.mkdir()
+        with _locked(unfinished):
+            yield unfinished
+            _flush(unfinished)
+            _publish(unfinished, target)
     except OSError as error:
         raise SmoothQuantError(
             f"{target} could not be written: {error.strerror or error}; free some space there or choose another place"
         ) from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)  # a no-op once it is published
+        shutil.rmtree(unfinished, ignore_errors=True)  # a no-op once it is published
 
 
 def replace_file(target: Path, text: str) -> None:
@@ -91,12 +91,12 @@ def replace_file(target: Path, text: str) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def _publish(staging: Path, target: Path) -> None:
-    retired = target.parent / staging.name.replace(f".{FILLING}-", f".{RETIRED}-")
+def _publish(unfinished: Path, target: Path) -> None:
+    retired = target.parent / unfinished.name.replace(f".{FILLING}-", f".{RETIRED}-")
     if target.is_dir():
         target.rename(retired)
     try:
-        staging.rename(target)
+        unfinished.rename(target)
     except OSError:
         if retired.is_dir():
             retired.rename(target)
@@ -112,9 +112,9 @@ def _siblings(target: Path, purpose: str) -> Iterator[Path]:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[bool]:
-    """Holds the lock that tells others the directory is in use; it vanishes with the process, however that ends.
+    """Holds the lock that marks a directory as in use; the system releases it when the process ends.
 
-    Yields whether it could be had: not while another process holds it, nor on file systems that have no locks.
+    Yields whether it was acquired: false while another process holds it, and on file systems without locks.
     """
     descriptor = os.open(directory, os.O_RDONLY)
     try:
@@ -129,7 +129,10 @@ def _locked(directory: Path) -> Iterator[bool]:
 
 
 def _flush(directory: Path) -> None:
-    """Makes the files and their names durable, and as readable as the directory (safetensors makes them private)."""
+    """Flushes the files and their names to the disk, and makes files as readable as the directory.
+
+    safetensors makes them private.
+    """
     readable = directory.stat().st_mode & 0o666
     for path in directory.rglob("*"):
         if path.is_file():

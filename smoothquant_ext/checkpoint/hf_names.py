@@ -1,4 +1,4 @@
-"""What we need of transformers beyond its public functions: where its names, its output and its errors are tamed."""
+"""The names of tensors and layers in a transformers model and in its checkpoints, converted both ways."""
 
 from __future__ import annotations
 
@@ -13,52 +13,60 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key, revert_weight_conversion
 
 from ..nn.experts import NAMES
-from ..probing.experts import Reading
+from ..probing.experts import ExpertsLayout
 
 
 def plain_tensors(model: nn.Module, besides: tuple[type[nn.Module], ...]) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, without those of ``besides`` modules, each storage once.
+    """The parameters and persistent buffers of a model by name, each storage once, without those of some modules.
 
-    Of tied tensors the one that ``from_pretrained`` ties the others to is kept.
+    Of tied tensors, the one that ``from_pretrained`` ties the others to is kept.
+
+    Args:
+        model: the model.
+        besides: the classes of the modules to leave out.
     """
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     named: dict[str, Tensor] = {}
     for prefix, module in model.named_modules():
         if isinstance(module, besides):
             continue
-        own = {**module._parameters, **module._buffers}
-        for name, tensor in own.items():
+        for name, tensor in {**module._parameters, **module._buffers}.items():
             if tensor is not None and name not in module._non_persistent_buffers_set:
                 named[f"{prefix}.{name}" if prefix else name] = tensor.detach()
     kept: dict[str, Tensor] = {}
-    seen = set()
+    storages = set()
     for name in sorted(named, key=lambda name: name in tied):
         tensor = named[name]
         identity = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if tensor.numel() == 0 or tensor.is_meta or identity not in seen:
+        if tensor.numel() == 0 or tensor.is_meta or identity not in storages:
             kept[name] = tensor
-            seen.add(identity)
+            storages.add(identity)
     return kept
 
 
 def to_checkpoint_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Renames, splits and merges tensors from how transformers holds them to how checkpoints store them."""
+    """Converts tensors from a model's names and shapes to those of its checkpoints: renames, splits and merges them."""
     converted: dict[str, Tensor] = revert_weight_conversion(model, dict(tensors))
     return converted
 
 
 def to_checkpoint_modules(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """The names that checkpoints use for the linear layers ``names`` of a model."""
+    """The name in checkpoints of each of the linear layers ``names`` of a model."""
     markers = {name: torch.empty(0, device="meta") for name in names}
     stored = to_checkpoint_tensors(model, {f"{name}.weight": marker for name, marker in markers.items()})
     by_identity = {id(marker): name.removesuffix(".weight") for name, marker in stored.items()}
     return {name: by_identity.get(id(marker), name) for name, marker in markers.items()}
 
 
-def expert_names(model: nn.Module, path: str, reading: Reading) -> dict[str, str]:
-    """What checkpoints call the layers of an expert, one by one: those of the module ``path``, which is still fused.
+def expert_names(model: nn.Module, path: str, reading: ExpertsLayout) -> dict[str, str]:
+    """The names in checkpoints of an expert's layers, by the part of ``W8A8Experts`` that each is.
 
-    Where transformers keeps the experts fused in its checkpoints too, the names that llm-compressor gives them.
+    Where transformers stores the experts fused, these are the names that llm-compressor gives them.
+
+    Args:
+        model: the model.
+        path: the path of the module that holds all experts, still in floating point.
+        reading: how its weights are arranged.
     """
     parts = reading.parts
     rows: dict[str, list[str]] = {}  # of the parameters of an expert with one channel: which layer each is
@@ -74,18 +82,18 @@ def expert_names(model: nn.Module, path: str, reading: Reading) -> dict[str, str
         stored = to_checkpoint_tensors(model, tensors) if isinstance(model, PreTrainedModel) else {}
     except (AttributeError, IndexError, KeyError, RuntimeError, ValueError):  # a conversion that needs the real sizes
         stored = {}
-    found = {
+    names_in_files = {
         name: match[1]
         for key, tensor in stored.items()
         if (match := re.fullmatch(r".*\.0\.(\w+)\.weight", key)) and tensor.numel() == 1
         for name in parts
         if numbers[name] == float(tensor)
     }
-    return found if found.keys() == parts.keys() else {name: NAMES[name] for name in parts}
+    return names_in_files if names_in_files.keys() == parts.keys() else {name: NAMES[name] for name in parts}
 
 
 def to_model_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str | None]:
-    """The names that a model has for tensors of a checkpoint, ``None`` for those it splits or merges with others."""
+    """The name in the model of each tensor of a checkpoint, ``None`` for those that are split or merged on loading."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -100,7 +108,7 @@ def to_model_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, st
 
 
 def renamed_alone(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """The names that a model would have for tensors of a checkpoint if it did not split or merge them."""
+    """The name that each tensor of a checkpoint would have in the model if none were split or merged on loading."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     return {name: rename_source_key(name, renamings, [])[0] for name in names}
@@ -116,7 +124,7 @@ class ExpertKey(NamedTuple):
 
 
 def expert_key(name: str) -> ExpertKey | None:
-    """The parts of the name of an expert's tensor; ``None`` for others."""
+    """The parts of the name of an expert's tensor, ``None`` for the name of another tensor."""
     match = _EXPERT_KEY.fullmatch(name)
     return ExpertKey(match[1], int(match[2]), match[3], match[4]) if match else None
 
@@ -125,23 +133,23 @@ _EXPERT_KEY = re.compile(r"(.+)\.(\d+)\.(\w+)\.(\w+)")
 
 
 class ExpertRenaming(WeightRenaming):
-    """Keeps transformers from merging the experts that ``targets`` names, (path, layer) -> layer in the model.
+    """A renaming that keeps transformers from merging the experts named in ``targets``: (path, layer) -> part.
 
-    One dictionary, because a pattern for each would be tried on each of tens of thousands of names.
+    It is one dictionary because transformers would try one pattern per layer on each of tens of thousands of names.
     """
 
     __slots__ = ("targets",)
 
     def __init__(self, targets: Mapping[tuple[str, str], str]) -> None:
-        super().__init__(source_patterns="expert", target_patterns="expert_")  # it wants some; they are not used
+        super().__init__(source_patterns="expert", target_patterns="expert_")  # required, but not used
         self.targets = targets
 
     def reverse_transform(self) -> ExpertRenaming:
-        """Nothing, since modules of ours name their own tensors; asked for by transformers up to 5.3."""
+        """An empty renaming, because ``W8A8Experts`` names its tensors itself; transformers up to 5.3 asks for it."""
         return ExpertRenaming({})
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        """The name in the model, and whether it is another one."""
+        """The name in the model, and this renaming's source pattern if that name differs from ``source_key``."""
         key = expert_key(source_key)
         if key is None or (key.path, key.layer) not in self.targets:
             return source_key, None

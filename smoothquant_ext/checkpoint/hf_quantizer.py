@@ -2,7 +2,7 @@
 
 transformers builds the model on the meta device, asks its quantizer to swap modules, then reads each tensor from the
 files straight into the modules. This quantizer swaps in empty 8-bit layers, so the float weights never exist. Once they
-are filled it packs and fuses them, and leaves: what remains is an ordinary model, to be cast, moved and saved.
+are filled it packs and fuses them, and is removed from the model, which can then be cast, moved and saved like any.
 """
 
 from __future__ import annotations
@@ -23,24 +23,25 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import SmoothQuantError
 from ..fusion.fuse import fuse_
 from ..nn.experts import W8A8Experts
+from ..nn.finalize import finalize_
 from ..nn.linear import W8A8Linear
 from ..probing.linears import Linear, weight_nk
 from .hf_names import to_model_names
-from .loading_experts import StoredExperts, find_stored_experts, finish_experts_, swap_experts_
-from .naming import describe_
-from .reading import COPY_AGAIN, StoredCheckpoint, StoredLayer, read_checkpoint
+from .loading_experts import CheckpointExperts, find_experts, finish_experts_, swap_experts_
+from .naming import set_quantization_config_
+from .reading import COPY_AGAIN, Checkpoint, CheckpointLayer, read_checkpoint
 
 METHOD = "smoothquant_ext"
 
 
 @register_quantization_config(METHOD)
 class W8A8Config(QuantizationConfigMixin):
-    """Tells the quantizer what is being loaded; it never reaches a file.
+    """The arguments of the quantizer; it is never written to a file.
 
     Attributes:
-        directory: the checkpoint's; ``None`` if transformers finds the files.
+        directory: the directory of the checkpoint; ``None`` if transformers finds the files.
         infer_dtype: whether neither the caller nor the configuration names a dtype for what is not quantized.
-        ready: whether to pack and fuse what is loaded, for the CPU.
+        ready: whether to pack and fuse the loaded layers, for the CPU.
     """
 
     def __init__(
@@ -64,15 +65,15 @@ class W8A8Quantizer(HfQuantizer):
 
     def __init__(self, quantization_config: W8A8Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.stored: StoredCheckpoint
-        self.experts = StoredExperts()
+        self.checkpoint: Checkpoint
+        self.experts = CheckpointExperts()
         if quantization_config.directory is not None:
-            self.stored = read_checkpoint(Path(quantization_config.directory))
+            self.checkpoint = read_checkpoint(Path(quantization_config.directory))
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         # Left alone, transformers would take the dtype of the first tensor, which may be an FP8 weight or a scale.
         if self.quantization_config.infer_dtype:
-            return self.stored.float_dtype
+            return self.checkpoint.float_dtype
         return dtype if dtype.itemsize > 1 else torch.bfloat16
 
     def _process_model_before_weight_loading(
@@ -81,69 +82,70 @@ class W8A8Quantizer(HfQuantizer):
         if self.quantization_config.directory is None:
             if not checkpoint_files:
                 raise SmoothQuantError("a quantized model is loaded from files, not from a state dict")
-            self.stored = read_checkpoint(Path(checkpoint_files[0]).parent)
-        for note in self.stored.layout.notes:
-            warnings.warn(f"{self.stored.directory}: {note}", stacklevel=2)
+            self.checkpoint = read_checkpoint(Path(checkpoint_files[0]).parent)
+        directory = self.checkpoint.directory
+        for note in self.checkpoint.quantization.notes:
+            warnings.warn(f"{directory}: {note}", stacklevel=2)
         optional = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-        stored = {
+        layers = {
             name: layer
-            for name, layer in self.stored.layers.items()
+            for name, layer in self.checkpoint.layers.items()
             if not any(re.search(pattern, f"{name}.weight") for pattern in optional)
         }
         head = model.get_output_embeddings()
         paths = {name for name, module in model.named_modules() if module is head}
-        if model.config.tie_word_embeddings and paths & stored.keys():
+        if model.config.tie_word_embeddings and paths & layers.keys():
             raise SmoothQuantError(
-                f"{self.stored.directory}: {min(paths & stored.keys())} is quantized, but config.json ties it to the "
+                f"{directory}: {min(paths & layers.keys())} is quantized, but config.json ties it to the "
                 "token embedding; set tie_word_embeddings to false there"
             )
         self._check_shapes(model)
-        self.experts = find_stored_experts(model, self.stored, list(stored))
+        self.experts = find_experts(model, self.checkpoint, list(layers))
         self._check_complete(model)
-        for name, path, linear in list(self._linears(model, stored)):
+        for name, path, linear in list(self._linears(model, layers)):
             if name in self.experts.paths:
                 continue
             if linear is None:
                 raise SmoothQuantError(
-                    f"{self.stored.directory}: {name} is quantized, but {type(model).__name__} has no linear layer "
-                    "there"
+                    f"{directory}: {name} is quantized, but {type(model).__name__} has no linear layer there"
                 )
-            if linear.bias is not None and not stored[name].bias:
+            if linear.bias is not None and not layers[name].bias:
                 raise SmoothQuantError(
-                    f"{self.stored.directory}: {name}.bias is missing, but config.json makes the layer have one; "
-                    f"{COPY_AGAIN}"
+                    f"{directory}: {name}.bias is missing, but config.json makes the layer have one; {COPY_AGAIN}"
                 )
-            model.set_submodule(path, self._empty_layer(stored[name], linear.weight.dtype))
-        swap_experts_(model, self.stored, self.experts, self._empty_layer)
+            model.set_submodule(path, self._empty_layer(layers[name], linear.weight.dtype))
+        swap_experts_(model, self.checkpoint, self.experts, self._empty_layer)
 
     def get_weight_conversions(self) -> list[Any]:
-        """What transformers adds to the model's own renaming and merging of tensors."""
+        """The renamings that transformers applies besides those of the model."""
         conversions: list[Any] = super().get_weight_conversions()
         return [*conversions, self.experts.renaming()] if self.experts.readings else conversions
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        fmt = self.stored.layout.fmt
         for layer in model.modules():
             if isinstance(layer, W8A8Linear):
-                shape = (-1, 1) if layer.scheme.weight == "channel" else (1,)
-                scale = getattr(layer, fmt.weight_scale)
-                _rename_buffer(layer, fmt.weight_scale, "weight_scale", scale.float().reshape(shape))
-                if layer.scheme.is_static:
-                    assert fmt.input_scale is not None
-                    scale = getattr(layer, fmt.input_scale)
-                    _rename_buffer(layer, fmt.input_scale, "input_scale", scale.float().reshape(1))
-                if layer.input_zero_point is not None:
-                    layer.input_zero_point = layer.input_zero_point.float().reshape(1)
-                if layer.smooth is not None:
-                    layer.smooth = layer.smooth.float()
+                self._normalize_(layer)
         finish_experts_(model)
         self.remove_quantization_config(model)
-        describe_(model)
+        finalize_(model, refused=set_quantization_config_(model))
         if self.quantization_config.ready:
             make_ready_(model)
 
+    def _normalize_(self, layer: W8A8Linear) -> None:
+        """Gives the buffers of a filled layer the names, shapes and dtype that ``W8A8Linear`` documents."""
+        shapes = {
+            "weight_scale": (-1, 1) if layer.scheme.weight == "channel" else (1,),
+            "input_scale": (1,),
+            "input_zero_point": (1,),
+            "smooth": (-1,),
+        }
+        for buffer, shape in shapes.items():
+            name = getattr(self.checkpoint.quantization.fmt.tensors, buffer)
+            if name is not None and (value := layer._buffers.get(name)) is not None:
+                _rename_buffer(layer, name, buffer, value.float().reshape(shape))
+
     def _linears(self, model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple[str, str, Linear | None]]:
-        """Name in the checkpoint, path in the model, and the linear layer that is there, if any."""
+        """The name in the checkpoint, the path in the model, and the linear layer at that path, if any."""
         modules = dict(model.named_modules())
         for key, renamed in to_model_names(model, [f"{name}.weight" for name in names]).items():
             path = (renamed or "").removesuffix(".weight")
@@ -151,60 +153,59 @@ class W8A8Quantizer(HfQuantizer):
             yield key.removesuffix(".weight"), path, module if isinstance(module, nn.Linear | Conv1D) else None
 
     def _check_shapes(self, model: PreTrainedModel) -> None:
-        """Refuses tensors that do not fit the model; older versions of transformers would put them in all the same."""
+        """Refuses tensors that do not fit the model, which older versions of transformers would load nevertheless."""
         expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        for _, path, linear in self._linears(model, self.stored.layers):
+        for _, path, linear in self._linears(model, self.checkpoint.layers):
             if linear is not None:
                 expected[f"{path}.weight"] = weight_nk(linear).shape  # Conv1D holds the transpose of what is stored
-        for name, renamed in to_model_names(model, self.stored.tensors).items():
-            shape = list(self.stored.tensors[name].shape)
+        for name, renamed in to_model_names(model, self.checkpoint.tensors).items():
+            shape = list(self.checkpoint.tensors[name].shape)
             if renamed in expected and shape != list(expected[renamed]):
                 raise SmoothQuantError(
-                    f"{self.stored.directory}: {name} is {shape}, but config.json makes it {list(expected[renamed])}; "
-                    f"{COPY_AGAIN}"
+                    f"{self.checkpoint.directory}: {name} is {shape}, but config.json makes it "
+                    f"{list(expected[renamed])}; {COPY_AGAIN}"
                 )
 
     def _check_complete(self, model: PreTrainedModel) -> None:
         """Refuses float weights of layers that the configuration says are quantized."""
-        layout = self.stored.layout
-        if not layout.complete:
+        quantization = self.checkpoint.quantization
+        if not quantization.complete:
             return
         floats = [
             name.removesuffix(".weight")
-            for name, tensor in self.stored.tensors.items()
+            for name, tensor in self.checkpoint.tensors.items()
             if name.endswith(".weight") and len(tensor.shape) == 2
         ]
-        targeted = [name for name in floats if name not in self.stored.layers and layout.scheme_of(name) is not None]
-        experts = find_stored_experts(model, self.stored, targeted).paths
+        targeted = [
+            name for name in floats if name not in self.checkpoint.layers and quantization.scheme_of(name) is not None
+        ]
+        experts = find_experts(model, self.checkpoint, targeted).paths
         for name, _, linear in self._linears(model, targeted):
             if linear is not None or name in experts:
                 raise SmoothQuantError(
-                    f"{self.stored.directory}: config.json says {name} is quantized, but its weight is "
-                    f"{self.stored.tensors[name + '.weight'].dtype} without a scale; {COPY_AGAIN}"
+                    f"{self.checkpoint.directory}: config.json says {name} is quantized, but its weight is "
+                    f"{self.checkpoint.tensors[name + '.weight'].dtype} without a scale; {COPY_AGAIN}"
                 )
 
-    def _empty_layer(self, stored: StoredLayer, dtype: torch.dtype) -> W8A8Linear:
+    def _empty_layer(self, described: CheckpointLayer, dtype: torch.dtype) -> W8A8Linear:
         """A layer on meta whose buffers have the names and shapes of the file, so that loading fills them."""
-        meta = torch.device("meta")
-        layer = W8A8Linear(
-            stored.in_features,
-            stored.out_features,
-            stored.bias,
-            stored.scheme,
-            device=meta,
-            dtype=dtype,
-        )
-        scale = torch.empty(stored.weight_scale_shape, dtype=torch.float32, device=meta)
-        _rename_buffer(layer, "weight_scale", self.stored.layout.fmt.weight_scale, scale)
-        if stored.input_scale_shape is not None:
-            name = self.stored.layout.fmt.input_scale
-            assert name is not None
-            scale = torch.empty(stored.input_scale_shape, dtype=torch.float32, device=meta)
-            _rename_buffer(layer, "input_scale", name, scale)
-        if stored.zero_point_shape is not None:
-            layer.input_zero_point = torch.empty(stored.zero_point_shape, dtype=torch.float32, device=meta)
-        if stored.smooth:
-            layer.smooth = torch.empty(stored.in_features, dtype=torch.float32, device=meta)
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.float32, device="meta")
+
+        k, n = described.in_features, described.out_features
+        layer = W8A8Linear(k, n, described.bias, described.scheme, device="meta", dtype=dtype)
+        names = self.checkpoint.quantization.fmt.tensors
+        _rename_buffer(layer, "weight_scale", names.weight_scale, empty(*described.weight_scale_shape))
+        if described.input_scale_shape is not None:
+            assert names.input_scale is not None
+            _rename_buffer(layer, "input_scale", names.input_scale, empty(*described.input_scale_shape))
+        if described.zero_point_shape is not None:
+            assert names.input_zero_point is not None
+            _rename_buffer(layer, "input_zero_point", names.input_zero_point, empty(*described.zero_point_shape))
+        if described.smooth:
+            assert names.smooth is not None
+            _rename_buffer(layer, "smooth", names.smooth, empty(k))
         return layer
 
     def is_serializable(self) -> bool:
@@ -220,9 +221,10 @@ class W8A8Quantizer(HfQuantizer):
 
 
 def make_ready_(model: PreTrainedModel) -> None:
-    """Packs the 8-bit layers that are on the CPU for its kernels, and fuses what can be fused.
+    """Packs the 8-bit layers that are on the CPU for its kernels, and replaces modules by fused ones.
 
-    Where parts of the model come and go between devices, the modules stay as they are: nothing may be kept of them.
+    Where hooks move parts of the model between devices, the modules stay as they are: fused ones keep references to
+    tensors, which would not move along.
     """
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         return

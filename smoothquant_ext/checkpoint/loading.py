@@ -1,4 +1,4 @@
-"""Loading W8A8 checkpoints of any tool, without ever making the float weights."""
+"""Loads W8A8 checkpoints of any tool, without ever making the float weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .hf_quantizer import METHOD
 from .reading import COPY_AGAIN, read_config
 from .record import RECORD, read_record
 
-# Tensors that nothing is lost without: zero points of zero, and scales of caches that are kept in floating point.
+# Suffixes of tensors that may be ignored: zero points of zero, and scales of caches that are kept in floating point.
 _DISPENSABLE = ("_zero_point", ".k_scale", ".v_scale", ".kv_scale", ".q_scale", ".output_scale", ".input_scale_ub")
 
 
@@ -26,14 +26,14 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
-    """Loads a W8A8 checkpoint, ours or another tool's, ready to run on 8-bit kernels.
+    """Loads a W8A8 checkpoint of this package or of another tool, ready to run on 8-bit kernels.
 
-    The 8-bit weights go from the files into ``W8A8Linear`` modules; the float weights never exist.
+    The 8-bit weights are read from the files into ``W8A8Linear`` modules; the float weights never exist.
 
     Args:
-        directory: a Hugging Face directory in a format that ``layouts`` knows, safetensors only.
-        device: where to, the CPU by default.
-        dtype: of everything that is not quantized; ``None`` takes what the checkpoint says.
+        directory: a Hugging Face directory in one of ``formats.registry.FORMATS``, safetensors only.
+        device: the device to load to, the CPU by default.
+        dtype: the dtype of everything that is not quantized; ``None`` takes that of the checkpoint.
 
     Returns:
         The model in evaluation mode.

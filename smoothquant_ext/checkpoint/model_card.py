@@ -1,4 +1,4 @@
-"""The model card of a checkpoint, its README.md: what it is, how to run it, how it was made, what was measured."""
+"""The model card of a checkpoint, README.md: its content, what runs it, how it was made, what was measured."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..evaluation.accuracy import Evaluation
 from ..layer_names import by_reason
-from ..scheme import Scheme
+from ..scheme import Scheme, dtype_name
 from .atomic import replace_file
-from .formats.base import Format, short_name
+from .formats.base import Format
 from .formats.registry import parse_quantization_config
 from .record import RECORD, package_version, read_record
 
@@ -24,19 +24,20 @@ TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 def model_card(
     name: str, fmt: Format, schemes: Collection[Scheme], layers: int, record: Mapping[str, Any] | None
 ) -> str:
-    """The text of a model card, with the metadata that the Hugging Face hub reads in front.
+    """The text of a model card, which begins with the metadata that the Hugging Face hub reads.
 
     Args:
-        name: of the model, its title.
-        fmt: the format it is stored in.
+        name: the name of the model, which is the title.
+        fmt: the format of the checkpoint.
         schemes: the schemes of its layers, the commonest first.
-        layers: how many layers run in 8 bits.
-        record: see ``record.record``; ``None`` for a checkpoint that somebody else quantized.
+        layers: the number of layers that run in 8 bits.
+        record: the content of smoothquant.json (see ``Report.to_record``); ``None`` for a checkpoint that another tool
+            quantized.
     """
     record = record or {}
     base = str(record.get("base") or "")
     on_hub = base.count("/") == 1
-    dtypes = list(dict.fromkeys(short_name(scheme.dtype) for scheme in schemes))
+    dtypes = list(dict.fromkeys(dtype_name(scheme.dtype) for scheme in schemes))
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -50,14 +51,15 @@ def model_card(
         name=name,
         base=base,
         on_hub=on_hub,
-        format=fmt.name,
+        how_to_run=fmt.how_to_run.format(name=name),
         schemes=[_describe(scheme) for scheme in dict.fromkeys(schemes)],
         layers=layers,
         recipe=record.get("recipe"),
         calibration=record.get("calibration") or {},
         groups=len(record.get("groups") or ()),
         skipped={reason: len(names) for reason, names in by_reason(record.get("skipped") or {}).items()},
-        per_token=len(record.get("per_token") or ()),
+        is_static=any(scheme.is_static for scheme in schemes),
+        per_token=sum(layer["per_token"] for layer in _quantized_layers(record)),
         measured=record.get("measured") or [],
         package=record.get("package") or package_version(),
     )
@@ -65,7 +67,13 @@ def model_card(
 
 
 def measured_facts(text: str, reference: str, evaluation: Evaluation) -> dict[str, Any]:
-    """A row of ``record["measured"]``: on which text, compared with which model, and what came out."""
+    """A row of ``record["measured"]``.
+
+    Args:
+        text: the name of the text that was measured on.
+        reference: the name of the model that was compared with.
+        evaluation: the results.
+    """
     return {
         "text": text,
         "reference": reference,
@@ -78,20 +86,25 @@ def measured_facts(text: str, reference: str, evaluation: Evaluation) -> dict[st
 
 
 def add_measured(directory: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes what was measured into a checkpoint's record and model card; a text measured before is replaced.
+    """Adds measurements to a checkpoint's record and model card; those on the same text are replaced.
 
     Raises:
-        SmoothQuantError: the checkpoint has no record, or is not writable.
+        SmoothQuantError: the checkpoint has no record, or cannot be written.
     """
     record = read_record(directory)
     texts = {row["text"] for row in rows}
     record["measured"] = [row for row in record.get("measured", ()) if row["text"] not in texts] + list(rows)
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    layout = parse_quantization_config(config, str(directory / "config.json"))
-    schemes = [scheme for _, scheme in layout.groups]
-    text = model_card(directory.resolve().name, layout.fmt, schemes, len(record["quantized"]), record)
+    quantization = parse_quantization_config(config, str(directory / "config.json"))
+    schemes = [scheme for _, scheme in quantization.groups]
+    text = model_card(directory.resolve().name, quantization.fmt, schemes, len(record["quantized"]), record)
     replace_file(directory / RECORD, json.dumps(record, indent=1) + "\n")
     replace_file(directory / CARD, text)
+
+
+def _quantized_layers(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    layers = record.get("layers") or {}
+    return [layers[name] for name in record.get("quantized") or () if name in layers]
 
 
 def _describe(scheme: Scheme) -> dict[str, str]:
@@ -99,6 +112,6 @@ def _describe(scheme: Scheme) -> dict[str, str]:
     activation = "one scale per layer, from calibration" if scheme.is_static else "a scale per token, at run time"
     return {
         "name": scheme.name,
-        "weights": f"{short_name(scheme.dtype)}, a scale per {scheme.weight}",
-        "activations": f"{short_name(scheme.dtype)}, {activation}{asymmetric}",
+        "weights": f"{dtype_name(scheme.dtype)}, a scale per {scheme.weight}",
+        "activations": f"{dtype_name(scheme.dtype)}, {activation}{asymmetric}",
     }

@@ -1,34 +1,31 @@
-"""What a quantized model says of itself: the configuration that goes with its state dict, and what it refuses."""
+"""The names of a quantized model's layers and tensors in a checkpoint, and the configuration that lists them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import SmoothQuantError
 from ..nn.experts import W8A8Experts
 from ..nn.linear import W8A8Linear
-from ..scheme import Scheme
-from .formats.base import choose_format, quantization_config
+from ..scheme import Scheme, dtype_name
+from .formats.registry import choose_format
 from .hf_names import plain_tensors, to_checkpoint_modules, to_checkpoint_tensors
 
 
 @dataclass(frozen=True)
-class Naming:
+class CheckpointNames:
     """What the parts of a quantized model are called in a checkpoint.
 
     Attributes:
         layers: the name in the checkpoint of each quantized layer, by its path in the model.
-        schemes: the scheme of each, by both names: transformers compares with its own, other engines with the former;
-            of experts by a pattern for all of a mixture.
-        ignore: names of the layers that other tools take for linear ones and that stay in floating point.
+        schemes: the scheme of each layer by both names, because transformers compares paths in its model and other
+            engines compare names in the checkpoint; of experts by a pattern for all layers of a mixture.
+        ignore: the names of the layers that other tools take for linear ones and that stay in floating point.
     """
 
     layers: Mapping[str, str]
@@ -37,85 +34,88 @@ class Naming:
 
 
 def quantized_layers(model: nn.Module) -> dict[str, W8A8Linear]:
-    """The 8-bit layers of a model, by name; of experts the layers of each, which are views."""
-    found: dict[str, W8A8Linear] = {}
-    for name, module in model.named_modules():
+    """The 8-bit layers of a model by path; for a mixture the layers of each expert, which are views."""
+    layers: dict[str, W8A8Linear] = {}
+    for path, module in model.named_modules():
         if isinstance(module, W8A8Linear):
-            found[name] = module
+            layers[path] = module
         elif isinstance(module, W8A8Experts):
-            found |= {f"{name}.{local}": layer for local, layer in module.layers()}
-    return found
+            layers |= {f"{path}.{local}": layer for local, layer in module.layers()}
+    return layers
 
 
-def stored_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What a checkpoint stores besides the 8-bit layers, by its name there."""
-    plain = to_checkpoint_tensors(model, plain_tensors(model, besides=(W8A8Linear, W8A8Experts)))
+def count_quantized(model: nn.Module) -> int:
+    """The number of modules of a model that run in 8 bits; the experts of a mixture are one."""
+    return sum(isinstance(module, W8A8Linear | W8A8Experts) for module in model.modules())
+
+
+def float_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The tensors that a checkpoint stores besides those of the 8-bit layers, by name in the checkpoint."""
+    tensors = to_checkpoint_tensors(model, plain_tensors(model, besides=(W8A8Linear, W8A8Experts)))
     for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
-        plain.pop(name, None)
-    return plain
+        tensors.pop(name, None)
+    return tensors
 
 
-def naming(model: PreTrainedModel, layers: Mapping[str, W8A8Linear], plain: Mapping[str, Tensor]) -> Naming:
-    """The names of a model's layers; ``plain`` from ``stored_tensors``."""
+def checkpoint_names(
+    model: PreTrainedModel, layers: Mapping[str, W8A8Linear], floats: Mapping[str, Tensor]
+) -> CheckpointNames:
+    """The names of a model's layers in a checkpoint.
+
+    Args:
+        model: the model.
+        layers: from ``quantized_layers``.
+        floats: from ``float_tensors``.
+    """
     modules = dict(model.named_modules())
     linears = [path for path, module in modules.items() if isinstance(module, nn.Linear | Conv1D)]
     embeddings = [path for path, module in modules.items() if isinstance(module, nn.Embedding)]
     names = to_checkpoint_modules(model, [*layers, *linears, *embeddings])
     # Routers and the experts that transformers fuses are no nn.Linear here, but are linear layers to vLLM.
-    matrices = {name for name, tensor in plain.items() if tensor.dim() == 2 and name.endswith(".weight")}
+    matrices = {name for name, tensor in floats.items() if tensor.dim() == 2 and name.endswith(".weight")}
     others = {name.removesuffix(".weight") for name in matrices} - {names[path] for path in (*linears, *embeddings)}
     mixtures = {path for path, module in modules.items() if isinstance(module, W8A8Experts)}
     schemes: dict[str, Scheme] = {}
     for path, layer in layers.items():
         for name in (names[path], path):
             schemes[_all_experts(name) if _module_of(path) in mixtures else name] = layer.scheme
-    return Naming(
+    return CheckpointNames(
         {path: names[path] for path in layers},
         schemes,
         list(dict.fromkeys([*(names[path] for path in linears), *linears, *sorted(others)])),
     )
 
 
-def count_quantized(model: nn.Module) -> int:
-    """How many modules of a model run in 8 bits: the experts of a mixture are one."""
-    return sum(isinstance(module, W8A8Linear | W8A8Experts) for module in model.modules())
+def set_quantization_config_(model: PreTrainedModel) -> dict[str, str]:
+    """Gives a quantized model the ``quantization_config`` of its state dict, so that ``save_pretrained`` is right.
+
+    Returns:
+        What ``finalize_`` has to refuse: ``save_pretrained``, where the only format that can store the model has other
+        names of tensors than the state dict.
+    """
+    layers = quantized_layers(model)
+    if not layers:
+        return {}
+    explicit = any(layer.smooth is not None for layer in layers.values())
+    fmt = choose_format(None, [layer.scheme for layer in layers.values()], explicit)
+    names = checkpoint_names(model, layers, float_tensors(model))
+    if isinstance(model.get_output_embeddings(), W8A8Linear):
+        model.config.tie_word_embeddings = False  # the 8-bit weight is not that of the embedding
+    model.config.quantization_config = fmt.quantization_config(names.schemes, names.ignore)
+    if fmt.tensors.is_state_dict:
+        return {}
+    dtypes = " and ".join(sorted({dtype_name(layer.scheme.dtype) for layer in layers.values()}))
+    return {
+        "save_pretrained": f"{dtypes} is stored in format {fmt.name!r}, whose tensors have other names; use "
+        "smoothquant_ext.save(model, directory)"
+    }
 
 
 def _module_of(name: str) -> str:
-    """The module that holds all experts, of the name of one expert's layer."""
+    """The module that holds all experts, from the name of one expert's layer."""
     return name.rpartition(".")[0].rpartition(".")[0]
 
 
 def _all_experts(name: str) -> str:
     """A target for all layers of all experts of a mixture: there are thousands."""
     return f"re:{re.escape(_module_of(name))}\\.\\d+\\.\\w+$"
-
-
-def describe_(model: PreTrainedModel) -> None:
-    """Gives a quantized model the ``quantization_config`` of its state dict, so that ``save_pretrained`` is right.
-
-    It also freezes what is left in floating point, so that a forward pass without ``no_grad`` is as fast as one with,
-    and refuses, with a sentence, what 8-bit layers cannot do: gradient checkpointing, and ``save_pretrained`` of
-    FP8 e5m2, whose only format has other names.
-    """
-    layers = quantized_layers(model)
-    if not layers:
-        return
-    model.requires_grad_(False)
-    explicit = any(layer.smooth is not None for layer in layers.values())
-    fmt = choose_format(None, [layer.scheme for layer in layers.values()], explicit)
-    names = naming(model, layers, stored_tensors(model))
-    if isinstance(model.get_output_embeddings(), W8A8Linear):
-        model.config.tie_word_embeddings = False  # its 8-bit weight is its own now
-    model.config.quantization_config = quantization_config(fmt, names.schemes, names.ignore)
-    refused = {
-        "gradient_checkpointing_enable": "an 8-bit model cannot use gradient checkpointing; train adapters without it"
-    }
-    if fmt.name == "lmdeploy":
-        refused["save_pretrained"] = "FP8 e5m2 has a format of its own: use smoothquant_ext.save(model, directory)"
-    for method, reason in refused.items():
-        vars(model)[method] = partial(_refuse, reason)
-
-
-def _refuse(reason: str, *_args: Any, **_kwargs: Any) -> NoReturn:
-    raise SmoothQuantError(reason)

@@ -1,11 +1,11 @@
-"""What a W8A8 checkpoint directory holds, read from its headers and checked before any model is built."""
+"""Reads the configuration and the headers of a W8A8 checkpoint, and checks them before any model is built."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +15,45 @@ from torch import Tensor
 
 from ..errors import SmoothQuantError
 from ..scheme import Scheme, scheme_of
-from .formats.registry import Layout, parse_quantization_config
+from .formats.base import QuantizationMap
+from .formats.registry import config_files, parse_quantization_config
 
 CONFIG = "config.json"
-MODELOPT_CONFIG = "hf_quant_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 COPY_AGAIN = "copy or download the checkpoint again"
-ZERO_POINT = "input_zero_point"  # of static asymmetric activations, in compressed-tensors
 
 # safetensors' names of the dtypes that matter here.
 _EIGHT_BIT = {torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
 _INTEGERS = ("I8", "I32", "I64")
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ONE_SCALE = ((1,), (), (1, 1))  # shapes of a scale per tensor; the first is the one to expect
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of the checkpoint, as its header describes it (dtype in safetensors' spelling)."""
+class CheckpointTensor:
+    """One tensor of a checkpoint, as its header describes it (dtype in safetensors' spelling)."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
 
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
 
 @dataclass(frozen=True)
-class StoredLayer:
-    """One quantized linear layer of the checkpoint; its tensors are consistent with its scheme.
+class CheckpointLayer:
+    """One quantized linear layer of a checkpoint, whose tensors agree with its scheme.
 
     Attributes:
-        scheme: dtype and granularity, from the configuration.
+        scheme: dtype and granularity, from the configuration or, where that is silent, from the shapes.
         out_features: N.
         in_features: K.
-        bias: whether a bias is stored.
+        bias: whether a bias [N] is stored.
         weight_scale_shape: [N, 1], [N], [1], ... as stored.
-        input_scale_shape: the same for the static activation scale, ``None`` for dynamic schemes.
-        zero_point_shape: the same for the zero point of static asymmetric activations, else ``None``.
+        input_scale_shape: the shape of the static activation scale, ``None`` for dynamic schemes.
+        zero_point_shape: the shape of the zero point of static asymmetric activations, else ``None``.
         smooth: whether an explicit smoothing scale [K] is stored.
     """
 
@@ -65,17 +68,17 @@ class StoredLayer:
 
 
 @dataclass(frozen=True)
-class StoredCheckpoint:
-    """A W8A8 checkpoint: its layout, its tensors and its quantized layers, by their names in the files."""
+class Checkpoint:
+    """A W8A8 checkpoint: its quantization map, its tensors and its quantized layers, by their names in the files."""
 
     directory: Path
-    layout: Layout
-    tensors: Mapping[str, StoredTensor]
-    layers: Mapping[str, StoredLayer]
+    quantization: QuantizationMap
+    tensors: Mapping[str, CheckpointTensor]
+    layers: Mapping[str, CheckpointLayer]
 
     @property
     def float_dtype(self) -> torch.dtype:
-        """Of the largest tensor that is not quantized, usually the embedding."""
+        """The dtype of the largest tensor that is not quantized, usually the embedding."""
         floats = [tensor for tensor in self.tensors.values() if tensor.dtype in _FLOATS]
         return _FLOATS[max(floats, key=lambda tensor: math.prod(tensor.shape)).dtype]
 
@@ -84,7 +87,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """The config.json of a model directory.
 
     Raises:
-        SmoothQuantError: no such directory, no config.json in it, or it is not a JSON object.
+        SmoothQuantError: the directory does not exist, has no config.json, or that is not a JSON object.
     """
     if not directory.is_dir():
         raise SmoothQuantError(f"{directory} is not a directory; name the directory of a saved model")
@@ -92,7 +95,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def find_quantization(directory: Path) -> tuple[Any, Path] | None:
-    """What a model directory says of its quantization and the file that says it, ``None`` if it is not quantized.
+    """The ``quantization_config`` of a model directory and the file that holds it, ``None`` if it is not quantized.
 
     Raises:
         SmoothQuantError: as ``read_config``.
@@ -102,59 +105,59 @@ def find_quantization(directory: Path) -> tuple[Any, Path] | None:
         if (raw := config.get(key)) is not None:
             inner = raw.get("quantization_config") if key == "compression_config" and isinstance(raw, dict) else None
             return inner or raw, directory / CONFIG
-    modelopt = directory / MODELOPT_CONFIG
-    return (_read_json(modelopt, COPY_AGAIN), modelopt) if modelopt.is_file() else None
+    files = [directory / name for name in config_files() if (directory / name).is_file()]
+    return (_read_json(files[0], COPY_AGAIN), files[0]) if files else None
 
 
-def read_checkpoint(directory: Path) -> StoredCheckpoint:
+def read_checkpoint(directory: Path) -> Checkpoint:
     """Reads the configuration, the headers and the scales of a W8A8 checkpoint, and checks that they agree.
 
     Raises:
         SmoothQuantError: a file or tensor is missing, truncated, unreadable, of the wrong shape or dtype, or not W8A8.
     """
-    found = find_quantization(directory)
-    if found is None:
+    configuration = find_quantization(directory)
+    if configuration is None:
         raise SmoothQuantError(f"{directory} is not quantized; run it through 'smoothquant quantize' first")
-    layout = parse_quantization_config(found[0], str(found[1]))
+    quantization = parse_quantization_config(configuration[0], str(configuration[1]))
     tensors = _read_headers(directory)
-    layout = layout.spelled_as(tensors)
-    layers = dict(_layers(layout, tensors))
+    quantization = replace(quantization, fmt=quantization.fmt.variant(tensors))
+    layers = dict(_layers(quantization, tensors))
     if not layers:
         raise SmoothQuantError(f"{directory} says it is quantized but holds no 8-bit weight; {COPY_AGAIN}")
-    return StoredCheckpoint(directory, layout, tensors, layers)
+    _check_values(quantization, tensors, layers)
+    return Checkpoint(directory, quantization, tensors, layers)
 
 
-def _layers(layout: Layout, tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, StoredLayer]]:
-    scale_suffix = "." + layout.fmt.weight_scale
+def _layers(
+    quantization: QuantizationMap, tensors: Mapping[str, CheckpointTensor]
+) -> Iterator[tuple[str, CheckpointLayer]]:
+    scale_suffix = "." + quantization.fmt.tensors.weight_scale
     eight_bit = {
         name.removesuffix(".weight")
         for name, tensor in tensors.items()
         if name.endswith(".weight") and tensor.dtype in _EIGHT_BIT.values()
     }
+    scales = {name.removesuffix(scale_suffix): name for name in tensors if name.endswith(scale_suffix)}
     # A tensor may be called `scale` without belonging to a linear layer, so a scale counts only beside a weight.
-    scaled = {
-        name.removesuffix(scale_suffix)
-        for name in tensors
-        if name.endswith(scale_suffix) and name.removesuffix(scale_suffix) + ".weight" in tensors
-    }
+    scaled = {name for name in scales if name + ".weight" in tensors}
     for name in sorted(eight_bit | scaled):
         weight = tensors[name + ".weight"]
         if name not in scaled:
             raise SmoothQuantError(
                 f"{weight.file}: {name}.weight is {weight.dtype} but {name}{scale_suffix} is missing; {COPY_AGAIN}"
             )
-        yield name, _layer(name, layout, tensors)
-    if layout.complete:
-        for name, tensor in tensors.items():
-            if name.endswith(scale_suffix) and name.removesuffix(scale_suffix) not in scaled:
-                wanted = name.removesuffix(scale_suffix) + ".weight"
-                raise SmoothQuantError(f"{tensor.file}: {name} is stored but {wanted} is missing; {COPY_AGAIN}")
-    _check_values(layout, tensors, scaled)
+        yield name, _layer(name, quantization, tensors)
+    for name, scale in scales.items() if quantization.complete else ():
+        if name not in scaled:
+            raise SmoothQuantError(
+                f"{tensors[scale].file}: {scale} is stored but {name}.weight is missing; {COPY_AGAIN}"
+            )
 
 
-def _layer(name: str, layout: Layout, tensors: Mapping[str, StoredTensor]) -> StoredLayer:
+def _layer(name: str, quantization: QuantizationMap, tensors: Mapping[str, CheckpointTensor]) -> CheckpointLayer:
+    names = quantization.fmt.tensors
     weight = tensors[name + ".weight"]
-    scheme = layout.scheme_of(name)
+    scheme = quantization.scheme_of(name)
     if scheme is None:
         raise SmoothQuantError(
             f"{weight.file}: {name} is quantized but {CONFIG} says it is not; the directory mixes two checkpoints, "
@@ -163,59 +166,77 @@ def _layer(name: str, layout: Layout, tensors: Mapping[str, StoredTensor]) -> St
     expected = _EIGHT_BIT[scheme.dtype]
     if weight.dtype != expected or len(weight.shape) != 2:
         raise SmoothQuantError(
-            f"{weight.file}: {name}.weight is {weight.dtype} {list(weight.shape)}, expected {expected} [N, K] for "
-            f"scheme {scheme.name!r}; {COPY_AGAIN}"
+            f"{weight.file}: {name}.weight is {weight}, expected {expected} [N, K] for scheme {scheme.name!r}; "
+            f"{COPY_AGAIN}"
         )
     n, k = weight.shape
-    scale_name = f"{name}.{layout.fmt.weight_scale}"
-    if not layout.complete:
-        per_tensor = math.prod(tensors[scale_name].shape) == 1 and n > 1 and layout.fmt.name != "lmdeploy"
-        scheme = scheme_of(scheme.dtype, "tensor" if per_tensor else "channel", scheme.activation)
-    per_channel = scheme.weight == "channel"
-    allowed = ((n, 1), (n,)) if per_channel else ((1,), (), (1, 1))
-    weight_scale_shape = _scale_shape(scale_name, tensors[scale_name], allowed)
-    static = {}
+    scale_name = f"{name}.{names.weight_scale}"
+    if not quantization.complete:
+        one = math.prod(tensors[scale_name].shape) == 1 and n > 1
+        per_channel = quantization.fmt.weight_scale_is_per_channel or not one
+        scheme = scheme_of(scheme.dtype, "channel" if per_channel else "tensor", scheme.activation)
+    shapes = ((n, 1), (n,)) if scheme.weight == "channel" else _ONE_SCALE
+    weight_scale_shape = _check_scale(scale_name, tensors[scale_name], shapes)
+    input_scale_shape = zero_point_shape = None
     if scheme.is_static:
-        suffixes = (layout.fmt.input_scale, *([] if scheme.symmetric else [ZERO_POINT]))
-        for input_name in (f"{name}.{suffix}" for suffix in suffixes):
-            if input_name not in tensors:
-                raise SmoothQuantError(
-                    f"{weight.file}: {CONFIG} says that activations are static but {input_name} is missing; "
-                    f"{COPY_AGAIN}"
-                )
-            static[input_name] = _scale_shape(input_name, tensors[input_name], ((1,), (), (1, 1)))
+        scale = _static_tensor(name, names.input_scale, tensors)
+        input_scale_shape = _check_scale(f"{name}.{names.input_scale}", scale, _ONE_SCALE)
+        if not scheme.symmetric:
+            zero_point = _static_tensor(name, names.input_zero_point, tensors)
+            zero_point_shape = _check_scale(f"{name}.{names.input_zero_point}", zero_point, _ONE_SCALE, _INTEGERS)
     bias = tensors.get(name + ".bias")
     if bias is not None and (bias.dtype not in _FLOATS or bias.shape != (n,)):
-        raise SmoothQuantError(
-            f"{bias.file}: {name}.bias is {bias.dtype} {list(bias.shape)}, expected a float [{n}]; {COPY_AGAIN}"
-        )
-    smooth_name = f"{name}.{layout.fmt.smooth}"
-    if has_smooth := layout.fmt.smooth is not None and smooth_name in tensors:
-        _scale_shape(smooth_name, tensors[smooth_name], ((k,),))
-    input_scale_shape, zero_point_shape = (*static.values(), None, None)[:2]
-    return StoredLayer(
-        scheme, n, k, bias is not None, weight_scale_shape, input_scale_shape, zero_point_shape, has_smooth
+        raise SmoothQuantError(f"{bias.file}: {name}.bias is {bias}, expected a float [{n}]; {COPY_AGAIN}")
+    smooth = tensors.get(f"{name}.{names.smooth}")
+    if smooth is not None:
+        _check_scale(f"{name}.{names.smooth}", smooth, ((k,),))
+    return CheckpointLayer(
+        scheme=scheme,
+        out_features=n,
+        in_features=k,
+        bias=bias is not None,
+        weight_scale_shape=weight_scale_shape,
+        input_scale_shape=input_scale_shape,
+        zero_point_shape=zero_point_shape,
+        smooth=smooth is not None,
     )
 
 
-def _scale_shape(name: str, scale: StoredTensor, allowed: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
-    allowed = tuple(allowed)
-    kinds, kind = (_INTEGERS, "an integer") if name.endswith(ZERO_POINT) else (_FLOATS, "a float")
-    if scale.dtype not in kinds or scale.shape not in allowed:
+def _static_tensor(layer: str, suffix: str | None, tensors: Mapping[str, CheckpointTensor]) -> CheckpointTensor:
+    name = f"{layer}.{suffix}"
+    if name not in tensors:
         raise SmoothQuantError(
-            f"{scale.file}: {name} is {scale.dtype} {list(scale.shape)}, expected {kind} {list(allowed[0])}; "
+            f"{tensors[layer + '.weight'].file}: {CONFIG} says that activations are static but {name} is missing; "
             f"{COPY_AGAIN}"
         )
+    return tensors[name]
+
+
+def _check_scale(
+    name: str, scale: CheckpointTensor, shapes: tuple[tuple[int, ...], ...], dtypes: Iterable[str] = _FLOATS
+) -> tuple[int, ...]:
+    """The shape of a scale or zero point, which must be one of ``shapes``; the first is named in the error."""
+    if scale.dtype not in dtypes or scale.shape not in shapes:
+        kind = "a float" if dtypes is _FLOATS else "an integer"
+        raise SmoothQuantError(f"{scale.file}: {name} is {scale}, expected {kind} {list(shapes[0])}; {COPY_AGAIN}")
     return scale.shape
 
 
-def _check_values(layout: Layout, tensors: Mapping[str, StoredTensor], layers: Iterable[str]) -> None:
+def _check_values(
+    quantization: QuantizationMap, tensors: Mapping[str, CheckpointTensor], layers: Mapping[str, CheckpointLayer]
+) -> None:
     """Reads every scale and zero point; they are a thousandth of the weights."""
-    fmt = layout.fmt
-    suffixes = [suffix for suffix in (fmt.weight_scale, fmt.input_scale, fmt.smooth) if suffix is not None]
-    scales = [f"{layer}.{suffix}" for layer in layers for suffix in suffixes]
-    zero_points = [f"{layer}.weight_zero_point" for layer in layers]
-    zero_points += [f"{layer}.{ZERO_POINT}" for layer in layers if _is_symmetric(layout.scheme_of(layer))]
+    names = quantization.fmt.tensors
+    scales = [
+        f"{layer}.{suffix}"
+        for layer in layers
+        for suffix in (names.weight_scale, names.input_scale, names.smooth)
+        if suffix is not None
+    ]
+    # A suffix of None names no tensor.
+    zero_points = [f"{layer}.{names.weight_zero_point}" for layer in layers]
+    symmetric = [name for name, layer in layers.items() if layer.scheme.symmetric]
+    zero_points += [f"{layer}.{names.input_zero_point}" for layer in symmetric]
     for name, value in _read_tensors(tensors, scales):
         bad = ~(value.isfinite() & (value > 0))
         if bad.any():
@@ -228,34 +249,31 @@ def _check_values(layout: Layout, tensors: Mapping[str, StoredTensor], layers: I
             raise SmoothQuantError(f"{tensors[name].file}: {name} is not zero, expected symmetric quantization")
 
 
-def _is_symmetric(scheme: Scheme | None) -> bool:
-    return scheme is None or scheme.symmetric
-
-
-def _read_tensors(tensors: Mapping[str, StoredTensor], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+def _read_tensors(tensors: Mapping[str, CheckpointTensor], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors ``names`` in fp32, without those that the checkpoint lacks; each file is opened once."""
     by_file: dict[Path, list[str]] = {}
     for name in names:
         if name in tensors:
             by_file.setdefault(tensors[name].file, []).append(name)
-    for file, stored in by_file.items():
+    for file, in_file in by_file.items():
         with safe_open(file, framework="pt") as handle:
-            for name in stored:
+            for name in in_file:
                 yield name, handle.get_tensor(name).float()
 
 
-def _read_headers(directory: Path) -> dict[str, StoredTensor]:
+def _read_headers(directory: Path) -> dict[str, CheckpointTensor]:
     if (directory / WEIGHTS).is_file():
         return dict(_read_header(directory / WEIGHTS))
     if not (directory / INDEX).is_file():
         pickled = sorted(path.name for path in directory.glob("*.bin"))
-        found = f"only the pickled {pickled[0]}" if pickled else "neither"
+        content = f"only the pickled {pickled[0]}" if pickled else "neither"
         raise SmoothQuantError(
-            f"{directory} has {found}, expected {WEIGHTS} or {INDEX}; {'convert it' if pickled else COPY_AGAIN}"
+            f"{directory} has {content}, expected {WEIGHTS} or {INDEX}; {'convert it' if pickled else COPY_AGAIN}"
         )
     weight_map = _read_json(directory / INDEX, COPY_AGAIN).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise SmoothQuantError(f"{directory / INDEX} has no weight_map; {COPY_AGAIN}")
-    tensors: dict[str, StoredTensor] = {}
+    tensors: dict[str, CheckpointTensor] = {}
     for file in sorted(set(weight_map.values())):
         if not (directory / file).is_file():
             raise SmoothQuantError(f"{directory / file} is missing, though {INDEX} names it; {COPY_AGAIN}")
@@ -266,12 +284,12 @@ def _read_headers(directory: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _read_header(file: Path) -> Iterator[tuple[str, StoredTensor]]:
+def _read_header(file: Path) -> Iterator[tuple[str, CheckpointTensor]]:
     try:
         with safe_open(file, framework="pt") as handle:  # refuses a file whose size is not what its header adds up to
             for name in handle.keys():  # noqa: SIM118  (it is not a mapping)
                 view = handle.get_slice(name)
-                yield name, StoredTensor(file, view.get_dtype(), tuple(view.get_shape()))
+                yield name, CheckpointTensor(file, view.get_dtype(), tuple(view.get_shape()))
     except (SafetensorError, OSError) as error:
         raise SmoothQuantError(f"{file} is truncated or not a safetensors file ({error}); {COPY_AGAIN}") from error
 

@@ -1,4 +1,4 @@
-"""The record that a checkpoint keeps of how it was made, ``smoothquant.json``: what ``smoothquant report`` shows."""
+"""``smoothquant.json``, the record in a checkpoint of how it was made; ``smoothquant report`` shows it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from ..errors import SmoothQuantError
 
 RECORD = "smoothquant.json"
-VERSION = 1
+VERSION = 2
 
 
 def package_version() -> str:
-    """This package's, ``"unknown"`` where it runs from its source folder without being installed."""
+    """The version of this package, ``"unknown"`` where it runs from its source folder without being installed."""
     try:
         return version("smoothquant-ext")
     except PackageNotFoundError:
@@ -25,7 +25,7 @@ def read_record(directory: Path) -> dict[str, Any]:
     """The record of a checkpoint.
 
     Raises:
-        SmoothQuantError: there is none, or it cannot be read.
+        SmoothQuantError: the checkpoint has no record, or it cannot be read.
     """
     path = directory / RECORD
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Saving W8A8 models as Hugging Face directories: open formats, no pickle, nothing half-written."""
+"""Saves W8A8 models as Hugging Face directories: open formats, no pickle, nothing half-written."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..compat import first_line, quiet_transformers
 from ..errors import SmoothQuantError
 from ..nn.linear import W8A8Linear
+from ..scheme import dtype_name
 from .atomic import check_free_space, check_place, replace_directory
-from .formats.base import Format, choose_format, quantization_config
-from .formats.registry import parse_quantization_config
+from .formats.base import Format
+from .formats.registry import choose_format, parse_quantization_config
 from .model_card import CARD, model_card
-from .naming import count_quantized, naming, quantized_layers, stored_tensors
-from .reading import CONFIG, INDEX, ZERO_POINT, find_quantization
+from .naming import checkpoint_names, count_quantized, float_tensors, quantized_layers
+from .reading import CONFIG, INDEX, find_quantization
 from .record import RECORD
 
-# What a save may leave in a directory, tokenizer files included. Anything else belongs to somebody.
+# The files that a save writes, those of tokenizers included. A directory with any other file is not replaced.
 _OUR_FILES = (
     CONFIG,
     "generation_config.json",
@@ -52,12 +53,12 @@ _OUR_FILES = (
 
 
 def check_destination(directory: str | os.PathLike[str]) -> Path:
-    """The resolved directory, if ``save`` may write there; call it before any long work.
+    """The resolved directory, after checking that ``save`` may write it; call this before any long work.
 
-    It may be absent, empty, or hold a W8A8 checkpoint and nothing else, which ``save`` replaces as a whole.
+    The directory may be absent, empty, or hold a W8A8 checkpoint and nothing else, which ``save`` replaces as a whole.
 
     Raises:
-        SmoothQuantError: it is a file, holds something else, or its place is not writable.
+        SmoothQuantError: it is a file, holds something else, or cannot be written.
     """
     target = Path(directory).resolve()
     if target.exists():
@@ -76,10 +77,10 @@ def check_destination(directory: str | os.PathLike[str]) -> Path:
 
 def _check_replaceable(target: Path) -> None:
     try:
-        found = find_quantization(target)
-        if found is None:
+        configuration = find_quantization(target)
+        if configuration is None:
             raise SmoothQuantError("not quantized")
-        parse_quantization_config(found[0], str(found[1]))
+        parse_quantization_config(configuration[0], str(configuration[1]))
     except SmoothQuantError:
         raise SmoothQuantError(
             f"{target} already holds something that is not a W8A8 checkpoint; choose an empty or a new directory"
@@ -93,27 +94,60 @@ def save(
     format: str | None = None,  # noqa: A002
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Writes a quantized model as a Hugging Face directory that other engines also load.
+    """Writes a quantized model as a Hugging Face directory that other engines can load too.
 
-    A killed save leaves the previous directory or none. Files: config.json with the quantization_config, safetensors
-    (with an index when there are several), generation_config.json, the tokenizer and its chat template, README.md, a
-    model card, and smoothquant.json, the record of how the model was quantized, which other tools ignore. A model that
-    was loaded keeps the record it came with.
+    A killed save leaves the previous directory or none. The files are config.json with the quantization_config,
+    safetensors (with an index if there are several), generation_config.json, the tokenizer and its chat template,
+    README.md, which is a model card, and smoothquant.json, the record of how the model was quantized, which other tools
+    ignore. A model that was loaded keeps the record of its checkpoint.
 
     Args:
-        model: a transformers causal LM holding ``W8A8Linear`` layers, on any device.
-        directory: where to; absent, empty, or a W8A8 checkpoint, which is replaced.
-        tokenizer: saved along when given.
-        format: ``"compressed-tensors"`` (vLLM, SGLang, transformers), ``"lmdeploy"``, or ``"smoothquant-ext"``, which
-            nobody else reads; ``None`` is the first of these that can store the model: FP8 e5m2 is LMDeploy's alone,
-            explicit smoothing ours.
-        max_shard_size: bytes per safetensors file, as a number or like ``"5GB"``.
+        model: a transformers causal LM with ``W8A8Linear`` layers, on any device.
+        directory: the directory to write: absent, empty, or a W8A8 checkpoint, which is replaced.
+        tokenizer: the tokenizer to save with the model, if any.
+        format: ``"compressed-tensors"`` (read by vLLM, SGLang, transformers), ``"lmdeploy"`` or ``"smoothquant-ext"``
+            (read by this package alone); ``None`` is the first of these that can store the model. Only the second
+            stores FP8 e5m2, only the third explicit smoothing.
+        max_shard_size: the most bytes of a safetensors file, as a number or like ``"5GB"``.
 
     Raises:
         SmoothQuantError: nothing is quantized, the format cannot store the scheme, a scale is not positive and finite,
             or the directory cannot be written.
     """
     target = check_destination(directory)
+    layers = _checked_layers(model)
+    is_explicit = any(layer.smooth is not None for layer in layers.values())
+    fmt = choose_format(format, [layer.scheme for layer in layers.values()], is_explicit)
+    record = getattr(model, "smoothquant_record", None)
+    schemes = [scheme for scheme, _ in Counter(layer.scheme for layer in layers.values()).most_common()]
+    card = model_card(target.name, fmt, schemes, count_quantized(model), record)
+    with quiet_transformers():
+        tensors = _Tensors(model, layers, fmt)
+        shards = _split(tensors.sizes, max_shard_size)
+        check_free_space(target, sum(tensors.sizes.values()))
+        with replace_directory(target) as unfinished:
+            try:
+                for file, names in shards.filename_to_tensors.items():
+                    save_file(
+                        {name: tensors.read(name) for name in names}, unfinished / file, metadata={"format": "pt"}
+                    )
+            except SafetensorError as error:
+                raise SmoothQuantError(
+                    f"{target} could not be written: {first_line(error)}; free some space there or choose another place"
+                ) from error
+            if shards.is_sharded:
+                index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+                (unfinished / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            _write_configs(model, fmt.quantization_config(tensors.names.schemes, tensors.names.ignore), unfinished)
+            if record is not None:
+                (unfinished / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            (unfinished / CARD).write_text(card, encoding="utf-8")
+            if tokenizer is not None:
+                tokenizer.save_pretrained(unfinished)
+
+
+def _checked_layers(model: PreTrainedModel) -> dict[str, W8A8Linear]:
+    """The 8-bit layers of a model that can be saved."""
     adapted = any(name.rpartition(".")[2] == "base_layer" for name, _ in model.named_modules())
     if adapted or not isinstance(model, PreTrainedModel):
         raise SmoothQuantError(
@@ -124,58 +158,39 @@ def save(
     layers = quantized_layers(model)
     if not layers:
         raise SmoothQuantError(f"{type(model).__name__} has no quantized layer; call quantize on it before saving")
-    is_explicit = any(layer.smooth is not None for layer in layers.values())
-    fmt = choose_format(format, [layer.scheme for layer in layers.values()], is_explicit)
     for name, layer in layers.items():
-        _check_scales(name, layer)
-    with quiet_transformers():
-        tensors = _Tensors(model, layers, fmt)
-        shards = _split(tensors.sizes, max_shard_size)
-        check_free_space(target, sum(tensors.sizes.values()))
-        with replace_directory(target) as staging:
-            try:
-                for file, names in shards.filename_to_tensors.items():
-                    save_file({name: tensors.read(name) for name in names}, staging / file, metadata={"format": "pt"})
-            except SafetensorError as error:
+        for kind in ("weight_scale", "input_scale", "smooth"):
+            scale = getattr(layer, kind)
+            if scale is not None and not bool((scale.isfinite() & (scale > 0)).all()):
                 raise SmoothQuantError(
-                    f"{target} could not be written: {first_line(error)}; free some space there or choose another place"
-                ) from error
-            if shards.is_sharded:
-                index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-                (staging / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            _write_configs(model, quantization_config(fmt, tensors.names.schemes, tensors.names.ignore), staging)
-            made = getattr(model, "smoothquant_record", None)
-            if made is not None:
-                (staging / RECORD).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-            schemes = [scheme for scheme, _ in Counter(layer.scheme for layer in layers.values()).most_common()]
-            text = model_card(target.name, fmt, schemes, count_quantized(model), made)
-            (staging / CARD).write_text(text, encoding="utf-8")
-            if tokenizer is not None:
-                tokenizer.save_pretrained(staging)
+                    f"{name}.{kind} is not positive and finite everywhere; the layer was quantized from damaged "
+                    "weights or activations, quantize the model again"
+                )
+    return layers
 
 
 class _Tensors:
-    """The tensors of a checkpoint by name: their sizes now, their contents one at a time when asked.
+    """The tensors of a checkpoint by name: sizes at once, contents one at a time by ``read``.
 
-    Packed weights are unpacked on the way to the file, so a save needs the memory of one shard.
+    Packed weights are unpacked when they are read, so a save needs the memory of one shard.
 
     Attributes:
-        sizes: bytes of each tensor.
-        names: what the layers are called in the checkpoint.
+        sizes: the bytes of each tensor.
+        names: the names of the layers in the checkpoint.
     """
 
     def __init__(self, model: PreTrainedModel, layers: Mapping[str, W8A8Linear], fmt: Format) -> None:
         self.sizes: dict[str, int] = {}
         self._readers: dict[str, Callable[[], Tensor]] = {}
-        plain = stored_tensors(model)
-        for name, tensor in plain.items():
+        floats = float_tensors(model)
+        for name, tensor in floats.items():
             if tensor.is_meta:
                 raise SmoothQuantError(f"{name} is offloaded to disk; load the model without offloading to save it")
             self._add(name, tensor.nbytes, partial(torch.Tensor.detach, tensor))
-        self.names = naming(model, layers, plain)
+        self.names = checkpoint_names(model, layers, floats)
         for path, layer in layers.items():
             name = self.names.layers[path]
-            for suffix, tensor in _small_tensors(layer, fmt).items():
+            for suffix, tensor in fmt.small_tensors(layer).items():
                 self._add(f"{name}.{suffix}", tensor.nbytes, partial(torch.Tensor.detach, tensor))
             size = layer.out_features * layer.in_features * layer.scheme.dtype.itemsize
             self._add(f"{name}.weight", size, layer.plain_weight)
@@ -188,33 +203,6 @@ class _Tensors:
         """The tensor on the CPU, contiguous, in a storage of its own (safetensors refuses shared ones)."""
         tensor = self._readers[name]().cpu().contiguous()
         return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
-def _small_tensors(layer: W8A8Linear, fmt: Format) -> dict[str, Tensor]:
-    """Scales and bias of a layer, named and shaped as the format wants them, whether or not the layer is packed."""
-    scale = layer.weight_scale.reshape(-1, 1)
-    if layer.scheme.weight == "channel" or fmt.name == "lmdeploy":
-        scale = scale.expand(layer.out_features, 1)
-    else:
-        scale = scale[0]
-    tensors = {
-        fmt.weight_scale: scale,
-        fmt.input_scale: layer.input_scale,
-        ZERO_POINT: None if layer.input_zero_point is None else layer.input_zero_point.to(torch.int8),
-        fmt.smooth: layer.smooth,
-        "bias": layer.bias,
-    }
-    return {suffix: tensor for suffix, tensor in tensors.items() if suffix is not None and tensor is not None}
-
-
-def _check_scales(name: str, layer: W8A8Linear) -> None:
-    for kind in ("weight_scale", "input_scale", "smooth"):
-        scale = getattr(layer, kind)
-        if scale is not None and not bool((scale.isfinite() & (scale > 0)).all()):
-            raise SmoothQuantError(
-                f"{name}.{kind} is not positive and finite everywhere; the layer was quantized from damaged weights or "
-                "activations, quantize the model again"
-            )
 
 
 def _split(sizes: Mapping[str, int], max_shard_size: int | str) -> StateDictSplit:
@@ -232,10 +220,10 @@ def _split(sizes: Mapping[str, int], max_shard_size: int | str) -> StateDictSpli
 def _write_configs(model: PreTrainedModel, quantization: dict[str, Any], directory: Path) -> None:
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.dtype = dtype_name(model.dtype)
     config.quantization_config = quantization
     if isinstance(model.get_output_embeddings(), W8A8Linear):
-        config.tie_word_embeddings = False  # its 8-bit weight is its own now
+        config.tie_word_embeddings = False  # the 8-bit weight is not that of the embedding
     config.to_json_file(directory / CONFIG)
     if model.can_generate():
         # Not save_pretrained: it refuses settings that many published models have (a temperature without sampling).

@@ -1,4 +1,4 @@
-"""The command line: arguments only. Heavy imports happen inside the commands, so that ``--help`` is instant."""
+"""The command line: arguments only. The commands import heavy modules themselves, so that ``--help`` is instant."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ for command in (
 def smoothquant(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
-    """Makes language models run in 8 bits: weights and activations, on real INT8 and FP8 kernels.
+    """Quantizes language models to 8 bits, weights and activations, and runs them on INT8 and FP8 kernels.
 
     First [bold]smoothquant quantize MODEL -o DIR[/bold], then [bold]smoothquant compare MODEL DIR[/bold] and
     [bold]smoothquant generate DIR "Once upon a time"[/bold].

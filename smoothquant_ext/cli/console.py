@@ -1,4 +1,4 @@
-"""How the command line talks: results on stdout; progress, warnings and errors, a sentence each, on stderr."""
+"""Output of the command line: results on stdout; progress, warnings and errors, a sentence each, on stderr."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ err = Console(stderr=True)
 
 
 class Commands(TyperGroup):
-    """A group of commands that says bad input in one red sentence, exit code 2, and warnings in one yellow one."""
+    """The commands. Bad input prints one sentence in red and exits with 2; a warning prints one in yellow."""
 
     def invoke(self, ctx: Any) -> Any:
         with warnings.catch_warnings():
@@ -34,7 +34,7 @@ class Commands(TyperGroup):
 
 @contextmanager
 def step(what: str, spinner: bool = True) -> Iterator[None]:
-    """Says what is going on, and afterwards how long it took; without a spinner where somebody else draws a bar."""
+    """Prints the name of a step and then its duration; no spinner while another library draws a progress bar."""
     start = time.perf_counter()
     if not spinner:
         err.print(f"{escape(what)} ...", soft_wrap=True, highlight=False)

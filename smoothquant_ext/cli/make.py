@@ -1,4 +1,4 @@
-"""The commands that make checkpoints."""
+"""The commands that write checkpoints: quantize, convert."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from .options import (
     Only,
     Rounding,
     Samples,
+    SchemeName,
     Seed,
     Seqlen,
     Skip,
@@ -30,7 +31,6 @@ from .options import (
 )
 from .support import (
     CALIBRATION_TEXT,
-    FORMATS,
     TEST_SAMPLES,
     add_to_card,
     choose,
@@ -52,14 +52,7 @@ def quantize(
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Directory to write; new, empty or a W8A8 checkpoint.")
     ],
-    scheme: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="int8, int8-static, fp8, fp8-static or fp8-e5m2. Activations get a scale per token at run time, or "
-            "with -static one per layer from calibration: a little less accurate.",
-        ),
-    ] = "int8",
+    scheme: SchemeName = "int8",
     alpha: AlphaOrAuto = None,
     no_smooth: NoSmooth = False,
     explicit: Explicit = False,
@@ -78,8 +71,8 @@ def quantize(
         str | None,
         typer.Option(
             metavar="TEXT",
-            help="Then also measure it beside MODEL on this text (64 windows), and write the results into its model "
-            "card. Give text that it was not calibrated on.",
+            help="Also compare the result with MODEL on this text (64 windows), and write the numbers into the model "
+            "card. Give another text than for --calib.",
         ),
     ] = None,
     seed: Seed = 0,
@@ -88,12 +81,12 @@ def quantize(
 
     Example: [bold]smoothquant quantize HuggingFaceTB/SmolLM2-135M -o smol-w8a8 --calib my_text.txt[/bold]
 
-    Needs a few thousand tokens of any text for calibration. What can be
-    smoothed is found by probing the model, and every change is proved to keep
-    its function. Output embedding and expert routers stay in floating point.
+    Calibration needs a few thousand tokens of text. The command probes the
+    model to find which layers can be smoothed, and undoes a change that alters
+    the output. Output embedding and expert routers stay in floating point.
     """
     from ..checkpoint import saving
-    from ..checkpoint.formats.base import choose_format
+    from ..checkpoint.formats.registry import choose_format, written_formats
     from ..quantization.pipeline import quantize as quantize_
     from ..quantization.recipe import AUTO, Recipe
     from ..reporting.tables import render_report
@@ -110,7 +103,7 @@ def quantize(
         tuple(skip or ()),
         tuple(only or ()),
     )
-    chosen = choose_format(choose("format", format, FORMATS), [recipe.resolved_scheme], explicit)
+    chosen = choose_format(choose("format", format, ("auto", *written_formats())), [recipe.resolved_scheme], explicit)
     stored = parse_dtype(dtype)
     target = saving.check_destination(output)
 
@@ -126,12 +119,12 @@ def quantize(
 
     out.print(render_report(network.smoothquant_report))
     files = sum(file.stat().st_size for file in output.glob("*.safetensors"))
-    out.print(f"Saved to {output}: {files / 1e6:.1f} MB of weights, {time.perf_counter() - start:.0f} s in all.")
+    out.print(f"Saved to {output}: {files / 1e6:.1f} MB of weights, {time.perf_counter() - start:.0f} s in total.")
     if tests is not None:
         measured = measure(model, network, output.name, tests)
         show(measured, as_json=False)
         add_to_card(output, str(test), measured)
-    out.print("What to run next:", style="bold")
+    out.print("Next:", style="bold")
     text = "" if calib == CALIBRATION_TEXT else f" --text {quoted(calib)}"
     out.print(f"  smoothquant compare {quoted(model)} {quoted(output)}{text}", soft_wrap=True, highlight=False)
     out.print(f'  smoothquant generate {quoted(output)} "Once upon a time"', soft_wrap=True, highlight=False)
@@ -144,19 +137,20 @@ def convert(
     ],
     format: StoredFormat = "auto",  # noqa: A002
 ) -> None:
-    """Stores a W8A8 checkpoint, whoever made it, in another format: the same 8-bit numbers, nothing rounded again.
+    """Writes a W8A8 checkpoint from any tool in another format, without rounding again.
 
     Example: [bold]smoothquant convert smol-w8a8 -o smol-lmdeploy --format lmdeploy[/bold]
 
     Reads compressed-tensors, LMDeploy, and the FP8 formats of vLLM, transformers, FBGEMM and ModelOpt.
     """
     from ..checkpoint import saving
+    from ..checkpoint.formats.registry import written_formats
     from ..checkpoint.naming import count_quantized
 
-    chosen = choose("format", format, FORMATS)
+    chosen = choose("format", format, ("auto", *written_formats()))
     target = saving.check_destination(output)
     if target == Path(source).resolve():
-        raise SmoothQuantError(f"{output} is what is to be converted; name another directory to write")
+        raise SmoothQuantError(f"--output is {output}, the checkpoint to convert; name another directory")
     network, tokenizer = load(source)
     if not count_quantized(network):
         raise SmoothQuantError(f"{source} is not quantized; run 'smoothquant quantize' on it")

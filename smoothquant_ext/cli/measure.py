@@ -1,4 +1,4 @@
-"""The commands that measure and show."""
+"""The commands that measure and show: eval, compare, inspect, report, info."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def eval(  # noqa: A001
     model: Model,
     text: Text = TEST_TEXT,
     reference: Annotated[
-        str | None, typer.Option(help="Also say how closely MODEL follows this one, usually its original.")
+        str | None, typer.Option(help="Also measure how closely MODEL follows this model, usually its original.")
     ] = None,
     samples: Samples = 64,
     seqlen: Seqlen = 512,
@@ -28,7 +28,7 @@ def eval(  # noqa: A001
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:
-    """Perplexity of a model on a text and, with --reference, how closely it follows another.
+    """Measures the perplexity of a model on a text and, with --reference, how closely it follows another model.
 
     Example: [bold]smoothquant eval smol-w8a8 --text book.txt --reference HuggingFaceTB/SmolLM2-135M[/bold]
     """
@@ -49,16 +49,16 @@ def eval(  # noqa: A001
 
 def compare(
     base: Annotated[
-        str, typer.Argument(metavar="BASE", help="The model to compare with: a directory, a hub id or a GGUF file.")
+        str, typer.Argument(metavar="BASE", help="The original model: a directory, a hub id or a GGUF file.")
     ],
-    quantized: Annotated[list[str], typer.Argument(metavar="QUANTIZED...", help="One or more models made from it.")],
+    quantized: Annotated[list[str], typer.Argument(metavar="QUANTIZED...", help="Models quantized from BASE.")],
     text: Text = TEST_TEXT,
     samples: Samples = 64,
     seqlen: Seqlen = 512,
-    prefill: Annotated[int, typer.Option(help="Tokens of the prompt when measuring speed.", min=1)] = 512,
-    decode: Annotated[int, typer.Option(help="Tokens generated after it when measuring speed.", min=1)] = 32,
-    rounds: Annotated[int, typer.Option(help="Rounds to take the median speed of; 0 measures no speed.", min=0)] = 5,
-    batch: Annotated[int, typer.Option(help="Prompts answered at once when measuring speed.", min=1)] = 1,
+    prefill: Annotated[int, typer.Option(help="Tokens of the prompt in the speed measurement.", min=1)] = 512,
+    decode: Annotated[int, typer.Option(help="Tokens generated after it in the speed measurement.", min=1)] = 32,
+    rounds: Annotated[int, typer.Option(help="Rounds of the speed measurement (median); 0: none.", min=0)] = 5,
+    batch: Annotated[int, typer.Option(help="Prompts answered together in the speed measurement.", min=1)] = 1,
     dtype: Dtype = "auto",
     seed: Seed = 0,
     card: Annotated[
@@ -66,12 +66,12 @@ def compare(
     ] = False,
     json_: Json = False,
 ) -> None:
-    """Puts models side by side: perplexity, agreement with BASE, size, and tokens per second of prompt and answer.
+    """Compares models: perplexity, agreement with BASE, size, and tokens per second of prompt and answer.
 
     Example: [bold]smoothquant compare HuggingFaceTB/SmolLM2-135M smol-w8a8 --text book.txt --dtype bfloat16[/bold]
 
-    All models see the same windows of text, and take turns when speed is
-    measured, with as many threads as OMP_NUM_THREADS says.
+    All models read the same windows of text. They take turns in the
+    measurement of speed. OMP_NUM_THREADS sets the number of threads.
     """
     from ..evaluation.accuracy import evaluate_all
     from ..evaluation.size import model_bytes
@@ -88,8 +88,8 @@ def compare(
     speeds = measure_speed(models, prefill, decode, rounds, batch, progress=True) if rounds else {}
     measured = [Measured(name, results[name], model_bytes(models[name]), speeds.get(name)) for name in models]
     show(measured, json_)
-    for own in measured[1:] if card else ():
-        add_to_card(Path(own.name), text, [measured[0], own])
+    for model in measured[1:] if card else ():
+        add_to_card(Path(model.name), text, [measured[0], model])
 
 
 def inspect(
@@ -98,18 +98,18 @@ def inspect(
     samples: Samples = 16,
     seqlen: Seqlen = 512,
     alpha: Alpha = None,
-    scheme: Annotated[str, typer.Option(help="Whose default alpha to use.")] = "int8",
+    scheme: Annotated[str, typer.Option(help="The scheme whose default alpha is used without --alpha.")] = "int8",
     plot: Annotated[
-        Path | None, typer.Option(help="Also draw it: a .png, .svg or .pdf file (needs matplotlib).")
+        Path | None, typer.Option(help="Also draw the outliers into this .png, .svg or .pdf file (needs matplotlib).")
     ] = None,
     dtype: Dtype = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Shows the activation outliers of every layer, before and after smoothing. Writes no model.
+    """Prints the activation outliers of every layer, before and after smoothing. Writes no model.
 
     Example: [bold]smoothquant inspect HuggingFaceTB/SmolLM2-135M --calib my_text.txt --plot outliers.png[/bold]
 
-    The number is the largest input channel over the median one: what a single 8-bit scale has to bridge.
+    The numbers are the largest input channel divided by the median one: the range that a single 8-bit scale must cover.
     """
     from ..quantization.recipe import Recipe
     from ..reporting.outliers import measure_outliers, outlier_table, plot_outliers
@@ -130,27 +130,27 @@ def report(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint that smoothquant quantize wrote.")],
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="The HTML file to write. Default: DIR's name and -report.html, here."),
+        typer.Option("-o", "--output", help="The HTML file to write. Default: DIR-report.html, in this directory."),
     ] = None,
     base: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL", help="The model it was made from: also measure both on TEXT, and show the results."
+            metavar="MODEL", help="The original model: also measure both models on --text, and show the results."
         ),
     ] = None,
     text: Text = TEST_TEXT,
     samples: Samples = 64,
     seqlen: Seqlen = 512,
-    rounds: Annotated[int, typer.Option(help="Rounds to take the median speed of; 0 measures no speed.", min=0)] = 5,
+    rounds: Annotated[int, typer.Option(help="Rounds of the speed measurement (median); 0: none.", min=0)] = 5,
     dtype: Dtype = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Writes one HTML page about a quantized model: what was done to it, its outliers, errors and exceptions.
+    """Writes an HTML page about a quantized model: outliers, alpha, errors, layers left in floating point.
 
     Example: [bold]smoothquant report smol-w8a8 -o report.html --base HuggingFaceTB/SmolLM2-135M --text book.txt[/bold]
 
-    The page needs nothing but itself: send it to whom you like. It is drawn from what the checkpoint says about how it
-    was made; only with --base are models run.
+    The page is one file without links to others. It shows what quantize recorded in the checkpoint; models run only
+    with --base.
     """
     from ..checkpoint.record import read_record
     from ..evaluation.accuracy import evaluate_all
@@ -165,7 +165,7 @@ def report(
     path = output or Path(f"{directory.resolve().name}-report.html")
     if not path.absolute().parent.is_dir():
         raise SmoothQuantError(f"{path} cannot be written: {path.absolute().parent} does not exist, make it first")
-    Pictures()  # says what is missing before any long work
+    Pictures()  # raises before any long work if matplotlib is missing
     measured: list[Measured] = []
     if base is not None:
         models: dict[str, nn.Module] = {}
@@ -181,7 +181,7 @@ def report(
 
 
 def info() -> None:
-    """Says which backend every operator uses on this machine, and why the better ones are not used.
+    """Prints the kernel of every op on this machine, and why faster kernels are not used.
 
     Example: [bold]smoothquant info[/bold]
     """
@@ -190,6 +190,6 @@ def info() -> None:
 
     try:
         rows = ops.info()
-    except RuntimeError as error:  # an instruction set that is not there was asked for
+    except RuntimeError as error:  # SMOOTHQUANT_CPU_ISA names an instruction set that this processor lacks
         raise SmoothQuantError(str(error).splitlines()[0]) from error
     out.print(info_table(rows))

@@ -1,18 +1,28 @@
-"""The options of the commands: what each is called and what ``--help`` says of it."""
+"""The options of the commands: names and help texts."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated
 
 import typer
 
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A model: a directory, a hub id, a GGUF file, or a W8A8 checkpoint.")
-]
+from ..checkpoint.formats.registry import written_formats  # imports torch, as the package does, but not transformers
+from ..scheme import SCHEMES
+
+
+def _default_alphas() -> str:
+    """The default of most schemes, and the exceptions by name."""
+    usual = Counter(scheme.alpha for scheme in SCHEMES.values()).most_common(1)[0][0]
+    others = [f"; {scheme.name}: {scheme.alpha:g}" for scheme in SCHEMES.values() if scheme.alpha != usual]
+    return f"Default: {usual:g}{''.join(others)}."
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="The model: a directory, a hub id or a GGUF file.")]
 Served = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A model: a directory or a hub id; W8A8 runs on 8-bit kernels.")
+    str, typer.Argument(metavar="MODEL", help="The model: a directory or a hub id; W8A8 runs on 8-bit kernels.")
 ]
-Device = Annotated[str, typer.Option(help="Where to run: cpu, or a GPU such as cuda:0.")]
+Device = Annotated[str, typer.Option(help="The device: cpu, or a GPU such as cuda:0.")]
 Text = Annotated[
     str,
     typer.Option(
@@ -25,95 +35,102 @@ Calib = Annotated[
     typer.Option(
         "--calib",
         help="Text to calibrate on: a text or jsonl file, a folder of them, or a dataset as NAME\\[/CONFIG]\\[:SPLIT]. "
-        "Text like what the model will be used on works best.",
+        "Text like the text the model will read later works best.",
     ),
 ]
-Samples = Annotated[int, typer.Option(help="How many windows of text, spread evenly over it.", min=1)]
+Samples = Annotated[int, typer.Option(help="Number of windows, spread evenly over the text.", min=1)]
 Seqlen = Annotated[int, typer.Option(help="Tokens in each window.", min=2)]
-Seed = Annotated[int, typer.Option(help="Decides where the windows begin; the same seed gives the same windows.")]
+Seed = Annotated[int, typer.Option(help="Seed of the windows' positions; the same seed gives the same windows.")]
 Dtype = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="float32, float16 or bfloat16: what the floating-point parts run in. auto: what the checkpoint was stored "
-        "in (a GGUF file: float32).",
+        help="Dtype of the floating-point parts: float32, float16 or bfloat16. auto: the checkpoint's dtype (of a GGUF "
+        "file: float32).",
     ),
 ]
 Alpha = Annotated[
     float | None,
     typer.Option(
-        help="How much of the outliers moves from the activations into the weights, 0 to 1. "
-        "Default: 0.5, for int8-static 0.8.",
+        help="How far smoothing moves outliers from activations to weights, 0 to 1. " + _default_alphas(),
     ),
 ]
 AlphaOrAuto = Annotated[
     str | None,
     typer.Option(
         metavar="NUMBER|auto",
-        help="How much of the outliers moves from the activations into the weights, 0 to 1. Default: 0.5, for "
-        "int8-static 0.8. auto: searches the best for each group of layers, on the real kernels, and rounds weights by "
-        "GPTQ; more accurate, takes minutes, and goes on where it stopped if it was cut off.",
+        help=f"How far smoothing moves outliers from activations to weights, 0 to 1. {_default_alphas()} "
+        "auto: searches the best alpha for each group of layers on the real kernels, and rounds weights by GPTQ. It is "
+        "more accurate and takes minutes; the same command resumes an interrupted search.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-NoSmooth = Annotated[bool, typer.Option("--no-smooth", help="Quantize without smoothing, to see its worth.")]
+NoSmooth = Annotated[bool, typer.Option("--no-smooth", help="Quantize without smoothing, to measure its effect.")]
 Explicit = Annotated[
     bool,
     typer.Option(
         "--explicit",
-        help="Also smooth where no layer before takes the scale, as after a GELU, and apply it at run time. Such "
-        "a checkpoint is for smoothquant-ext alone.",
+        help="Also smooth layers where no previous layer can absorb the scale, as after a GELU; it is then applied at "
+        "run time. Only smoothquant-ext reads such a checkpoint.",
     ),
 ]
 AutoSkip = Annotated[
     str | None,
     typer.Option(
         metavar="N|P%",
-        help="Measure what each layer costs, and leave the N worst, or P percent of all, in floating point (a "
-        "static scheme first tries a scale per token there).",
+        help="Measure how much each layer changes the predictions, and leave the worst N, or P percent, in floating "
+        "point. A static scheme first tries a scale per token for them.",
     ),
 ]
 MaxPplIncrease = Annotated[
     str | None,
     typer.Option(
         metavar="P%",
-        help="Leave as many of the worst layers out as keep the perplexity within P percent of the original's, on "
-        "calibration text that was held out.",
+        help="Leave as many layers in floating point as needed to keep the perplexity within P percent of the "
+        "original's, on held-out calibration text.",
     ),
 ]
 Rounding = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="How weights are rounded: nearest, clip or gptq. Default: nearest, with --alpha auto gptq.",
+        help="Rounding of weights: nearest, clip or gptq. Default: nearest; with --alpha auto: gptq.",
     ),
 ]
 Clipping = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="How static activation scales are chosen: absmax, percentile, mse, kl, or auto, the best of these by "
-        "measured error. Default: absmax, with --alpha auto auto.",
+        help="Choice of static activation scales: absmax, percentile, mse, kl, or auto, the one with the smallest "
+        "measured error. Default: absmax; with --alpha auto: auto.",
     ),
 ]
 Skip = Annotated[
     list[str] | None,
-    typer.Option(help="Leave layers whose name matches, like '*.down_proj' or 'layers.0.*', in floating point."),
+    typer.Option(help="Leave layers with a matching name, like '*.down_proj' or 'layers.0.*', in floating point."),
 ]
-Only = Annotated[list[str] | None, typer.Option(help="Quantize only layers whose name matches.")]
+Only = Annotated[list[str] | None, typer.Option(help="Quantize only layers with a matching name.")]
 StoredDtype = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="float32, float16 or bfloat16: what embeddings, norms and all else that stays in floating point is "
-        "stored and run in. auto: the checkpoint's own dtype if that has 16 bits, else bfloat16.",
+        help="Dtype of embeddings, norms and everything else in floating point: float32, float16 or bfloat16. auto: "
+        "the checkpoint's dtype if that has 16 bits, else bfloat16.",
     ),
 ]
 StoredFormat = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="compressed-tensors, which vLLM, SGLang and transformers read, or lmdeploy. auto: the former, or the one "
-        "that can store the model: lmdeploy for fp8-e5m2, smoothquant-ext for --explicit.",
+        help="; ".join(f"{name}, read by {fmt.read_by}" for name, fmt in written_formats().items())
+        + ". auto: the first of these that can store the model.",
+    ),
+]
+SchemeName = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help=f"{', '.join(SCHEMES)}. Activations have one scale per token, computed at run time. With -static they "
+        "have one scale per layer, from calibration, which is less accurate.",
     ),
 ]

@@ -1,4 +1,4 @@
-"""The commands that let a model talk."""
+"""The commands that run a model: generate, serve, chat."""
 
 from __future__ import annotations
 
@@ -15,24 +15,22 @@ from .support import KV_CACHES, choose, load, parse_dtype
 
 def generate(
     model: Model,
-    prompt: Annotated[
-        str, typer.Argument(metavar="PROMPT", help="What the model is to continue, or with --chat, to answer.")
-    ],
-    max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.", min=1)] = 128,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue or, with --chat, to answer.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after this number of tokens.", min=1)] = 128,
     temperature: Annotated[
-        float, typer.Option(help="0 always takes the likeliest token; higher is more adventurous.", min=0.0)
+        float, typer.Option(help="0 always takes the likeliest token; higher values are more random.", min=0.0)
     ] = 0.0,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Treat PROMPT as a message to an instruction-tuned model.")
+        bool, typer.Option("--chat", help="Send PROMPT as a message to an instruction-tuned model.")
     ] = False,
     kv_cache: Annotated[
         str,
-        typer.Option(help="int8 keeps what the model remembers of the text in 8 bits: about half the memory of auto."),
+        typer.Option(help="int8: cache keys and values in INT8, in about half the memory of auto."),
     ] = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Continues a prompt, word by word.
+    """Continues a prompt and prints the words as they come.
 
     Example: [bold]smoothquant generate smol-w8a8 "The state of our union is" --max-new-tokens 40[/bold]
     """
@@ -46,13 +44,13 @@ def generate(
 
         use_int8_cache_(network)
     if chat and not getattr(tokenizer, "chat_template", None):
-        raise SmoothQuantError(f"{model} has no chat template, so it is no chat model: leave --chat out")
+        raise SmoothQuantError(f"{model} has no chat template, so it is not a chat model: leave out --chat")
     if chat:
         messages = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
     if inputs.input_ids.shape[1] == 0:
-        raise SmoothQuantError("the prompt is empty: give the model something to continue")
+        raise SmoothQuantError("the prompt is empty: give a text to continue")
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     start = time.perf_counter()
@@ -71,57 +69,57 @@ def generate(
 def serve(
     model: Served,
     host: Annotated[
-        str, typer.Option(help="Address to listen on. The default is for this machine alone; 0.0.0.0 is for everyone.")
+        str, typer.Option(help="Address to listen on. The default accepts this machine only; 0.0.0.0 accepts all.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
     continuous_batching: Annotated[
         bool,
         typer.Option(
             "--continuous-batching",
-            help="Answer requests together, in one growing and shrinking batch, instead of one after the other: "
-            "better for many at a time, slower for one.",
+            help="Answer requests together in one batch instead of one after the other: faster for many requests at a "
+            "time, slower for a single one.",
         ),
     ] = False,
     cache_tokens: Annotated[
         int | None,
         typer.Option(
-            help="With --continuous-batching: room for so many tokens, of all requests. Default: 16384.", min=256
+            help="With --continuous-batching: tokens in the cache for all requests together. Default: 16384.", min=256
         ),
     ] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
 ) -> None:
-    """Serves a model over HTTP, as OpenAI's API: chat, completions, streaming. Ctrl-C or SIGTERM ends it.
+    """Starts an OpenAI-compatible HTTP server: chat, completions, streaming. Ctrl-C or SIGTERM ends it.
 
     Example: [bold]smoothquant serve smol-w8a8 --port 8000[/bold]
 
-    Then any client works: base URL http://127.0.0.1:8000/v1, any API key, and MODEL as the model's name. GET /health
-    says whether it is up. It is transformers' own server, on 8-bit kernels; it needs smoothquant-ext\\[serve].
+    Clients need the base URL http://127.0.0.1:8000/v1, any API key, and MODEL as the model's name. GET /health returns
+    200 while the server is up. This is transformers' server with 8-bit kernels; it needs smoothquant-ext\\[serve].
     """
     from ..integrations import serving
 
     parse_dtype(dtype)
     if cache_tokens is not None and not continuous_batching:
-        raise SmoothQuantError("--cache-tokens is for --continuous-batching: give both or neither")
+        raise SmoothQuantError("--cache-tokens needs --continuous-batching: give both or neither")
     room = (cache_tokens or serving.CACHE_TOKENS) if continuous_batching else None
     serving.serve(model, host, port, dtype, device, room)
 
 
 def chat(
     model: Served,
-    system: Annotated[str | None, typer.Option(help="What the model is told about its role.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 512,
+    system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 512,
     temperature: Annotated[
-        float, typer.Option(help="0 always takes the likeliest token; higher is more adventurous.", min=0.0)
+        float, typer.Option(help="0 always takes the likeliest token; higher values are more random.", min=0.0)
     ] = 0.0,
     device: Device = "cpu",
     dtype: Dtype = "auto",
 ) -> None:
-    """Talks with an instruction-tuned model, in the terminal. !help lists what else one can say.
+    """Starts a chat with an instruction-tuned model in the terminal. Type !help for the chat's commands.
 
     Example: [bold]smoothquant chat smol-w8a8[/bold]
 
-    It is transformers' own chat, with a server for itself on this machine; it needs smoothquant-ext\\[serve].
+    This is transformers' chat with a local server on 8-bit kernels; it needs smoothquant-ext\\[serve].
     """
     from ..integrations import serving
 

@@ -1,4 +1,4 @@
-"""What several commands do: load models, read text, understand values, show results."""
+"""The steps that several commands share: loading models, reading text, parsing values, showing results."""
 
 from __future__ import annotations
 
@@ -22,13 +22,12 @@ CALIBRATION_TEXT = "Salesforce/wikitext/wikitext-2-raw-v1:train"
 TEST_TEXT = "Salesforce/wikitext/wikitext-2-raw-v1:test"
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 KV_CACHES = ("auto", "int8")
-FORMATS = ("auto", "compressed-tensors", "lmdeploy", "smoothquant-ext")
 TEST_SAMPLES = 64  # windows
 
 
 def load(source: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
-    """A model ready to run and its tokenizer."""
-    # transformers draws bars of its own when it downloads or dequantizes.
+    """Loads a model, ready to run, and its tokenizer."""
+    # While it downloads or dequantizes, transformers draws progress bars.
     with step(f"Loading {source}", spinner=Path(source).is_dir()):
         from ..models import load_model
 
@@ -43,20 +42,20 @@ def read_windows(tokenizer: Any, text: str, samples: int, seqlen: int, seed: int
         return token_windows(tokenizer, text, samples, seqlen, seed)
 
 
-def stored_dtype(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    """What floating-point parts are saved in: 8-bit layers beside 32-bit ones would be slow and large."""
+def stored_dtype(loaded: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """The dtype of the saved floating-point parts. The default has 16 bits: 32 would be slow and large."""
     import torch
 
-    return wanted or (own if own.itemsize == 2 else torch.bfloat16)
+    return wanted or (loaded if loaded.itemsize == 2 else torch.bfloat16)
 
 
 def name_of_text(source: str) -> str:
-    """What a text is called, without the folders it lies in here."""
+    """The name of a text without the folders of this machine."""
     return Path(source).name if Path(source).exists() else source
 
 
 def measure(base: str, quantized: Any, name: str, windows: Tensor) -> list[Measured]:
-    """The model that ``quantized`` was made from, loaded again, and ``quantized`` itself, on windows of text."""
+    """Measures ``base``, loaded again, and ``quantized``, which was made from it, on windows of text."""
     from ..evaluation.accuracy import evaluate_all
     from ..evaluation.size import model_bytes
     from ..reporting.tables import Measured
@@ -68,13 +67,13 @@ def measure(base: str, quantized: Any, name: str, windows: Tensor) -> list[Measu
 
 
 def add_to_card(directory: Path, text: str, measured: list[Measured]) -> None:
-    """Writes into a checkpoint's model card how it compares with the first of two models that were measured."""
+    """Writes the results of the second of two models, compared with the first, into its model card."""
     from ..checkpoint.model_card import add_measured, measured_facts
 
-    base, own = measured
-    rows = [measured_facts(name_of_text(text), Path(base.name).name, own.evaluation)]
+    base, quantized = measured
+    rows = [measured_facts(name_of_text(text), Path(base.name).name, quantized.evaluation)]
     add_measured(directory, rows)
-    out.print(f"Results are in {directory / 'README.md'}.", soft_wrap=True, highlight=False)
+    out.print(f"The results are in {directory / 'README.md'}.", soft_wrap=True, highlight=False)
 
 
 def show(models: list[Measured], as_json: bool) -> None:
@@ -100,7 +99,7 @@ def parse_dtype(name: str) -> torch.dtype | None:
 
 
 def choose(option: str, value: str, allowed: tuple[str, ...]) -> str | None:
-    """The value, ``None`` for auto."""
+    """Checks the value of an option; ``None`` for auto."""
     if value not in allowed:
         raise SmoothQuantError(f"--{option} is {value!r}, expected one of {', '.join(allowed)}")
     return None if value == "auto" else value
@@ -123,5 +122,5 @@ def parse_count_or_share(option: str, value: str) -> float:
 
 
 def quoted(argument: object) -> str:
-    """As a shell wants it."""
+    """Quotes an argument for a shell."""
     return shlex.quote(str(argument))

@@ -1,1 +1,1 @@
-"""How accurate, fast and large a model is."""
+"""Measures accuracy, speed and size of a model."""

@@ -1,4 +1,4 @@
-"""How good a model is: perplexity, and agreement with a reference."""
+"""Accuracy of a model: perplexity, and agreement with a reference."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from ..probing.blocks import Batch, run_model, token_ids
 from ..progress import track
 
 CHUNK = 64
-"""Rows of logits that are raised to fp32 at a time: a copy of all of them would double the memory of evaluation."""
+"""Rows of logits that are cast to fp32 at a time: a copy of all rows would double the memory of evaluation."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model does on a text. Every ``*_error`` is the standard error over windows, ``None`` for one window.
+    """The results of a model on a text. Every ``*_error`` is the standard error over windows, ``None`` for one window.
 
     Attributes:
-        tokens: how many tokens were predicted: all of each window but its first.
+        tokens: number of predicted tokens: all of each window except its first.
         perplexity: exp of the mean negative log likelihood per token.
-        change: perplexity relative to the reference's, minus 1; its error is that of the pairwise difference.
+        change: perplexity divided by the reference's, minus 1; its error is that of the pairwise difference.
         kl: mean KL(reference || model) per token, in nats.
         top1: share of the positions at which model and reference find the same token likeliest.
 
-    The last three are ``None`` without a reference.
+    ``change``, ``kl`` and ``top1`` are ``None`` without a reference.
     """
 
     tokens: int
@@ -47,7 +47,7 @@ class Evaluation:
 def evaluate(
     model: nn.Module, windows: Tensor, reference: nn.Module | None = None, progress: bool = False
 ) -> Evaluation:
-    """Perplexity of a causal LM on windows of tokens and, with a reference model, how closely it follows that one.
+    """Measures a causal LM on windows of tokens: perplexity and, with a reference, how closely it follows that model.
 
     Args:
         model: a transformers causal LM.
@@ -56,8 +56,8 @@ def evaluate(
         progress: whether to show a progress bar on stderr.
 
     Raises:
-        SmoothQuantError: windows of a wrong shape or with tokens the model does not know, models with different
-            vocabularies, a NaN in the logits.
+        SmoothQuantError: windows of a wrong shape or with tokens outside the model's vocabulary, models with different
+            vocabularies, logits that are not finite.
     """
     return evaluate_all({"the model": model}, windows, reference, progress)["the model"]
 
@@ -65,9 +65,9 @@ def evaluate(
 def evaluate_all(
     models: Mapping[str, nn.Module], windows: Tensor, reference: nn.Module | None = None, progress: bool = False
 ) -> dict[str, Evaluation]:
-    """``evaluate`` for several models on the same windows; the reference runs once per window, and may be among them.
+    """``evaluate`` for several models on the same windows. The reference runs once per window; it may be one of them.
 
-    No more than one window's logits of the reference and of one model are held at a time.
+    Memory holds the logits of one window at a time: the reference's and one model's.
     """
     _check_windows(models if reference is None else {"the reference": reference, **models}, windows)
     tallies = {name: Tally() for name in models}
@@ -80,14 +80,14 @@ def evaluate_all(
 def _evaluate_window(
     models: Mapping[str, nn.Module], window: Tensor, reference: nn.Module | None, tallies: dict[str, Tally]
 ) -> None:
-    """Adds one window [1, T] to the tallies; a function of its own, so that its logits are gone before the next."""
+    """Adds one window [1, T] to the tallies. When it returns, the memory of the logits is free for the next window."""
     expected = None if reference is None else _logits(reference, window)
     for name, model in models.items():
         logits = expected if expected is not None and model is reference else _logits(model, window)
         if expected is not None and logits.shape != expected.shape:
             raise SmoothQuantError(
                 f"{name} has a vocabulary of {logits.shape[-1]} and the reference one of {expected.shape[-1]}: "
-                "compare a model with the one it was made from"
+                "compare a quantized model with its original"
             )
         tally = tallies[name]
         tally.add(window, logits, expected)
@@ -97,12 +97,12 @@ def _evaluate_window(
                     f"{culprit} gives logits that are not finite on window {len(nll) - 1}: "
                     "it is damaged, or overflows in its dtype"
                 )
-        del logits  # before the next model makes its own
+        del logits  # before the next model computes its logits
 
 
 @dataclass
 class Tally:
-    """Means per window of what is measured per token."""
+    """The mean of each measure over the tokens of a window, one value a window."""
 
     nll: list[float] = field(default_factory=list)
     reference_nll: list[float] = field(default_factory=list)
@@ -123,9 +123,7 @@ class Tally:
                 continue
             log_p = torch.log_softmax(expected[part].to(logits.device).float(), dim=-1)
             reference_nll -= float(log_p.gather(1, label).sum(dtype=torch.float64))
-            # p log(p / q) is 0 where p is: some models mask unused tokens with -inf.
-            terms = (log_p.exp() * (log_p - log_q)).masked_fill_(log_p == -math.inf, 0.0)
-            kl += float(terms.sum(dtype=torch.float64))
+            kl += _sum_kl(log_p, log_q)
             top1 += int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
         self.nll.append(nll / count)
         if expected is not None:
@@ -141,7 +139,7 @@ class Tally:
         if not self.kl:
             return Evaluation(tokens, perplexity, _times(perplexity, nll_error))
         difference, difference_error = _mean_and_error(
-            [own - reference for own, reference in zip(self.nll, self.reference_nll, strict=True)]
+            [nll - reference for nll, reference in zip(self.nll, self.reference_nll, strict=True)]
         )
         return Evaluation(
             tokens,
@@ -164,7 +162,7 @@ def _logits(model: nn.Module, window: Tensor) -> Tensor:
 def _check_windows(models: Mapping[str, nn.Module], windows: Tensor) -> None:
     if windows.dim() != 2 or windows.shape[0] < 1 or windows.shape[1] < 2 or windows.is_floating_point():
         raise SmoothQuantError(
-            f"windows are {windows.dtype} {list(windows.shape)}, expected token ids [samples, T] with T of 2 at least"
+            f"windows are {windows.dtype} {list(windows.shape)}, expected token ids [samples, T] with T >= 2"
         )
     for name, model in models.items():
         rows = _embedding_rows(model)
@@ -201,7 +199,7 @@ def _times(factor: float, error: float | None) -> float | None:
 
 @torch.no_grad()
 def log_likelihood(model: nn.Module, batches: Iterable[Batch]) -> float:
-    """Mean log likelihood per token of batches of token ids [B, T]."""
+    """Mean log likelihood per predicted token, in nats, of batches of token ids [B, T]."""
     total, count = 0.0, 0
     for batch in batches:
         log_q = log_probabilities(model, batch)[:, :-1]
@@ -212,18 +210,24 @@ def log_likelihood(model: nn.Module, batches: Iterable[Batch]) -> float:
 
 
 def mean_kl(log_p: Tensor, log_q: Tensor) -> float:
-    """Mean over positions of KL(p || q), nats; log probabilities [B, T, V]."""
+    """Mean over positions of KL(p || q), in nats, from log probabilities [B, T, V]."""
     log_p, log_q = log_p.flatten(0, -2), log_q.flatten(0, -2)
     total = 0.0
     for p, q in zip(log_p.split(CHUNK), log_q.split(CHUNK), strict=True):
-        # p log(p / q) is 0 where p is: some models mask unused tokens with -inf.
-        terms = (p.exp() * (p - q)).masked_fill_(p == -torch.inf, 0.0)
-        total += float(terms.sum(dtype=torch.float64))
+        total += _sum_kl(p, q)
     return total / len(log_p)
+
+
+def _sum_kl(log_p: Tensor, log_q: Tensor) -> float:
+    """Sum over positions [M, V] of KL(p || q), nats."""
+    # p log(p / q) is 0 where p is: some models mask unused tokens with -inf.
+    terms = (log_p.exp() * (log_p - log_q)).masked_fill_(log_p == -math.inf, 0.0)
+    return float(terms.sum(dtype=torch.float64))
 
 
 @torch.no_grad()
 def log_probabilities(model: nn.Module, batch: Batch) -> Tensor:
+    """Log probabilities, fp32 [B, T, V], of every token at every position of a batch."""
     output = run_model(model, batch)
     logits: Tensor = output if isinstance(output, Tensor) else output.logits
     return torch.log_softmax(logits.float(), dim=-1)

@@ -1,4 +1,4 @@
-"""How large a model is: bytes."""
+"""Size of a model in bytes."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from ..nn.linear import W8A8Linear
 
 @dataclass(frozen=True)
 class ModelBytes:
-    """Bytes of a model's weights: of its decoder blocks, and of everything."""
+    """Bytes of a model's weights: of its decoder blocks, and of the whole model."""
 
     decoder: int
     total: int
 
 
 def model_bytes(model: nn.Module) -> ModelBytes:
-    """What the weights of a model take in a checkpoint: parameters and persistent buffers, tied ones once.
+    """Counts the bytes of a model's weights in a checkpoint: parameters and persistent buffers, tied ones once.
 
-    8-bit layers count as they are stored, [N, K] and scales, whether or not they are packed for the CPU in memory.
+    An 8-bit layer counts as stored, [N, K] and scales, even if its weight in memory is packed for the CPU.
     """
-    seen: set[int] = set()
+    counted: set[int] = set()
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     decoder = total = 0
     for name, module in model.named_modules():
-        size = _own_bytes(module, seen)
+        size = _bytes_without_children(module, counted)
         total += size
         if any(name.startswith(f"{block_list}.") for block_list in lists):
             decoder += size
     return ModelBytes(decoder, total)
 
 
-def _own_bytes(module: nn.Module, seen: set[int]) -> int:
+def _bytes_without_children(module: nn.Module, counted: set[int]) -> int:
     buffers = {k: v for k, v in module.named_buffers(recurse=False) if k not in module._non_persistent_buffers_set}
     if isinstance(module, W8A8Experts):
         stored = module.stored_bytes()
@@ -46,7 +46,7 @@ def _own_bytes(module: nn.Module, seen: set[int]) -> int:
     else:
         stored = 0
     for tensor in [*module.parameters(recurse=False), *buffers.values()]:
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
+        if id(tensor) not in counted:
+            counted.add(id(tensor))
             stored += tensor.nbytes
     return stored

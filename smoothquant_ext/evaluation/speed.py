@@ -1,4 +1,4 @@
-"""How fast a model is: tokens per second."""
+"""Speed of a model in tokens per second."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ def measure_speed(
 ) -> dict[str, Speed]:
     """Times causal LMs as ``generate`` runs them: a prompt with logits of its last token only, then token by token.
 
-    The models take turns, in an order that rotates from round to round, so that a disturbance of the machine meets
-    them all. One more round runs first and is thrown away. torch's thread count is left as it is.
+    The models take turns in an order that rotates from round to round, so that a disturbance of the machine affects
+    all of them. A first round warms up and does not count. torch's thread count does not change.
 
     Args:
         models: transformers causal LMs by name, on any device.
         prefill: tokens of a prompt.
         decode: tokens generated after it with a key-value cache.
-        rounds: how many rounds to take the median of.
-        batch: prompts that are answered at once.
+        rounds: number of rounds; ``Speed`` gives their median.
+        batch: number of prompts answered together.
         progress: whether to show a progress bar on stderr.
 
     Raises:
@@ -87,7 +87,7 @@ def measure_speed(
 
 @torch.no_grad()
 def _time_generation(model: nn.Module, batch: int, prefill: int, decode: int) -> tuple[float, float]:
-    """Seconds for the prompts, and for the tokens after them."""
+    """Seconds for the prompts and seconds for the generated tokens."""
     device = _device(model)
     vocabulary = _embedding_rows(model) or 2
     prompt = torch.randint(vocabulary, (batch, prefill), generator=torch.Generator().manual_seed(0)).to(device)

@@ -22,6 +22,7 @@ from ..nn.grad import needs_grad
 from ..nn.int8_kv_cache import Int8Layer
 from ..nn.kv_cache import Buffers, GrowingLayer
 from ..nn.linear import W8A8Linear
+from ..probing.hooks import hooked
 from .mixin import fused_class
 from .mlp import FusedMLP
 from .rms_norm import FusedRMSNorm
@@ -149,7 +150,7 @@ def fuse_layers_(model: PreTrainedModel) -> list[str]:
     """Fuses the decoder layers of a model whose norms, MLPs and attention are fused already; their names."""
     candidates = {name: list(_candidates(module)) for name, module in model.named_modules()}
     candidates = {name: parts for name, parts in candidates.items() if parts}
-    calls = _record_calls(model, candidates) if candidates else {}
+    calls = _capture_calls(model, candidates) if candidates else {}
     fused = []
     for name, (args, kwargs, expected) in calls.items():
         layer = model.get_submodule(name)
@@ -205,23 +206,17 @@ def _candidates(layer: nn.Module) -> Iterator[Parts]:
             yield Parts(norm, attention, post_norm, mlp, (q, k, v, o), heads)
 
 
-def _record_calls(model: PreTrainedModel, names: Any) -> dict[str, tuple[tuple[Any, ...], dict[str, Any], Tensor]]:
+def _capture_calls(model: PreTrainedModel, names: Any) -> dict[str, tuple[tuple[Any, ...], dict[str, Any], Tensor]]:
     """Arguments and result of every named layer in one pass over three tokens; only of those that return a tensor."""
     calls = {}
-    handles = []
-    for name in names:
 
-        def record(_module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
-            if isinstance(output, Tensor):
-                calls[name] = (args, dict(kwargs), output)
+    def capture(name: str, args: Any, kwargs: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            calls[name] = (args, dict(kwargs), output)
 
-        handles.append(model.get_submodule(name).register_forward_hook(record, with_kwargs=True))
     try:
-        with torch.no_grad():
+        with hooked({name: model.get_submodule(name) for name in names}, after=capture), torch.no_grad():
             model(input_ids=torch.arange(3).unsqueeze(0), use_cache=False)
     except Exception:  # a model that wants other inputs runs module by module
         return {}
-    finally:
-        for handle in handles:
-            handle.remove()
     return calls

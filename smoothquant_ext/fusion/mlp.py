@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -14,8 +13,11 @@ from ..activations import ACTIVATIONS
 from ..nn.grad import needs_grad
 from ..nn.linear import W8A8Linear, have_one_input_scale
 from ..packing import PANEL
-from ..probing.hooks import output_of
-from ..probing.numerics import agrees
+from ..probing.hooks import hooked, output_of
+from ..probing.numerics import same_elements
+
+# Of the last layer's input, in the dtype of the activations: the activation, a cast, a product and another cast.
+ROUNDINGS = 4
 
 
 class Roles(NamedTuple):
@@ -88,16 +90,12 @@ def _find_roles(module: nn.Module, linears: dict[str, W8A8Linear], width: int) -
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
 
-    def record(name: str, _module: nn.Module, args: Any, output: Tensor) -> None:
+    def capture(name: str, args: Any, _kwargs: Any, output: Tensor) -> None:
         inputs[name], outputs[name] = args[0], output
 
-    handles = [child.register_forward_hook(functools.partial(record, name)) for name, child in linears.items()]
     noise = torch.randn(3, width, generator=torch.Generator().manual_seed(0)) * 2
-    try:
+    with hooked(linears, after=capture):
         result = output_of(module, noise.to(_float_dtype(module)))
-    finally:
-        for handle in handles:
-            handle.remove()
     if result is None or set(outputs) != set(linears):
         return None
     *first, down = outputs  # in the order in which they ran
@@ -108,7 +106,7 @@ def _find_roles(module: nn.Module, linears: dict[str, W8A8Linear], width: int) -
     matches = {
         roles: _share_of_equal(inputs[down], values)
         for roles, values in _candidates(first, down, outputs, linears)
-        if agrees(inputs[down], values)
+        if same_elements(inputs[down], values, ROUNDINGS)
     }
     return max(matches, key=matches.__getitem__) if matches else None
 

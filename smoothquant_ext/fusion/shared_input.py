@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from .. import ops
 from ..nn.linear import W8A8Linear, have_one_input_scale
+from ..probing.hooks import hooked
 
 
 class SharedInput:
@@ -67,28 +68,21 @@ def share_inputs_(model: nn.Module) -> list[str]:
 
 def _same_inputs(model: PreTrainedModel, layers: dict[str, W8A8Linear]) -> list[list[str]]:
     """Names of layers that got the same tensor, in the order of their calls, and can be computed together."""
-    seen: list[tuple[Tensor, list[str]]] = []  # holds the tensors, so that none takes the place of another
+    inputs: list[tuple[Tensor, list[str]]] = []  # holds the tensors, so that none takes the place of another
 
-    def record(name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if seen and seen[-1][0] is args[0]:
-                seen[-1][1].append(name)
-            else:
-                seen.append((args[0], [name]))
+    def note(name: str, args: tuple[Tensor, ...], _kwargs: Any) -> None:
+        if inputs and inputs[-1][0] is args[0]:
+            inputs[-1][1].append(name)
+        else:
+            inputs.append((args[0], [name]))
 
-        return hook
-
-    handles = [layer.register_forward_pre_hook(record(name)) for name, layer in layers.items()]
     try:
-        with torch.no_grad():
+        with hooked(layers, before=note), torch.no_grad():
             model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
     except Exception:  # a model that wants other inputs runs its layers one by one
         return []
-    finally:
-        for handle in handles:
-            handle.remove()
-    calls = [name for _, names in seen for name in names]
-    groups = [[name for name in names if calls.count(name) == 1] for _, names in seen]
+    calls = [name for _, names in inputs for name in names]
+    groups = [[name for name in names if calls.count(name) == 1] for _, names in inputs]
     return [group for group in groups if len(group) > 1 and _fit_together([layers[name] for name in group])]
 
 

@@ -1,1 +1,1 @@
-"""Other people's programs on 8-bit kernels: transformers' from_pretrained, PEFT, its server and chat."""
+"""8-bit kernels in other programs: transformers' from_pretrained, its server and chat, and PEFT."""

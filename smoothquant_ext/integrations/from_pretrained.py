@@ -1,7 +1,7 @@
-"""transformers with 8-bit kernels: after ``enable()``, its own ``from_pretrained`` runs W8A8 checkpoints on ours.
+"""transformers with 8-bit kernels: after ``enable()``, its ``from_pretrained`` runs W8A8 checkpoints on them.
 
-transformers looks up the ``quant_method`` of a checkpoint in a table. ``enable`` puts itself in the entries under which
-W8A8 is found: what is W8A8 it loads, everything else it hands on to whoever was there before.
+transformers looks up the ``quant_method`` of a checkpoint in a table of configuration classes. ``enable`` replaces the
+entries that can hold W8A8. Such an entry loads W8A8 checkpoints and passes all others to the class that it replaced.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ from typing import Any
 
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from ..checkpoint.formats.registry import METHODS, parse_quantization_config
+from ..checkpoint.formats.registry import parse_quantization_config, quant_methods
 from ..checkpoint.hf_quantizer import W8A8Config
 from ..errors import SmoothQuantError
 from .lora import forget_adapters, use_adapters
 
 
 class _Entry:
-    """Takes the place of a configuration class in transformers' table; ``former`` is that class, if there was one."""
+    """Replaces a configuration class in transformers' table; ``former`` is that class, if there was one."""
 
     def __init__(self, method: str, former: Any) -> None:
         self.method = method
         self.former = former
 
     def from_dict(self, config: dict[str, Any], **kwargs: Any) -> Any:
-        """Our configuration if the checkpoint is W8A8, else the former class's."""
+        """Returns a ``W8A8Config`` if the checkpoint is W8A8, else the former class's configuration."""
         try:
             parse_quantization_config(config, "config.json")
         except SmoothQuantError:
@@ -45,21 +45,21 @@ class _Entry:
 def enable() -> None:
     """Makes transformers load W8A8 checkpoints into 8-bit kernels, in this process, until ``disable``.
 
-    From then on ``AutoModelForCausalLM.from_pretrained(directory_or_hub_id, ...)``, and whatever calls it (pipelines,
-    the server, PEFT), gives a model like that of ``smoothquant_ext.load``. Float weights never exist while it loads;
-    ``device_map`` and ``dtype`` work as ever, and ``save_pretrained`` writes compressed-tensors. Checkpoints that are
-    quantized in other ways load as before. A ``quantization_config`` beside a W8A8 checkpoint is refused. PEFT, if it
-    is installed, learns to put LoRA adapters on the 8-bit layers. Calling it again changes nothing.
+    ``AutoModelForCausalLM.from_pretrained(directory_or_hub_id, ...)``, and everything that calls it (pipelines, the
+    server, PEFT), then returns a model like that of ``smoothquant_ext.load``. Loading never creates the float weights.
+    ``device_map`` and ``dtype`` keep working, and ``save_pretrained`` writes compressed-tensors. Checkpoints with other
+    quantization load as before. The argument ``quantization_config`` raises an error for a W8A8 checkpoint. If PEFT is
+    installed, it can put LoRA adapters on the 8-bit layers. A second call changes nothing.
     """
     use_adapters()
-    for method in METHODS:
+    for method in quant_methods():
         former = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
         if not isinstance(former, _Entry):
             AUTO_QUANTIZATION_CONFIG_MAPPING[method] = _Entry(method, former)
 
 
 def disable() -> None:
-    """Takes back ``enable``: transformers loads W8A8 checkpoints in its own ways again."""
+    """Undoes ``enable``: transformers loads W8A8 checkpoints as without this package."""
     forget_adapters()
     for method, entry in list(AUTO_QUANTIZATION_CONFIG_MAPPING.items()):
         if isinstance(entry, _Entry):

@@ -1,4 +1,4 @@
-"""PEFT's LoRA adapters on 8-bit layers: the base stays as it is, and the adapter is computed beside it, in floats."""
+"""PEFT's LoRA adapters on 8-bit layers: the base does not change, the adapter runs beside it in floating point."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..nn.linear import W8A8Linear
 
 
 def use_adapters() -> bool:
-    """Teaches PEFT, where it is installed, to put LoRA adapters on ``W8A8Linear``; whether it is installed."""
+    """Lets PEFT put LoRA adapters on ``W8A8Linear``; returns whether PEFT is installed."""
     if importlib.util.find_spec("peft") is None:
         return False
     lora_model: Any = importlib.import_module("peft.tuners.lora.model")
@@ -25,14 +25,14 @@ def use_adapters() -> bool:
 
 
 def forget_adapters() -> None:
-    """Takes back ``use_adapters``."""
+    """Undoes ``use_adapters``."""
     lora_model: Any = sys.modules.get("peft.tuners.lora.model")
     if lora_model is not None and isinstance(lora_model.dispatch_default, _Dispatch):
         lora_model.dispatch_default = lora_model.dispatch_default.former
 
 
 class _Dispatch:
-    """In the place of PEFT's last resort for a layer: ours for 8-bit layers, what was there before for all others."""
+    """Replaces PEFT's default dispatcher: handles 8-bit layers and passes all others to the former dispatcher."""
 
     def __init__(self, former: Any) -> None:
         self.former = former
@@ -44,14 +44,14 @@ class _Dispatch:
             return self.former(target, adapter_name, **kwargs)
         config = kwargs.get("config", kwargs.get("lora_config"))  # the name changed in PEFT 0.19
         if getattr(config, "use_dora", False):
-            raise SmoothQuantError("DoRA needs the norms of a weight in floating point: use LoRA on 8-bit layers")
+            raise SmoothQuantError("DoRA needs a weight in floating point, and 8-bit layers have none: use LoRA")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Unsupported layer type")
             return self.adapted(target, adapter_name, **kwargs)
 
 
 def _adapted_class() -> Any:
-    """A function, since PEFT need not be there."""
+    """Makes the class in a function, because PEFT may not be installed."""
     from peft.tuners.lora.layer import Linear
 
     class W8A8LoraLinear(Linear):
@@ -62,8 +62,8 @@ def _adapted_class() -> Any:
 
         def merge(self, *_args: Any, **_kwargs: Any) -> NoReturn:
             raise SmoothQuantError(
-                "an adapter cannot be merged into 8-bit weights; leave it beside them, or merge it into the original "
-                "model and quantize that"
+                "an adapter cannot be merged into 8-bit weights; keep it unmerged, or merge it into the original model "
+                "and quantize that"
             )
 
     return W8A8LoraLinear

@@ -1,4 +1,4 @@
-"""The OpenAI-compatible server and the chat of transformers, on 8-bit kernels."""
+"""transformers' OpenAI-compatible server and its chat, on 8-bit kernels."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.reading import MODELOPT_CONFIG, find_quantization
+from ..checkpoint.reading import CONFIG, find_quantization
 from ..compat import first_line
 from ..errors import SmoothQuantError
 from .from_pretrained import enable
 
-CACHE_TOKENS = 16384  # room for, by default
-BLOCK = 32  # tokens of a block of the cache
-STEP_TOKENS = 512  # of all requests, in one step of a continuous batch
+CACHE_TOKENS = 16384  # tokens in the cache, by default
+BLOCK = 32  # tokens in a block of the cache
+STEP_TOKENS = 512  # tokens of all requests in one step of a continuous batch
 PACKAGES = ("accelerate", "fastapi", "openai", "uvicorn")
 
 
 def serve(
     model: str, host: str, port: int, dtype: str = "auto", device: str = "cpu", cache_tokens: int | None = None
 ) -> None:
-    """Serves a model until SIGINT or SIGTERM; then answers what was asked already, and returns.
+    """Serves a model until SIGINT or SIGTERM, then finishes the running requests and returns.
 
     Args:
-        model: a directory or a hub id, quantized or not; clients call it by this name.
+        model: a directory or a hub id, quantized or not; clients use it as the model's name.
         host: address to listen on.
         port: port to listen on.
-        dtype: of what is not quantized; ``"auto"`` is the checkpoint's own.
-        device: where to run, as torch calls it.
-        cache_tokens: for continuous batching, how many tokens its cache holds; ``None`` answers one by one.
+        dtype: dtype of the parts in floating point; ``"auto"`` is the checkpoint's.
+        device: a torch device.
+        cache_tokens: tokens in the cache of continuous batching; ``None`` answers requests one by one.
 
     Raises:
         SmoothQuantError: a package is missing, the port is taken, or the model cannot be loaded.
@@ -49,16 +49,16 @@ def serve(
             "cb_max_batch_tokens": STEP_TOKENS,
         }
     server = _start(model, host, port, dtype, device, **batching)
-    asked = threading.Event()
-    before = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    stopped = threading.Event()
+    before = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        while not asked.wait(0.2) and server._thread.is_alive():
+        while not stopped.wait(0.2) and server._thread.is_alive():
             pass
-    finally:  # asked again, it ends at once
+    finally:  # a second signal ends the process at once
         for number, handler in before.items():
             signal.signal(number, handler)
-    if not asked.is_set():
-        raise SmoothQuantError(f"the server on {host}:{port} ended by itself; what it said last is above")
+    if not stopped.is_set():
+        raise SmoothQuantError(f"the server on {host}:{port} ended by itself; its last messages are above")
     _stop(server)
 
 
@@ -70,7 +70,7 @@ def chat(
     max_new_tokens: int = 512,
     temperature: float = 0.0,
 ) -> None:
-    """Talks with a model in the terminal, through a server on this machine that lives as long as the talk.
+    """Starts a chat with a model in the terminal, through a local server that ends with the chat.
 
     Raises:
         SmoothQuantError: a package is missing, or the model cannot be loaded.
@@ -81,7 +81,7 @@ def chat(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    for name in ("uvicorn", "uvicorn.access", "uvicorn.error"):  # somebody is talking on this terminal
+    for name in ("uvicorn", "uvicorn.access", "uvicorn.error"):  # their messages would appear in the chat
         logging.getLogger(name).addFilter(lambda entry: entry.levelno >= logging.WARNING)
     server = _start(model, "127.0.0.1", port, dtype, device, log_level="error")
     flags = [f"max_new_tokens={max_new_tokens}", f"do_sample={temperature > 0}"]
@@ -93,12 +93,12 @@ def chat(
 
 
 def _start(model: str, host: str, port: int, dtype: str, device: str, **options: Any) -> Any:
-    """transformers' server with its model loaded, serving in a thread, so that the signals are ours."""
+    """Starts transformers' server in a thread, with the model loaded. The main thread keeps the signals."""
     from transformers.cli.serve import Serve
 
-    if Path(model).is_dir() and (found := find_quantization(Path(model))) and found[1].name == MODELOPT_CONFIG:
+    if Path(model).is_dir() and (found := find_quantization(Path(model))) and found[1].name != CONFIG:
         raise SmoothQuantError(
-            f"{model} says in {MODELOPT_CONFIG} only how it is quantized, where transformers does not look; run "
+            f"{model} describes its quantization only in {found[1].name}, which transformers does not read; run "
             f"'smoothquant convert' on it first"
         )
     enable()
@@ -106,12 +106,12 @@ def _start(model: str, host: str, port: int, dtype: str, device: str, **options:
         return Serve(force_model=model, host=host, port=port, device=device, dtype=dtype, non_blocking=True, **options)
     except SmoothQuantError:
         raise
-    except Exception as error:  # whatever transformers raises for a model that it cannot load
+    except Exception as error:  # transformers raises many types for a model that it cannot load
         raise SmoothQuantError(f"{model}: transformers cannot serve this model ({first_line(error)})") from error
 
 
 def _stop(server: Any) -> None:
-    """Answers what was asked already, then ends the server and the threads that generate."""
+    """Finishes the running requests, then ends the server and its threads."""
     server.server.should_exit = True
     server._thread.join()
     server.kill_server()
@@ -124,7 +124,7 @@ def _check_packages() -> None:
 
 
 def _check_port(host: str, port: int) -> None:
-    """Before the model is loaded, which takes longer."""
+    """Raises before the model is loaded, which takes longer."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family) as probe:

@@ -86,7 +86,7 @@ def _init_continuous_batching(model: PreTrainedModel, *args: Any, **kwargs: Any)
     return manager
 
 
-def attention_forward(
+def attention_forward(  # noqa: PLR0913 (transformers' signature)
     module: nn.Module,
     query: Tensor,
     key: Tensor,

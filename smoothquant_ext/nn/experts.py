@@ -48,7 +48,7 @@ class W8A8Experts(nn.Module):
     ) -> None:
         """Takes the 8-bit weights, the scales and the biases of ``gate``, ``down`` and perhaps ``up``.
 
-        With ``is_sorted`` it is called as ``read_experts.Reading`` says.
+        With ``is_sorted`` it is called as ``probing.experts.ExpertsLayout`` says.
         """
         super().__init__()
         self.activation, self.scheme, self.is_sorted = activation, scheme.per_token, is_sorted

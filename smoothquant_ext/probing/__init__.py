@@ -1,1 +1,1 @@
-"""What a model is made of, found by running its parts, not by class names."""
+"""Finds the parts of a model by running them, not by class names."""

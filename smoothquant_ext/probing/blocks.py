@@ -1,4 +1,4 @@
-"""Decoder blocks: finding them, recording what they are called with, and running one again by itself."""
+"""Decoder blocks: finding them, capturing what they are called with, and running one again by itself."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .hooks import hooked
 from .linears import find_linears
 
 Batch = Tensor | Mapping[str, Tensor]
@@ -29,11 +30,6 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
         if find_linears(block)
     }
     return blocks or {"": model}
-
-
-def full_name(block: str, local: str) -> str:
-    """The model-wide name of the module that a block knows as ``local``."""
-    return f"{block}.{local}" if block else local
 
 
 def run_model(model: nn.Module, batch: Batch) -> Any:
@@ -57,7 +53,7 @@ class BlockCall:
     kwargs: dict[str, Any]
 
     def replay(self, block: nn.Module, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """Runs ``block`` on copies of the recorded arguments, floating-point ones as ``dtype``; its output tensors."""
+        """Runs ``block`` on copies of the captured arguments, floating-point ones as ``dtype``; its output tensors."""
 
         def fresh(value: Any) -> Any:
             if not isinstance(value, Tensor):
@@ -69,37 +65,27 @@ class BlockCall:
         return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
-def record_calls(model: nn.Module, blocks: Mapping[str, nn.Module], batch: Batch) -> dict[str, BlockCall]:
-    """Runs the model once and records the first call of each block; a block that was never called is left out."""
+def capture_calls(model: nn.Module, blocks: Mapping[str, nn.Module], batch: Batch) -> dict[str, BlockCall]:
+    """Runs the model once and captures the first call of each block, in running order.
+
+    A block that was not called has no entry.
+    """
     calls: dict[str, BlockCall] = {}
-    handles = []
-    for name, block in blocks.items():
 
-        def record(_module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-            calls.setdefault(name, BlockCall(*tree_map(_detached, (args, kwargs))))
+    def capture(name: str, args: Any, kwargs: Any) -> None:
+        if name not in calls:
+            calls[name] = BlockCall(*tree_map(_detached, (args, kwargs)))
 
-        handles.append(block.register_forward_pre_hook(record, with_kwargs=True))
-    try:
+    with hooked(blocks, before=capture):
         run_model(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     return calls
 
 
 def probe_batch(batch: Batch, rows: int = 2, tokens: int = 12) -> Batch:
-    """The first few tokens of a batch: enough to see how a block is wired, cheap enough to run hundreds of times."""
+    """The first few tokens of a batch: enough to show how a block is wired, cheap enough to run hundreds of times."""
     if isinstance(batch, Tensor):
         return batch[:rows, :tokens]
     return {name: value[:rows, :tokens] if value.dim() >= 2 else value for name, value in batch.items()}
-
-
-def tied_modules(model: nn.Module) -> set[str]:
-    """Names of modules whose parameters are used under more than one name: folding into one would change another."""
-    owners: dict[int, set[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), set()).add(name.rpartition(".")[0])
-    return {name for names in owners.values() if len(names) > 1 for name in names}
 
 
 def _detached(value: Any) -> Any:

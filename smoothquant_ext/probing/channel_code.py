@@ -1,4 +1,4 @@
-"""How a channel's number is spelled in powers of two, one digit a pass, and read where the channel arrives."""
+"""Spells a channel's number in powers of two, one digit a pass, and reads it where the channel arrives."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DIGIT_BASE = 16  # exponents are +-1 .. +-8: distinct, never 0 ("not this produc
 
 
 def digit_count(channels: int) -> int:
-    """How many passes spell out any of so many channels."""
+    """The number of passes that spell out any of so many channels."""
     return max(1, math.ceil(math.log(channels, DIGIT_BASE)))
 
 
@@ -23,7 +23,7 @@ def spell(channels: int, place: int) -> Tensor:
 
 
 def append_digit(channel_map: Tensor, exponent: Tensor, place: int) -> Tensor:
-    """Adds what one pass says about each channel; exponent 0 means untouched, for good (-1)."""
+    """Adds the digit that one pass gives each channel; a channel with exponent 0 is untouched, for good (-1)."""
     digit = torch.where(exponent > 0, exponent - 1, 7 - exponent)
     untouched = (exponent == 0) | (channel_map < 0)
     return torch.where(untouched, -1, channel_map + digit * DIGIT_BASE**place)

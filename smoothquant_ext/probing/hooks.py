@@ -2,11 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+Before = Callable[[str, Any, Any], Any]
+After = Callable[[str, Any, Any, Any], Any]
+
+
+@contextmanager
+def hooked(
+    modules: Mapping[str, nn.Module], before: Before | None = None, after: After | None = None
+) -> Iterator[None]:
+    """Calls ``before`` and ``after`` around every forward pass of the modules, until the ``with`` body ends or fails.
+
+    Args:
+        modules: the modules to watch, by any name.
+        before: ``before(name, args, kwargs)`` returns ``None``, or the ``(args, kwargs)`` to run the module with.
+        after: ``after(name, args, kwargs, output)`` returns ``None``, or the output to return in place of the module's.
+    """
+    handles = []
+    try:
+        for name, module in modules.items():
+            if before is not None:
+                handles.append(module.register_forward_pre_hook(_without_module(before, name), with_kwargs=True))
+            if after is not None:
+                handles.append(module.register_forward_hook(_without_module(after, name), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def output_of(module: nn.Module, x: Tensor) -> Tensor | None:
@@ -21,7 +49,7 @@ def output_of(module: nn.Module, x: Tensor) -> Tensor | None:
 
 @contextmanager
 def swapped(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """The model with other modules in the places of some."""
+    """Puts ``modules`` in the places of the modules of ``model`` with these names, until the ``with`` body ends."""
     originals = {name: model.get_submodule(name) for name in modules}
     try:
         for name, module in modules.items():
@@ -30,3 +58,7 @@ def swapped(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None
     finally:
         for name, module in originals.items():
             model.set_submodule(name, module)
+
+
+def _without_module(hook: Callable[..., Any], name: str) -> Callable[..., Any]:
+    return lambda _module, *arguments: hook(name, *arguments)

@@ -1,4 +1,4 @@
-"""The linear layers of a model: what counts as one, how to look at its weight."""
+"""The linear layers of a model: which modules count as linear, and their weights as [N, K]."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .experts import Reading, agrees, looks_like_experts, read_all
+from .experts import ExpertsLayout, agrees, looks_like_experts, match_layouts
+from .numerics import same_elements
 
 if TYPE_CHECKING:
     Linear: TypeAlias = nn.Linear  # what is used of a Conv1D, it has too
 else:
     Linear = nn.Linear | Conv1D
+
+# Between a subclass and ``nn.Linear``: a product, an addition, and sums in another order, as its kernel may take them.
+LINEAR_ROUNDINGS = 4
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -29,12 +33,8 @@ def _computes_linear(module: nn.Linear) -> bool:
         with torch.no_grad():
             x = x.reshape(2, -1)
             y, expected = module(x), nn.functional.linear(x, module.weight, module.bias)
-            if not isinstance(y, Tensor):  # a router that returns its choice
-                return False
-            # Sums in another order, as a kernel of its own may take them, and two roundings.
-            eps = torch.finfo(expected.dtype).eps
-            size = float(expected.float().abs().nan_to_num().mean())
-            return torch.allclose(y.float(), expected.float(), rtol=2 * eps, atol=4 * eps * size, equal_nan=True)
+            # A router returns its choice, no tensor. Damaged weights are reported elsewhere.
+            return isinstance(y, Tensor) and same_elements(y, expected, LINEAR_ROUNDINGS, equal_nan=True)
     except (RuntimeError, TypeError):
         return False
 
@@ -44,12 +44,12 @@ def find_linears(module: nn.Module) -> dict[str, Linear]:
     return {name: as_linear(child) for name, child in module.named_modules() if is_linear(child)}
 
 
-def find_experts(model: nn.Module) -> dict[str, Reading | None]:
-    """How the modules that hold the experts of a mixture are to be read, by name; ``None`` where that is not known."""
+def find_experts(model: nn.Module) -> dict[str, ExpertsLayout | None]:
+    """The layouts of the modules that hold the experts of a mixture, by name; ``None`` where no layout matches."""
     modules = {name: module for name, module in model.named_modules() if looks_like_experts(module)}
     return {
-        name: reading if reading is not None and agrees(modules[name], reading) else None
-        for name, reading in read_all(modules).items()
+        name: layout if layout is not None and agrees(modules[name], layout) else None
+        for name, layout in match_layouts(modules).items()
     }
 
 

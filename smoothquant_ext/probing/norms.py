@@ -1,4 +1,4 @@
-"""Tells a norm by what it does, not by its class."""
+"""Recognizes norms by what they compute, not by their classes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from .linears import values_of
+from .numerics import same_elements
+
+# In fp32: the norm's product, the difference and the sum of two responses, and a product with it, each of numbers a few
+# times larger than the result.
+NORM_ROUNDINGS = 16
 
 
 def looks_like_norm(module: nn.Module, args: Any, output: Any) -> bool:
@@ -28,10 +33,10 @@ def looks_like_norm(module: nn.Module, args: Any, output: Any) -> bool:
 
 
 def norm_offset(norm: nn.Module, *args: Any) -> float | None:
-    """How a norm uses its weight: 0.0 if it multiplies by ``weight``, 1.0 if by ``1 + weight``; ``None`` if neither.
+    """The offset of a norm's weight: 0.0 if it multiplies by ``weight``, 1.0 if by ``1 + weight``; ``None`` if neither.
 
-    Found by running a copy of the norm with its weight set to 0, to 1 and to noise. ``args`` is what its block calls it
-    with: its input, and with some norms a gate.
+    The norm is run with its weight set to 0, to 1 and to noise. ``args`` are the arguments of its block's call: its
+    input, and with some norms a gate.
     """
     weight = values_of(norm, "weight")
     assert weight is not None
@@ -51,7 +56,7 @@ def norm_offset(norm: nn.Module, *args: Any) -> float | None:
         offset = float((at_zero / slope).median())
         noise = torch.randn(size, generator=generator)
         predicted = (round(offset) + noise.to(device)) * slope
-        fits = torch.allclose(response(noise), predicted, rtol=1e-3, atol=1e-3)
+        fits = same_elements(response(noise), predicted, NORM_ROUNDINGS)
     except (AttributeError, RuntimeError, TypeError, ValueError):  # needs more than that: no norm that can be tested
         return None
     return float(round(offset)) if fits and math.isfinite(offset) and round(offset) in (0, 1) else None

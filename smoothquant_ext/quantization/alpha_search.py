@@ -1,8 +1,8 @@
-"""Searches the migration strength of each smoothing group by what it does to the output of its decoder block.
+"""Searches the migration strength of each smoothing group by the error of its decoder block's output.
 
-The block exists twice: once in wide floating point, where groups are folded by one scale after the other, and once
-quantized just as it will run, on the real kernels. For each candidate the quantized copy gets the folded, rounded
-weights, and its output on held-out calibration windows is compared with that of the original block.
+The block exists twice: once in fp32, where groups are folded by one scale after the other, and once quantized just as
+it will run, on the real kernels. For each candidate the quantized copy gets the folded, rounded weights, and its output
+on held-out calibration windows is compared with that of the original block.
 """
 
 from __future__ import annotations
@@ -10,16 +10,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..nn.linear import W8A8Linear
 from ..probing.blocks import BlockCall
-from ..probing.experts import Reading
 from ..probing.linears import as_linear
 from ..probing.smoothing_groups import Group
+from ..probing.structure import Block
 from ..scheme import Scheme
 from .convert import quantize_experts, quantize_linear, static_scale
 from .smoothing import fold_, gather_scale, group_modules, magnitudes
@@ -30,19 +29,19 @@ REFINED = (-0.05, 0.05)  # around the best of the grid
 
 @dataclass(frozen=True)
 class Choice:
-    """What the search found for one group: s [C] and the alpha behind it, ``None`` where it is best left alone."""
+    """The choice for one group: s [C] and the alpha behind it, ``None`` where the group is best left alone."""
 
     group: Group
     alpha: float | None
     s: Tensor
 
 
-def damage(outputs: Sequence[Sequence[Tensor]], expected: Sequence[Sequence[Tensor]]) -> float:
-    """How far a block's outputs are from what they should be: squared errors relative to the outputs' own size.
+def block_error(outputs: Sequence[Sequence[Tensor]], expected: Sequence[Sequence[Tensor]]) -> float:
+    """Squared error of a block's outputs, relative to the size of the expected outputs.
 
-    The sum of two means. One is over tokens, each relative to itself, because the norm that reads them next divides by
-    their size. The other is over everything, relative to everything, and so belongs to the few tokens of massive
-    activations (Sun et al. 2024), which all others attend to: the first mean would hardly notice their loss.
+    The sum of two means. One is over tokens, each relative to itself, because the next norm divides by their size. The
+    other is over everything, relative to everything, and so belongs to the few tokens of massive activations (Sun et
+    al. 2024), which all others attend to: the first mean would hardly show their loss.
     """
     tokens, whole = 0.0, 0.0
     for window, reference in zip(outputs, expected, strict=True):
@@ -55,61 +54,65 @@ def damage(outputs: Sequence[Sequence[Tensor]], expected: Sequence[Sequence[Tens
 
 
 class Trial:
-    """One block in its two copies, and the scale by which each group is folded at the moment."""
+    """One block in two copies, and the scale by which each group is folded at the moment.
+
+    Attributes:
+        block: the original.
+        absmax: fp32 [K] by model-wide name, of the unsmoothed inputs of the layers that are quantized.
+        scheme: to which these are quantized.
+        float_block: the folded copy in fp32.
+        int8_block: the copy whose layers are quantized; of FP8 schemes too.
+        folds: each folded group and its scale, by the group's id.
+    """
 
     def __init__(
         self,
-        name: str,
-        block: nn.Module,
+        block: Block,
         absmax: Mapping[str, Tensor],
         scheme: Scheme,
         calls: Sequence[BlockCall],
         expected: Sequence[list[Tensor]],
         schemes: Mapping[str, Scheme],
-        experts: Mapping[str, Reading] = MappingProxyType({}),
     ) -> None:
         """Quantizes the layers of the block that ``absmax`` names.
 
         Args:
-            name: the block's name in the model.
-            block: the original; it is left alone.
+            block: the original; it is left as it is.
             absmax: fp32 [K] by model-wide name, of the unsmoothed inputs.
-            scheme: what to quantize to.
+            scheme: to which layers are quantized.
             calls: arguments of the block for the held-out windows.
-            expected: what the original returned for them.
-            schemes: of layers that are quantized in another way than ``scheme`` says.
-            experts: how to read those of the layers that are the experts of a mixture.
+            expected: the original's outputs for them.
+            schemes: by model-wide name, of layers that are quantized by another scheme.
         """
-        self.prefix = f"{name}." if name else ""
+        self.block = block
         self.scheme, self.calls, self.expected, self.schemes = scheme, calls, expected, schemes
-        self.experts = dict(experts)
-        self.absmax = {layer: values for layer, values in absmax.items() if layer.startswith(self.prefix)}
-        self.wide = copy.deepcopy(block).float()
-        self.eight = copy.deepcopy(block)
+        self.absmax = {name: values for name, values in absmax.items() if block.holds(name)}
+        self.float_block = copy.deepcopy(block.module).float()
+        self.int8_block = copy.deepcopy(block.module)
         self.folds: dict[int, tuple[Group, Tensor]] = {}
-        for layer in self.absmax:
-            self._quantize(layer)
+        for name in self.absmax:
+            self._quantize(name)
 
-    def damage(self) -> float:
-        """``damage`` of the quantized copy as it is now."""
-        return damage([call.replay(self.eight) for call in self.calls], self.expected)
+    def block_error(self) -> float:
+        """``block_error`` of the quantized copy as it is now."""
+        return block_error([call.replay(self.int8_block) for call in self.calls], self.expected)
 
     def fold_(self, group: Group, s: Tensor) -> None:
         """Makes s [C] the scale of a group, whatever it was before."""
         before = self.folds.get(id(group), (group, torch.ones(group.channels)))[1]
-        producer, consumers = group_modules(self.wide, group, self.prefix)
+        producer, consumers = group_modules(self.block, group, self.float_block)
         fold_(producer, consumers, group, s / before)
         self.folds[id(group)] = (group, s)
-        for layer in ([group.producer] if group.producer else []) + list(consumers):
-            if layer in self.absmax:
-                self._quantize(layer)
+        for name in ([group.producer] if group.producer else []) + list(consumers):
+            if name in self.absmax:
+                self._quantize(name)
             else:
-                self._copy(layer)
+                self._copy(name)
 
-    def clip_(self, readers: Sequence[str], limit: float) -> None:
-        """Gives an input that ``readers`` share the static scale of the largest magnitude ``limit``."""
-        for name in readers:
-            layer = self.eight.get_submodule(name.removeprefix(self.prefix))
+    def clip_(self, consumers: Sequence[str], limit: float) -> None:
+        """Gives an input that the layers ``consumers`` share the static scale of the largest magnitude ``limit``."""
+        for name in consumers:
+            layer = self.block.find(name, self.int8_block)
             if isinstance(layer, W8A8Linear):
                 layer.input_scale = static_scale(torch.tensor(limit), self.scheme.dtype).to(layer.weight.device)
 
@@ -126,22 +129,20 @@ class Trial:
         return None
 
     def _quantize(self, name: str) -> None:
-        local = name.removeprefix(self.prefix)
-        if name in self.experts:
-            experts = quantize_experts(self.wide.get_submodule(local), self.experts[name], self.scheme)
-            self.eight.set_submodule(local, experts)
+        local, source = self.block.local_name(name), self.block.find(name, self.float_block)
+        if local in self.block.experts:
+            experts = quantize_experts(source, self.block.experts[local], self.scheme)
+            self.int8_block.set_submodule(local, experts)
             return
-        linear = as_linear(self.wide.get_submodule(local))
         is_explicit = any(name in group.consumers for group, _ in self.folds.values() if group.kind == "explicit")
         smooth = self.input_scale(name) if is_explicit else None
         scheme = self.schemes.get(name, self.scheme)
-        layer = quantize_linear(linear, self.smoothed_absmax(name), scheme, smooth=smooth)
-        self.eight.set_submodule(local, layer)
+        layer = quantize_linear(as_linear(source), self.smoothed_absmax(name), scheme, smooth=smooth)
+        self.int8_block.set_submodule(local, layer)
 
     def _copy(self, name: str) -> None:
-        local = name.removeprefix(self.prefix)
-        source = dict(self.wide.get_submodule(local).named_parameters(recurse=False))
-        for kind, target in self.eight.get_submodule(local).named_parameters(recurse=False):
+        source = dict(self.block.find(name, self.float_block).named_parameters(recurse=False))
+        for kind, target in self.block.find(name, self.int8_block).named_parameters(recurse=False):
             target.detach().copy_(source[kind].detach())
 
 
@@ -149,11 +150,14 @@ def search_alphas_(trial: Trial, groups: Sequence[Group], start: float) -> list[
     """Finds the best alpha of each group, or none, one group after the other while the others keep theirs.
 
     Args:
-        trial: the block; folded by what was found afterwards.
+        trial: the block; folded by the choices afterwards.
         groups: its groups.
         start: the alpha that all groups begin with.
     """
-    sizes = [magnitudes(g, group_modules(trial.wide, g, trial.prefix)[1], trial.absmax, trial.scheme) for g in groups]
+    sizes = []
+    for group in groups:
+        consumers = group_modules(trial.block, group, trial.float_block)[1]
+        sizes.append(magnitudes(group, consumers, trial.absmax, trial.scheme))
     for group, size in zip(groups, sizes, strict=True):
         trial.fold_(group, size.scale(start))
     choices = []
@@ -166,7 +170,7 @@ def search_alphas_(trial: Trial, groups: Sequence[Group], start: float) -> list[
             scales |= {a: size.scale(a) for a in (round(c + o, 2) for c in centres for o in offsets) if 0 <= a <= 1}
             for alpha in [alpha for alpha in scales if alpha not in errors]:
                 trial.fold_(group, scales[alpha])
-                errors[alpha] = trial.damage()
+                errors[alpha] = trial.block_error()
         best = min(errors, key=errors.__getitem__)
         trial.fold_(group, scales[best])
         choices.append(Choice(group, best, scales[best]))

@@ -1,17 +1,18 @@
 """Calibration data on its way through the decoder blocks, one block at a time.
 
-``StreamRecorder`` watches passes of the whole model and keeps what each block was called with, except what the block
-before it had just returned: those tensors are made again when their turn comes, by running the blocks one after the
-other. So the hidden states of one block are in memory, not those of all. Masks and position embeddings, which repeat
-from window to window and from block to block, are kept once.
+``BlockInputRecorder`` watches passes of the whole model and keeps the arguments of each block's call, except tensors
+that the block before it had just returned: those are made again when their turn comes, by running the blocks one after
+the other. So the hidden states of one block are in memory, not those of all. Masks and position embeddings, which
+repeat from window to window and from block to block, are kept once.
 
-A model that does something between two blocks (a multiplier, a feature that is added) is recorded too: what it hands to
-the second block is not the very tensor that the first returned, and is kept as it is.
+A model may compute something between two blocks (a multiplier, a feature that is added). Then the argument of the
+second block is not the very tensor that the first returned, and is kept as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, equal, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..probing.blocks import BlockCall
+from ..probing.hooks import hooked
 
 COMPARED = 8  # how many recorded tensors of one shape a new one is compared with before it is kept as another
 
@@ -31,10 +33,8 @@ class FromPrevious:
     index: int
 
 
-class StreamRecorder:
-    """Records the calls of blocks while a model runs, and replays them afterwards.
-
-    ``with recorder:`` around each pass of the model records one window.
+class BlockInputRecorder:
+    """Records the calls of blocks while a model runs, to replay them afterwards.
 
     Attributes:
         windows: how many windows were recorded.
@@ -50,33 +50,28 @@ class StreamRecorder:
         self._last: list[tuple[Tensor, int]] = []
         self._last_block = ""
         self._recorded = False
-        self._handles: list[Any] = []
 
-    def __enter__(self) -> StreamRecorder:
-        for name, block in self._watched.items():
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Records one window: the pass of the model in the ``with`` body."""
+        try:
+            with hooked(self._watched, before=self._before, after=self._after):
+                yield
+        finally:
+            self._last = []
+            self.windows += 1
 
-            def before(_module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                calls = self._calls.setdefault(name, [])
-                self._recorded = len(calls) == self.windows  # not the second run in one pass, nor one that came late
-                if self._recorded:
-                    calls.append(BlockCall(*tree_map(self._keep, (args, kwargs))))
-                else:
-                    self.repeated.add(name)
+    def _before(self, name: str, args: Any, kwargs: Any) -> None:
+        calls = self._calls.setdefault(name, [])
+        self._recorded = len(calls) == self.windows  # not the second run in one pass, nor one that came late
+        if self._recorded:
+            calls.append(BlockCall(*tree_map(self._keep, (args, kwargs))))
+        else:
+            self.repeated.add(name)
 
-            def after(_module: nn.Module, _args: Any, output: Any, name: str = name) -> None:
-                leaves = [(leaf, leaf._version) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-                self._last, self._last_block = leaves if self._recorded else [], name
-
-            self._handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
-            self._handles.append(block.register_forward_hook(after))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._last = []
-        self.windows += 1
+    def _after(self, name: str, _args: Any, _kwargs: Any, output: Any) -> None:
+        leaves = [(leaf, leaf._version) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        self._last, self._last_block = leaves if self._recorded else [], name
 
     def _keep(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -84,18 +79,18 @@ class StreamRecorder:
         for index, (tensor, version) in enumerate(self._last):
             if tensor is value and tensor._version == version:  # the very same, and not changed in place meanwhile
                 return FromPrevious(self._last_block, index)
-        alike = self._kept.setdefault((value.shape, value.dtype, value.device), [])
-        for tensor in alike[-COMPARED:]:
+        kept = self._kept.setdefault((value.shape, value.dtype, value.device), [])
+        for tensor in kept[-COMPARED:]:
             if equal(tensor, value):
                 return tensor
-        alike.append(value.detach().clone())
-        return alike[-1]
+        kept.append(value.detach().clone())
+        return kept[-1]
 
     def calls(self, name: str, previous: Sequence[list[Tensor]]) -> list[BlockCall]:
         """The calls of a block, one a window.
 
         Args:
-            name: the block's.
+            name: the block's name.
             previous: for each window the tensors that the block before it returned; empty for the first block.
         """
 

@@ -2,293 +2,285 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..nn.experts import W8A8Experts
 from ..nn.linear import W8A8Linear
-from ..probing.blocks import Batch, BlockCall, find_blocks, full_name, probe_batch, record_calls
-from ..probing.experts import Reading
+from ..probing.blocks import BlockCall
 from ..probing.hooks import swapped
-from ..probing.linears import Linear, find_linears, weight_nk
+from ..probing.linears import Linear, as_linear, weight_nk
 from ..probing.smoothing_groups import Group, explicit_groups
+from ..probing.structure import Block, Structure
 from ..scheme import Scheme
-from .alpha_search import Choice, Trial, damage, search_alphas_
-from .block_inputs import StreamRecorder
-from .block_statistics import BlockInput, Observation, observe
+from .alpha_search import Choice, Trial, block_error, search_alphas_
+from .block_statistics import BlockInput, collect_statistics
+from .calibration import Calibration
 from .clipping import choose_clips_
 from .convert import quantize_experts, quantize_linear
-from .expert_smoothing import HiddenRanges, smooth_experts_
+from .expert_smoothing import smooth_experts_
 from .recipe import AUTO, Recipe
-from .resume import Journal
+from .report import BlockReport, Report
+from .resume import SearchState
 from .rounding import round_weight
-from .sensitivity import Unit
-from .smoothing import Proof, Smoothing, by_block, gather_scale, group_modules, magnitudes, smooth_group_
+from .smoothing import Proof, by_block, gather_scale, group_modules, magnitudes, smooth_group_
 
-
-@dataclass
-class Blocks:
-    """What became of the decoder blocks.
-
-    Attributes:
-        layers: the 8-bit layers by name; not yet in the model.
-        units: the sets of layers that share an input.
-        smoothing: which groups were smoothed.
-        errors: of each layer's output on held-out rows, relative to its size, squared: what quantization does to it.
-        damages: of each block's output (see ``search.damage``).
-        limits: largest magnitude that a static scale represents, relative to the absmax, by layer, where it was chosen.
-        massive: inputs at which one token towers over the others: by how much over the median one, and its position.
-        per_token: layers of a static scheme whose input has a scale per token.
-        experts: the 8-bit experts of mixtures by name; not yet in the model.
-    """
-
-    layers: dict[str, W8A8Linear] = field(default_factory=dict)
-    units: list[Unit] = field(default_factory=list)
-    smoothing: Smoothing = field(default_factory=Smoothing)
-    errors: dict[str, float] = field(default_factory=dict)
-    damages: dict[str, float] = field(default_factory=dict)
-    limits: dict[str, float] = field(default_factory=dict)
-    massive: dict[str, tuple[float, int]] = field(default_factory=dict)
-    per_token: list[str] = field(default_factory=list)
-    experts: dict[str, W8A8Experts] = field(default_factory=dict)
-
-
-MASSIVE = 50.0  # times the median token: worth telling
+MASSIVE_REPORTED = 50.0  # times the median token: worth telling
 # The same for a static scale, which has to fit both. INT8: at four times, the median token is left with 32 of the 127
 # steps. The steps of FP8 grow with the value.
-UNFIT = {torch.int8: 4.0, torch.float8_e4m3fn: 50.0}
+MASSIVE_LIMIT = {torch.int8: 4.0, torch.float8_e4m3fn: 50.0}
+
+
+@dataclass(frozen=True)
+class Run:
+    """The settings and measurements of one quantization run, shared by all blocks.
+
+    Attributes:
+        recipe: the settings.
+        structure: of the model in floating point.
+        calibration: the measurements; its ``absmax`` names the layers and experts to quantize.
+        state: keeps the results of the search.
+        report: takes the facts about layers and blocks, which has an entry for each layer of ``absmax``.
+    """
+
+    recipe: Recipe
+    structure: Structure
+    calibration: Calibration
+    state: SearchState
+    report: Report
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The decisions about one block, made before it is changed.
+
+    Attributes:
+        choices: the scale of each smoothing group.
+        limits: the largest magnitude that an input's static scale represents, by the model-wide name of its first
+            consumer, where one was chosen.
+    """
+
+    choices: list[Choice]
+    limits: dict[str, float]
 
 
 def quantize_blocks(
-    model: nn.Module,
-    recorder: StreamRecorder,
-    held_out: set[int],
-    groups: Sequence[Group],
-    absmax: dict[str, Tensor],
-    first: Batch,
-    recipe: Recipe,
-    journal: Journal,
-    experts: Mapping[str, Reading] = MappingProxyType({}),
-    hidden: HiddenRanges | None = None,
-    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
-) -> Blocks:
-    """Folds smoothing into the model in place, and makes the 8-bit layers of its blocks.
+    run: Run, groups: Sequence[Group], progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
+) -> tuple[dict[str, W8A8Linear], dict[str, W8A8Experts]]:
+    """Folds smoothing into the model in place, whose function is preserved, and makes the 8-bit layers of its blocks.
 
     Args:
-        model: the causal LM in floating point; its function stays what it is.
-        recorder: holds what the blocks were called with.
-        held_out: the recorded windows on which choices are measured.
-        groups: what ``discover`` found; empty for no smoothing.
-        absmax: calibrated absmax [K] of each layer to be quantized; updated to the smoothed activations.
-        first: a batch for the proof that each fold preserves the function.
-        recipe: what to do.
-        journal: takes and gives the findings of the search.
-        experts: how to read the experts of mixtures that are to be quantized, by name.
-        hidden: what was seen within them; ``None`` for no smoothing there.
+        run: settings and measurements; its report is filled.
+        groups: the smoothing groups; empty for no smoothing.
         progress: wraps the iterable of blocks.
+
+    Returns:
+        The 8-bit layers and the 8-bit experts by name. They are not in the model yet.
     """
-    done = Blocks()
-    members = by_block(groups, absmax)
-    blocks = find_blocks(model)
-    calls = record_calls(model, {name: blocks[name] for name in recorder.names}, probe_batch(first))
+    linears: dict[str, W8A8Linear] = {}
+    experts: dict[str, W8A8Experts] = {}
+    recorder = run.calibration.recorder
+    groups_of = by_block(groups, run.calibration.absmax)
     previous: Sequence[list[Tensor]] = ()
     for name in progress(recorder.names):
-        clips = recipe.clips and name not in recorder.repeated  # ranges of other runs were not recorded
-        mixtures = {each: reading for each, reading in experts.items() if each.startswith(full_name(name, ""))}
-        worker = BlockQuantizer(
-            name, blocks[name], recorder.calls(name, previous), held_out, absmax, recipe, clips, mixtures, hidden
-        )
-        own = members.get(name, []) + (worker.explicit_groups(members.get(name, [])) if recipe.explicit else [])
-        choices, limits = worker.decide(own, journal)
-        proof = Proof(blocks[name], calls[name], name)
-        worker.apply_(model, choices, limits, proof, done)
-        previous = worker.observation.outputs
-    return done
+        quantizer = BlockQuantizer(run, run.structure.blocks[name], recorder.calls(name, previous))
+        quantizer.apply_(quantizer.decide(groups_of.get(name, [])))
+        linears |= quantizer.linears
+        experts |= quantizer.experts
+        previous = quantizer.statistics.outputs
+    return linears, experts
 
 
 class BlockQuantizer:
-    """One block: what it shows in floating point, what is decided about it, and its 8-bit layers."""
+    """Quantizes one block: collects its statistics in floating point, decides, and makes its 8-bit layers.
 
-    def __init__(
-        self,
-        name: str,
-        block: nn.Module,
-        calls: Sequence[BlockCall],
-        held_out: set[int],
-        absmax: dict[str, Tensor],
-        recipe: Recipe,
-        clips: bool,
-        experts: Mapping[str, Reading],
-        hidden: HiddenRanges | None,
-    ) -> None:
-        self.name, self.block, self.absmax, self.recipe = name, block, absmax, recipe
-        self.clips, self.experts, self.hidden = clips, experts, hidden or HiddenRanges()
-        self.linears: dict[str, Linear] = {
-            local: linear for local, linear in find_linears(block).items() if full_name(name, local) in absmax
-        }
+    Attributes:
+        statistics: of the block in floating point.
+        inputs: the layers that share each input, by the first of them; model-wide names.
+        linears: the 8-bit layers by model-wide name, after ``apply_``.
+        experts: the 8-bit experts by model-wide name, after ``apply_``.
+    """
+
+    def __init__(self, run: Run, block: Block, calls: Sequence[BlockCall]) -> None:
+        """Runs the block on its recorded calls, one a window."""
+        self.run, self.block, self.recipe = run, block, run.recipe
+        self.absmax, self.scheme = run.calibration.absmax, run.recipe.resolved_scheme
+        # The ranges of a repeated block's other runs were not recorded.
+        self.clips = run.recipe.clips and block.name not in run.calibration.recorder.repeated
+        self.linears: dict[str, W8A8Linear] = {}
+        self.experts: dict[str, W8A8Experts] = {}
+        held_out = set(run.calibration.held_out)
         train = set(range(len(calls))) - held_out or held_out  # one window has to do for both
         self.calls = [calls[window] for window in sorted(train)]
         self.test_calls = [calls[window] for window in sorted(held_out)]
-        self.observation: Observation = observe(
-            block, self.linears, calls, held_out, train, hessians=recipe.rounding != "nearest"
+        self.proof_call = block.call or calls[0]
+        layers = {local: self._linear(block.full_name(local)) for local in self._quantized(block.linears)}
+        self.statistics = collect_statistics(
+            block.module, layers, calls, held_out, train, hessians=run.recipe.rounding != "nearest"
         )
-        self.expected = [self.observation.outputs[window] for window in sorted(held_out)]
+        self.expected = [self.statistics.outputs[window] for window in sorted(held_out)]
+        shared = [tuple(map(block.full_name, each.consumers)) for each in self.statistics.inputs.values()]
+        self.inputs = {names[0]: names for names in shared}
+        self.schemes = self._schemes()
 
-    @property
-    def schemes(self) -> dict[str, Scheme]:
-        """Layers of a static scheme that get a scale per token: no one scale fits all tokens of their input."""
-        if not self.recipe.clips:
-            return {}
-        return {
-            full_name(self.name, reader): self.recipe.resolved_scheme.per_token
-            for each in self.observation.inputs.values()
-            if each.massive[0] > UNFIT[self.recipe.resolved_scheme.dtype]
-            for reader in each.readers
-        }
-
-    def explicit_groups(self, folded: Sequence[Group]) -> list[Group]:
-        """Groups of the inputs that no producer can be folded for."""
-        covered = {name for group in folded for name in group.consumers}
-        inputs = [
-            names
-            for each in self.observation.inputs.values()
-            if not covered & set(names := [full_name(self.name, reader) for reader in each.readers])
-        ]
-        widths = {full_name(self.name, local): weight_nk(linear).shape[1] for local, linear in self.linears.items()}
-        return explicit_groups(self.name, inputs, widths)
-
-    def decide(self, groups: Sequence[Group], journal: Journal) -> tuple[list[Choice], dict[str, float]]:
-        """The scale of each group, and the limit of each input's static scale, where chosen."""
-        recipe = self.recipe
-        is_searched = recipe.alpha == AUTO and bool(groups)
+    def decide(self, groups: Sequence[Group]) -> Decision:
+        """Chooses the scale of each group, those of explicit smoothing included, and the limits of static scales."""
+        groups = [*groups, *(self._explicit_groups(groups) if self.recipe.explicit else ())]
+        is_searched = self.recipe.alpha == AUTO and bool(groups)
         if not is_searched and not self.clips:
-            return [self._fixed(group, recipe.migration) for group in groups], {}
-        if (found := journal.read(self.name)) is not None:
-            scales, facts = found
+            return Decision([self._fixed(group, self.recipe.migration) for group in groups], {})
+        if (stored := self.run.state.read(self.block.name)) is not None:
+            scales, facts = stored
             alphas = facts["alphas"]
-            return [Choice(g, alphas[i], scales[str(i)]) for i, g in enumerate(groups)], facts["limits"]
-        # Ranges of the held-out windows would be hindsight: what exceeds the others' saturates here as it will later.
-        seen = {
-            full_name(self.name, reader): each for each in self.observation.inputs.values() for reader in each.readers
-        }
-        absmax = {name: self.absmax[name] if each.absmax is None else each.absmax for name, each in seen.items()}
-        absmax |= {name: self.absmax[name] for name in self.experts}
-        trial = Trial(
-            self.name,
-            self.block,
-            absmax,
-            recipe.resolved_scheme,
-            self.test_calls,
-            self.expected,
-            self.schemes,
-            self.experts,
-        )
+            return Decision([Choice(g, alphas[i], scales[str(i)]) for i, g in enumerate(groups)], facts["limits"])
+        trial = Trial(self.block, self._other_ranges(), self.scheme, self.test_calls, self.expected, self.schemes)
         if is_searched:
-            found_alphas = search_alphas_(trial, groups, recipe.migration)
-            choices = [self._fixed(choice.group, choice.alpha) for choice in found_alphas]
+            searched = search_alphas_(trial, groups, self.recipe.migration)
+            choices = [self._fixed(choice.group, choice.alpha) for choice in searched]
         else:
-            choices = [self._fixed(group, recipe.migration) for group in groups]
+            choices = [self._fixed(group, self.recipe.migration) for group in groups]
             for choice in choices:
                 trial.fold_(choice.group, choice.s)
         limits: dict[str, float] = {}
         if self.clips:
-            assert recipe.clipping is not None
-            inputs = {
-                name: each.readers
-                for name, each in self.observation.inputs.items()
-                if full_name(self.name, name) not in self.schemes
-            }
-            limits = choose_clips_(trial, self.block, self.calls, inputs, recipe.clipping)
-        journal.write(
-            self.name,
+            assert self.recipe.clipping is not None
+            inputs = {name: consumers for name, consumers in self.inputs.items() if name not in self.schemes}
+            limits = choose_clips_(trial, self.calls, inputs, self.recipe.clipping)
+        self.run.state.write(
+            self.block.name,
             {str(index): choice.s for index, choice in enumerate(choices)},
             {"alphas": [choice.alpha for choice in choices], "limits": limits},
         )
-        return choices, limits
+        return Decision(choices, limits)
+
+    def apply_(self, decision: Decision) -> None:
+        """Folds the scales, makes the 8-bit layers and experts, measures them, and fills the report."""
+        report = self.run.report
+        smoothed = self._smooth_(decision.choices)
+        attempted = {name for choice in decision.choices if choice.alpha is not None for name in choice.group.consumers}
+        for (first, names), source in zip(self.inputs.items(), self.statistics.inputs.values(), strict=True):
+            if source.massive[0] > MASSIVE_REPORTED:
+                report.layers[first].massive = source.massive
+            for name in names:
+                # Where a fold failed, the limit was chosen for another range.
+                is_unfolded = name in attempted and name not in smoothed
+                limit = None if is_unfolded else decision.limits.get(first)
+                layer = self._quantize(name, source, smoothed.get(name), limit)
+                self.linears[name] = layer
+                report.layers[name].per_token = name in self.schemes
+                if limit is not None:
+                    report.layers[name].limit = limit / float(self.absmax[name].max())
+                if source.rows:  # an expert may not run in the held-out windows
+                    report.layers[name].error = self._error(name, layer, source, smoothed.get(name))
+        for local in self._quantized(self.block.experts):
+            module, layout = self.block.module.get_submodule(local), self.block.experts[local]
+            self.experts[self.block.full_name(local)] = quantize_experts(module, layout, self.scheme)
+        int8_modules = {self.block.local_name(name): layer for name, layer in {**self.linears, **self.experts}.items()}
+        with swapped(self.block.module, int8_modules):
+            outputs = [call.replay(self.block.module) for call in self.test_calls]
+        report.blocks[self.block.name] = BlockReport(block_error(outputs, self.expected), list(self.inputs.values()))
+
+    def _linear(self, name: str) -> Linear:
+        return as_linear(self.block.find(name))
+
+    def _quantized(self, names: Iterable[str]) -> list[str]:
+        """Of local names those of layers and experts that are to be quantized."""
+        return [local for local in names if self.block.full_name(local) in self.absmax]
+
+    def _schemes(self) -> dict[str, Scheme]:
+        """Layers of a static scheme that get a scale per token: no one scale fits all tokens of their input."""
+        if not self.recipe.clips:
+            return {}
+        massive = [
+            names
+            for names, source in zip(self.inputs.values(), self.statistics.inputs.values(), strict=True)
+            if source.massive[0] > MASSIVE_LIMIT[self.scheme.dtype]
+        ]
+        return {name: self.scheme.per_token for names in massive for name in names}
+
+    def _explicit_groups(self, folded: Sequence[Group]) -> list[Group]:
+        """Groups of the inputs that no producer can be folded for."""
+        covered = {name for group in folded for name in group.consumers}
+        inputs = [names for names in self.inputs.values() if not covered & set(names)]
+        widths = {name: weight_nk(self._linear(name)).shape[1] for names in inputs for name in names}
+        return explicit_groups(self.block.name, inputs, widths)
+
+    def _other_ranges(self) -> dict[str, Tensor]:
+        """absmax [K] by model-wide name, over the windows that are not held out.
+
+        Over the held-out windows too, it would be hindsight: what exceeds the others' range saturates in the trial as
+        it will later.
+        """
+        absmax = {}
+        for names, source in zip(self.inputs.values(), self.statistics.inputs.values(), strict=True):
+            for name in names:
+                absmax[name] = self.absmax[name] if source.absmax is None else source.absmax
+        experts = map(self.block.full_name, self._quantized(self.block.experts))
+        return absmax | {name: self.absmax[name] for name in experts}
 
     def _fixed(self, group: Group, alpha: float | None) -> Choice:
         """A group's scale for an alpha, from all of the calibration data."""
         if alpha is None:
             return Choice(group, None, torch.ones(group.channels))
-        prefix = f"{self.name}." if self.name else ""
-        consumers = group_modules(self.block, group, prefix)[1]
-        return Choice(group, alpha, magnitudes(group, consumers, self.absmax, self.recipe.resolved_scheme).scale(alpha))
+        consumers = group_modules(self.block, group)[1]
+        return Choice(group, alpha, magnitudes(group, consumers, self.absmax, self.scheme).scale(alpha))
 
-    def apply_(
-        self,
-        model: nn.Module,
-        choices: Sequence[Choice],
-        limits: Mapping[str, float],
-        proof: Proof,
-        done: Blocks,
-    ) -> None:
-        """Folds what was decided, and makes and measures the 8-bit layers and experts."""
-        scales: dict[str, Tensor] = {}  # what the input of each layer is divided by
-        explicit: set[str] = set()
-        unfolded: set[str] = set()  # their limits were chosen for another range
+    def _smooth_(self, choices: Sequence[Choice]) -> dict[str, Choice]:
+        """Folds the scales and those within experts, and reports it; the choice that smoothed each layer's input."""
+        report, smoothed = self.run.report, dict[str, Choice]()
+        experts = [self.block.full_name(local) for local in self._quantized(self.block.experts)]
+        if not choices and not experts:
+            return smoothed
+        proof = Proof(self.block, self.proof_call)
         for choice in choices:
             if choice.alpha is None:
                 continue
-            if smooth_group_(model, choice.group, choice.s, choice.alpha, self.absmax, proof, done.smoothing):
-                scales |= {name: gather_scale(choice.s, seen) for name, seen in choice.group.consumers.items()}
-                explicit |= choice.group.consumers.keys() if choice.group.kind == "explicit" else set()
-            else:
-                unfolded |= choice.group.consumers.keys()
-        alpha, scheme = self.recipe.migration, self.recipe.resolved_scheme
-        for name, reading in self.experts.items():
-            smooth_experts_(model, name, reading, self.hidden, alpha, scheme, proof, done.smoothing)
-        own: dict[str, W8A8Linear] = {}
-        for first, each in self.observation.inputs.items():
-            names = [full_name(self.name, reader) for reader in each.readers]
-            done.units.append(Unit(self.name, tuple(names)))
-            if each.massive[0] > MASSIVE:
-                done.massive[names[0]] = each.massive
-            for name, reader in zip(names, each.readers, strict=True):
-                limit = None if name in unfolded else limits.get(first)
-                if limit is not None:
-                    done.limits[name] = limit / float(self.absmax[name].max())
-                own[name] = self._quantize(reader, each, scales.get(name), name in explicit, limit)
-                if each.rows:  # an expert may not run in the held-out windows
-                    done.errors[name] = self._error(reader, own[name], each, scales.get(name))
-        mixtures = {
-            name: quantize_experts(model.get_submodule(name), reading, scheme) for name, reading in self.experts.items()
-        }
-        done.layers |= own
-        done.experts |= mixtures
-        done.per_token += self.schemes
-        with swapped(model, {**own, **mixtures}):
-            done.damages[self.name] = damage([call.replay(self.block) for call in self.test_calls], self.expected)
+            outcome = smooth_group_(proof, choice.group, choice.s, choice.alpha, self.absmax)
+            if isinstance(outcome, str):
+                report.failed[choice.group.producer] = outcome
+                continue
+            report.groups.append(outcome)
+            for name in choice.group.consumers:
+                smoothed[name] = choice
+                if name in report.layers:
+                    report.layers[name].alpha, report.layers[name].after = choice.alpha, self.absmax[name]
+        for name in experts:
+            within = smooth_experts_(proof, name, self.run.calibration.hidden, self.recipe.migration, self.scheme)
+            if isinstance(within, str):
+                report.failed[f"{name}.up"] = within
+            elif within is not None:
+                report.groups.append(within)
+        return smoothed
 
-    def _quantize(
-        self, reader: str, source: BlockInput, scale: Tensor | None, is_explicit: bool, limit: float | None
-    ) -> W8A8Linear:
+    def _quantize(self, name: str, source: BlockInput, choice: Choice | None, limit: float | None) -> W8A8Linear:
         """The 8-bit layer of a linear layer that is folded already, except if its scale is explicit."""
-        linear = self.linears[reader]
-        weight, hessian, smooth = weight_nk(linear), source.hessian, None
-        if scale is not None and hessian is not None:
-            column = scale.to(hessian)
-            hessian = hessian / column / column[:, None]
-        if is_explicit and scale is not None:
-            smooth = scale.to(weight.device)
-            weight = weight * smooth
-        name = full_name(self.name, reader)
-        rounding, scheme = self.recipe.rounding, self.schemes.get(name, self.recipe.resolved_scheme)
+        linear, hessian, smooth = self._linear(name), source.hessian, None
+        weight = weight_nk(linear)
+        if choice is not None:
+            scale = gather_scale(choice.s, choice.group.consumers[name])
+            if hessian is not None:
+                column = scale.to(hessian)
+                hessian = hessian / column / column[:, None]
+            if choice.group.kind == "explicit":
+                smooth = scale.to(weight.device)
+                weight = weight * smooth
+        rounding, scheme = self.recipe.rounding, self.schemes.get(name, self.scheme)
         assert rounding is not None
         rounded = round_weight(weight, scheme, rounding, hessian)
         absmax = self.absmax[name] if limit is None else torch.tensor(limit)
         return quantize_linear(linear, absmax, scheme, rounded, smooth)
 
-    def _error(self, reader: str, layer: W8A8Linear, source: BlockInput, scale: Tensor | None) -> float:
+    def _error(self, name: str, layer: W8A8Linear, source: BlockInput, choice: Choice | None) -> float:
         """Squared error of a layer's output on held-out rows, relative to the output's square."""
         rows = torch.cat(source.rows)
-        if scale is not None and layer.smooth is None:
+        if choice is not None and layer.smooth is None:
+            scale = gather_scale(choice.s, choice.group.consumers[name])
             rows = (rows.float() / scale.to(rows.device)).to(rows.dtype)  # what the folded producer gives
         with torch.no_grad():
-            wanted, actual = self.linears[reader](rows).double(), layer(rows).double()
+            expected, actual = self._linear(name)(rows).double(), layer(rows).double()
         tiny = torch.finfo(torch.float32).tiny
-        return float((actual - wanted).square().sum() / wanted.square().sum().clamp(min=tiny))
+        return float((actual - expected).square().sum() / expected.square().sum().clamp(min=tiny))

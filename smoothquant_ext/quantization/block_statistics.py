@@ -1,21 +1,24 @@
-"""What a decoder block shows while calibration data passes through it in floating point.
+"""Collects statistics of a decoder block's inputs while calibration data passes through it in floating point.
 
-Linear layers that are handed the very same tensor, such as q, k and v, share one input: what is measured of it is kept
-once, and belongs to all of them.
+Linear layers that are handed the very same tensor, such as q, k and v, share one input: its statistics are kept once,
+and belong to all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..probing.blocks import BlockCall
+from ..probing.hooks import hooked
 from ..probing.linears import Linear
+from ..probing.numerics import outlier_ratio
 
-MOST_ROWS = 512  # of each input, kept to measure the layers that read it
+MOST_ROWS = 512  # of each input, kept to measure the layers that consume it
 
 
 @dataclass
@@ -23,36 +26,62 @@ class BlockInput:
     """One input of a block's linear layers.
 
     Attributes:
-        readers: names, within the block, of the layers that are handed it.
+        consumers: names, within the block, of the layers that are handed it.
         absmax: fp32 [K], largest magnitude of each channel over the windows that are not held out.
-        rows: [R, K], up to ``MOST_ROWS`` rows of the held-out windows, spread evenly over them.
+        rows: [R, K] each, up to ``MOST_ROWS`` rows of the held-out windows, spread evenly over them.
         hessian: fp32 [K, K], sum of ``x x^T`` over the other windows, or ``None`` if it was not asked for.
-        massive: of the held-out tokens, the largest absmax over the median one, and where in its window that token is.
+        massive: of the held-out tokens, the largest absmax over the median one, and that token's position in its
+            window.
     """
 
-    readers: list[str]
+    consumers: list[str]
     absmax: Tensor | None = None
     rows: list[Tensor] = field(default_factory=list)
     hessian: Tensor | None = None
     massive: tuple[float, int] = (1.0, 0)
 
+    def keep_rows(self, x: Tensor, step: int) -> None:
+        """Keeps every ``step``-th row of x [..., K], and notes a massive token."""
+        rows = x.reshape(-1, x.shape[-1])
+        self.rows.append(rows[:: max(1, step)].clone())
+        tokens = rows.abs().amax(1).float()
+        if len(tokens):  # an expert may have been given none
+            position = int(tokens.argmax()) % (x.shape[-2] if x.dim() > 1 else 1)
+            self.massive = max(self.massive, (outlier_ratio(tokens), position))
+
+    def add(self, rows: Tensor, with_hessian: bool) -> None:
+        """Adds rows [R, K] to the absmax, and to the Hessian if asked for."""
+        wide = rows.float()
+        if len(rows):
+            largest = wide.abs().amax(dim=0)
+            self.absmax = largest if self.absmax is None else torch.maximum(self.absmax, largest)
+        if with_hessian:
+            if self.hessian is None:
+                self.hessian = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
+            self.hessian.addmm_(wide.t(), wide)
+
 
 @dataclass
-class Observation:
-    """Of one block: its inputs by the name of their first reader, and the tensors it returned for each window."""
+class BlockStatistics:
+    """Statistics of one block.
 
-    inputs: dict[str, BlockInput]
-    outputs: list[list[Tensor]]
+    Attributes:
+        inputs: the inputs of its linear layers, each by the name of its first consumer.
+        outputs: the tensors that the block returned for each window.
+    """
+
+    inputs: dict[str, BlockInput] = field(default_factory=dict)
+    outputs: list[list[Tensor]] = field(default_factory=list)
 
 
-def observe(
+def collect_statistics(
     block: nn.Module,
     linears: Mapping[str, Linear],
     calls: Sequence[BlockCall],
     held_out: set[int],
     train: set[int],
     hessians: bool,
-) -> Observation:
+) -> BlockStatistics:
     """Runs a block in floating point on all windows.
 
     Args:
@@ -63,66 +92,33 @@ def observe(
         train: the windows that absmax and Hessians are of.
         hessians: whether to sum these up.
     """
-    inputs: dict[str, BlockInput] = {}
-    first_reader: dict[str, str] = {}  # decided when a layer is first seen
-    outputs = []
-    for window, call in enumerate(calls):
-        done: set[str] = set()
+    statistics = BlockStatistics()
+    first_consumer: dict[str, str] = {}  # of each layer's input, decided in the layer's first run
+    # Of the present window: the very tensors that layers were handed, with their versions, so that sharing shows, and
+    # the inputs that are counted already.
+    handed: list[tuple[str, Tensor, int]] = []
+    counted: set[str] = set()
 
-        def see(name: str, first: str, x: Tensor, window: int = window, done: set[str] = done) -> None:
-            if name not in first_reader:
-                first_reader[name] = first_reader.get(first, first)
-                inputs.setdefault(first_reader[name], BlockInput([])).readers.append(name)
-            first = first_reader[name]
-            if first not in done:
-                done.add(first)
-                rows = x.reshape(-1, x.shape[-1])
-                if window in held_out:
-                    _keep_rows(inputs[first], x, -(-len(rows) * len(held_out) // MOST_ROWS))
-                if window in train:
-                    _add_statistics(inputs[first], rows, hessians)
+    def collect(name: str, args: Any, _kwargs: Any) -> None:
+        x = args[0]
+        handed.append((name, x, x._version))
+        if name not in first_consumer:
+            first = next(other for other, tensor, version in handed if tensor is x and version == x._version)
+            first_consumer[name] = first_consumer.get(first, first)
+            statistics.inputs.setdefault(first_consumer[name], BlockInput([])).consumers.append(name)
+        first = first_consumer[name]
+        if first in counted:
+            return
+        counted.add(first)
+        rows = x.reshape(-1, x.shape[-1])
+        if window in held_out:
+            statistics.inputs[first].keep_rows(x, -(-len(rows) * len(held_out) // MOST_ROWS))
+        if window in train:
+            statistics.inputs[first].add(rows, hessians)
 
-        outputs.append(_run(block, linears, call, see))
-    return Observation(inputs, outputs)
-
-
-def _run(
-    block: nn.Module, linears: Mapping[str, Linear], call: BlockCall, see: Callable[[str, str, Tensor], None]
-) -> list[Tensor]:
-    """What the block returns. ``see`` gets each layer, the first one that was handed the same, and what that is."""
-    handed: list[tuple[str, Tensor, int]] = []  # the very tensors, so that sharing shows, and their versions
-    handles = []
-    for name, linear in linears.items():
-
-        def note(_module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-            x = args[0]
-            handed.append((name, x, x._version))
-            see(name, next(other for other, same, version in handed if same is x and version == x._version), x)
-
-        handles.append(linear.register_forward_pre_hook(note))
-    try:
-        return call.replay(block)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _keep_rows(target: BlockInput, x: Tensor, step: int) -> None:
-    rows = x.reshape(-1, x.shape[-1])
-    target.rows.append(rows[:: max(1, step)].clone())
-    tokens = rows.abs().amax(1).float()
-    if len(tokens):  # an expert may have been given none
-        ratio = float(tokens.max() / tokens.median().clamp(min=torch.finfo(torch.float32).tiny))
-        position = int(tokens.argmax()) % (x.shape[-2] if x.dim() > 1 else 1)
-        target.massive = max(target.massive, (ratio, position))
-
-
-def _add_statistics(target: BlockInput, x: Tensor, hessians: bool) -> None:
-    wide = x.float()
-    if len(x):
-        seen = wide.abs().amax(dim=0)
-        target.absmax = seen if target.absmax is None else torch.maximum(target.absmax, seen)
-    if hessians:
-        if target.hessian is None:
-            target.hessian = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-        target.hessian.addmm_(wide.t(), wide)
+    with hooked(linears, before=collect):
+        for window in range(len(calls)):
+            handed.clear()
+            counted.clear()
+            statistics.outputs.append(calls[window].replay(block))
+    return statistics

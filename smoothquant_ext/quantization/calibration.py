@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from types import MappingProxyType
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,19 +14,22 @@ from torch import Tensor, nn
 
 from ..errors import SmoothQuantError
 from ..probing.blocks import Batch, run_model, token_ids
-from ..probing.experts import Reading
-from .block_inputs import StreamRecorder
+from ..probing.hooks import hooked
+from .block_inputs import BlockInputRecorder
 from .expert_smoothing import HiddenRanges
+
+HELD_OUT_SHARE = 4  # every fourth batch at most
+HELD_OUT_TOKENS = 2048  # are enough to measure choices on
+NO_BATCH = "there is no calibration batch; pass at least one batch of token ids [B, T]"
 
 
 def calibrate(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     batches: Iterable[Batch],
-    recorder: StreamRecorder | None = None,
+    recorder: BlockInputRecorder | None = None,
     records: Callable[[int], bool] = lambda _: True,
     hidden: HiddenRanges | None = None,
-    experts: Mapping[str, Reading] = MappingProxyType({}),
 ) -> dict[str, Tensor]:
     """Runs the model over the batches and keeps a running absmax per input channel: O(features) memory.
 
@@ -33,9 +37,9 @@ def calibrate(
         model: the causal LM, in floating point.
         layers: the linear layers, and experts of mixtures, to watch, by name.
         batches: token ids [B, T] or forward arguments; any iterable, consumed once.
-        recorder: also records what the blocks are called with, in the batches for whose number ``records`` is true.
-        hidden: also looks within the ``experts``.
-        experts: how these are to be read, by name.
+        recorder: also records the calls of the blocks, in the batches for whose number ``records`` is true.
+        records: which batches are recorded; asked after the batch was drawn.
+        hidden: also measures the values within experts.
 
     Returns:
         fp32 absmax [K] for each layer that ran, in the order in which the layers ran.
@@ -44,31 +48,23 @@ def calibrate(
         SmoothQuantError: there is no batch, or a layer received a NaN or an infinity.
     """
     absmax: dict[str, Tensor] = {}
-    handles = []
-    for name, layer in layers.items():
 
-        def watch(_module: nn.Module, args: Any, name: str = name) -> None:
-            if not args or args[0].numel() == 0:  # an expert may be given no token
-                return
-            x = args[0].detach()
-            seen = x.reshape(-1, x.shape[-1]).abs().amax(dim=0).float()
-            absmax[name] = torch.maximum(absmax[name], seen) if name in absmax else seen
+    def measure(name: str, args: Any, _kwargs: Any) -> None:
+        if not args or args[0].numel() == 0:  # an expert may be given no token
+            return
+        x = args[0].detach()
+        largest = x.reshape(-1, x.shape[-1]).abs().amax(dim=0).float()
+        absmax[name] = torch.maximum(absmax[name], largest) if name in absmax else largest
 
-        handles.append(layer.register_forward_pre_hook(watch))
-    if hidden is not None:
-        handles += [hidden.watch(name, layers[name], reading) for name, reading in experts.items()]
     count = 0
-    try:
+    with hooked(layers, before=measure), hidden.measuring() if hidden is not None else nullcontext():
         for batch in batches:
-            with recorder if recorder is not None and records(count) else nullcontext():
+            with recorder.recording() if recorder is not None and records(count) else nullcontext():
                 run_model(model, batch)
             count += 1
             check_finite(absmax, count)
-    finally:
-        for handle in handles:
-            handle.remove()
     if count == 0:
-        raise SmoothQuantError("there is no calibration batch; pass at least one batch of token ids [B, T]")
+        raise SmoothQuantError(NO_BATCH)
     return absmax
 
 
@@ -83,21 +79,26 @@ def check_finite(absmax: Mapping[str, Tensor], batch: int) -> None:
             )
 
 
-HELD_OUT_SHARE = 4  # every fourth batch at most
-HELD_OUT_TOKENS = 2048  # are enough to measure choices on
-
-
 class CalibrationData:
-    """Batches on their way into the model; some are kept to measure on, spread evenly where their number is known.
+    """Batches on their way into the model; some are held out to measure on, spread evenly where their number is known.
 
     Attributes:
-        held_out: the batches that are kept, by their number.
+        first: the first batch, which is always held out.
+        held_out: the held-out batches, by their number.
         windows: rows of all batches so far.
         tokens: tokens in them.
+
+    Raises:
+        SmoothQuantError: there is no batch.
     """
 
     def __init__(self, batches: Tensor | Iterable[Batch]) -> None:
         self._batches = batches.split(1) if isinstance(batches, Tensor) and len(batches) else batches
+        self._rest = iter(self._batches)
+        try:
+            self.first: Batch = next(self._rest)
+        except StopIteration:
+            raise SmoothQuantError(NO_BATCH) from None
         self.held_out: dict[int, Batch] = {}
         self.windows = self.tokens = 0
 
@@ -106,7 +107,7 @@ class CalibrationData:
 
     def __iter__(self) -> Iterator[Batch]:
         stride, wanted = HELD_OUT_SHARE, 1
-        for index, batch in enumerate(self._batches):
+        for index, batch in enumerate(itertools.chain([self.first], self._rest)):
             rows, length = token_ids(batch).shape[:2]
             self.windows += rows
             self.tokens += rows * length
@@ -117,14 +118,25 @@ class CalibrationData:
             if index % stride == 0 and len(self.held_out) < wanted:
                 self.held_out[index] = batch
             yield batch
-        if not self.held_out:
-            raise SmoothQuantError("there is no calibration batch; pass at least one batch of token ids [B, T]")
 
     def is_held_out(self, index: int) -> bool:
         """Whether a batch that has been yielded is one to measure on."""
         return index in self.held_out
 
-    @property
-    def first(self) -> Batch:
-        """The first batch, which is always held out."""
-        return self.held_out[0]
+
+@dataclass(frozen=True)
+class Calibration:
+    """The results of calibration.
+
+    Attributes:
+        absmax: fp32 [K], largest magnitude of each channel of each layer's input, by the layer's name; smoothing
+            updates it to the smoothed activations.
+        recorder: the recorded calls of the blocks.
+        held_out: which of the recorded windows choices are measured on.
+        hidden: the ranges within experts; of no experts for no smoothing there.
+    """
+
+    absmax: dict[str, Tensor]
+    recorder: BlockInputRecorder
+    held_out: frozenset[int]
+    hidden: HiddenRanges

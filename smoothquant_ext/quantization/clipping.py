@@ -1,28 +1,29 @@
 """Static activation scales: how much of the range of an input to keep.
 
-One scale for every value an input will ever take: with the largest magnitude seen as its limit nothing saturates, but a
-rare outlier makes the steps coarse for all. The candidates come from a histogram of magnitudes, collected while the
-data streams by in fixed memory; which one is best is measured on the output of the decoder block, as for alpha.
+One scale serves every value that an input will ever take: with the largest calibrated magnitude as its limit nothing
+saturates, but a rare outlier makes the steps coarse for all. The candidates come from a histogram of magnitudes, which
+is collected in fixed memory; the best one is measured on the output of the decoder block, as for alpha.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..probing.blocks import BlockCall
+from ..probing.hooks import hooked
 from ..scheme import QMAX, Scheme
 from .alpha_search import Trial
 from .recipe import Clipping
 
 BINS = 8192
 PERCENTILES = (99.9, 99.99, 99.999)
-HEADROOM = (1.1, 1.25, 1.5)  # times the absmax: what is still to come may be larger than what has been seen
+HEADROOM = (1.1, 1.25, 1.5)  # times the absmax: values to come may be larger than the calibrated ones
 RATIOS = tuple(step / 64 for step in range(1, 65))  # of the absmax: where MSE and KL look for their optimum
-GAIN = 0.9  # of the damage that the absmax does: less is taken for chance. Saturation is rare, and then costs much.
-LEVELS = 128  # magnitudes that 8 bits tell apart
+GAIN = 0.9  # of the error with the absmax: less is taken for chance. Saturation is rare, and then costs much.
+LEVELS = 128  # magnitudes that 8 bits can distinguish
 
 
 class Histogram:
@@ -78,65 +79,52 @@ class Histogram:
 
 def limits(histogram: Histogram, clipping: Clipping, scheme: Scheme) -> list[float]:
     """The candidates for the largest magnitude that an input's static scale represents, the absmax first."""
-    found = {
+    rules = {
         "percentile": [histogram.percentile(percent) for percent in PERCENTILES],
         "mse": [histogram.mse_limit(scheme.dtype)],
         "kl": [histogram.kl_limit()],
     }
-    chosen = [value for values in found.values() for value in values] if clipping == "auto" else found[clipping]
+    chosen = [value for values in rules.values() for value in values] if clipping == "auto" else rules[clipping]
     headroom = [ratio * histogram.limit for ratio in HEADROOM] if clipping == "auto" else []
     return list(dict.fromkeys([histogram.limit, *headroom, *chosen]))
 
 
 def choose_clips_(
-    trial: Trial,
-    block: nn.Module,
-    calls: Sequence[BlockCall],
-    inputs: Mapping[str, Sequence[str]],
-    clipping: Clipping,
+    trial: Trial, calls: Sequence[BlockCall], inputs: Mapping[str, Sequence[str]], clipping: Clipping
 ) -> dict[str, float]:
     """Chooses the limit of each input of a block, one after the other, and gives it to the trial.
 
     Args:
         trial: the quantized block, folded as it will stay.
-        block: the original block, unsmoothed.
-        calls: its arguments for the windows to collect histograms from.
-        inputs: for each input, by the name of its first reader within the block, all its readers.
-        clipping: the rule; with ``"auto"`` each input gets the candidate of all rules that damages the output least,
-            with another rule what this one says, or the absmax if that is better.
+        calls: arguments of the original block for the windows to collect histograms from.
+        inputs: for each input, by the name of its first consumer, all its consumers; model-wide names.
+        clipping: the rule; with ``"auto"`` each input gets the candidate of all rules with the least error of the
+            block's output, with another rule the limit of this rule, or the absmax if that is better.
 
     Returns:
         The limits by the names of the inputs, of those for which the absmax is not good enough.
     """
-    histograms = {
-        name: Histogram(max(float(trial.smoothed_absmax(trial.prefix + reader).max()) for reader in quantized))
-        for name, readers in inputs.items()
-        if (quantized := [reader for reader in readers if trial.prefix + reader in trial.absmax])
-    }
-    histograms = {name: histogram for name, histogram in histograms.items() if histogram.limit > 0}
+    histograms: dict[str, Histogram] = {}
+    for name, consumers in inputs.items():
+        limit = max((float(trial.smoothed_absmax(each).max()) for each in consumers if each in trial.absmax), default=0)
+        if limit > 0:
+            histograms[name] = Histogram(limit)
+    scales = {name: trial.input_scale(name) for name in histograms}
 
-    def counter(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        scale = trial.input_scale(trial.prefix + name)
+    def count(name: str, args: tuple[Tensor, ...], _kwargs: object) -> None:
+        scale = scales[name]
+        histograms[name].add(args[0] if scale is None else args[0].float() / scale.to(args[0].device))
 
-        def count(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            histograms[name].add(args[0] if scale is None else args[0].float() / scale.to(args[0].device))
-
-        return count
-
-    handles = [block.get_submodule(name).register_forward_pre_hook(counter(name)) for name in histograms]
-    try:
+    with hooked({name: trial.block.find(name) for name in histograms}, before=count):
         for call in calls:
-            call.replay(block)
-    finally:
-        for handle in handles:
-            handle.remove()
+            call.replay(trial.block.module)
 
     chosen: dict[str, float] = {}
     for name, histogram in histograms.items():
         errors: dict[float, float] = {}
         for limit in limits(histogram, clipping, trial.scheme):
             trial.clip_(inputs[name], limit)
-            errors[limit] = trial.damage()
+            errors[limit] = trial.block_error()
         best = min(errors, key=errors.__getitem__)
         if errors[best] < GAIN * errors[histogram.limit]:
             chosen[name] = best

@@ -1,4 +1,4 @@
-"""Conversion: the 8-bit module that takes the place of a linear layer."""
+"""Conversion: makes the 8-bit modules that take the places of linear layers and experts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import ops, reference
 from ..nn.experts import W8A8Experts
 from ..nn.linear import W8A8Linear
-from ..probing.experts import Reading
+from ..probing.experts import ExpertsLayout
 from ..probing.linears import Linear, as_linear, weight_nk
 from ..scheme import QMAX, Scheme
 
@@ -30,10 +30,10 @@ def convert_(model: nn.Module, names: Iterable[str], absmax: Mapping[str, Tensor
         model.set_submodule(name, quantize_linear(linear, absmax.get(name), scheme))
 
 
-def convert_experts_(model: nn.Module, readings: Mapping[str, Reading], scheme: Scheme) -> None:
+def convert_experts_(model: nn.Module, layouts: Mapping[str, ExpertsLayout], scheme: Scheme) -> None:
     """Replaces the named experts of ``model`` by ``W8A8Experts``, freeing the float weights."""
-    for name, reading in readings.items():
-        model.set_submodule(name, quantize_experts(model.get_submodule(name), reading, scheme))
+    for name, layout in layouts.items():
+        model.set_submodule(name, quantize_experts(model.get_submodule(name), layout, scheme))
 
 
 def quantize_linear(
@@ -67,23 +67,23 @@ def quantize_linear(
     return module
 
 
-def quantize_experts(module: nn.Module, reading: Reading, scheme: Scheme) -> W8A8Experts:
+def quantize_experts(module: nn.Module, layout: ExpertsLayout, scheme: Scheme) -> W8A8Experts:
     """An 8-bit copy of a mixture's experts, rounded to nearest, ready to run; inputs have a scale per token."""
     parameters = {name: parameter.detach() for name, parameter in module.named_parameters(recurse=False)}
     layers = {}
-    for name, part in reading.parts.items():
+    for name, part in layout.parts.items():
         weight, bias = part.weight(parameters), part.bias_of(parameters)
-        rounded = [quantize_weight(own, scheme) for own in weight]
+        rounded = [quantize_weight(expert, scheme) for expert in weight]
         stacked = torch.stack([q for q, _ in rounded]), torch.stack([scale for _, scale in rounded])
         layers[name] = *stacked, None if bias is None else bias.clone()
-    experts = W8A8Experts(layers, reading.activation, scheme, reading.is_sorted)
+    experts = W8A8Experts(layers, layout.activation, scheme, layout.is_sorted)
     experts.prepack_()
     return experts
 
 
 def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Rounds a weight [N, K] to nearest: 8-bit [N, K] and its fp32 scale, [N, 1] per channel or [1] per tensor."""
-    # Off the CPU torch's own operators do: they give the same bits, and need no kernel that was validated there.
+    # Off the CPU torch's operators give the same bits, and need no kernel that was validated there.
     quantizers = ops if weight.is_cpu else reference
     if scheme.weight == "channel":
         quantized, scale = quantizers.quantize_per_token(weight.contiguous(), scheme.dtype)

@@ -4,32 +4,38 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..checkpoint.hf_names import expert_names
-from ..checkpoint.naming import describe_
+from ..checkpoint.naming import set_quantization_config_
 from ..fusion.fuse import fuse_
 from ..nn.experts import as_experts
-from ..probing.blocks import Batch, find_blocks, token_ids
+from ..nn.finalize import finalize_
+from ..nn.linear import W8A8Linear
+from ..probing.blocks import Batch, token_ids
 from ..probing.smoothing_groups import Discovery, discover
+from ..probing.structure import Structure, find_structure
 from ..progress import track
-from .block_inputs import StreamRecorder
-from .block_quantizer import quantize_blocks
-from .calibration import CalibrationData, calibrate
+from ..scheme import Scheme
+from .block_inputs import BlockInputRecorder
+from .block_quantizer import Run, quantize_blocks
+from .calibration import Calibration, CalibrationData, calibrate
 from .convert import convert_, convert_experts_
 from .expert_smoothing import HiddenRanges
 from .recipe import Recipe
-from .report import Report, to_record
-from .resume import Journal, fingerprint
-from .selection import check_finite_weights, select_linears
+from .report import LayerReport, Report, UnitReport
+from .resume import SearchState, fingerprint
+from .selection import Selection, check_finite_weights, select_linears
+from .sensitivity import Unit
 from .skipping import choose_skips
 
 Model = TypeVar("Model", bound=nn.Module)
+Progress: TypeAlias = Callable[[Iterable[Any]], Iterable[Any]]
 
 
 def quantize(
@@ -48,8 +54,8 @@ def quantize(
             are measured on these.
         recipe: what to do; the default is INT8 with dynamic per-token activations.
         progress: whether to show progress bars.
-        journal: a folder that takes what a search has found so far; the same call goes on from there if it was cut off.
-            Removed at the end.
+        journal: a folder that keeps the results of a search while it runs; the same call resumes there if it was cut
+            off. Removed at the end.
 
     Returns:
         The same object. Its ``smoothquant_report`` is a ``Report``; its ``smoothquant_record``, the same in plain
@@ -64,96 +70,105 @@ def quantize(
     report = Report(recipe, base=_name_of(model))
     bar = _progress_bars(report, progress)
     model.eval()
-
-    selection = select_linears(model, recipe)
-    layers = {name: model.get_submodule(name) for name in (*selection.linears, *selection.experts)}
-    check_finite_weights(layers)
     data = CalibrationData(batches)
-    recorder = StreamRecorder(find_blocks(model))
-    watched = bar(data, "Calibrating")
-    records = (lambda _: True) if recipe.is_tuned else data.is_held_out
-    hidden = HiddenRanges()
-    within = {name: own for name, own in selection.experts.items() if recipe.smooth and own.up is not None}
-    absmax = calibrate(model, layers, watched, recorder, records, hidden, within)
-    for name in [name for name in layers if name not in absmax]:
-        selection.linears.pop(name, None)
-        selection.experts.pop(name, None)
-        selection.skipped[name] = "never ran during calibration"
-    seen = absmax | {f"held out {index}": token_ids(batch) for index, batch in data.held_out.items()}
-    notes = Journal(Path(journal) / fingerprint(model, seen, repr(recipe)) if journal is not None else None)
+    structure = find_structure(model, data.first)
+    selection = select_linears(structure, recipe)
+    check_finite_weights(selection.modules(model))
+
+    calibration = _calibrate(structure, selection, data, recipe, bar("Calibrating"))
+    report.calibration = {"windows": data.windows, "tokens": data.tokens}
+    report.layers = {name: LayerReport(absmax, absmax) for name, absmax in calibration.absmax.items()}
+    for name in selection.names:
+        if name not in calibration.absmax:
+            selection.skip(name, "never ran during calibration")
+    measured = calibration.absmax | {f"held out {index}": token_ids(batch) for index, batch in data.held_out.items()}
+    state = SearchState(Path(journal) / fingerprint(model, measured, repr(recipe)) if journal is not None else None)
+    run = Run(recipe, structure, calibration, state, report)
 
     discovery = Discovery()
     if recipe.smooth:
-        discovery = discover(
-            model, data.first, lambda blocks: bar(blocks, "Finding smoothing groups"), absmax, selection.readings
-        )
-    report.calibration = {"windows": data.windows, "tokens": data.tokens}
-    before = dict(absmax)
-    done = quantize_blocks(
-        model,
-        recorder,
-        set(data.held_out) if recipe.is_tuned else set(range(recorder.windows)),
-        discovery.groups,
-        absmax,
-        data.first,
-        recipe,
-        notes,
-        selection.experts,
-        hidden,
-        lambda names: bar(names, "Quantizing blocks"),
-    )
+        discovery = discover(structure, bar("Finding smoothing groups"), calibration.absmax)
+    report.failed |= discovery.rejected
+    linears, experts = quantize_blocks(run, discovery.groups, bar("Quantizing blocks"))
     if recipe.skips:
-        held_out = list(data.held_out.values())
-        skips = choose_skips(
-            model, done.layers, done.units, held_out, recipe, notes, lambda units: bar(units, "Measuring each layer")
-        )
-        report.sensitivity = {unit.layers: kl for unit, kl in skips.damages.items()}
-        done.layers |= skips.dynamic
-        done.per_token += skips.dynamic
-        selection.skipped |= skips.reasons
-        for name in skips.reasons:
-            del done.layers[name], selection.linears[name]
-    names = {name: expert_names(model, name, reading) for name, reading in selection.experts.items()}
-    for name, layer in {**done.layers, **done.experts}.items():
-        model.set_submodule(name, layer)
-    rest = [name for name in selection.linears if name not in done.layers]  # outside of every block
-    convert_(model, rest, absmax, recipe.resolved_scheme)
-    other_experts = {name: own for name, own in selection.experts.items() if name not in done.experts}
-    convert_experts_(model, other_experts, recipe.resolved_scheme)
-    for name, own_names in names.items():
-        as_experts(model.get_submodule(name)).names = own_names
+        _leave_out_worst(run, selection, linears, list(data.held_out.values()), bar("Measuring each layer"))
+
+    _install_(model, selection, {**linears, **experts}, calibration.absmax, recipe.resolved_scheme)
     report.fused = fuse_(model)
     if isinstance(model, PreTrainedModel):
-        describe_(model)
-    notes.remove()
+        finalize_(model, refused=set_quantization_config_(model))
+    state.remove()
 
-    smoothed = {consumer for group in done.smoothing.groups for consumer in group.consumers}
-    report.quantized = [*selection.linears, *selection.experts]
-    report.experts = list(selection.experts)
-    report.groups = done.smoothing.groups
-    report.failed = discovery.rejected | done.smoothing.failed
-    report.unsmoothed = [name for name in report.quantized if name not in smoothed]
-    report.skipped = selection.skipped
-    report.errors, report.damages, report.limits, report.massive = done.errors, done.damages, done.limits, done.massive
-    report.per_token = [name for name in done.per_token if name in selection.linears]
-    if recipe.resolved_scheme.is_static:
-        report.per_token += selection.experts
-    report.outliers = {name: (before[name], absmax[name]) for name in before}
+    report.quantized, report.experts, report.skipped = selection.names, list(selection.experts), selection.skipped
+    for name in selection.experts:
+        report.layers[name].per_token = recipe.resolved_scheme.is_static
     model.smoothquant_report = report  # type: ignore[assignment]
-    model.smoothquant_record = to_record(report)  # type: ignore[assignment]
+    model.smoothquant_record = report.to_record()  # type: ignore[assignment]
     return model
 
 
+def _calibrate(
+    structure: Structure, selection: Selection, data: CalibrationData, recipe: Recipe, progress: Progress
+) -> Calibration:
+    """Runs the model over the data: absmax of every selected layer, calls of every block, ranges within experts."""
+    layers = selection.modules(structure.model)
+    recorder = BlockInputRecorder(structure.modules)
+    hidden = HiddenRanges(layers, selection.experts if recipe.smooth else {})
+    records = (lambda _: True) if recipe.is_tuned else data.is_held_out
+    absmax = calibrate(structure.model, layers, progress(data), recorder, records, hidden)
+    held_out = data.held_out if recipe.is_tuned else range(recorder.windows)  # numbers of recorded windows
+    return Calibration(absmax, recorder, frozenset(held_out), hidden)
+
+
+def _leave_out_worst(
+    run: Run, selection: Selection, linears: dict[str, W8A8Linear], batches: Sequence[Batch], progress: Progress
+) -> None:
+    """Leaves the layers out that the recipe's limits ask for, or gives them dynamic scales, in ``linears`` too."""
+    report = run.report
+    units = [Unit(name, layers) for name, block in report.blocks.items() for layers in block.inputs]
+    skips = choose_skips(run.structure, linears, units, batches, run.recipe, run.state, progress)
+    report.sensitivity = [UnitReport(unit.layers, kl) for unit, kl in skips.sensitivity.items()]
+    linears |= skips.dynamic
+    for name in skips.dynamic:
+        report.layers[name].per_token = True
+    for name, reason in skips.reasons.items():
+        selection.skip(name, reason)
+        del linears[name]
+
+
+def _install_(
+    model: nn.Module,
+    selection: Selection,
+    int8_modules: Mapping[str, nn.Module],
+    absmax: Mapping[str, Tensor],
+    scheme: Scheme,
+) -> None:
+    """Puts the 8-bit modules in their places, and converts the selected layers that are outside of all blocks."""
+    names = {name: expert_names(model, name, layout) for name, layout in selection.experts.items()}
+    for name, module in int8_modules.items():
+        model.set_submodule(name, module)
+    convert_(model, [name for name in selection.linears if name not in int8_modules], absmax, scheme)
+    outside = {name: layout for name, layout in selection.experts.items() if name not in int8_modules}
+    convert_experts_(model, outside, scheme)
+    for name, layer_names in names.items():
+        as_experts(model.get_submodule(name)).names = layer_names
+
+
 def _name_of(model: nn.Module) -> str:
-    """What a model was loaded from, without the folders it lies in here."""
+    """The hub id or the directory name that a model was loaded from, without the folders above it."""
     name = str(getattr(getattr(model, "config", None), "name_or_path", "") or "")
     return name if name.count("/") == 1 and not Path(name).exists() else Path(name).name
 
 
-def _progress_bars(report: Report, show: bool) -> Callable[[Iterable[Any], str], Iterable[Any]]:
-    def bar(items: Iterable[Any], what: str) -> Iterable[Any]:
-        start = time.perf_counter()
-        yield from track(items, what, show)
-        report.seconds[what] = time.perf_counter() - start
+def _progress_bars(report: Report, show: bool) -> Callable[[str], Progress]:
+    """For the name of a step a progress bar that reports the step's duration."""
+
+    def bar(step: str) -> Progress:
+        def timed(items: Iterable[Any]) -> Iterable[Any]:
+            start = time.perf_counter()
+            yield from track(items, step, show)
+            report.seconds[step] = time.perf_counter() - start
+
+        return timed
 
     return bar

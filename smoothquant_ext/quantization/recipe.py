@@ -26,14 +26,15 @@ class Recipe:
             decoder block's output; ``None`` takes the scheme's default.
         smooth: ``False`` quantizes without smoothing.
         explicit: also smooth layers whose input no layer before them can be folded into (``fc2`` after a GELU): the
-            scale is kept beside the weight and applied while the input is quantized. Only this package reads that.
+            scale is kept beside the weight and applied while the input is quantized. Only this package reads it.
         rounding: how weights are rounded, see ``rounding.round_weight``; ``None`` is ``"gptq"`` where alpha is
             ``"auto"``, else ``"nearest"``.
         clipping: how static activation scales are chosen, see ``clipping.choose_clips_``; ``None`` is ``"auto"`` where
             alpha is ``"auto"``, else ``"absmax"``. Dynamic scales are never clipped.
-        auto_skip: leave so many linear layers out of 8 bits, those that do the most damage; below 1 a share of all.
-        max_ppl_increase: leave as many out as it takes to keep the perplexity on held-out calibration text within this
-            of the original's, relative: 0.005 is 0.5 %.
+        auto_skip: the number of linear layers to leave out of 8 bits, those that cost the predictions the most; below 1
+            a share of all.
+        max_ppl_increase: leave out as many layers as needed to keep the perplexity on held-out calibration text within
+            this of the original's, relative: 0.005 is 0.5 %.
         skip: glob patterns of module names to leave in floating point, besides the output embedding and MoE routers.
         only: glob patterns of the only module names to quantize; empty means all.
 
@@ -76,7 +77,7 @@ class Recipe:
 
     @property
     def resolved_scheme(self) -> Scheme:
-        """The scheme itself, whichever way it was given."""
+        """The scheme, also where its name was given."""
         assert isinstance(self.scheme, Scheme)
         return self.scheme
 
@@ -92,10 +93,10 @@ class Recipe:
 
     @property
     def skips(self) -> bool:
-        """Whether the most damaging layers are left out."""
+        """Whether the most sensitive layers are left out."""
         return self.auto_skip > 0 or self.max_ppl_increase is not None
 
     @property
     def is_tuned(self) -> bool:
-        """Whether more is done than one formula for all, which takes the whole calibration data block by block."""
+        """Whether alphas, rounding or scales are chosen by the whole calibration data, block by block."""
         return self.alpha == AUTO or self.rounding != "nearest" or self.clips

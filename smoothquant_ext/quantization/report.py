@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,107 +13,60 @@ from ..checkpoint.record import VERSION, package_version
 from ..probing.numerics import outlier_ratio
 from .recipe import Recipe
 
+MOST_BINS = 128  # of channels, in the record's absmax of a layer's input
+
 
 @dataclass
-class Report:
-    """What one run of ``quantize`` did.
+class LayerReport:
+    """Facts about one linear layer, or about the experts of one mixture.
 
     Attributes:
-        recipe: the recipe it followed.
-        quantized: names of the layers, and of the modules of experts, that now run in 8 bits.
-        experts: those of them that hold the experts of a mixture.
-        groups: the groups that were smoothed.
-        failed: producers whose fold was undone, and producers that cannot be folded, each with the reason.
-        unsmoothed: quantized layers whose input was not smoothed.
-        skipped: layers left in floating point, with the reason.
-        errors: squared error of each quantized layer's output on held-out rows, relative to the output's square.
-        damages: the same of each decoder block's output, with all its layers quantized (see ``search.damage``).
-        limits: where static scales are clipped, the largest magnitude kept relative to the largest seen, by layer.
-        massive: inputs at which one token towers over the others: over the median one how much, and its position.
-        per_token: layers of a static scheme whose input has a scale per token all the same, because one for all would
-            not fit its tokens; experts always have.
-        sensitivity: KL divergence of the model's predictions with nothing but these layers quantized, if measured.
-        outliers: fp32 [K] absmax of each layer's input, before and after smoothing.
-        fused: names of the norms and MLPs that run in one pass now.
-        seconds: wall-clock seconds of each step.
-        base: what the model was loaded from: a hub id, or the last part of a path; empty if that is not known.
-        calibration: ``windows`` and ``tokens`` of the calibration data, and ``text`` where whoever read it says so.
+        before: fp32 [K], calibrated absmax of each channel of the input, before smoothing.
+        after: the same after smoothing.
+        alpha: migration strength of the group that smoothed the input; ``None`` where it is not smoothed.
+        error: squared error of the output on held-out rows, relative to the output's square; ``None`` where it was not
+            measured. Of a layer that then stayed in floating point, it is what 8 bits would have cost.
+        limit: the largest magnitude that the static scale represents, relative to the largest one calibrated, where it
+            was chosen.
+        massive: where one token of the input towers over the others: its absmax over the median token's, and its
+            position. Of layers that share an input, the first has it.
+        per_token: whether a layer of a static scheme has a scale per token, because one for all would not fit its
+            tokens; experts always have.
     """
 
-    recipe: Recipe
-    quantized: list[str] = field(default_factory=list)
-    experts: list[str] = field(default_factory=list)
-    groups: list[SmoothedGroup] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)
-    unsmoothed: list[str] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)
-    damages: dict[str, float] = field(default_factory=dict)
-    limits: dict[str, float] = field(default_factory=dict)
-    massive: dict[str, tuple[float, int]] = field(default_factory=dict)
-    per_token: list[str] = field(default_factory=list)
-    sensitivity: dict[tuple[str, ...], float] = field(default_factory=dict)
-    outliers: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    fused: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    base: str = ""
-    calibration: dict[str, Any] = field(default_factory=dict)
+    before: Tensor
+    after: Tensor
+    alpha: float | None = None
+    error: float | None = None
+    limit: float | None = None
+    massive: tuple[float, int] | None = None
+    per_token: bool = False
+
+    def to_record(self) -> dict[str, Any]:
+        """The fields as plain numbers: up to ``MOST_BINS`` bins of neighbouring channels, each with its largest absmax.
+
+        ``ratio_before`` and ``ratio_after`` are those of the largest channel to the median one.
+        """
+        record = {name: _binned(value) if isinstance(value, Tensor) else value for name, value in vars(self).items()}
+        return record | {"ratio_before": outlier_ratio(self.before), "ratio_after": outlier_ratio(self.after)}
 
 
-MOST_BINS = 128  # of channels, in what is kept of the outliers
+@dataclass
+class BlockReport:
+    """Facts about one decoder block.
 
-
-def to_record(report: Report) -> dict[str, Any]:
-    """A report as plain numbers and names.
-
-    Keys: ``version``, ``package``, ``base``, ``calibration``, ``measured`` (rows of ``card.measured_facts``; none yet),
-    ``recipe`` (its fields; ``scheme`` by name), ``quantized``, ``skipped``, ``failed``,
-    ``unsmoothed``, ``groups`` (see ``SmoothedGroup``), ``errors``, ``damages``, ``limits``, ``massive``, ``per_token``,
-    ``sensitivity`` (a list of ``{"layers", "kl"}``), ``seconds``, and ``outliers``: for each layer ``before`` and
-    ``after``, the absmax of its input's channels (the largest of each of up to 128 bins of neighbours), and the
-    ``ratio_before`` and ``ratio_after`` of the largest channel to the median one.
+    Attributes:
+        error: of its output on held-out data, with all its layers quantized (see ``alpha_search.block_error``).
+        inputs: for each input of its linear layers the names of those that share it.
     """
-    recipe = asdict(report.recipe) | {"scheme": report.recipe.resolved_scheme.name}
-    return {
-        "version": VERSION,
-        "package": package_version(),
-        "base": report.base,
-        "calibration": report.calibration,
-        "measured": [],
-        "recipe": recipe,
-        "quantized": report.quantized,
-        "skipped": report.skipped,
-        "failed": report.failed,
-        "unsmoothed": report.unsmoothed,
-        "groups": [asdict(group) for group in report.groups],
-        "errors": report.errors,
-        "damages": report.damages,
-        "limits": report.limits,
-        "per_token": report.per_token,
-        "massive": {name: list(found) for name, found in report.massive.items()},
-        "sensitivity": [{"layers": list(layers), "kl": kl} for layers, kl in report.sensitivity.items()],
-        "seconds": report.seconds,
-        "outliers": {
-            name: {
-                "before": _binned(before),
-                "after": _binned(after),
-                "ratio_before": outlier_ratio(before),
-                "ratio_after": outlier_ratio(after),
-            }
-            for name, (before, after) in report.outliers.items()
-        },
-    }
 
-
-def _binned(absmax: Tensor) -> list[float]:
-    size = -(-len(absmax) // MOST_BINS)
-    padded = torch.nn.functional.pad(absmax.float().cpu(), (0, -len(absmax) % size))
-    return [float(f"{value:.4g}") for value in padded.reshape(-1, size).amax(1).tolist()]
+    error: float
+    inputs: list[tuple[str, ...]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class SmoothedGroup:
-    """What smoothing did to one group.
+    """One smoothed group.
 
     Attributes:
         producer: name of the norm or linear layer whose output was divided by s; empty where s stays explicit.
@@ -129,3 +83,82 @@ class SmoothedGroup:
     alpha: float
     outlier_before: float
     outlier_after: float
+
+
+@dataclass(frozen=True)
+class UnitReport:
+    """The sensitivity of the model to one unit.
+
+    Attributes:
+        layers: names of the layers that share an input.
+        kl: KL divergence of the model's predictions, nats per token, with nothing but these layers quantized.
+    """
+
+    layers: tuple[str, ...]
+    kl: float
+
+
+@dataclass
+class Report:
+    """The facts of one run of ``quantize``.
+
+    Attributes:
+        recipe: the recipe it followed.
+        quantized: names of the layers, and of the modules of experts, that now run in 8 bits.
+        experts: those of them that hold the experts of a mixture.
+        skipped: layers left in floating point, with the reason.
+        layers: facts about every calibrated layer, by name; some of these stay in floating point.
+        blocks: facts about every decoder block whose calls could be recorded, by name.
+        groups: the groups that were smoothed.
+        failed: producers whose fold was undone, and producers that cannot be folded, each with the reason.
+        sensitivity: of each unit, if it was measured.
+        fused: names of the norms, MLPs and so on that run in one pass now.
+        seconds: wall-clock seconds of each step.
+        base: where the model was loaded from: a hub id, or the last part of a path; empty if that is not known.
+        calibration: ``windows`` and ``tokens`` of the calibration data, and the name of the ``text`` where it is known.
+    """
+
+    recipe: Recipe
+    quantized: list[str] = field(default_factory=list)
+    experts: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    layers: dict[str, LayerReport] = field(default_factory=dict)
+    blocks: dict[str, BlockReport] = field(default_factory=dict)
+    groups: list[SmoothedGroup] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    sensitivity: list[UnitReport] = field(default_factory=list)
+    fused: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    base: str = ""
+    calibration: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def unsmoothed(self) -> list[str]:
+        """Names of quantized layers whose input was not smoothed."""
+        return self._quantized_where(name for name, layer in self.layers.items() if layer.alpha is None)
+
+    @property
+    def per_token(self) -> list[str]:
+        """Names of quantized layers of a static scheme that have a scale per token all the same."""
+        return self._quantized_where(name for name, layer in self.layers.items() if layer.per_token)
+
+    def _quantized_where(self, names: Iterable[str]) -> list[str]:
+        chosen = set(names)
+        return [name for name in self.quantized if name in chosen]
+
+    def to_record(self) -> dict[str, Any]:
+        """The report in plain numbers and names, as ``save`` writes it.
+
+        The keys are the fields, and besides ``version``, ``package``, and ``measured``: rows of
+        ``model_card.measured_facts``, none yet. The recipe has its scheme by name.
+        """
+        layers = {name: layer.to_record() for name, layer in self.layers.items()}
+        recipe = asdict(self.recipe) | {"scheme": self.recipe.resolved_scheme.name}
+        header = {"version": VERSION, "package": package_version(), "measured": []}
+        return header | asdict(replace(self, layers={})) | {"recipe": recipe, "layers": layers}
+
+
+def _binned(absmax: Tensor) -> list[float]:
+    size = -(-len(absmax) // MOST_BINS)
+    padded = torch.nn.functional.pad(absmax.float().cpu(), (0, -len(absmax) % size))
+    return [float(f"{value:.4g}") for value in padded.reshape(-1, size).amax(1).tolist()]

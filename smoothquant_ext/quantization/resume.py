@@ -1,4 +1,4 @@
-"""What a long search has found so far, on the disk, so that a run that was cut off goes on where it stopped.
+"""Keeps the results of a long search on the disk, so that a run that was cut off resumes where it stopped.
 
 One small file per decoder block, written atomically, in a folder beside the output. The folder's name holds a
 fingerprint of everything that decides the result: another model, recipe or calibration text starts afresh.
@@ -23,14 +23,14 @@ from ..errors import SmoothQuantError
 SAMPLED = 64  # numbers of each weight that go into the fingerprint
 
 
-class Journal:
-    """Keeps findings by name in a folder; ``None`` as the folder keeps nothing."""
+class SearchState:
+    """Keeps the results of a search by name in a folder; ``None`` as the folder keeps nothing."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
     def read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Tensors and facts that were written under a name, or ``None``; a damaged file counts as none."""
+        """The tensors and facts that were written under a name, or ``None``; a damaged file counts as none."""
         if self.folder is None:
             return None
         try:
@@ -41,7 +41,7 @@ class Journal:
             return None
 
     def write(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Writes findings under a name, whole or not at all.
+        """Writes tensors and facts under a name, whole or not at all.
 
         Raises:
             SmoothQuantError: the file cannot be written.
@@ -58,7 +58,7 @@ class Journal:
             raise SmoothQuantError(f"{self.folder} cannot be written to ({error}); free some space there") from error
 
     def remove(self) -> None:
-        """Forgets everything, and takes the folder of the journals along if this was the last one."""
+        """Removes the folder, and the folder of all searches if this was the last one."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
             with suppress(OSError):
@@ -69,13 +69,13 @@ class Journal:
         return self.folder / f"{name or 'model'}.safetensors"
 
 
-def fingerprint(model: nn.Module, absmax: Mapping[str, Tensor], settings: str) -> str:
-    """Sixteen hex digits that change with the model's weights, what calibration saw, and the settings."""
+def fingerprint(model: nn.Module, measured: Mapping[str, Tensor], settings: str) -> str:
+    """Sixteen hex digits that change with the model's weights, what calibration measured, and the settings."""
     digest = hashlib.sha256(settings.encode())
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, flat.numel() // SAMPLED)].float().cpu()
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + sample.numpy().tobytes())
-    for name, values in absmax.items():
+    for name, values in measured.items():
         digest.update(name.encode() + values.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

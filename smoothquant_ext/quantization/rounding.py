@@ -1,7 +1,7 @@
 """Rounds weights to 8 bits: to nearest, with the best clipping of each channel, or by GPTQ.
 
-All three give the same kind of result, an 8-bit weight [N, K] and its scales; they differ in how much of what a layer
-computes survives. The latter two look at the inputs of the layer, through ``hessian = sum over tokens of x x^T``.
+All three return an 8-bit weight [N, K] and its scales; they differ in the error of the layer's output. The latter two
+use the inputs of the layer, through ``hessian = sum over tokens of x x^T``.
 """
 
 from __future__ import annotations

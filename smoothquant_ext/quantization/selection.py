@@ -1,4 +1,4 @@
-"""Which linear layers and experts a recipe quantizes, and why the others stay in floating point."""
+"""Selects the linear layers and experts that a recipe quantizes, with the reasons for leaving out the others."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from ..errors import SmoothQuantError
-from ..probing.experts import Reading
-from ..probing.linears import Linear, find_experts, find_linears, values_of, weight_nk
+from ..probing.experts import ExpertsLayout
+from ..probing.linears import Linear, values_of, weight_nk
+from ..probing.structure import Structure
 from .recipe import Recipe
 
 # Configuration keys that hold the number of experts; a linear with that many outputs chooses among them.
@@ -20,22 +21,35 @@ EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "mo
 
 @dataclass
 class Selection:
-    """Which linear layers will run in 8 bits, and why the others will not.
+    """Which linear layers and experts will run in 8 bits, and why the others will not.
 
     Attributes:
         linears: the layers to quantize, by name.
-        experts: how to read the experts of mixtures to quantize, by the name of the module that holds them all.
-        readings: the same of all experts that can be read, quantized or not.
+        experts: the layouts of the experts of mixtures to quantize, by the name of the module that holds them all.
         skipped: the reason for each layer left in floating point, by name.
     """
 
     linears: dict[str, Linear] = field(default_factory=dict)
-    experts: dict[str, Reading] = field(default_factory=dict)
-    readings: dict[str, Reading] = field(default_factory=dict)
+    experts: dict[str, ExpertsLayout] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def names(self) -> list[str]:
+        """Of the layers and experts to quantize."""
+        return [*self.linears, *self.experts]
 
-def select_linears(model: nn.Module, recipe: Recipe) -> Selection:
+    def modules(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The layers and the modules of experts to quantize, by name."""
+        return {name: model.get_submodule(name) for name in self.names}
+
+    def skip(self, name: str, reason: str) -> None:
+        """Leaves a layer, or the experts of a mixture, in floating point."""
+        self.linears.pop(name, None)
+        self.experts.pop(name, None)
+        self.skipped[name] = reason
+
+
+def select_linears(structure: Structure, recipe: Recipe) -> Selection:
     """Applies a recipe's patterns and the defaults (output embedding, routers and gates stay in floating point).
 
     Patterns are shell globs matched against the whole module name or any run of whole name parts
@@ -44,21 +58,17 @@ def select_linears(model: nn.Module, recipe: Recipe) -> Selection:
     Raises:
         SmoothQuantError: a pattern matches nothing, or nothing is left to quantize.
     """
-    linears, experts = find_linears(model), find_experts(model)
+    model, linears, experts = structure.model, structure.linears, structure.experts
     for option, patterns in (("skip", recipe.skip), ("only", recipe.only)):
         for pattern in patterns:
             if not any(_matches(name, pattern) for name in (*linears, *experts)):
                 raise SmoothQuantError(
                     f"--{option} pattern {pattern!r} matches no linear layer; names look like {_examples(linears)}"
                 )
-    reasons = _default_skips(model, linears) | {
-        name: "experts that compute something other than down(act(gate(x)) * up(x))"
-        for name, reading in experts.items()
-        if reading is None
-    }
+    reasons = _default_skips(model, linears)
     selection = Selection(skipped=_unsupported_weights(model, {*linears, *experts}))
-    selection.readings = {name: reading for name, reading in experts.items() if reading is not None}
     for name in (*linears, *experts):
+        layout = experts.get(name)
         if any(_matches(name, pattern) for pattern in recipe.skip):
             selection.skipped[name] = "skipped by pattern"
         elif recipe.only and not any(_matches(name, pattern) for pattern in recipe.only):
@@ -67,9 +77,11 @@ def select_linears(model: nn.Module, recipe: Recipe) -> Selection:
             selection.skipped[name] = reasons[name]
         elif name in linears:
             selection.linears[name] = linears[name]
+        elif layout is not None:
+            selection.experts[name] = layout
         else:
-            selection.experts[name] = selection.readings[name]
-    if not selection.linears and not selection.experts:
+            selection.skipped[name] = "experts that compute something other than down(act(gate(x)) * up(x))"
+    if not selection.names:
         kinds = sorted({type(module).__name__ for module in model.modules() if not list(module.children())})
         raise SmoothQuantError(
             f"{type(model).__name__} has no linear layer to quantize"
@@ -96,14 +108,14 @@ def _matches(name: str, pattern: str) -> bool:
     return any(fnmatchcase(run, pattern) for run in runs)
 
 
-def _examples(linears: dict[str, Linear]) -> str:
+def _examples(linears: Mapping[str, Linear]) -> str:
     names = list(linears)
     return ", ".join(dict.fromkeys((names[0], names[len(names) // 2], names[-1]))) if names else "nothing here"
 
 
 def _unsupported_weights(model: nn.Module, known: set[str]) -> dict[str, str]:
-    """Modules with weights that are no linear layer's, so that none is left out silently: those of more dimensions
-    (convolutions), and matrices with a forward of their own (routers).
+    """Modules that have weights and are no linear layers, so that none is left out silently: with weights of more
+    dimensions (convolutions), or with a matrix and another forward than a linear layer's (routers).
     """
     reasons = {}
     for name, module in model.named_modules():
@@ -116,7 +128,7 @@ def _unsupported_weights(model: nn.Module, known: set[str]) -> dict[str, str]:
     return reasons
 
 
-def _default_skips(model: nn.Module, linears: dict[str, Linear]) -> dict[str, str]:
+def _default_skips(model: nn.Module, linears: Mapping[str, Linear]) -> dict[str, str]:
     reasons: dict[str, str] = {}
     find_head = getattr(model, "get_output_embeddings", None)
     head = find_head() if find_head else None

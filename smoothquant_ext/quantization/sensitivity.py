@@ -1,7 +1,7 @@
-"""How much damage each quantized layer does to the whole model, and which ones are better left alone.
+"""Measures how sensitive the model is to each quantized layer.
 
 The measure is the KL divergence of the model's predictions when nothing but one unit is quantized. A unit is a set of
-layers that read the same input (q, k and v; gate and up): other engines compute these as one and want them alike.
+layers that share an input (q, k and v; gate and up): other engines compute these as one and want them alike.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..evaluation.accuracy import log_probabilities, mean_kl
 from ..nn.linear import W8A8Linear
 from ..probing.blocks import Batch
-from ..probing.hooks import swapped
+from ..probing.hooks import hooked, swapped
+from ..probing.structure import Structure
 
 
 @dataclass(frozen=True)
@@ -33,20 +34,21 @@ class Unit:
 
 
 class Sensitivity:
-    """Measures units on a model in floating point, whose outputs it remembers block by block.
+    """Measures units on a model in floating point, and remembers the outputs of its blocks.
 
     While the unit of a block is measured, the blocks before it return what they returned in floating point, so that
     only the rest of the model runs.
     """
 
-    def __init__(self, model: nn.Module, blocks: Mapping[str, nn.Module], batches: Sequence[Batch]) -> None:
-        self.model, self.blocks, self.batches = model, blocks, batches
+    def __init__(self, structure: Structure, batches: Sequence[Batch]) -> None:
+        """Runs the model on the batches."""
+        self.model, self.blocks, self.batches = structure.model, structure.modules, batches
         self.remembered: list[dict[str, Any]] = []
         self.expected: list[Tensor] = []
         for batch in batches:
             outputs: dict[str, Any] = {}
-            with _remembering(blocks, outputs):
-                self.expected.append(log_probabilities(model, batch))
+            with _remembering(self.blocks, outputs):
+                self.expected.append(log_probabilities(self.model, batch))
             self.remembered.append(outputs)
 
     def kl(self, unit: Unit, layers: Mapping[str, W8A8Linear]) -> float:
@@ -60,16 +62,16 @@ class Sensitivity:
 
     @contextmanager
     def _skipping(self, block: str, remembered: Mapping[str, Any]) -> Iterator[None]:
-        """Lets the blocks that run before ``block`` return what is remembered."""
+        """Makes the blocks that run before ``block`` return their remembered outputs."""
         names = list(remembered)
         earlier = names[: names.index(block)] if block in names else []
-        own = {name: vars(self.blocks[name]).get("forward") for name in earlier}  # some tools set one
+        forwards = {name: vars(self.blocks[name]).get("forward") for name in earlier}  # some tools set one
         try:
             for name in earlier:
                 self.blocks[name].forward = _returning(remembered[name])
             yield
         finally:
-            for name, forward in own.items():
+            for name, forward in forwards.items():
                 vars(self.blocks[name]).pop("forward", None)
                 if forward is not None:
                     self.blocks[name].forward = forward
@@ -77,39 +79,33 @@ class Sensitivity:
 
 @contextmanager
 def _remembering(blocks: Mapping[str, nn.Module], outputs: dict[str, Any]) -> Iterator[None]:
-    """Puts what the blocks return into ``outputs``, in running order; nothing if one ran twice, and so after others."""
-    handles = []
-    again = False
-    for name, block in blocks.items():
+    """Puts the blocks' outputs into ``outputs``, in running order; nothing if a block ran twice."""
+    ran_again = False
 
-        def keep(_module: nn.Module, _args: Any, output: Any, name: str = name) -> None:
-            nonlocal again
-            again = again or name in outputs
-            outputs[name] = output
+    def keep(name: str, _args: Any, _kwargs: Any, output: Any) -> None:
+        nonlocal ran_again
+        ran_again = ran_again or name in outputs
+        outputs[name] = output
 
-        handles.append(block.register_forward_hook(keep))
-    try:
+    with hooked(blocks, after=keep):
         yield
-        if again:
+        if ran_again:
             outputs.clear()
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def worst(damages: Mapping[Unit, float], count: int) -> list[Unit]:
-    """The units that do the most damage per layer, of ``count`` layers together at most, the worst first."""
+def worst(sensitivity: Mapping[Unit, float], count: int) -> list[Unit]:
+    """The units with the largest KL divergence per layer, of ``count`` layers together at most, the worst first."""
     chosen: list[Unit] = []
-    for unit in by_damage(damages):
+    for unit in worst_first(sensitivity):
         if count >= len(unit.layers):
             chosen.append(unit)
             count -= len(unit.layers)
     return chosen
 
 
-def by_damage(damages: Mapping[Unit, float]) -> list[Unit]:
-    """The units, the one with the most damage per layer first."""
-    return sorted(damages, key=lambda unit: -damages[unit] / len(unit.layers))
+def worst_first(sensitivity: Mapping[Unit, float]) -> list[Unit]:
+    """The units, the one with the largest KL divergence per layer first."""
+    return sorted(sensitivity, key=lambda unit: -sensitivity[unit] / len(unit.layers))
 
 
 def fewest(total: int, is_enough: Callable[[int], bool]) -> int:

@@ -1,4 +1,4 @@
-"""Which layers are better left out of 8 bits: the few that do most of the damage."""
+"""Leaves layers out of 8 bits: the few whose quantization costs the predictions the most."""
 
 from __future__ import annotations
 
@@ -12,29 +12,31 @@ from torch import nn
 
 from ..evaluation.accuracy import log_likelihood
 from ..nn.linear import W8A8Linear
-from ..probing.blocks import Batch, find_blocks, token_ids
+from ..probing.blocks import Batch, token_ids
 from ..probing.hooks import swapped
+from ..probing.structure import Structure
 from .recipe import Recipe
-from .resume import Journal
-from .sensitivity import Sensitivity, Unit, by_damage, fewest, worst
+from .resume import SearchState
+from .sensitivity import Sensitivity, Unit, fewest, worst, worst_first
 
 MOST_TOKENS = 1024  # that each layer is measured on
-DYNAMIC_CURES = 0.25  # of the damage of a static scale may be left for a scale per token to be the remedy
+# A scale per token is the remedy where it leaves no more than this share of the static scale's KL divergence.
+LEFT_BY_DYNAMIC = 0.25
 
-FINDINGS = "sensitivity"
+MEASUREMENTS = "sensitivity"  # their name in the search state
 
 
 @dataclass
 class Skips:
-    """The verdict.
+    """Which layers stay in floating point or switch to dynamic scales, and why.
 
     Attributes:
-        damages: KL divergence of the model's predictions, nats per token, when nothing but that unit is quantized.
+        sensitivity: KL divergence of the model's predictions, nats per token, when nothing but that unit is quantized.
         reasons: for each layer that stays in floating point, why.
-        dynamic: layers that a static scheme runs with a scale per token instead: their replacements.
+        dynamic: the replacements of layers of a static scheme that have a scale per token instead.
     """
 
-    damages: dict[Unit, float] = field(default_factory=dict)
+    sensitivity: dict[Unit, float] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     dynamic: dict[str, W8A8Linear] = field(default_factory=dict)
 
@@ -42,58 +44,59 @@ class Skips:
         """Keeps a unit in floating point."""
         what = "it alone costs" if len(unit.layers) == 1 else "with what shares its input it costs"
         for name in unit.layers:
-            self.reasons[name] = f"{what} a KL divergence of {self.damages[unit]:.2g} nats a token"
+            self.reasons[name] = f"{what} a KL divergence of {self.sensitivity[unit]:.2g} nats a token"
             self.dynamic.pop(name, None)
 
 
 def choose_skips(
-    model: nn.Module,
+    structure: Structure,
     layers: Mapping[str, W8A8Linear],
     units: Sequence[Unit],
     batches: Sequence[Batch],
     recipe: Recipe,
-    journal: Journal,
+    state: SearchState,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Skips:
-    """Measures every unit and chooses as the recipe's ``auto_skip`` or ``max_ppl_increase`` says.
+    """Measures every unit and chooses by the recipe's ``auto_skip`` and ``max_ppl_increase``.
 
     Args:
-        model: the causal LM in floating point, smoothed.
+        structure: of the causal LM in floating point, smoothed.
         layers: its 8-bit layers by name, not in the model.
         units: the sets of layers that are left out together.
         batches: held-out calibration data.
-        recipe: how many, or how good.
-        journal: takes and gives the measurements.
+        recipe: how many to leave out, or how good the model has to be.
+        state: keeps the measurements.
         progress: wraps the iterable of units.
     """
-    skips = Skips()
-    sensitivity = Sensitivity(model, find_blocks(model), _some(batches))
-    _, known = journal.read(FINDINGS) or ({}, {})
+    model, skips = structure.model, Skips()
+    sensitivity = Sensitivity(structure, _first_tokens(batches))
+    _, measured = state.read(MEASUREMENTS) or ({}, {})
     for unit in progress(units):
         key = unit.layers[0]
-        if key not in known:
-            known[key] = sensitivity.kl(unit, layers)
-            journal.write(FINDINGS, {}, known)
-        skips.damages[unit] = known[key]
+        if key not in measured:
+            measured[key] = sensitivity.kl(unit, layers)
+            state.write(MEASUREMENTS, {}, measured)
+        skips.sensitivity[unit] = measured[key]
 
-    order = by_damage(skips.damages)
+    order = worst_first(skips.sensitivity)
     total = sum(len(unit.layers) for unit in units)
     count = recipe.auto_skip if recipe.auto_skip >= 1 else recipe.auto_skip * total
-    chosen = worst(skips.damages, int(count))
+    chosen = worst(skips.sensitivity, int(count))
     if recipe.max_ppl_increase is not None:
         needed = _enough_for_perplexity(model, layers, order, batches, recipe.max_ppl_increase)
         chosen = list(dict.fromkeys([*chosen, *order[:needed]]))
-    cured: list[Unit] = []
+    recovered_by_dynamic: list[Unit] = []
     for unit in chosen:
         dynamic = {name: _per_token(layers[name]) for name in unit.layers} if recipe.resolved_scheme.is_static else {}
-        if dynamic and sensitivity.kl(unit, dynamic) <= DYNAMIC_CURES * skips.damages[unit]:
+        if dynamic and sensitivity.kl(unit, dynamic) <= LEFT_BY_DYNAMIC * skips.sensitivity[unit]:
             skips.dynamic |= dynamic
-            cured.append(unit)
+            recovered_by_dynamic.append(unit)
         else:
             skips.leave_out(unit)
-    if cured and recipe.max_ppl_increase is not None:  # a cure leaves some damage, which may be too much
+    if recovered_by_dynamic and recipe.max_ppl_increase is not None:  # they still cost a little, perhaps too much
         rest = {name: layer for name, layer in {**layers, **skips.dynamic}.items() if name not in skips.reasons}
-        for unit in cured[: _enough_for_perplexity(model, rest, cured, batches, recipe.max_ppl_increase)]:
+        needed = _enough_for_perplexity(model, rest, recovered_by_dynamic, batches, recipe.max_ppl_increase)
+        for unit in recovered_by_dynamic[:needed]:
             skips.leave_out(unit)
     return skips
 
@@ -101,8 +104,8 @@ def choose_skips(
 def _enough_for_perplexity(
     model: nn.Module, layers: Mapping[str, W8A8Linear], order: Sequence[Unit], batches: Sequence[Batch], limit: float
 ) -> int:
-    """How many units of ``order`` have to stay in floating point, with the rest of ``layers`` in 8 bits, for the
-    perplexity to rise by ``limit`` at most.
+    """The number of units, the first of ``order``, that have to stay in floating point, with the rest of ``layers`` in
+    8 bits, for the perplexity to rise by ``limit`` at most.
     """
     original = log_likelihood(model, batches)
 
@@ -123,7 +126,7 @@ def _per_token(layer: W8A8Linear) -> W8A8Linear:
     return other
 
 
-def _some(batches: Sequence[Batch]) -> list[Batch]:
+def _first_tokens(batches: Sequence[Batch]) -> list[Batch]:
     """The first batches, up to ``MOST_TOKENS``, one at least."""
     chosen: list[Batch] = []
     tokens = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,20 +14,13 @@ from ..probing.consumers import columns_of
 from ..probing.linears import as_linear, is_linear, values_of, weight_nk
 from ..probing.numerics import outlier_ratio, relative_error
 from ..probing.smoothing_groups import Group
+from ..probing.structure import Block
 from ..scheme import Scheme
 from .report import SmoothedGroup
 
 # The proof runs in a raised dtype, but norms, rotary embeddings and softmax of most models compute in fp32 whatever
-# their input: a few dozen fp32 roundings is what two runs of the same function may differ by.
+# their input: two runs of the same function may differ by a few dozen fp32 roundings.
 PROOF_TOLERANCE = 64 * torch.finfo(torch.float32).eps
-
-
-@dataclass
-class Smoothing:
-    """The groups that were smoothed, and why the others were not."""
-
-    groups: list[SmoothedGroup] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)
 
 
 def smoothing_scale(x_absmax: Tensor, w_absmax: Tensor, alpha: float) -> Tensor:
@@ -47,7 +40,7 @@ def smoothing_scale(x_absmax: Tensor, w_absmax: Tensor, alpha: float) -> Tensor:
 
 
 def column_absmax(weight: Tensor, scheme: Scheme) -> Tensor:
-    """fp32 [K]: how large each column of a weight [N, K] is, as its quantizer sees it.
+    """fp32 [K]: the size of each column of a weight [N, K], relative to the scale that quantizes it.
 
     With one scale per output channel a column costs precision in the rows where it is large beside the rest of the
     row, so rows are first divided by their absmax. With one scale for the tensor it is the plain absmax of eq. 4. On
@@ -74,13 +67,13 @@ class Magnitudes:
 def magnitudes(
     group: Group, consumers: Mapping[str, nn.Module], absmax: Mapping[str, Tensor], scheme: Scheme
 ) -> Magnitudes:
-    """What the scale of a group is computed from; consumers that will not be quantized have no say."""
+    """The magnitudes that a group's scale is computed from, over those of its consumers that will be quantized."""
     channels = group.channels
     x, w = torch.zeros(channels), torch.zeros(channels)
     for name, module in consumers.items():
         if name in absmax:
             _scatter_max_(x, group.consumers[name], absmax[name].cpu())
-            for weight in columns_of(module, group.readings.get(name)):
+            for weight in columns_of(module, group.layouts.get(name)):
                 _scatter_max_(w, group.consumers[name], column_absmax(weight, scheme).cpu())
     return Magnitudes(x, w)
 
@@ -88,37 +81,46 @@ def magnitudes(
 def by_block(groups: Iterable[Group], absmax: Mapping[str, Tensor]) -> dict[str, list[Group]]:
     """The groups that feed a layer to be quantized, by block, in the order in which they are folded.
 
-    Folding v -> o changes the rows of v that the norm's own scale is chosen by: linear producers go first.
+    Folding v -> o changes the rows of v, by which the norm's scale is chosen: linear producers go first.
     """
     members: dict[str, list[Group]] = {}
     for group in groups:
         if any(name in absmax for name in group.consumers):
             members.setdefault(group.block, []).append(group)
-    return {block: sorted(own, key=lambda group: group.kind != "linear") for block, own in members.items()}
+    return {block: sorted(fed, key=lambda group: group.kind != "linear") for block, fed in members.items()}
 
 
 class Proof:
-    """A copy of one block in a raised dtype, on which folds are tried before they reach the model."""
+    """A copy of one block in a raised dtype, on which folds are tried before they reach the model.
 
-    def __init__(self, block: nn.Module, call: BlockCall, name: str) -> None:
-        own = next(parameter.dtype for parameter in block.parameters() if parameter.is_floating_point())
-        self.prefix = f"{name}." if name else ""
-        self.call = call
-        self._raise_to(torch.float64 if own == torch.float32 else torch.float32, block)
+    Attributes:
+        block: the original.
+        module: the copy.
+        dtype: of the copy: fp64 for fp32, fp32 for 16 bits.
+    """
 
-    def _raise_to(self, dtype: torch.dtype, block: nn.Module) -> None:
+    def __init__(self, block: Block, call: BlockCall | None = None) -> None:
+        """Copies a block; ``call`` is what the copy is run with, the block's call on the probe batch by default."""
+        self.block = block
+        call = call or block.call
+        assert call is not None
+        self._call = call
+        dtype = next(parameter.dtype for parameter in block.module.parameters() if parameter.is_floating_point())
+        self._raise_to(torch.float64 if dtype == torch.float32 else torch.float32)
+
+    def _raise_to(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.block = copy.deepcopy(block).to(dtype)
+        self.module = copy.deepcopy(self.block.module).to(dtype)
         try:
-            self.expected = self._run()
+            self._expected = self._run()
         except RuntimeError:
             if dtype != torch.float64:
                 raise
-            self._raise_to(torch.float32, block)  # some kernels (grouped products of experts) have no fp64
+            self._raise_to(torch.float32)  # some kernels (grouped products of experts) have no fp64
 
     def try_fold(self, group: Group, s: Tensor) -> str:
-        """Folds the copy; if its output changes, undoes that and says by how much, else returns ''."""
-        producer, consumers = group_modules(self.block, group, self.prefix)
+        """Folds the copy; if its output changes, undoes that and returns by how much, else returns ''."""
+        producer, consumers = group_modules(self.block, group, self.module)
         modules = [module for module in (producer, *consumers.values()) if module is not None]
         return self.attempt(modules, lambda: fold_(producer, consumers, group, s))
 
@@ -127,7 +129,8 @@ class Proof:
         parameters = [parameter for module in modules for parameter in module.parameters(recurse=False)]
         before = {parameter: parameter.detach().clone() for parameter in parameters}
         change()
-        error = max((relative_error(a, b) for a, b in zip(self.expected, self._run(), strict=True)), default=0.0)
+        errors = (relative_error(actual, want) for actual, want in zip(self._run(), self._expected, strict=True))
+        error = max(errors, default=0.0)
         if error <= PROOF_TOLERANCE:
             return ""
         for parameter, value in before.items():
@@ -135,7 +138,7 @@ class Proof:
         return f"folding it changes the block's output by {error:.1e} (relative), so it was undone"
 
     def _run(self) -> list[Tensor]:
-        return self.call.replay(self.block, self.dtype)
+        return self._call.replay(self.module, self.dtype)
 
 
 def fold_(producer: nn.Module | None, consumers: Mapping[str, nn.Module], group: Group, s: Tensor) -> None:
@@ -160,76 +163,75 @@ def fold_(producer: nn.Module | None, consumers: Mapping[str, nn.Module], group:
     if bias is not None:
         bias.copy_(_wide(bias) / s.to(bias.device))
     for name, module in consumers.items():
-        for columns in columns_of(module, group.readings.get(name)):
+        for columns in columns_of(module, group.layouts.get(name)):
             columns.copy_(_wide(columns) * gather_scale(s, group.consumers[name]).to(columns.device))
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """At least fp32, so that a scale is applied with one rounding, to the tensor's own dtype."""
+    """At least fp32, so that a scale is applied with one rounding, to the tensor's dtype."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def gather_scale(s: Tensor, channel_map: Tensor) -> Tensor:
-    """s [C] as seen by a consumer's input channels [K]: s[channel_map], 1 where the map says -1."""
+    """The scale [K] of a consumer's input channels: s[channel_map] of s [C], 1 where the map is -1."""
     return torch.where(channel_map >= 0, s[channel_map.clamp(min=0)], 1.0)
 
 
-def group_modules(root: nn.Module, group: Group, prefix: str = "") -> tuple[nn.Module | None, dict[str, nn.Module]]:
-    """The producer, if any, and the consumers by model-wide name, looked up below ``root`` (``prefix``)."""
-    consumers = {name: root.get_submodule(name.removeprefix(prefix)) for name in group.consumers}
-    return root.get_submodule(group.producer.removeprefix(prefix)) if group.producer else None, consumers
+def group_modules(
+    block: Block, group: Group, root: nn.Module | None = None
+) -> tuple[nn.Module | None, dict[str, nn.Module]]:
+    """The producer, if any, and the consumers by model-wide name, of a block or of ``root``, a copy of it."""
+    consumers = {name: block.find(name, root) for name in group.consumers}
+    return block.find(group.producer, root) if group.producer else None, consumers
 
 
 def smooth_group_(
-    model: nn.Module,
-    group: Group,
-    s: Tensor,
-    alpha: float,
-    absmax: dict[str, Tensor],
-    proof: Proof,
-    result: Smoothing,
-) -> bool:
-    """Folds one group by s [C], first on a copy of its decoder block in a raised dtype (fp64 for fp32, fp32 for 16
-    bits). If that changes the block's output, the group is left as it was and the reason goes into the result.
+    proof: Proof, group: Group, s: Tensor, alpha: float, absmax: dict[str, Tensor]
+) -> SmoothedGroup | str:
+    """Folds one group of the proof's block by s [C], first on the proof's copy, and updates ``absmax``.
 
-    An explicit scale is not folded: the 8-bit layers will apply it. Returns whether the group is smoothed now.
+    An explicit scale is not folded: the 8-bit layers will apply it.
+
+    Returns:
+        The smoothed group; or, where the fold would change the block's output, the reason, and the group is left as it
+        was.
     """
-    producer, consumers = group_modules(model, group)
+    producer, consumers = group_modules(proof.block, group)
     if producer is not None:
         failure = proof.try_fold(group, s) or _overflow(producer, consumers, group, s)
         if failure:
-            result.failed[group.producer] = failure
-            return False
+            return failure
         fold_(producer, consumers, group, s)
-    watched = [name for name in consumers if name in absmax]
-    before = max(outlier_ratio(absmax[name]) for name in watched)
-    for name in watched:
+    quantized = [name for name in consumers if name in absmax]
+    before = max(outlier_ratio(absmax[name]) for name in quantized)
+    for name in quantized:
         absmax[name] = absmax[name] / gather_scale(s, group.consumers[name]).to(absmax[name])
-    after = max(outlier_ratio(absmax[name]) for name in watched)
-    result.groups.append(SmoothedGroup(group.producer, group.kind, tuple(consumers), alpha, before, after))
-    return True
+    after = max(outlier_ratio(absmax[name]) for name in quantized)
+    return SmoothedGroup(group.producer, group.kind, tuple(consumers), alpha, before, after)
 
 
-def _overflow(producer: nn.Module | None, consumers: Mapping[str, nn.Module], group: Group, s: Tensor) -> str:
-    """Says which weight the fold would push beyond its dtype's range (it happens in float16), or ''."""
-    folded = []
-    for name, module in consumers.items():
-        largest = [weight.abs().amax(dim=0) for weight in columns_of(module, group.readings.get(name))]
-        columns = torch.stack(largest).amax(dim=0)
-        folded.append((f"{name}.weight", columns, gather_scale(s, group.consumers[name])))
-    for kind in ("weight", "bias"):
-        if producer is None:
-            break
-        values = (
-            weight_nk(as_linear(producer)) if kind == "weight" and is_linear(producer) else values_of(producer, kind)
-        )
-        if values is not None:
-            rows = values.abs().reshape(s.numel(), -1).amax(dim=1)
-            folded.append((f"{group.producer}.{kind}", rows, 1 / s))
-    for name, magnitude, factor in folded:
+def overflow(products: Mapping[str, tuple[Tensor, Tensor]]) -> str:
+    """Names the first weight that a fold would push beyond its dtype's range (it happens in float16), or ''.
+
+    Args:
+        products: for each weight's name the absmax of its rows or columns, and the factors of these.
+    """
+    for name, (magnitude, factor) in products.items():
         if float((magnitude.cpu().double() * factor.double()).max()) > torch.finfo(magnitude.dtype).max:
             return f"folding it overflows {name} in {str(magnitude.dtype).removeprefix('torch.')}"
     return ""
+
+
+def _overflow(producer: nn.Module, consumers: Mapping[str, nn.Module], group: Group, s: Tensor) -> str:
+    products = {}
+    for name, module in consumers.items():
+        largest = [weight.abs().amax(dim=0) for weight in columns_of(module, group.layouts.get(name))]
+        products[f"{name}.weight"] = torch.stack(largest).amax(dim=0), gather_scale(s, group.consumers[name])
+    weight = weight_nk(as_linear(producer)) if is_linear(producer) else values_of(producer, "weight")
+    for kind, values in (("weight", weight), ("bias", values_of(producer, "bias"))):
+        if values is not None:
+            products[f"{group.producer}.{kind}"] = values.abs().reshape(s.numel(), -1).amax(dim=1), 1 / s
+    return overflow(products)
 
 
 def _scatter_max_(target: Tensor, channel_map: Tensor, values: Tensor) -> None:

@@ -85,7 +85,7 @@ class Pictures:
         def draw(_: Any, axes: Any) -> None:
             axes.plot(*zip(*kind.alphas, strict=True) if kind.alphas else ([], []), "o", color=AFTER, markersize=4)
             axes.axhline(NO_ALPHA / 2, color=OTHER, linewidth=0.6)
-            axes.plot(kind.alone, [NO_ALPHA] * len(kind.alone), "x", color=BEFORE, markersize=5)
+            axes.plot(kind.unsmoothed, [NO_ALPHA] * len(kind.unsmoothed), "x", color=BEFORE, markersize=5)
             axes.set(title=kind.label, xlabel="block", ylabel="alpha", ylim=(NO_ALPHA - 0.08, 1.05))
             axes.set(xlim=(-0.7, blocks - 0.3))
             axes.set_yticks([NO_ALPHA, 0, 0.25, 0.5, 0.75, 1], ["none", "0", "0.25", "0.5", "0.75", "1"])
@@ -115,18 +115,18 @@ class Pictures:
 
         return self._svg(draw, max(2.4, 0.2 * len(names) + 0.8), description)
 
-    def damages(self, damages: Floats, description: str) -> str:
+    def block_errors(self, errors: Floats, description: str) -> str:
         """The error of each block's output, dB."""
 
         def draw(_: Any, axes: Any) -> None:
-            axes.plot(decibels(damages), marker=".", color=AFTER)
+            axes.plot(decibels(errors), marker=".", color=AFTER)
             axes.set(title="Each block’s output", xlabel="block", ylabel="squared error, dB")
             _whole_numbers(axes.xaxis)
 
         return self._svg(draw, 2.4, description)
 
     def worst_units(self, units: Sequence[tuple[str, float, bool]], description: str) -> str:
-        """Bars of the most damaging units; other colours for those that were left in floating point."""
+        """Bars of the most sensitive units; other colours for those that were left in floating point."""
         shown = units[:MOST_BARS]
 
         def draw(_: Any, axes: Any) -> None:
@@ -143,19 +143,19 @@ class Pictures:
         return self._svg(draw, 0.2 * len(shown) + 0.9, description)
 
     def shares(self, units: Sequence[tuple[str, float, bool]], description: str) -> str:
-        """How much of all damage the most damaging units do together."""
+        """The share of the most sensitive units in the sum of all KL divergences."""
         share = np.cumsum([max(0.0, kl) for _, kl, _ in units])
         share = 100 * share / max(share[-1], np.finfo(float).tiny)
 
         def draw(_: Any, axes: Any) -> None:
             axes.plot(range(1, len(share) + 1), share, color=OTHER, linewidth=1)
             for color, picked in ((BEFORE, True), (AFTER, False)):
-                own = [number for number, (_, _, is_out) in enumerate(units) if is_out == picked]
-                axes.plot([number + 1 for number in own], share[own], ".", color=color, markersize=5)
+                numbers = [number for number, (_, _, is_out) in enumerate(units) if is_out == picked]
+                axes.plot([number + 1 for number in numbers], share[numbers], ".", color=color, markersize=5)
             axes.set(
-                title="How the damage is spread",
+                title="How the divergence is spread",
                 xlabel="units, the most sensitive first",
-                ylabel="% of the damage of all",
+                ylabel="% of the sum of all",
                 ylim=(0, 104),
             )
             _whole_numbers(axes.xaxis)
@@ -175,12 +175,12 @@ class Pictures:
 
 
 def decibels(errors: Floats) -> Floats:
-    """10 log10 of squared errors; no error at all is drawn as -120 dB."""
+    """10 log10 of squared errors, at least -120 dB."""
     return 10 * np.log10(np.where(np.isnan(errors), np.nan, np.maximum(errors, 1e-12)))
 
 
 def log_limits(*values: Floats, top: float = 100) -> tuple[float, float]:
-    """From where to where a log scale has to reach: from the first to the ``top`` percentile of what is positive."""
+    """The limits of a log scale: from the first to the ``top`` percentile of the positive values."""
     known = np.concatenate([value[np.isfinite(value) & (value > 0)] for value in values])
     if not len(known):
         return 0.1, 1.0

@@ -1,9 +1,9 @@
-"""Activation outliers, layer by layer, before and after smoothing: measured, as a table, and as a picture."""
+"""Activation outliers of every layer before and after smoothing: measures them, tabulates them and draws them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
@@ -14,21 +14,23 @@ from torch import Tensor, nn
 
 from ..errors import SmoothQuantError
 from ..layer_names import name_pattern
-from ..probing.blocks import Batch, find_blocks, probe_batch, record_calls
+from ..probing.blocks import Batch
 from ..probing.numerics import outlier_ratio
 from ..probing.smoothing_groups import Group, discover
+from ..probing.structure import Structure, find_structure
 from ..progress import track
-from ..quantization.calibration import calibrate
+from ..quantization.calibration import CalibrationData, calibrate
 from ..quantization.recipe import Recipe
+from ..quantization.report import SmoothedGroup
 from ..quantization.selection import select_linears
-from ..quantization.smoothing import Proof, Smoothing, by_block, group_modules, magnitudes, smooth_group_
+from ..quantization.smoothing import Proof, by_block, group_modules, magnitudes, smooth_group_
 
 MOST_COLUMNS = 8
 
 
 @dataclass(frozen=True)
 class LayerInput:
-    """What one or several linear layers of a block are fed.
+    """The input of one or several linear layers of a block.
 
     Attributes:
         block: name of the decoder block.
@@ -54,7 +56,7 @@ class LayerInput:
 
     @property
     def label(self) -> str:
-        """What the input is called in tables: the layers' last names, numbers (of experts) left out."""
+        """The input's name in tables: the layers' last names, numbers (of experts) left out."""
         names = [name_pattern(name) for name in self.linears]
         shared = names[0].rpartition(".")[0]
         last = [name.rpartition(".")[2] for name in names]
@@ -64,7 +66,7 @@ class LayerInput:
 def measure_outliers(
     model: nn.Module, batches: Tensor | Iterable[Batch], recipe: Recipe | None = None, progress: bool = False
 ) -> list[LayerInput]:
-    """Calibrates a causal LM, smooths it in place, and says what that did to the inputs of its linear layers.
+    """Calibrates a causal LM, smooths it in place, and measures the inputs of its linear layers before and after.
 
     Args:
         model: a transformers causal LM in floating point; smoothed afterwards (its function stays the same).
@@ -81,15 +83,15 @@ def measure_outliers(
         return track(items, what, progress)
 
     model.eval()
-    selection = select_linears(model, recipe)
-    batches = list(batches.split(1)) if isinstance(batches, Tensor) else list(batches)
-    layers = {name: model.get_submodule(name) for name in (*selection.linears, *selection.experts)}
-    absmax = calibrate(model, layers, bar(batches, "Calibrating"))
+    data = CalibrationData(batches)
+    structure = find_structure(model, data.first)
+    selection = select_linears(structure, recipe)
+    absmax = calibrate(model, selection.modules(model), bar(data, "Calibrating"))
     before = dict(absmax)
     if recipe.smooth:
-        groups = discover(model, batches[0], lambda blocks: bar(blocks, "Finding smoothing groups")).groups
-        smooth_(model, groups, absmax, batches[0], recipe, lambda blocks: bar(blocks, "Smoothing"))
-    return _layer_inputs(list(find_blocks(model)), before, absmax)
+        groups = discover(structure, lambda blocks: bar(blocks, "Finding smoothing groups")).groups
+        smooth_(structure, groups, absmax, recipe, lambda blocks: bar(blocks, "Smoothing"))
+    return _layer_inputs(structure, before, absmax)
 
 
 def outlier_table(inputs: Sequence[LayerInput]) -> Table:
@@ -168,12 +170,12 @@ def plot_outliers(inputs: Sequence[LayerInput], path: str | PathLike[str], title
         raise SmoothQuantError(f"the picture {path} cannot be written: {error}") from error
 
 
-def _layer_inputs(blocks: Sequence[str], before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[LayerInput]:
-    """Groups the layers of each block that were fed the same: their channels' magnitudes are equal to the last bit."""
+def _layer_inputs(structure: Structure, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[LayerInput]:
+    """Groups the layers of each block whose inputs have channels of equal magnitudes, to the last bit."""
     inputs: list[LayerInput] = []
     members: dict[str, list[str]] = {}
     for name in before:
-        block = next((block for block in blocks if name.startswith(f"{block}.")), "")
+        block = next((block.name for block in structure.blocks.values() if block.holds(name)), "")
         members.setdefault(block, []).append(name)
     for block, names in members.items():
         while names:
@@ -207,32 +209,41 @@ def _arrow(layers: Sequence[LayerInput]) -> str:
     return f"{_worst_before(layers):.1f} → {_worst_after(layers):.1f}" if layers else "–"
 
 
+@dataclass
+class Smoothing:
+    """The groups that were smoothed, and by producer the reasons why others were not."""
+
+    groups: list[SmoothedGroup] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
 def smooth_(
-    model: nn.Module,
+    structure: Structure,
     groups: Iterable[Group],
     absmax: dict[str, Tensor],
-    batch: Batch,
     recipe: Recipe,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Smoothing:
-    """Folds smoothing with one alpha into ``model`` in place, and updates ``absmax`` to the smoothed activations.
+    """Folds smoothing with one alpha into a model in place, and updates ``absmax`` to the smoothed activations.
 
     Args:
-        model: the causal LM, in floating point.
-        groups: what ``discover`` found.
+        structure: of the causal LM, in floating point.
+        groups: its smoothing groups.
         absmax: calibrated absmax [K] of each layer to be quantized; groups that feed none of them are left alone.
-        batch: token ids [B, T] for the proof; the first few tokens are used.
         recipe: its alpha, and its scheme's weight granularity, decide s.
         progress: wraps the iterable of blocks.
     """
     result = Smoothing()
     members = by_block(groups, absmax)
-    blocks = find_blocks(model)
-    calls = record_calls(model, {name: blocks[name] for name in members}, probe_batch(batch))
     for name in progress(list(members)):
-        proof = Proof(blocks[name], calls[name], name)
+        block = structure.blocks[name]
+        proof = Proof(block)
         for group in members[name]:
-            consumers = group_modules(model, group)[1]
+            consumers = group_modules(block, group)[1]
             s = magnitudes(group, consumers, absmax, recipe.resolved_scheme).scale(recipe.migration)
-            smooth_group_(model, group, s, recipe.migration, absmax, proof, result)
+            outcome = smooth_group_(proof, group, s, recipe.migration, absmax)
+            if isinstance(outcome, str):
+                result.failed[group.producer] = outcome
+            else:
+                result.groups.append(outcome)
     return result

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a quantized checkpoint: what was done to it, and what that cost."""
+"""Renders one self-contained HTML page about a quantized checkpoint: how it was made, and what that cost."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ ROUNDING = {
     "gptq": "GPTQ: the error of each column is made up for in the next ones",
 }
 CLIPPING = {
-    "absmax": "of the largest magnitude seen",
+    "absmax": "of the largest calibrated magnitude",
     "percentile": "of a high percentile of the magnitudes",
     "mse": "with the least squared error of the input",
     "kl": "with the least KL divergence of the input’s histogram",
-    "auto": "for each input the one that damages the output least",
+    "auto": "for each input the one with the least error of the block’s output",
 }
 
 
@@ -45,9 +45,9 @@ def write_page(
     """Writes the page; a write that is killed leaves the old file or none.
 
     Args:
-        record: what ``record.read_record`` gives.
+        record: the result of ``record.read_record``.
         path: the file to write.
-        title: what the model is called.
+        title: the name of the model.
         measured: the original and the checkpoint, if they were measured.
         weight_bytes: size of the checkpoint's weights, if known.
 
@@ -74,10 +74,14 @@ def render_page(
         sensitivity=_sensitivity(facts, pictures),
         skipped=_exact_reasons(record["skipped"]),
         failed=[(reason, _named(names)) for reason, names in by_reason(record["failed"]).items()],
-        unsmoothed=", ".join(_named(record["unsmoothed"])) if record["recipe"]["smooth"] else "",
-        per_token=", ".join(_named(record.get("per_token", ()))),
-        massive=[(name, f"{ratio:,.0f}", position) for name, (ratio, position) in record["massive"].items()],
-        limits=_limits(record["limits"]),
+        unsmoothed=", ".join(_named(facts.quantized_where("alpha", None))) if record["recipe"]["smooth"] else "",
+        per_token=", ".join(_named(facts.quantized_where("per_token", True))),
+        massive=[
+            (name, f"{layer['massive'][0]:,.0f}", layer["massive"][1])
+            for name, layer in record["layers"].items()
+            if layer["massive"] is not None
+        ],
+        limits=_limits([layer["limit"] for layer in record["layers"].values() if layer["limit"] is not None]),
         recipe=_recipe(record["recipe"]),
         seconds=[(what, _duration(seconds)) for what, seconds in record["seconds"].items()],
         total=_duration(sum(record["seconds"].values())),
@@ -167,7 +171,7 @@ def _outliers(facts: Facts, pictures: Pictures) -> dict[str, Any] | None:
 
 def _heat_description(kind: Kind, what: str, values: Any) -> str:
     return (
-        f"Heat map of the channels that {kind.label} read, {what.lower()} smoothing: "
+        f"Heat map of the channels of the input of {kind.label}, {what.lower()} smoothing: "
         f"magnitudes from {np.nanmin(values):.2g} to {np.nanmax(values):.3g}."
     )
 
@@ -186,14 +190,14 @@ def _alphas(facts: Facts, pictures: Pictures) -> dict[str, Any] | None:
     for kind in facts.kinds.values():
         values = [alpha for _, alpha in kind.alphas]
         said = f"from {min(values):g} to {max(values):g} in {_count(len(values), 'group')}" if values else "none"
-        alone = f"; {_count(len(kind.alone), 'block')} not smoothed" if kind.alone else ""
-        drawn.append(Markup(pictures.alphas(kind, len(facts.blocks), f"Alpha of {kind.label}: {said}{alone}.")))
+        unsmoothed = f"; {_count(len(kind.unsmoothed), 'block')} not smoothed" if kind.unsmoothed else ""
+        drawn.append(Markup(pictures.alphas(kind, len(facts.blocks), f"Alpha of {kind.label}: {said}{unsmoothed}.")))
     for number, block in enumerate(facts.blocks):
         cells = []
         for kind in facts.kinds.values():
-            own = sorted({f"{alpha:.3g}" for at, alpha in kind.alphas if at == number})
-            own += ["not smoothed"] if number in kind.alone else []
-            cells.append(own[0] if len(own) == 1 else f"{own[0]} … {own[-1]}" if own else "–")
+            alphas = sorted({f"{alpha:.3g}" for at, alpha in kind.alphas if at == number})
+            alphas += ["not smoothed"] if number in kind.unsmoothed else []
+            cells.append(alphas[0] if len(alphas) == 1 else f"{alphas[0]} … {alphas[-1]}" if alphas else "–")
         by_block.append((block, cells))
     return {"pictures": drawn, "labels": list(facts.kinds), "by_block": by_block}
 
@@ -207,10 +211,10 @@ def _errors(facts: Facts, pictures: Pictures) -> dict[str, Any] | None:
         worst = f"the largest is that of {layer} in block {block}, {_decibels(errors[block])}"
         said = f"Heat map of the error of each layer’s output, by block; {worst}."
         drawn.append(Markup(pictures.errors(facts.errors, facts.left_out, said)))
-    if np.isfinite(facts.damages).any():
-        block = int(np.nanargmax(facts.damages))
-        said = f"Error of each block’s output; the largest is block {block}’s, {_decibels(facts.damages[block])}."
-        drawn.append(Markup(pictures.damages(facts.damages, said)))
+    if np.isfinite(facts.block_errors).any():
+        block = int(np.nanargmax(facts.block_errors))
+        said = f"Error of each block’s output; the largest is block {block}’s, {_decibels(facts.block_errors[block])}."
+        drawn.append(Markup(pictures.block_errors(facts.block_errors, said)))
     return {"pictures": drawn, "worst": worst, "dots": bool(facts.left_out)} if drawn else None
 
 
@@ -227,7 +231,9 @@ def _sensitivity(facts: Facts, pictures: Pictures) -> dict[str, Any] | None:
             Markup(
                 pictures.worst_units(units, f"Bars of the most sensitive layers; the first is {name}, {kl:.2g} nats.")
             ),
-            Markup(pictures.shares(units, f"{len(out)} of {len(units)} units do {share:.0f} % of the damage.")),
+            Markup(
+                pictures.shares(units, f"{len(out)} of {len(units)} units make up {share:.0f} % of the divergence.")
+            ),
         ],
         "units": len(units),
         "out": len(out),
@@ -236,32 +242,32 @@ def _sensitivity(facts: Facts, pictures: Pictures) -> dict[str, Any] | None:
 
 
 def _exact_reasons(reasons: Mapping[str, str]) -> list[tuple[str, list[str]]]:
-    """Each reason, whose amounts matter here, with the layers it holds for."""
+    """Each reason, amounts included, with the layers it holds for."""
     names: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         names.setdefault(reason, []).append(name)
-    return [(reason, _named(own)) for reason, own in names.items()]
+    return [(reason, _named(layers)) for reason, layers in names.items()]
 
 
 def _named(names: Sequence[str]) -> list[str]:
-    """The names, or where they are many, patterns and how many each stands for."""
+    """The names, or where they are many, their patterns with the number of names of each."""
     return list(names) if len(names) <= NAMED else [collapse(names)]
 
 
-def _limits(limits: Mapping[str, float]) -> str:
+def _limits(limits: Sequence[float]) -> str:
     if not limits:
         return ""
-    clipped = [limit for limit in limits.values() if limit < 1]
+    clipped = [limit for limit in limits if limit < 1]
     if not clipped:
-        return f"The static scales of {_count(len(limits), 'layer')} keep the largest magnitude that was seen."
+        return f"The static scales of {_count(len(limits), 'layer')} keep the largest calibrated magnitude."
     return (
         f"Static scales are clipped in {len(clipped)} of {_count(len(limits), 'layer')}: they represent magnitudes up "
-        f"to {min(clipped):.0%} to {max(clipped):.0%} of the largest one that was seen; the few beyond saturate."
+        f"to {min(clipped):.0%} to {max(clipped):.0%} of the largest calibrated one; the few beyond saturate."
     )
 
 
 def _recipe(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What was asked for, in words."""
+    """The recipe in words."""
     scheme = SCHEMES.get(recipe["scheme"])
     alpha = recipe["alpha"]
     rows = [("Scheme", recipe["scheme"])]
@@ -277,7 +283,7 @@ def _recipe(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
     if recipe["auto_skip"]:
         count = recipe["auto_skip"]
         most = _count(int(count), "layer") if count >= 1 else f"{100 * count:.3g} % of the layers"
-        rows.append(("Left out by damage", f"up to {most}"))
+        rows.append(("Left out by sensitivity", f"up to {most}"))
     if recipe["max_ppl_increase"]:
         rows.append(("Perplexity may rise", f"{100 * recipe['max_ppl_increase']:.3g} % on calibration text"))
     rows += [(what, ", ".join(recipe[key])) for what, key in (("Skip", "skip"), ("Only", "only")) if recipe[key]]

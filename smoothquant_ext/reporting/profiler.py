@@ -1,4 +1,4 @@
-"""What a quantized model really executes: a profile that shows which matrix products are left in floating point."""
+"""Profiles a quantized model, to show which of its matrix products run in floating point."""
 
 from __future__ import annotations
 
@@ -77,12 +77,8 @@ def _scopes(model: nn.Module) -> Iterator[None]:
             open_scopes.pop().__exit__(None, None, None)
 
     # Hooks on the layers themselves would make fused modules step aside: what is profiled is what runs.
-    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
-    try:
+    with register_module_forward_pre_hook(enter), register_module_forward_hook(leave):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

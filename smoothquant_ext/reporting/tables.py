@@ -1,4 +1,4 @@
-"""Tables for people: models side by side, and what a run of ``quantize`` did."""
+"""Tables for people: models side by side, and the report of a run of ``quantize``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..quantization.report import Report, SmoothedGroup
 
 @dataclass(frozen=True)
 class Measured:
-    """All that was measured of one model; the first of several is what the others are compared with."""
+    """The measurements of one model; the others of several are compared with the first."""
 
     name: str
     evaluation: Evaluation
@@ -39,22 +39,26 @@ class Column:
 
 
 COLUMNS = (
-    Column("perplexity", lambda own, _: f"{own.evaluation.perplexity:.3f}"),
+    Column("perplexity", lambda model, _: f"{model.evaluation.perplexity:.3f}"),
     Column(
         "change %",
-        lambda own, _: _number(own.evaluation.change, "+.2f", 100),
+        lambda model, _: _number(model.evaluation.change, "+.2f", 100),
         lambda evaluation: _error(evaluation.change_error, ".2f", 100),
     ),
-    Column("KL", lambda own, _: _number(own.evaluation.kl, ".4f"), lambda own: _error(own.kl_error, ".4f")),
+    Column(
+        "KL",
+        lambda model, _: _number(model.evaluation.kl, ".4f"),
+        lambda evaluation: _error(evaluation.kl_error, ".4f"),
+    ),
     Column(
         "top-1 %",
-        lambda own, _: _number(own.evaluation.top1, ".1f", 100),
-        lambda own: _error(own.top1_error, ".1f", 100),
+        lambda model, _: _number(model.evaluation.top1, ".1f", 100),
+        lambda evaluation: _error(evaluation.top1_error, ".1f", 100),
     ),
-    Column("size MB", lambda own, _: f"{own.size.total / 1e6:.1f}"),
-    Column("decoder", lambda own, first: f"{own.size.decoder / first.size.decoder:.3f}x"),
-    Column("prefill tok/s", lambda own, _: f"{own.speed.prefill:.0f}" if own.speed else "–"),
-    Column("decode tok/s", lambda own, _: f"{own.speed.decode:.1f}" if own.speed else "–"),
+    Column("size MB", lambda model, _: f"{model.size.total / 1e6:.1f}"),
+    Column("decoder", lambda model, first: f"{model.size.decoder / first.size.decoder:.3f}x"),
+    Column("prefill tok/s", lambda model, _: f"{model.speed.prefill:.0f}" if model.speed else "–"),
+    Column("decode tok/s", lambda model, _: f"{model.speed.decode:.1f}" if model.speed else "–"),
 )
 WIDE = 110  # columns of a terminal that has room for standard errors
 
@@ -78,7 +82,7 @@ def comparison_markdown(models: Sequence[Measured]) -> str:
 
 
 def comparison_cells(models: Sequence[Measured], errors: bool) -> list[list[str]]:
-    """A row of cells for each model: its name, and what ``COLUMNS`` say of it, with standard errors if asked for."""
+    """A row of cells for each model: its name and its cells of ``COLUMNS``, with standard errors if asked for."""
     return [
         [model.name]
         + [
@@ -105,7 +109,7 @@ def measured_dict(model: Measured) -> dict[str, Any]:
 
 
 def legend() -> Text:
-    """What the columns of a comparison mean."""
+    """The meaning of a comparison's columns."""
     return Text(
         "change: of perplexity, against the first model on the same windows. KL: how far the predictions drift from "
         "the first model's, nats a token. top-1: how often both find the same token likeliest. ±: standard error over "
@@ -115,7 +119,7 @@ def legend() -> Text:
 
 
 def info_table(rows: Sequence[OpInfo]) -> Table:
-    """What ``ops.info`` says."""
+    """The result of ``ops.info``."""
     table = Table(box=box.SIMPLE, show_edge=False, padding=(0, 1, 0, 0))
     for heading in ("op", "device", "backend", "why not a better one"):
         table.add_column(heading)
@@ -125,7 +129,7 @@ def info_table(rows: Sequence[OpInfo]) -> Table:
 
 
 def render_report(report: Report) -> Group:
-    """What ``quantize`` did, alike layers of different blocks on one line."""
+    """The report of a run, alike layers of different blocks on one line."""
     recipe = report.recipe
     took = sum(report.seconds.values())
     count = f"{len(report.quantized) - len(report.experts)} linear layers"
@@ -141,9 +145,8 @@ def render_report(report: Report) -> Group:
         parts += [Text(f"{heading} {reason}: {collapse(names)}") for reason, names in by_reason(reasons).items()]
     if recipe.smooth and report.unsmoothed:
         parts.append(Text(f"In 8 bits without smoothing: {collapse(report.unsmoothed)}"))
-    unfit = [name for name in report.per_token if name not in report.experts]
     for reason, names in (
-        ("since one does not fit all tokens", unfit),
+        ("since one does not fit all tokens", [name for name in report.per_token if name not in report.experts]),
         ("as experts always have", [name for name in report.per_token if name in report.experts]),
     ):
         if names:
@@ -156,8 +159,8 @@ def render_report(report: Report) -> Group:
 def _groups_table(groups: Iterable[SmoothedGroup]) -> Table:
     alike: dict[str, list[SmoothedGroup]] = {}
     for group in groups:
-        readers = ", ".join(dict.fromkeys(_last(name) for name in group.consumers))
-        alike.setdefault(f"{_last(group.producer) or 'explicit'} → {readers}", []).append(group)
+        consumers = ", ".join(dict.fromkeys(_last(name) for name in group.consumers))
+        alike.setdefault(f"{_last(group.producer) or 'explicit'} → {consumers}", []).append(group)
     table = Table(
         title="Smoothed: largest input channel over the median one, worst block",
         box=box.SIMPLE,

@@ -100,7 +100,7 @@ def test_what_is_measured_is_added_and_replaced(tmp_path: Path) -> None:
 
 def test_measuring_somebody_elses_checkpoint_has_nowhere_to_go(tmp_path: Path) -> None:
     model = quantized(Recipe())
-    del model.smoothquant_report
+    del model.smoothquant_record
     save(model, tmp_path / "theirs")
     assert "## How it was made" not in (tmp_path / "theirs" / CARD).read_text()
     with pytest.raises(SmoothQuantError, match=f"has no {RECORD}"):

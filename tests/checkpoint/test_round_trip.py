@@ -21,6 +21,8 @@ from smoothquant_ext.probing.linears import find_linears
 from smoothquant_ext.quantization.pipeline import quantize
 from smoothquant_ext.quantization.recipe import Recipe
 
+MODELS = ("llama", "gpt2")  # nn.Linear without biases, and Conv1D with them
+
 
 @pytest.mark.parametrize("model_type", sorted(tiny.CONFIGS))
 def test_every_architecture_comes_back_to_the_bit(model_type: str, tmp_path: Path) -> None:
@@ -34,7 +36,7 @@ def test_every_architecture_comes_back_to_the_bit(model_type: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("scheme", COMPRESSED)
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "opt", "gpt2"])
+@pytest.mark.parametrize("model_type", MODELS)
 def test_every_scheme_in_compressed_tensors(model_type: str, scheme: str, tmp_path: Path) -> None:
     model = quantized(model_type, scheme)
     saving.save(model, tmp_path / "model")
@@ -45,7 +47,7 @@ def test_every_scheme_in_compressed_tensors(model_type: str, scheme: str, tmp_pa
 
 
 @pytest.mark.parametrize("scheme", DYNAMIC)
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "opt", "gpt2"])
+@pytest.mark.parametrize("model_type", MODELS)
 def test_every_scheme_in_lmdeploy(model_type: str, scheme: str, tmp_path: Path) -> None:
     model = quantized(model_type, scheme)
     saving.save(model, tmp_path / "model", format="lmdeploy")
@@ -90,8 +92,8 @@ def test_the_tensors_on_the_disk(tmp_path: Path) -> None:
     stored = load_file(tmp_path / "model" / "model.safetensors")
     name = "model.layers.1.self_attn.k_proj"
     layer = layers_of(model)[name]
-    found = {key.removeprefix(name + "."): (t.dtype, tuple(t.shape)) for key, t in stored.items() if name in key}
-    assert found == {
+    tensors = {key.removeprefix(name + "."): (t.dtype, tuple(t.shape)) for key, t in stored.items() if name in key}
+    assert tensors == {
         "weight": (torch.int8, (32, 64)),
         "weight_scale": (torch.float32, (32, 1)),
         "input_scale": (torch.float32, (1,)),
@@ -103,8 +105,8 @@ def test_the_tensors_on_the_disk(tmp_path: Path) -> None:
     model = quantized("qwen2", "fp8-e5m2")
     saving.save(model, tmp_path / "model")
     stored = load_file(tmp_path / "model" / "model.safetensors")
-    found = {key.removeprefix(name + "."): (t.dtype, tuple(t.shape)) for key, t in stored.items() if name in key}
-    assert found == {
+    tensors = {key.removeprefix(name + "."): (t.dtype, tuple(t.shape)) for key, t in stored.items() if name in key}
+    assert tensors == {
         "weight": (torch.float8_e5m2, (32, 64)),
         "scale": (torch.float32, (32, 1)),
         "bias": (torch.float32, (32,)),
@@ -203,7 +205,7 @@ def test_generation_and_tokenizer_settings_come_along(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "olmo2"])
-def test_explicit_smoothing_survives_and_nobody_else_may_load_it(tmp_path, model_type):
+def test_explicit_smoothing_survives_and_nobody_else_may_load_it(tmp_path: Path, model_type: str) -> None:
     """Without its scale the model would talk nonsense: transformers itself has to stop."""
     batches = [tiny.token_ids(seed=seed) for seed in range(2)]
     model = quantize(tiny.build(model_type), batches, Recipe(explicit=True), progress=False)
@@ -220,7 +222,7 @@ def test_explicit_smoothing_survives_and_nobody_else_may_load_it(tmp_path, model
             saving.save(model, tmp_path / "other", format=fmt)
 
 
-def test_static_and_dynamic_layers_in_one_model_survive(tmp_path):
+def test_static_and_dynamic_layers_in_one_model_survive(tmp_path: Path) -> None:
     model = quantized(scheme="int8-static")
     for name, layer in layers_of(model).items():
         if name.endswith("down_proj"):

@@ -88,56 +88,71 @@ def test_a_float_model_is_not_replaced(tmp_path: Path) -> None:
         saving.check_destination(tmp_path / "data")
 
 
+# Saves into PLACE/model from a child for each place where it is to die, since importing takes longer than all else.
 SAVE_AND_DIE = """
-import os, sys
+import os, resource, signal, sys
+from pathlib import Path
 from smoothquant_ext.checkpoint import loading, saving
-source, target, place = sys.argv[1:]
-model = loading.load(source)
-if place == "weights":
-    write, calls = saving.save_file, []
-    def save_file(*arguments, **kwargs):
-        calls.append(write(*arguments, **kwargs))
-        if len(calls) == 3:
+
+def die_in(name, calls):
+    function, left = getattr(saving, name), [calls]
+    def dying(*arguments, **options):
+        function(*arguments, **options)
+        left[0] -= 1
+        if not left[0]:
             os._exit(9)
-    saving.save_file = save_file
-elif place == "configs":
-    write_configs = saving._write_configs
-    def die(*arguments):
-        write_configs(*arguments)
-        os._exit(9)
-    saving._write_configs = die
-elif place == "full disk":
-    import resource, signal
+    setattr(saving, name, dying)
+
+def fill_disk():
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-saving.save(model, target, format="lmdeploy", max_shard_size="20KB")
+
+root = Path(sys.argv[1])
+ways = {
+    "weights": lambda: die_in("save_file", 3),
+    "configs": lambda: die_in("_write_configs", 1),
+    "full disk": fill_disk,
+}
+for place, prepare in ways.items():
+    child = os.fork()
+    if child == 0:
+        try:
+            model = loading.load(root / "source")
+            prepare()
+            saving.save(model, root / place / "model", format="lmdeploy", max_shard_size="20KB")
+        except Exception as error:
+            print(place, type(error).__name__, error, sep=": ", flush=True)
+        os._exit(0)
+    print(place, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), sep=": ", flush=True)
 """
 
 
-def save_and_die(source: Path, target: Path, place: str) -> subprocess.CompletedProcess[str]:
-    arguments = [sys.executable, "-c", SAVE_AND_DIE, str(source), str(target), place]
-    return subprocess.run(arguments, capture_output=True, text=True, check=False)
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A folder in which a save died at each place, two of them over a checkpoint, and what the saves printed."""
+    root = tmp_path_factory.mktemp("killed")
+    for place in ("source", "weights/model", "configs/model"):
+        saving.save(quantized("llama"), root / place)
+    (root / "full disk").mkdir()
+    arguments = [sys.executable, "-c", SAVE_AND_DIE, str(root)]
+    return root, subprocess.run(arguments, check=True, capture_output=True, text=True).stdout.splitlines()
 
 
 @pytest.mark.parametrize("place", ["weights", "configs"])
-def test_a_killed_save_leaves_the_old_checkpoint(place: str, tmp_path: Path) -> None:
-    model = quantized("llama")
-    target = tmp_path / "model"
-    saving.save(model, target)
-    assert save_and_die(target, target, place).returncode == 9
+def test_a_killed_save_leaves_the_old_checkpoint(place: str, killed: tuple[Path, list[str]]) -> None:
+    root, printed = killed
+    assert f"{place}: 9" in printed
+    model, target = quantized("llama"), root / place / "model"
     assert_same_model(loading.load(target), model)
-    litter = [path.name for path in tmp_path.iterdir() if path != target]
-    assert len(litter) == 1
-    assert litter[0].startswith(".model.saving-")
+    (litter,) = [path.name for path in target.parent.iterdir() if path != target]
+    assert litter.startswith(".model.saving-")
     saving.save(model, target)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert list(target.parent.iterdir()) == [target]
 
 
-def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
-    saving.save(quantized("llama"), tmp_path / "source")
-    finished = save_and_die(tmp_path / "source", tmp_path / "model", "full disk")
-    last = finished.stderr.strip().splitlines()[-1]
-    assert last.startswith("smoothquant_ext.errors.SmoothQuantError: ")
-    assert "model could not be written" in last
-    assert "File too large" in last
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+def test_a_full_disk_is_one_sentence(killed: tuple[Path, list[str]]) -> None:
+    root, printed = killed
+    (sentence,) = [line for line in printed if line.startswith("full disk: SmoothQuantError: ")]
+    assert "model could not be written" in sentence
+    assert "File too large" in sentence
+    assert list((root / "full disk").iterdir()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from tiny_text import write_tiny_model
 from typer.testing import CliRunner
 
 from smoothquant_ext import cli
+from smoothquant_ext.checkpoint.formats.registry import written_formats
 from smoothquant_ext.scheme import SCHEMES
 
 COMMANDS = ("quantize", "convert", "eval", "compare", "generate", "chat", "serve", "inspect", "report", "info")
@@ -27,6 +29,8 @@ def test_help_names_every_command_and_scheme_and_gives_examples():
         assert f"Example: smoothquant {command}" in text
     text = " ".join(smoothquant("quantize", "--help").stdout.replace("│", " ").split())
     assert all(scheme in text for scheme in SCHEMES)
+    assert all(f"{name}, read by" in text for name in written_formats())
+    assert re.search(r"Default: 0\.5\D+int8-static\W+0\.8", text), "the defaults of alpha"
     assert "'*.down_proj'" in text
     assert "NAME[/CONFIG][:SPLIT]" in text
 

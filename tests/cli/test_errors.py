@@ -96,7 +96,7 @@ def test_little_text_is_used_with_a_warning(work, tmp_path):
     text.write_text(some_text(60))
     result = smoothquant("eval", work / "model", "--text", text, *SMALL)
     assert "warning: " in result.stderr
-    assert "holds 2 windows of 24 tokens, not the 4 asked for" in result.stderr
+    assert "holds 2 windows of 24 tokens, not 4" in result.stderr
 
 
 def test_bad_models_are_named(work, tmp_path):

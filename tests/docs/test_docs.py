@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import os
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +15,13 @@ from typing import Any
 
 import pytest
 import tiny
+import write_ops
 from command_line import smoothquant
 from op_cases import public_ops
+from pages import ROOT, blocks, ops_example
 from server import TEMPLATE, served
 from tiny_text import some_text, tiny_tokenizer
 
-ROOT = Path(__file__).parents[2]
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PORT = "8000"
@@ -61,10 +65,6 @@ def here(place: Path) -> Iterator[Path]:
     os.chdir(before)
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-
-
 def commands(page: Path) -> list[str]:
     """The lines after a prompt, without their remarks."""
     lines = [line for block in blocks(page, "console") for line in block.splitlines() if line.startswith("$ ")]
@@ -104,9 +104,29 @@ def test_python(page: Path, code: str, here: Path) -> None:
     exec(code, {})
 
 
-def test_everything_is_found() -> None:
-    found = {command.split()[1] for page in PAGES for command in commands(page) if command.startswith("smoothquant ")}
-    assert found == {
+def test_the_example_of_the_ops_needs_no_other_import(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", ops_example()],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert re.fullmatch(r"\(4, 32\), relative error 0\.0[01]\d\d\n", done.stdout)
+
+
+def test_the_architecture_lists_the_package_in_the_order_of_its_imports() -> None:
+    contract = re.search(r"^layers = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
+    assert contract is not None
+    layers = [re.findall(r"\w+", line) for line in contract[1].splitlines() if line.strip()]
+    picture = blocks(ROOT / "docs" / "architecture.md", "text")[0]
+    places = [[re.search(rf"\b{name}(/|\.py)", picture) for name in names] for names in layers]
+    assert all(place for row in places for place in row)
+    starts = [[place.start() for place in row if place] for row in places]
+    assert all(max(above) < min(below) for above, below in itertools.pairwise(starts))
+
+
+def test_every_command_is_shown() -> None:
+    shown = {command.split()[1] for page in PAGES for command in commands(page) if command.startswith("smoothquant ")}
+    assert shown == {
         "quantize", "convert", "compare", "eval", "generate", "chat", "serve", "inspect", "report", "info",
     }  # fmt: skip
     assert sum(len(blocks(page, "python")) for page in PAGES) >= 7
@@ -118,10 +138,13 @@ def test_links_lead_somewhere() -> None:
             assert link.startswith("https://") or (page.parent / link).exists(), f"{page.name}: {link}"
 
 
-def test_the_reference_of_the_ops_is_current() -> None:
-    sys.path.insert(0, str(ROOT / "tools"))
-    import write_ops
+@pytest.mark.parametrize("generator", ["write_accuracy", "write_kv_cache", "write_performance"])
+def test_a_page_of_measurements_is_current(generator: str) -> None:
+    written = importlib.import_module(generator)
+    assert written.TARGET.read_text(encoding="utf-8") == written.page(), f"run tools/{generator}.py"
 
+
+def test_the_reference_of_the_ops_is_current() -> None:
     assert write_ops.TARGET.read_text(encoding="utf-8") == write_ops.page(), "run make docs"
     documented = set(re.findall(r"^### `(\w+)`", write_ops.page(), re.MULTILINE))
     assert documented == public_ops()

@@ -117,7 +117,7 @@ def test_training_leaves_nothing_waiting() -> None:
 
 
 def test_what_cannot_be_adapted_is_said(tmp_path: Path) -> None:
-    with pytest.raises(SmoothQuantError, match="use LoRA on 8-bit layers"):
+    with pytest.raises(SmoothQuantError, match="8-bit layers have none: use LoRA"):
         peft.get_peft_model(quantized("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
     model = peft.get_peft_model(quantized("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
     for each in (model, model.base_model.model):

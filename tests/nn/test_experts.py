@@ -22,8 +22,9 @@ from torch.nn.functional import gelu, relu, silu
 from smoothquant_ext import Recipe, SmoothQuantError, quantize, save
 from smoothquant_ext.evaluation.size import model_bytes
 from smoothquant_ext.nn.experts import W8A8Experts
-from smoothquant_ext.probing.experts import agrees, looks_like_experts, read_all, read_experts
+from smoothquant_ext.probing.experts import agrees, looks_like_experts, match_experts_layout, match_layouts
 from smoothquant_ext.probing.linears import find_experts
+from smoothquant_ext.probing.structure import find_structure
 from smoothquant_ext.quantization.convert import quantize_experts
 from smoothquant_ext.quantization.selection import select_linears
 from smoothquant_ext.reporting.profiler import profile_products
@@ -130,7 +131,7 @@ def test_every_layout_is_read(layout: str, is_transposed: bool, bias: str) -> No
     for name, activation in ACTIVATIONS.items():
         module = Mixture(layout, activation, is_transposed, bias)
         assert looks_like_experts(module)
-        reading = read_experts(module)
+        reading = match_experts_layout(module)
         assert reading is not None
         assert reading.activation == name
         assert (reading.up is None) == (layout == "plain")
@@ -165,7 +166,7 @@ def test_modules_are_read_without_their_weights() -> None:
         model = Mixture("interleaved up, gate", gelu)
         torch.set_default_dtype(torch.bfloat16)
         try:
-            reading = read_experts(model)
+            reading = match_experts_layout(model)
         finally:
             torch.set_default_dtype(torch.float32)
     assert reading is not None
@@ -177,20 +178,20 @@ def test_modules_of_one_class_and_other_sizes_are_read_anew() -> None:
     wide, narrow = Mixture(), Mixture()
     narrow.first = nn.Parameter(narrow.first.detach()[:, :INNER].clone())
     narrow.down = nn.Parameter(narrow.down.detach()[..., : INNER // 2].clone())
-    readings = read_all({"wide": wide, "narrow": narrow, "again": wide})
+    readings = match_layouts({"wide": wide, "narrow": narrow, "again": wide})
     widths = {name: reading.gate.rows.stop for name, reading in readings.items() if reading is not None}
     assert widths == {"wide": INNER, "narrow": INNER // 2, "again": INNER}
 
 
 @pytest.mark.parametrize("kind", [Ranked, Clamped, Limited])
 def test_what_computes_something_else_is_not_read(kind: type[Mixture]) -> None:
-    assert read_experts(kind()) is None
+    assert match_experts_layout(kind()) is None
 
 
 def test_experts_in_another_order_are_seen_with_their_own_weights() -> None:
     # On random weights that all experts share the order does not show.
     module = Backwards()
-    assert read_experts(module) is not None
+    assert match_experts_layout(module) is not None
     assert find_experts(nn.ModuleDict({"mlp": module})) == {"mlp": None}
 
 
@@ -212,7 +213,7 @@ def test_other_modules_do_not_look_like_experts() -> None:
 
 def made(scheme: str = "int8", bias: str = "", layout: str = "gate, up") -> W8A8Experts:
     module = Mixture(layout, bias=bias)
-    reading = read_experts(module)
+    reading = match_experts_layout(module)
     assert reading is not None
     return quantize_experts(module, reading, SCHEMES[scheme])
 
@@ -300,12 +301,13 @@ def test_recipes_on_a_model_with_experts(recipe: Recipe) -> None:
 def test_patterns_reach_experts() -> None:
     model = tiny.build("mixtral")
     first, second = "model.layers.0.mlp.experts", "model.layers.1.mlp.experts"
-    selection = select_linears(model, Recipe(skip=("layers.0.mlp.experts",)))
+    structure = find_structure(model, tiny.token_ids())
+    selection = select_linears(structure, Recipe(skip=("layers.0.mlp.experts",)))
     assert selection.skipped[first] == "skipped by pattern"
     assert set(selection.experts) == {second}
-    assert set(select_linears(model, Recipe(only=("experts",))).experts) == {first, second}
+    assert set(select_linears(structure, Recipe(only=("experts",))).experts) == {first, second}
     with pytest.raises(SmoothQuantError, match="matches no linear layer"):
-        select_linears(model, Recipe(skip=("layers.2.mlp.experts",)))
+        select_linears(structure, Recipe(skip=("layers.2.mlp.experts",)))
 
 
 def test_experts_alone() -> None:

@@ -25,15 +25,14 @@ def weights(
 
 
 def layers(
-    experts: int,
-    k: int,
-    inner: int,
-    n: int,
+    sizes: tuple[int, int, int, int],
     is_gated: bool = True,
     has_bias: bool = False,
     dtype: torch.dtype = torch.int8,
     is_packed: bool = True,
 ) -> dict[str, Any]:
+    """The layers of experts, by their number, K, the width inside, and N."""
+    experts, k, inner, n = sizes
     shapes = [*([(inner, k)] * (2 if is_gated else 1)), (n, inner)]
     made = [weights(experts, *shape, seed, dtype, is_packed) for seed, shape in enumerate(shapes)]
     biases = [randn(experts, rows, seed=seed) for seed, (rows, _) in enumerate(shapes)] if has_bias else None
@@ -56,7 +55,7 @@ def routing(tokens: int, top_k: int, experts: int, seed: int = 0, dtype: torch.d
 def test_experts_equal_the_oracle(is_gated: bool, activation: str, is_packed: bool) -> None:
     for tokens, dtype in zip((0, 1, 5, 40), (torch.float32, *FLOATS), strict=True):
         for has_bias in (False, True):
-            own = layers(5, 70, 130, 50, is_gated, has_bias, is_packed=is_packed)
+            own = layers((5, 70, 130, 50), is_gated, has_bias, is_packed=is_packed)
             x, chosen = randn(tokens, 70, dtype=dtype), routing(tokens, 2, 5, dtype=dtype)
             y = ops.w8a8_experts(x, *chosen, **own, activation=activation)
             assert_same_bits(y, reference.w8a8_experts(x, *chosen, **own, activation=activation))
@@ -75,7 +74,7 @@ def test_experts_equal_the_oracle(is_gated: bool, activation: str, is_packed: bo
     seed=st.integers(0, 99),
 )
 def test_experts_of_any_shape(tokens: int, top_k: int, experts: int, k: int, inner: int, n: int, seed: int) -> None:
-    own, x, chosen = layers(experts, k, inner, n), randn(tokens, k, seed=seed), routing(tokens, top_k, experts, seed)
+    own, x, chosen = layers((experts, k, inner, n)), randn(tokens, k, seed=seed), routing(tokens, top_k, experts, seed)
     assert_same_bits(ops.w8a8_experts(x, *chosen, **own), reference.w8a8_experts(x, *chosen, **own))
 
 
@@ -83,21 +82,21 @@ def test_experts_of_any_shape(tokens: int, top_k: int, experts: int, k: int, inn
 @pytest.mark.parametrize("dtype", FLOAT8, ids=str)
 @pytest.mark.parametrize("tokens", [1, 9, 130])
 def test_experts_in_fp8_are_made_of_the_single_ops(tokens: int, dtype: torch.dtype) -> None:
-    own, x = layers(3, 70, 130, 50, has_bias=True, dtype=dtype), randn(tokens, 70, dtype=torch.bfloat16)
+    own, x = layers((3, 70, 130, 50), has_bias=True, dtype=dtype), randn(tokens, 70, dtype=torch.bfloat16)
     chosen = routing(tokens, 2, 3)
     assert_same_bits(ops.w8a8_experts(x, *chosen, **own), experts_one_by_one(x, *chosen, **own))
 
 
 @on_every_isa
 def test_experts_with_one_scale_each() -> None:
-    own, x, chosen = layers(4, 70, 130, 50, is_packed=False), randn(9, 70), routing(9, 3, 4)
+    own, x, chosen = layers((4, 70, 130, 50), is_packed=False), randn(9, 70), routing(9, 3, 4)
     one = own | {"weight_scale": [scale[:, :1].contiguous() for scale in own["weight_scale"]]}
     assert_same_bits(ops.w8a8_experts(x, *chosen, **one), reference.w8a8_experts(x, *chosen, **one))
 
 
 @on_every_isa
 def test_a_token_gives_the_same_bits_in_any_company() -> None:
-    own, x, chosen = layers(7, 200, 96, 60), randn(300, 200, dtype=torch.bfloat16), routing(300, 3, 7)
+    own, x, chosen = layers((7, 200, 96, 60)), randn(300, 200, dtype=torch.bfloat16), routing(300, 3, 7)
     together = ops.w8a8_experts(x, *chosen, **own)
     for token in (0, 1, 150, 299):
         alone = ops.w8a8_experts(x[token], *(part[token] for part in chosen), **own)
@@ -106,7 +105,7 @@ def test_a_token_gives_the_same_bits_in_any_company() -> None:
 
 @on_every_isa
 def test_more_tokens_than_are_done_together() -> None:
-    own, x, chosen = layers(3, 64, 96, 32), randn(60000, 64, dtype=torch.bfloat16), routing(60000, 2, 3)
+    own, x, chosen = layers((3, 64, 96, 32)), randn(60000, 64, dtype=torch.bfloat16), routing(60000, 2, 3)
     y = ops.w8a8_experts(x, *chosen, **own)
     rows = torch.cat([torch.arange(0, 60000, 997), torch.tensor([59999])])
     assert_same_bits(y[rows], reference.w8a8_experts(x[rows], *(part[rows] for part in chosen), **own))
@@ -114,7 +113,7 @@ def test_more_tokens_than_are_done_together() -> None:
 
 @on_every_isa
 def test_one_expert_that_is_chosen_by_all_is_its_mlp() -> None:
-    own, x = layers(1, 70, 130, 50), randn(11, 70)
+    own, x = layers((1, 70, 130, 50)), randn(11, 70)
     y = ops.w8a8_experts(x, torch.zeros(11, 1, dtype=torch.int64), torch.ones(11, 1), **own)
     single = {name: None if value is None else [each[0] for each in value] for name, value in own.items()}
     assert_same_bits(y, ops.w8a8_mlp(x, **single))
@@ -122,7 +121,7 @@ def test_one_expert_that_is_chosen_by_all_is_its_mlp() -> None:
 
 @on_every_isa
 def test_slots_without_an_expert_add_nothing() -> None:
-    own, x, (index, weight) = layers(4, 70, 130, 50), randn(6, 70), routing(6, 3, 4)
+    own, x, (index, weight) = layers((4, 70, 130, 50)), randn(6, 70), routing(6, 3, 4)
     index[0], index[1, 1], index[2, 0] = 4, 4, 4
     weight[1, 1] = float("nan")
     y = ops.w8a8_experts(x, index, weight, **own)
@@ -133,7 +132,7 @@ def test_slots_without_an_expert_add_nothing() -> None:
 
 @on_every_isa
 def test_leading_shapes_and_strides() -> None:
-    own, x, (index, weight) = layers(4, 70, 130, 50), randn(6, 70), routing(6, 2, 4)
+    own, x, (index, weight) = layers((4, 70, 130, 50)), randn(6, 70), routing(6, 2, 4)
     expected = ops.w8a8_experts(x, index, weight, **own)
     shaped = ops.w8a8_experts(x.reshape(2, 3, 70), index.reshape(2, 3, 2), weight.reshape(2, 3, 2), **own)
     assert_same_bits(shaped, expected.reshape(2, 3, 50))
@@ -144,7 +143,7 @@ def test_leading_shapes_and_strides() -> None:
 @on_every_isa
 def test_any_number_of_threads_gives_the_same_bits() -> None:
     for experts, tokens, top_k in ((40, 1, 8), (5, 7, 2), (8, 300, 3)):
-        own, x, chosen = layers(experts, 200, 300, 100), randn(tokens, 200), routing(tokens, top_k, experts)
+        own, x, chosen = layers((experts, 200, 300, 100)), randn(tokens, 200), routing(tokens, top_k, experts)
         outputs = []
         for count in (1, 2, 3, 7):
             with threads(count):

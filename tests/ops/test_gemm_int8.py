@@ -215,9 +215,7 @@ def test_any_number_of_threads_gives_the_same_bits(isa: str, rows: int, n: int, 
 
 @settings(max_examples=80, deadline=None)
 @given(
-    rows=st.integers(0, 300),
-    n=st.integers(1, 200),
-    k=st.integers(1, 1300),
+    shape=st.tuples(st.integers(0, 300), st.integers(1, 200), st.integers(1, 1300)),
     x_dtype=st.sampled_from(FLOATS),
     out_dtype=st.sampled_from([None, *FLOATS]),
     is_static=st.booleans(),
@@ -226,9 +224,7 @@ def test_any_number_of_threads_gives_the_same_bits(isa: str, rows: int, n: int, 
     seed=st.integers(0, 2**20),
 )
 def test_any_linear(
-    rows: int,
-    n: int,
-    k: int,
+    shape: tuple[int, int, int],
     x_dtype: torch.dtype,
     out_dtype: torch.dtype | None,
     is_static: bool,
@@ -236,6 +232,7 @@ def test_any_linear(
     is_packed: bool,
     seed: int,
 ) -> None:
+    rows, n, k = shape
     x, b = randn(rows, k, dtype=x_dtype, seed=seed), random_int8(n, k, seed=seed)
     bias = randn(n, seed=seed) if has_bias else None
     a_scale = torch.tensor([0.03]) if is_static else None

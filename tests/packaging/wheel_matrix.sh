@@ -10,7 +10,7 @@ if [ $# -lt 1 ] || [ ! -f "$1" ]; then
 fi
 wheel=$(realpath "$1")
 shift
-tests=$(cd "$(dirname "$0")" && pwd)
+tests=$(cd "$(dirname "$0")/.." && pwd)
 [ $# -gt 0 ] || set -- "python3:torch==2.11.*" "python3:torch"
 
 case "$wheel" in
@@ -38,6 +38,7 @@ if torch.version.cuda and (folder / "_C_cuda.so").exists():
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sq::{op}", "CUDA"), f"{op} has no CUDA kernel"
     print("CUDA kernels are registered")
 PYTHON
-  "$work/venv/bin/python" -m pytest -q -p no:cacheprovider tests/ops
+  "$work/venv/bin/python" -m pytest -q -p no:cacheprovider --import-mode=importlib \
+    -o pythonpath=tests/support tests/ops
   rm -rf "$work/venv"
 done

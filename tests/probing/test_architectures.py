@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +10,7 @@ from functools import partial
 import pytest
 import tiny
 import torch
+from discover_once import discover_once as discover_once  # a fixture
 from expected_groups import EXPECTED, REJECTED, channels_of_values, last, map_behind_attention
 from tiny import logits, relative_error
 from torch import Tensor, nn
@@ -18,7 +20,9 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.pytorch_utils import Conv1D
 
 from smoothquant_ext import Recipe, quantize
+from smoothquant_ext.fusion.fuse import fuse_
 from smoothquant_ext.probing.smoothing_groups import discover
+from smoothquant_ext.probing.structure import find_structure
 from smoothquant_ext.quantization import pipeline
 from smoothquant_ext.quantization.calibration import calibrate
 from smoothquant_ext.quantization.selection import select_linears
@@ -187,7 +191,7 @@ ARCHITECTURES = OTHERS | {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_groups(name: str) -> None:
-    discovery = discover(OTHERS[name].build(), IDS)
+    discovery = discover(find_structure(OTHERS[name].build(), IDS))
     assert not discovery.rejected
     for block in {group.block for group in discovery.groups}:
         found = {last(g.producer): set(map(last, g.consumers)) for g in discovery.groups if g.block == block}
@@ -200,8 +204,9 @@ def test_groups(name: str) -> None:
 def test_function_is_preserved(name: str) -> None:
     model = OTHERS[name].build().double()
     before = logits(model, IDS)
-    absmax = calibrate(model, select_linears(model, Recipe()).linears, CALIBRATION)
-    smoothing = smooth_(model, discover(model, IDS).groups, absmax, IDS, Recipe())
+    structure = find_structure(model, IDS)
+    absmax = calibrate(model, select_linears(structure, Recipe()).linears, CALIBRATION)
+    smoothing = smooth_(structure, discover(structure).groups, absmax, Recipe())
     assert not smoothing.failed
     assert all(group.outlier_after != group.outlier_before for group in smoothing.groups)
     assert relative_error(model, before, IDS) < 1e-5  # fp32 inside norms and softmax
@@ -213,6 +218,7 @@ def test_channel_maps_of_packed_projections() -> None:
     assert map_behind_attention(OTHERS["gated"].build()) == list(range(HIDDEN))
 
 
+@pytest.mark.usefixtures("discover_once")
 @pytest.mark.parametrize("scheme", ["int8", "int8-static"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_outliers_are_smoothed_away(name: str, scheme: str) -> None:
@@ -240,14 +246,16 @@ def test_outliers_are_smoothed_away(name: str, scheme: str) -> None:
     assert smoothed < 1.5 * error(amplified=False, smooth=True)
 
 
+@pytest.mark.usefixtures("discover_once")
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_generating_gives_what_one_pass_without_fused_ops_gives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = quantize(tiny.build(name), CALIBRATION, progress=False)
-    prompt = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
-    length = {"max_new_tokens": 4, "min_new_tokens": 4}
-    generated = model.generate(**prompt, **length, do_sample=False, output_logits=True, return_dict_in_generate=True)
     monkeypatch.setattr(pipeline, "fuse_", lambda model: [])
     plain = quantize(tiny.build(name), CALIBRATION, progress=False)
+    fused = copy.deepcopy(plain)
+    fuse_(fused)
+    prompt = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    length = {"max_new_tokens": 4, "min_new_tokens": 4}
+    generated = fused.generate(**prompt, **length, do_sample=False, output_logits=True, return_dict_in_generate=True)
     with torch.no_grad():
         expected = plain(generated.sequences[:, :-1], use_cache=False).logits[:, -4:]
     error = (torch.stack(generated.logits, dim=1) - expected).norm() / expected.norm()
@@ -256,7 +264,7 @@ def test_generating_gives_what_one_pass_without_fused_ops_gives(name: str, monke
 
 
 def test_routers_and_gates_are_reported() -> None:
-    skipped = select_linears(tiny.build("qwen2_moe"), Recipe()).skipped
+    skipped = select_linears(find_structure(tiny.build("qwen2_moe"), IDS), Recipe()).skipped
     assert skipped["model.layers.0.mlp.shared_expert_gate"] == "gate of one output"
     assert "is not a linear layer" in skipped["model.layers.0.mlp.gate"]
     assert "model.layers.0.mlp.experts" not in skipped

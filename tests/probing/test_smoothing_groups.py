@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from smoothquant_ext.probing.norms import norm_offset
 from smoothquant_ext.probing.smoothing_groups import discover
+from smoothquant_ext.probing.structure import find_structure
 
 HIDDEN, INTERMEDIATE = 64, 112
 
@@ -20,7 +21,7 @@ def test_every_architecture_has_its_groups_written_down() -> None:
 
 @pytest.mark.parametrize("model_type", EXPECTED)
 def test_groups_of_an_architecture(model_type: str) -> None:
-    discovery = discover(tiny.build(model_type), tiny.token_ids())
+    discovery = discover(find_structure(tiny.build(model_type), tiny.token_ids()))
     blocks = sorted({group.block for group in discovery.groups})
     assert len(blocks) == 2
     for block in blocks:
@@ -31,8 +32,8 @@ def test_groups_of_an_architecture(model_type: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_groups_are_found_in_16_bits(dtype: torch.dtype) -> None:
-    wide = discover(tiny.build("llama"), tiny.token_ids()).groups
-    narrow = discover(tiny.build("llama", dtype), tiny.token_ids()).groups
+    wide = discover(find_structure(tiny.build("llama"), tiny.token_ids())).groups
+    narrow = discover(find_structure(tiny.build("llama", dtype), tiny.token_ids())).groups
     assert [(g.producer, sorted(g.consumers)) for g in narrow] == [(g.producer, sorted(g.consumers)) for g in wide]
     for a, b in zip(wide, narrow, strict=True):
         assert all(torch.equal(a.consumers[name], b.consumers[name]) for name in a.consumers)
@@ -69,14 +70,14 @@ def test_channel_map_of_many_small_heads(heads: int, width: int) -> None:
 
 @pytest.mark.parametrize("architecture", ["phi3", "glm"])
 def test_channel_map_of_packed_gate_and_up(architecture: str) -> None:
-    groups = {last(g.producer): g for g in discover(tiny.build(architecture), tiny.token_ids()).groups}
+    groups = {last(g.producer): g for g in discover(find_structure(tiny.build(architecture), tiny.token_ids())).groups}
     (up_map,) = groups["gate_up_proj"].consumers.values()
     assert up_map.tolist() == list(range(INTERMEDIATE, 2 * INTERMEDIATE))
 
 
 def test_more_channels_than_one_pass_can_name() -> None:
     model = tiny.build("llama", hidden_size=320, intermediate_size=5000, head_dim=80)
-    groups = {last(g.producer): g for g in discover(model, tiny.token_ids()).groups[:4]}
+    groups = {last(g.producer): g for g in discover(find_structure(model, tiny.token_ids())).groups[:4]}
     (up_map,) = groups["up_proj"].consumers.values()
     assert up_map.tolist() == list(range(5000))
 
@@ -126,7 +127,11 @@ class Model(nn.Module):
 
 
 def found(model: nn.Module) -> set[tuple[str, str]]:
-    return {(g.producer, consumer) for g in discover(model, tiny.token_ids()).groups for consumer in g.consumers}
+    return {
+        (g.producer, consumer)
+        for g in discover(find_structure(model, tiny.token_ids())).groups
+        for consumer in g.consumers
+    }
 
 
 def test_an_architecture_nobody_has_seen() -> None:
@@ -137,7 +142,7 @@ def test_an_architecture_nobody_has_seen() -> None:
 
 @pytest.mark.parametrize("reader", ["residual", "gate"])
 def test_a_norm_that_something_else_reads_is_rejected_with_the_reason(reader: str) -> None:
-    discovery = discover(Model(reader), tiny.token_ids())
+    discovery = discover(find_structure(Model(reader), tiny.token_ids()))
     assert {g.producer for g in discovery.groups} == {"tower.0.widen", "tower.1.widen"}
     assert set(discovery.rejected) == {"tower.0.pre", "tower.1.pre"}
     assert "also read by something other than widen" in discovery.rejected["tower.0.pre"]
@@ -155,7 +160,7 @@ def test_layers_that_share_a_weight_are_left_alone() -> None:
 def test_the_model_is_left_as_it_was() -> None:
     model = tiny.build("phi3")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    discover(model, tiny.token_ids())
+    discover(find_structure(model, tiny.token_ids()))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 

@@ -11,7 +11,7 @@ from block_cases import Case
 from torch import Tensor, nn
 
 from smoothquant_ext.probing.smoothing_groups import Group
-from smoothquant_ext.quantization.alpha_search import GRID, REFINED, Trial, damage, search_alphas_
+from smoothquant_ext.quantization.alpha_search import GRID, REFINED, Trial, block_error, search_alphas_
 from smoothquant_ext.quantization.convert import convert_
 from smoothquant_ext.quantization.smoothing import fold_, gather_scale, group_modules
 
@@ -20,7 +20,7 @@ def state(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
-def test_damage_is_its_formula() -> None:
+def test_the_block_error_is_its_formula() -> None:
     torch.manual_seed(0)
     expected = [torch.randn(2, 5, 8), torch.randn(1, 3, 8) * 10]
     actual = [x + torch.randn_like(x) * 0.1 for x in expected]
@@ -29,24 +29,24 @@ def test_damage_is_its_formula() -> None:
         error, size = (x - y).double().pow(2).sum(-1), x.double().pow(2).sum(-1)
         wanted += (error / size).mean() + error.sum() / size.sum()
     ids = torch.arange(3)  # blocks may return other things as well
-    found = damage([[ids, x] for x in actual], [[ids, x] for x in expected])
+    found = block_error([[ids, x] for x in actual], [[ids, x] for x in expected])
     assert found == pytest.approx(float(wanted) / 2, rel=1e-12)
 
 
-def test_damage_of_nothing_of_a_scaled_and_of_a_silent_output() -> None:
+def test_the_block_error_of_nothing_of_a_scaled_and_of_a_silent_output() -> None:
     x, y = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
-    assert damage([[x]], [[x]]) == 0
-    assert damage([[x * 4]], [[y * 4]]) == damage([[x]], [[y]])
-    assert damage([[torch.zeros(1, 2, 3)]], [[torch.zeros(1, 2, 3)]]) == 0
-    assert damage([], []) == 0
+    assert block_error([[x]], [[x]]) == 0
+    assert block_error([[x * 4]], [[y * 4]]) == block_error([[x]], [[y]])
+    assert block_error([[torch.zeros(1, 2, 3)]], [[torch.zeros(1, 2, 3)]]) == 0
+    assert block_error([], []) == 0
 
 
-def test_damage_sees_the_loss_of_one_massive_token() -> None:
+def test_the_block_error_shows_the_loss_of_one_massive_token() -> None:
     x = torch.randn(1, 1000, 8)
     x[0, 0] = 1e4
     y = x.clone()
     y[0, 0] = 0
-    assert damage([[y]], [[x]]) > 1
+    assert block_error([[y]], [[x]]) > 1
 
 
 CASES = [
@@ -64,9 +64,9 @@ CASES = [
 def test_a_trial_is_the_folded_and_quantized_block(architecture: str, scheme: str, explicit: bool) -> None:
     """Bit for bit, for scales that are powers of two, at which nothing rounds; the original stays as it is."""
     case = Case(architecture, scheme, explicit)
-    before = state(case.block)
+    before = state(case.module)
     trial = case.trial()
-    assert trial.damage() > 0
+    assert trial.block_error() > 0
     generator = torch.Generator().manual_seed(0)
     # exp2 itself may round; an offset norm is only exact without a scale
     scales = [
@@ -77,13 +77,13 @@ def test_a_trial_is_the_folded_and_quantized_block(architecture: str, scheme: st
     ]
     for group, s in zip(case.groups, scales, strict=True):
         trial.fold_(group, s)
-    found = [call.replay(trial.eight) for call in case.calls]
-    assert all(torch.equal(value, before[name]) for name, value in case.block.state_dict().items())
+    found = [call.replay(trial.int8_block) for call in case.calls]
+    assert all(torch.equal(value, before[name]) for name, value in case.module.state_dict().items())
 
     absmax = dict(case.absmax)
     divided: dict[str, Tensor] = {}
     for group, s in zip(case.groups, scales, strict=True):
-        fold_(*group_modules(case.model, group), group, s)
+        fold_(*group_modules(case.block, group), group, s)
         for name in group.consumers:
             absmax[name] = absmax[name] / gather_scale(s, group.consumers[name])
             if group.kind == "explicit":
@@ -92,8 +92,8 @@ def test_a_trial_is_the_folded_and_quantized_block(architecture: str, scheme: st
     for name, s in divided.items():
         case.model.get_submodule(name).smooth = s
     for call, outputs in zip(case.calls, found, strict=True):
-        assert torch.equal(call.replay(case.block)[0], outputs[0])
-    assert trial.damage() == damage(found, case.expected)
+        assert torch.equal(call.replay(case.module)[0], outputs[0])
+    assert trial.block_error() == block_error(found, case.expected)
 
 
 @pytest.mark.parametrize(("architecture", "scheme", "explicit"), CASES)
@@ -104,8 +104,8 @@ def test_folding_twice_is_folding_once(architecture: str, scheme: str, explicit:
         once.fold_(group, case.scale(group, 0.7))
         for alpha in (0.3, 1.0, 0.7):
             twice.fold_(group, case.scale(group, alpha))
-    for name, value in once.wide.state_dict().items():
-        other = twice.wide.state_dict()[name]
+    for name, value in once.float_block.state_dict().items():
+        other = twice.float_block.state_dict()[name]
         # Three more quotients and products, for each of up to two groups that a layer belongs to.
         size = (value.abs() + (1 if any(group.norm_offset for group in case.groups) else 0)).max()
         error = (value - other).abs()
@@ -117,13 +117,13 @@ def test_folding_twice_is_folding_once(architecture: str, scheme: str, explicit:
 
 def test_a_producer_that_is_not_quantized_is_folded_too() -> None:
     case = Case("llama")
-    trial, reference = case.trial(without="v_proj"), copy.deepcopy(case.block)
+    trial, reference = case.trial(without="v_proj"), copy.deepcopy(case.module)
     (group,) = (group for group in case.groups if group.producer.endswith("v_proj"))
     s = case.scale(group, 0.5)
     trial.fold_(group, s)
-    fold_(*group_modules(reference, group, f"{case.name}."), group, s)
-    assert torch.equal(trial.eight.self_attn.v_proj.weight, reference.self_attn.v_proj.weight)
-    assert trial.eight.self_attn.v_proj.weight.data_ptr() != trial.wide.self_attn.v_proj.weight.data_ptr()
+    fold_(*group_modules(case.block, group, reference), group, s)
+    assert torch.equal(trial.int8_block.self_attn.v_proj.weight, reference.self_attn.v_proj.weight)
+    assert trial.int8_block.self_attn.v_proj.weight.data_ptr() != trial.float_block.self_attn.v_proj.weight.data_ptr()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -131,13 +131,13 @@ def test_the_choice_is_the_best_of_all_that_was_tried(architecture: str, monkeyp
     """Each group in turn: nothing, every alpha of the grid, and what lies around the best; always in one order."""
     case = Case(architecture, explicit=architecture == "gpt2")
     tried: list[tuple[dict[int, Tensor], float]] = []
-    measure = Trial.damage
+    measure = Trial.block_error
 
     def note(self: Trial) -> float:
         tried.append(({key: s for key, (_, s) in self.folds.items()}, measure(self)))
         return tried[-1][1]
 
-    monkeypatch.setattr(Trial, "damage", note)
+    monkeypatch.setattr(Trial, "block_error", note)
     trial = case.trial()
     choices = search_alphas_(trial, case.groups, 0.5)
     assert [choice.group for choice in choices] == case.groups
@@ -165,11 +165,11 @@ def test_the_choice_is_the_best_of_all_that_was_tried(architecture: str, monkeyp
 
 
 class Target(Trial):
-    """A trial whose damage is how far the folds are from given ones."""
+    """A trial whose error is how far the folds are from given ones."""
 
     wanted: Sequence[Tensor]
 
-    def damage(self) -> float:
+    def block_error(self) -> float:
         folds = [s for _, s in self.folds.values()]
         return sum(float((s.log() - want.log()).square().sum()) for s, want in zip(folds, self.wanted, strict=True))
 
@@ -178,7 +178,7 @@ class Target(Trial):
 @pytest.mark.parametrize("start", [0.5, 0.8])
 def test_the_known_best_is_found(alpha: float | None, start: float) -> None:
     case = Case("stack")
-    trial = Target(case.name, case.block, case.absmax, case.scheme, case.calls, case.expected, {})
+    trial = Target(case.block, case.absmax, case.scheme, case.calls, case.expected, {})
     trial.wanted = [torch.ones(g.channels) if alpha is None else case.scale(g, alpha) for g in case.groups]
     choices = search_alphas_(trial, case.groups, start)
     assert len(choices) == 2
@@ -190,25 +190,25 @@ def test_the_known_best_is_found(alpha: float | None, start: float) -> None:
 def test_outliers_are_worth_smoothing() -> None:
     case = Case("llama")
     trial = case.trial()
-    before = trial.damage()
+    before = trial.block_error()
     choices = search_alphas_(trial, case.groups, 0.5)
     assert all(choice.alpha for choice in choices if choice.group.kind == "norm")
-    assert trial.damage() < before / 2
+    assert trial.block_error() < before / 2
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int8-static"])
 def test_a_dead_channel_and_a_row_of_zeros(scheme: str) -> None:
     case = Case("stack", scheme)
-    norm = case.block.norm
+    norm = case.module.norm
     with torch.no_grad():
         norm.weight[3] = norm.bias[3] = 0
-        case.block.up.weight[5] = 0
-        case.block.up.bias[5] = -1.0  # so that channel 5 is dead behind the ReLU
+        case.module.up.weight[5] = 0
+        case.module.up.bias[5] = -1.0  # so that channel 5 is dead behind the ReLU
     for call, outputs in zip(case.calls, case.expected, strict=True):
-        outputs[:] = call.replay(case.block)
+        outputs[:] = call.replay(case.module)
     case.absmax[f"{case.name}.up"][3] = 0
     case.absmax[f"{case.name}.down"][5] = 0
     trial = case.trial()
     choices = search_alphas_(trial, case.groups, 0.5)
     assert all(bool((torch.isfinite(choice.s) & (choice.s > 0)).all()) for choice in choices)
-    assert 0 < trial.damage() < 0.1
+    assert 0 < trial.block_error() < 0.1

@@ -1,4 +1,4 @@
-"""Streaming: what a block is called with when replayed is what it was called with in a pass of the whole model."""
+"""Recorded inputs: a block is replayed with the arguments that it had in a pass of the whole model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from smoothquant_ext.probing.blocks import Batch, find_blocks, run_model
-from smoothquant_ext.quantization.block_inputs import StreamRecorder
+from smoothquant_ext.quantization.block_inputs import BlockInputRecorder
 
 
 def seen_by_hooks(model: nn.Module, data: list[Batch]) -> list[dict[str, list[Any]]]:
@@ -37,7 +37,7 @@ def seen_by_hooks(model: nn.Module, data: list[Batch]) -> list[dict[str, list[An
     return windows
 
 
-def replayed(recorder: StreamRecorder, model: nn.Module) -> dict[str, list[list[Any]]]:
+def replayed(recorder: BlockInputRecorder, model: nn.Module) -> dict[str, list[list[Any]]]:
     """By block, for each window the leaves of the arguments that it is replayed with."""
     found: dict[str, list[list[Any]]] = {}
     previous: list[list[Tensor]] = []

@@ -1,4 +1,4 @@
-"""Observation of a block: shared inputs, rows, ranges and Hessians, against what hooks on the whole model see."""
+"""Statistics of a block: shared inputs, rows, ranges and Hessians, against what hooks on the whole model see."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor, nn
 
 from smoothquant_ext.probing.blocks import Batch, BlockCall, find_blocks, run_model
 from smoothquant_ext.probing.linears import find_linears
-from smoothquant_ext.quantization.block_statistics import MOST_ROWS, BlockInput, Observation, observe
+from smoothquant_ext.quantization.block_statistics import MOST_ROWS, BlockInput, BlockStatistics, collect_statistics
 
 
-def input_of(found: Observation, reader: str) -> BlockInput:
-    return next(each for each in found.inputs.values() if reader in each.readers)
+def input_of(statistics: BlockStatistics, consumer: str) -> BlockInput:
+    return next(each for each in statistics.inputs.values() if consumer in each.consumers)
 
 
-def observed(
+def statistics_of(
     model: nn.Module, data: list[Batch], held_out: set[int], train: set[int], hessians: bool = True
-) -> Observation:
+) -> BlockStatistics:
     """Of the first block."""
     recorder = recorded(model, data)
     name = recorder.names[0]
     block = find_blocks(model)[name]
-    return observe(block, find_linears(block), recorder.calls(name, []), held_out, train, hessians)
+    return collect_statistics(block, find_linears(block), recorder.calls(name, []), held_out, train, hessians)
 
 
 def inputs_by_hook(model: nn.Module, data: list[Batch]) -> dict[str, list[Tensor]]:
@@ -50,10 +50,12 @@ def inputs_by_hook(model: nn.Module, data: list[Batch]) -> dict[str, list[Tensor
     return {name: rows + [torch.empty(0, rows[0].shape[-1])] * (len(data) - len(rows)) for name, rows in seen.items()}
 
 
-def assert_matches(found: Observation, inputs: dict[str, list[Tensor]], held_out: set[int], train: set[int]) -> None:
-    assert sorted(name for each in found.inputs.values() for name in each.readers) == sorted(inputs)
+def assert_matches(
+    statistics: BlockStatistics, inputs: dict[str, list[Tensor]], held_out: set[int], train: set[int]
+) -> None:
+    assert sorted(name for each in statistics.inputs.values() for name in each.consumers) == sorted(inputs)
     for name, windows in inputs.items():
-        each = input_of(found, name)
+        each = input_of(statistics, name)
         x = torch.cat([windows[window] for window in sorted(train)])
         rows = torch.cat([windows[window] for window in sorted(held_out)])
         assert torch.equal(torch.cat([*each.rows, rows[:0]]), rows)
@@ -81,25 +83,27 @@ SHARED = {
 @pytest.mark.parametrize(("held_out", "train"), [({0, 2}, {1}), ({0}, {0}), ({1}, {0, 2})])
 def test_against_hooks(architecture: str, held_out: set[int], train: set[int]) -> None:
     model, data = tiny.build(architecture), [tiny.token_ids(2, tokens, seed) for seed, tokens in enumerate((9, 13, 1))]
-    found = observed(model, data, held_out, train)
-    assert sorted(sorted(each.readers) for each in found.inputs.values()) == sorted(map(sorted, SHARED[architecture]))
-    assert all(first == each.readers[0] for first, each in found.inputs.items())
-    assert_matches(found, inputs_by_hook(model, data), held_out, train)
+    statistics = statistics_of(model, data, held_out, train)
+    assert sorted(sorted(each.consumers) for each in statistics.inputs.values()) == sorted(
+        map(sorted, SHARED[architecture])
+    )
+    assert all(first == each.consumers[0] for first, each in statistics.inputs.items())
+    assert_matches(statistics, inputs_by_hook(model, data), held_out, train)
 
 
 def test_outputs_are_what_the_block_returns() -> None:
     model, data = Stack(order=(0, 1)), batches(3)
-    found = observed(model, data, {0}, {1, 2})
+    statistics = statistics_of(model, data, {0}, {1, 2})
     with torch.no_grad():
-        for batch, outputs in zip(data, found.outputs, strict=True):
+        for batch, outputs in zip(data, statistics.outputs, strict=True):
             assert torch.equal(outputs[0], model.layers[0](model.embed(batch)))
 
 
 def test_an_input_that_is_changed_in_place_later_is_seen_as_it_was() -> None:
     model, data = Stack(make=InPlaceBlock), batches(3)
-    found = observed(model, data, {0}, {1, 2})
-    assert [each.readers for each in found.inputs.values()] == [["first"], ["second"]]
-    assert_matches(found, inputs_by_hook(model, data), {0}, {1, 2})
+    statistics = statistics_of(model, data, {0}, {1, 2})
+    assert [each.consumers for each in statistics.inputs.values()] == [["first"], ["second"]]
+    assert_matches(statistics, inputs_by_hook(model, data), {0}, {1, 2})
 
 
 @pytest.mark.parametrize("calls_empty", [True, False])
@@ -112,15 +116,15 @@ def test_experts_without_tokens(calls_empty: bool, lonely: int) -> None:
     data: list[Batch] = [ids[~positive][None, start : start + 6] for start in range(3)]
     data[lonely] = torch.cat([ids[positive][None, :4], ids[~positive][None, :3]], 1)
     held_out, train = {0}, {1, 2}
-    found = observed(model, data, held_out, train)
-    assert_matches(found, inputs_by_hook(model, data), held_out, train)
-    second = input_of(found, "experts.1")
+    statistics = statistics_of(model, data, held_out, train)
+    assert_matches(statistics, inputs_by_hook(model, data), held_out, train)
+    second = input_of(statistics, "experts.1")
     assert sum(map(len, second.rows)) == (4 if lonely == 0 else 0)
 
 
 def test_hessians_are_only_made_when_asked_for() -> None:
-    found = observed(Stack(), batches(2), {0}, {1}, hessians=False)
-    assert all(each.hessian is None and each.absmax is not None for each in found.inputs.values())
+    statistics = statistics_of(Stack(), batches(2), {0}, {1}, hessians=False)
+    assert all(each.hessian is None and each.absmax is not None for each in statistics.inputs.values())
 
 
 @pytest.mark.parametrize(("windows", "tokens"), [(1, 400), (1, 513), (1, 1023), (4, 300), (7, 150)])
@@ -129,8 +133,8 @@ def test_rows_are_few_and_spread_over_all_held_out_windows(windows: int, tokens:
     data = torch.arange(windows * tokens).float()[:, None].expand(-1, WIDTH).reshape(windows, 1, tokens, WIDTH)
     calls = [BlockCall((x,), {}) for x in data]
     block = nn.Sequential(linear)
-    found = observe(block, {"0": linear}, calls, set(range(windows)), {0}, hessians=False)
-    rows = torch.cat(found.inputs["0"].rows)[:, 0]
+    statistics = collect_statistics(block, {"0": linear}, calls, set(range(windows)), {0}, hessians=False)
+    rows = torch.cat(statistics.inputs["0"].rows)[:, 0]
     assert min(windows * tokens, MOST_ROWS) / 2 <= len(rows) <= MOST_ROWS
     assert len(set((rows // tokens).tolist())) == windows
     assert len(set((rows[1:] - rows[:-1]).tolist()) - {1.0}) <= 2  # one step, and another between windows
@@ -146,9 +150,9 @@ def test_massive_tokens(shape: tuple[int, int], at: int) -> None:
     x[-1, at] *= 1000
     held_out = [BlockCall((torch.randn(*shape, WIDTH),), {}), BlockCall((x,), {})]
     ignored = BlockCall((x * torch.linspace(0, 1e6, WIDTH),), {})
-    found = observe(block, {"0": block[0]}, [*held_out, ignored], {0, 1}, {2}, hessians=False)
+    statistics = collect_statistics(block, {"0": block[0]}, [*held_out, ignored], {0, 1}, {2}, hessians=False)
     tokens = x.abs().amax(-1).flatten()
-    ratio, position = found.inputs["0"].massive
+    ratio, position = statistics.inputs["0"].massive
     assert ratio == pytest.approx(float(tokens.max() / tokens.median()))
     assert position == at
 
@@ -156,16 +160,18 @@ def test_massive_tokens(shape: tuple[int, int], at: int) -> None:
 def test_silence_is_not_massive() -> None:
     block = nn.Sequential(nn.Linear(WIDTH, 8))
     calls = [BlockCall((torch.zeros(1, 5, WIDTH),), {})]
-    found = observe(block, {"0": block[0]}, calls, {0}, {0}, hessians=True).inputs["0"]
-    assert found.massive == (1.0, 0)
-    assert found.absmax is not None
-    assert not found.absmax.any()
-    assert found.hessian is not None
-    assert not found.hessian.any()
+    statistics = collect_statistics(block, {"0": block[0]}, calls, {0}, {0}, hessians=True).inputs["0"]
+    assert statistics.massive == (1.0, 0)
+    assert statistics.absmax is not None
+    assert not statistics.absmax.any()
+    assert statistics.hessian is not None
+    assert not statistics.hessian.any()
 
 
 def test_hooks_are_removed_when_the_block_fails() -> None:
     block = nn.Sequential(nn.Linear(WIDTH, 8), nn.Linear(WIDTH, 8))  # the second does not fit
     with pytest.raises(RuntimeError):
-        observe(block, find_linears(block), [BlockCall((torch.ones(2, WIDTH),), {})], {0}, {0}, hessians=False)
+        collect_statistics(
+            block, find_linears(block), [BlockCall((torch.ones(2, WIDTH),), {})], {0}, {0}, hessians=False
+        )
     assert not any(linear._forward_pre_hooks for linear in block)

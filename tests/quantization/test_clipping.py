@@ -12,9 +12,10 @@ from block_cases import Case
 from tiny_blocks import ExpertBlock
 from torch import Tensor
 
+from smoothquant_ext.probing.structure import Block
 from smoothquant_ext.quantization import clipping as clipping_module
 from smoothquant_ext.quantization.alpha_search import Trial
-from smoothquant_ext.quantization.block_statistics import observe
+from smoothquant_ext.quantization.block_statistics import collect_statistics
 from smoothquant_ext.quantization.clipping import (
     BINS,
     GAIN,
@@ -158,72 +159,78 @@ def test_the_choice_is_the_best_candidate(
     trial = case.trial()
     for group in case.groups:
         trial.fold_(group, case.scale(group, 0.5))
-    linears = {name.removeprefix(trial.prefix): case.model.get_submodule(name) for name in case.absmax}
-    seen = observe(case.block, linears, case.calls, {0}, {1}, hessians=False)
-    inputs = {name: each.readers for name, each in seen.inputs.items()}
+    linears = {local: case.module.get_submodule(local) for local in case.block.linears}
+    statistics = collect_statistics(case.module, linears, case.calls, {0}, {1}, hessians=False)
+    shared = [tuple(map(case.full_name, each.consumers)) for each in statistics.inputs.values()]
+    inputs = {names[0]: names for names in shared}
     expected, kept, candidates, reference = {}, {}, [], copy.deepcopy(trial)
-    for name, readers in inputs.items():
+    for name, consumers in inputs.items():
         taken: list[Tensor] = []
-        hook = case.block.get_submodule(name).register_forward_pre_hook(lambda _m, a, taken=taken: taken.append(a[0]))
+        hook = case.model.get_submodule(name).register_forward_pre_hook(lambda _m, a, taken=taken: taken.append(a[0]))
         for call in case.calls:
-            call.replay(case.block)
+            call.replay(case.module)
         hook.remove()
         x = torch.cat([each.flatten(0, -2) for each in taken])
-        scale = trial.input_scale(trial.prefix + name)
+        scale = trial.input_scale(name)
         x = x if scale is None else x / scale
-        made = Histogram(max(float(trial.smoothed_absmax(trial.prefix + reader).max()) for reader in readers))
+        made = Histogram(max(float(trial.smoothed_absmax(consumer).max()) for consumer in consumers))
         made.add(x)
         assert made.limit == pytest.approx(float(x.abs().max()), rel=1e-6)
         errors = {}
         candidates.append(limits(made, clipping, trial.scheme))
         for limit in candidates[-1]:
             attempt = copy.deepcopy(reference)
-            attempt.clip_(readers, limit)
-            errors[limit] = attempt.damage()
+            attempt.clip_(consumers, limit)
+            errors[limit] = attempt.block_error()
         best = min(errors, key=errors.__getitem__)
         if errors[best] < GAIN * errors[made.limit]:
             expected[name] = best
         kept[name] = expected.get(name, made.limit)
-        reference.clip_(readers, kept[name])
-    start = trial.damage()
+        reference.clip_(consumers, kept[name])
+    start = trial.block_error()
     tried: list[list[float]] = []
     monkeypatch.setattr(clipping_module, "limits", lambda *args: tried.append(limits(*args)) or tried[-1])
-    assert choose_clips_(trial, case.block, case.calls, inputs, clipping) == expected
+    assert choose_clips_(trial, case.calls, inputs, clipping) == expected
     assert tried == candidates
-    assert trial.damage() == reference.damage() <= start
-    for name, readers in inputs.items():
-        for reader in readers:
-            input_scale = trial.eight.get_submodule(reader).input_scale
+    assert trial.block_error() == reference.block_error() <= start
+    for name, consumers in inputs.items():
+        for consumer in consumers:
+            input_scale = case.block.find(consumer, trial.int8_block).input_scale
             assert float(input_scale) == pytest.approx(kept[name] / QMAX[trial.scheme.dtype])
     assert not any(linear._forward_pre_hooks for linear in linears.values())
+
+
+def alone(case: Case) -> dict[str, list[str]]:
+    """Each layer of a block of ``Stack`` has an input for itself."""
+    return {case.full_name(local): [case.full_name(local)] for local in ("up", "down")}
 
 
 def test_an_outlier_that_does_not_matter_is_cut_off() -> None:
     """A channel that no weight reads, a hundred times larger than the rest."""
     case = Case("stack", "int8-static")
     with torch.no_grad():
-        case.block.norm.weight[0] *= 1000
-        case.block.up.weight[:, 0] = 0
-    expected = [call.replay(case.block) for call in case.calls]
-    absmax = dict(case.absmax) | {f"{case.name}.up": case.absmax[f"{case.name}.up"].clone()}
-    absmax[f"{case.name}.up"][0] *= 1000
-    trial = Trial(case.name, case.block, absmax, case.scheme, case.calls, expected, {})
-    before = trial.damage()
-    found = choose_clips_(trial, case.block, case.calls, {"up": ["up"], "down": ["down"]}, "auto")
-    assert found["up"] < float(absmax[f"{case.name}.up"].max()) / 10
-    assert trial.damage() < before / 10
+        case.module.norm.weight[0] *= 1000
+        case.module.up.weight[:, 0] = 0
+    expected = [call.replay(case.module) for call in case.calls]
+    absmax = dict(case.absmax) | {case.full_name("up"): case.absmax[case.full_name("up")].clone()}
+    absmax[case.full_name("up")][0] *= 1000
+    trial = Trial(case.block, absmax, case.scheme, case.calls, expected, {})
+    before = trial.block_error()
+    found = choose_clips_(trial, case.calls, alone(case), "auto")
+    assert found[case.full_name("up")] < float(absmax[case.full_name("up")].max()) / 10
+    assert trial.block_error() < before / 10
 
 
 def test_dead_and_unread_inputs_get_no_limit() -> None:
     case = Case("stack", "int8-static")
     with torch.no_grad():
-        case.block.norm.weight.zero_()
-        case.block.norm.bias.zero_()
-    absmax = {f"{case.name}.up": torch.zeros_like(case.absmax[f"{case.name}.up"])}  # down is not quantized
-    expected = [call.replay(case.block) for call in case.calls]
-    trial = Trial(case.name, case.block, absmax, case.scheme, case.calls, expected, {})
-    assert choose_clips_(trial, case.block, case.calls, {"up": ["up"], "down": ["down"]}, "auto") == {}
-    assert trial.damage() < 1e-3
+        case.module.norm.weight.zero_()
+        case.module.norm.bias.zero_()
+    absmax = {case.full_name("up"): torch.zeros_like(case.absmax[case.full_name("up")])}  # down is not quantized
+    expected = [call.replay(case.module) for call in case.calls]
+    trial = Trial(case.block, absmax, case.scheme, case.calls, expected, {})
+    assert choose_clips_(trial, case.calls, alone(case), "auto") == {}
+    assert trial.block_error() < 1e-3
 
 
 @pytest.mark.parametrize("calls_empty", [True, False])
@@ -236,7 +243,7 @@ def test_an_expert_that_gets_no_token_keeps_its_range(calls_empty: bool) -> None
             call.args[0][..., 0] = -1  # nothing for the second one
     expected = [call.replay(block) for call in case.calls]
     names = ["experts.0", "experts.1"]
-    absmax = {f"{case.name}.{name}": torch.full((40,), 4.0) for name in names}
-    trial = Trial(case.name, block, absmax, case.scheme, case.calls, expected, {})
-    found = choose_clips_(trial, block, case.calls, {name: [name] for name in names}, "auto")
-    assert "experts.1" not in found
+    absmax = {case.full_name(name): torch.full((40,), 4.0) for name in names}
+    trial = Trial(Block(case.name, block), absmax, case.scheme, case.calls, expected, {})
+    found = choose_clips_(trial, case.calls, {name: [name] for name in absmax}, "auto")
+    assert case.full_name("experts.1") not in found

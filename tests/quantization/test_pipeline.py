@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from discover_once import discover_once as discover_once  # a fixture
 from tiny import logits, relative_error
 from torch import nn
 
@@ -19,6 +20,7 @@ from smoothquant_ext.scheme import SCHEMES
 CALIBRATION = [tiny.token_ids(seed=seed) for seed in range(2, 6)]
 
 
+@pytest.mark.usefixtures("discover_once")
 @pytest.mark.parametrize("model_type", sorted(tiny.CONFIGS))
 def test_every_architecture_runs_in_8_bits(model_type: str) -> None:
     model = tiny.build(model_type)

@@ -1,7 +1,9 @@
-"""The journal: an interrupted search goes on where it stopped, and nothing else is ever taken from it."""
+"""The state of a search: an interrupted run resumes where it stopped, and nothing else is ever taken from it."""
 
 from __future__ import annotations
 
+import functools
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from smoothquant_ext.quantization.alpha_search import Trial
 from smoothquant_ext.quantization.pipeline import quantize
 from smoothquant_ext.quantization.recipe import Recipe
 from smoothquant_ext.quantization.report import Report
-from smoothquant_ext.quantization.resume import Journal, fingerprint
+from smoothquant_ext.quantization.resume import SearchState, fingerprint
 from smoothquant_ext.quantization.sensitivity import Sensitivity
 
 DATA = [tiny.token_ids(1, 12, seed) for seed in range(6)]
@@ -26,6 +28,11 @@ RECIPES = {
     "clipping": Recipe("int8-static", clipping="auto"),
     "skipping": Recipe("int8-static", alpha="auto", auto_skip=3),
 }
+
+
+@functools.cache
+def uninterrupted(kind: str) -> nn.Module:
+    return run(kind, None)
 
 
 def build(kind: str) -> nn.Module:
@@ -63,25 +70,25 @@ def assert_same(a: nn.Module, b: nn.Module) -> None:
         assert torch.equal(value.float(), second[name].float()), name
     one: Report = a.smoothquant_report
     other: Report = b.smoothquant_report
-    for field in ("groups", "limits", "skipped", "sensitivity", "errors", "damages", "quantized"):
+    for field in ("groups", "skipped", "sensitivity", "blocks", "quantized"):
         assert getattr(one, field) == getattr(other, field), field
+    assert one.to_record()["layers"] == other.to_record()["layers"]
 
 
 @pytest.mark.parametrize("kind", RECIPES)
 def test_an_interrupted_run_goes_on_and_ends_the_same(kind: str, tmp_path: Path) -> None:
-    expected = run(kind, None)
     with pytest.MonkeyPatch.context() as patch:
-        whole = Counter(patch, Trial, "damage")
-        run(kind, tmp_path)
+        whole = Counter(patch, Trial, "block_error")
+        expected = run(kind, tmp_path)
         assert whole.count > 4
     assert not list(tmp_path.rglob("*.safetensors"))
     with pytest.MonkeyPatch.context() as patch:
-        Counter(patch, Trial, "damage", fails_at=whole.count - 2)  # in the middle of the second block
+        Counter(patch, Trial, "block_error", fails_at=whole.count - 2)  # in the middle of the second block
         with pytest.raises(KeyboardInterrupt):
             run(kind, tmp_path)
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1
     with pytest.MonkeyPatch.context() as patch:
-        rest = Counter(patch, Trial, "damage")
+        rest = Counter(patch, Trial, "block_error")
         resumed = run(kind, tmp_path)
         assert rest.count < 0.7 * whole.count
     assert_same(resumed, expected)
@@ -90,26 +97,35 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(kind: str, tmp_path: Path)
 
 def test_measured_layers_are_not_measured_again(tmp_path: Path) -> None:
     kind = "skipping"
-    expected = run(kind, None)
+    expected = uninterrupted(kind)
     with pytest.MonkeyPatch.context() as patch:
         Counter(patch, Sensitivity, "kl", fails_at=5)
         with pytest.raises(KeyboardInterrupt):
             run(kind, tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        trials, measured = Counter(patch, Trial, "damage"), Counter(patch, Sensitivity, "kl")
+        trials, measured = Counter(patch, Trial, "block_error"), Counter(patch, Sensitivity, "kl")
         resumed = run(kind, tmp_path)
     assert trials.count == 0
     assert measured.count < len(expected.smoothquant_report.sensitivity)
     assert_same(resumed, expected)
 
 
-def interrupted(kind: str, journal: Path) -> None:
-    """Leaves the findings about all blocks behind."""
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the results for all blocks of the recipe ``int8``."""
+    folder = tmp_path_factory.mktemp("interrupted")
     with pytest.MonkeyPatch.context() as patch:
         Counter(patch, block_quantizer.BlockQuantizer, "apply_", fails_at=1)
         with pytest.raises(KeyboardInterrupt):
-            run(kind, journal)
-    assert len(list(journal.rglob("*.safetensors"))) == 2
+            run("int8", folder)
+    assert len(list(folder.rglob("*.safetensors"))) == 2
+    return folder
+
+
+@pytest.fixture
+def journal(interrupted: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(interrupted, tmp_path / "journal")
 
 
 def other_weights() -> nn.Module:
@@ -128,16 +144,23 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_another_run_ignores_it(kind: str, tmp_path: Path) -> None:
-    interrupted("int8", tmp_path)
-    left = sorted(tmp_path.rglob("*.safetensors"))
+def test_another_run_ignores_it(kind: str, journal: Path) -> None:
+    left = sorted(journal.rglob("*.safetensors"))
     with pytest.MonkeyPatch.context() as patch:
-        fresh = Counter(patch, Trial, "damage")
+        fresh = Counter(patch, Trial, "block_error")
         expected = OTHERS[kind](None)
         count, fresh.count = fresh.count, 0
-        assert_same(OTHERS[kind](tmp_path), expected)
+        assert_same(OTHERS[kind](journal), expected)
         assert fresh.count == count
-    assert sorted(tmp_path.rglob("*.safetensors")) == left
+    assert sorted(journal.rglob("*.safetensors")) == left
+
+
+def test_the_same_run_takes_it_all(journal: Path) -> None:
+    expected = uninterrupted("int8")
+    with pytest.MonkeyPatch.context() as patch:
+        searched = Counter(patch, Trial, "block_error")
+        assert_same(run("int8", journal), expected)
+    assert searched.count == 0
 
 
 DAMAGE = {
@@ -152,48 +175,47 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_file_counts_as_none(damage: str, tmp_path: Path) -> None:
-    interrupted("int8", tmp_path)
-    for file in tmp_path.rglob("*.safetensors"):
+def test_a_damaged_file_counts_as_none(damage: str, journal: Path) -> None:
+    for file in journal.rglob("*.safetensors"):
         content = file.read_bytes()
         spoiled = DAMAGE[damage](content)
         assert spoiled != content
         file.write_bytes(spoiled)
-    assert_same(run("int8", tmp_path), run("int8", None))
+    assert_same(run("int8", journal), uninterrupted("int8"))
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "a" / "b")
-    assert journal.read("x") is None
+    state = SearchState(tmp_path / "a" / "b")
+    assert state.read("x") is None
     tensors = {"0": torch.rand(5), "1": torch.rand(3, 4).t(), "2": torch.tensor([1e-45, torch.inf])}
     facts = {"alphas": [None, 0.35, 0.1 + 0.2], "limits": {"a.b": 1 / 3}}
-    journal.write("x.0", tensors, facts)
-    journal.write("x.1", {}, {})
-    journal.write("", {}, {"kl": 5e-324})
-    read = journal.read("x.0")
+    state.write("x.0", tensors, facts)
+    state.write("x.1", {}, {})
+    state.write("", {}, {"kl": 5e-324})
+    read = state.read("x.0")
     assert read is not None
     assert read[1] == facts
     assert read[0].keys() == tensors.keys()
     assert all(torch.equal(read[0][key], tensor) for key, tensor in tensors.items())
-    assert journal.read("x.1") == ({}, {})
-    assert journal.read("") == ({}, {"kl": 5e-324})
-    journal.write("x.0", {}, {"new": 1})
-    assert journal.read("x.0") == ({}, {"new": 1})
-    journal.remove()
-    assert not journal.folder.exists()  # type: ignore[union-attr]
-    journal.remove()
+    assert state.read("x.1") == ({}, {})
+    assert state.read("") == ({}, {"kl": 5e-324})
+    state.write("x.0", {}, {"new": 1})
+    assert state.read("x.0") == ({}, {"new": 1})
+    state.remove()
+    assert not state.folder.exists()  # type: ignore[union-attr]
+    state.remove()
 
 
 def test_without_a_folder_nothing_is_kept() -> None:
-    journal = Journal(None)
-    journal.write("x", {"0": torch.ones(1)}, {})
-    assert journal.read("x") is None
-    journal.remove()
+    state = SearchState(None)
+    state.write("x", {"0": torch.ones(1)}, {})
+    assert state.read("x") is None
+    state.remove()
 
 
 def test_a_write_that_fails_says_so_and_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    journal = Journal(tmp_path / "journal")
-    journal.write("x", {}, {"old": 1})
+    state = SearchState(tmp_path / "state")
+    state.write("x", {}, {"old": 1})
 
     def full(_tensors: object, path: Path, metadata: object) -> None:
         path.write_bytes(b"half")
@@ -201,12 +223,12 @@ def test_a_write_that_fails_says_so_and_leaves_the_old_one(tmp_path: Path, monke
 
     monkeypatch.setattr("smoothquant_ext.quantization.resume.save_file", full)
     with pytest.raises(SmoothQuantError, match=r"cannot be written to \(No space left"):
-        journal.write("x", {}, {"new": 1})
-    assert journal.read("x") == ({}, {"old": 1})
+        state.write("x", {}, {"new": 1})
+    assert state.read("x") == ({}, {"old": 1})
     (tmp_path / "file").touch()
     with pytest.raises(SmoothQuantError, match="cannot be written to"):
-        Journal(tmp_path / "file").write("x", {}, {})
-    assert Journal(tmp_path / "file").read("x") is None
+        SearchState(tmp_path / "file").write("x", {}, {})
+    assert SearchState(tmp_path / "file").read("x") is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -215,12 +237,12 @@ def test_a_fingerprint_is_the_same_for_the_same_alone(dtype: torch.dtype) -> Non
         return fingerprint(model, {"layer": absmax}, settings)
 
     model, absmax = tiny.build("llama", dtype), torch.rand(7)
-    own = print_of(model, absmax)
-    assert own == print_of(tiny.build("llama", dtype), absmax.clone())
-    assert len(own) == 16
-    assert int(own, 16) >= 0
-    other = {
-        own,
+    first = print_of(model, absmax)
+    assert first == print_of(tiny.build("llama", dtype), absmax.clone())
+    assert len(first) == 16
+    assert int(first, 16) >= 0
+    prints = {
+        first,
         print_of(model, absmax, "b"),
         print_of(model, absmax * (1 + 2**-20)),
         print_of(model, absmax[:6]),
@@ -228,4 +250,4 @@ def test_a_fingerprint_is_the_same_for_the_same_alone(dtype: torch.dtype) -> Non
         print_of(tiny.build("llama", dtype, num_hidden_layers=1), absmax),
         fingerprint(model, {"other": absmax}, "a"),
     }
-    assert len(other) == 7
+    assert len(prints) == 7

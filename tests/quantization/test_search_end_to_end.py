@@ -12,6 +12,7 @@ from smoothquant_ext.evaluation.accuracy import evaluate
 from smoothquant_ext.nn.linear import W8A8Linear
 from smoothquant_ext.probing.linears import weight_nk
 from smoothquant_ext.probing.smoothing_groups import discover
+from smoothquant_ext.probing.structure import find_structure
 from smoothquant_ext.quantization.calibration import calibrate
 from smoothquant_ext.quantization.pipeline import quantize
 from smoothquant_ext.quantization.recipe import Recipe
@@ -36,15 +37,15 @@ def amplified(architecture: str, factor: float = 100.0) -> nn.Module:
 
 @pytest.mark.parametrize("architecture", AMPLIFIED)
 @pytest.mark.parametrize("scheme", ["int8", "int8-static", "fp8-static"])
-def test_a_searched_alpha_damages_less_than_the_default(architecture: str, scheme: str) -> None:
+def test_a_searched_alpha_errs_less_than_the_default(architecture: str, scheme: str) -> None:
     """What is searched for is what is measured in the end where there is one window for both, and no other rounding."""
-    damages = {}
+    errors = {}
     for alpha in ("auto", None):
         recipe = Recipe(scheme, alpha=alpha, rounding="nearest", clipping="absmax")
         report = quantize(amplified(architecture), CALIBRATION[:1], recipe, progress=False).smoothquant_report
-        damages[alpha] = report.damages
-        assert len(report.damages) == 2
-    assert sum(damages["auto"].values()) < sum(damages[None].values())
+        errors[alpha] = sum(block.error for block in report.blocks.values())
+        assert len(report.blocks) == 2
+    assert errors["auto"] < errors[None]
 
 
 def hessians(model: nn.Module, names: list[str], data: list[Tensor]) -> dict[str, Tensor]:
@@ -77,8 +78,9 @@ def test_gptq_sees_the_inputs_that_smoothing_leaves(architecture: str, explicit:
         model = quantize(amplified(architecture), data, recipe, progress=False)
         layers[rounding] = {name: model.get_submodule(name) for name in model.smoothquant_report.quantized}
     folded = amplified(architecture)
-    absmax = calibrate(folded, select_linears(folded, Recipe()).linears, data)
-    smooth_(folded, discover(folded, data[0]).groups, absmax, data[0], Recipe(alpha=0.5))
+    structure = find_structure(folded, data[0])
+    absmax = calibrate(folded, select_linears(structure, Recipe()).linears, data)
+    smooth_(structure, discover(structure).groups, absmax, Recipe(alpha=0.5))
     seen = hessians(folded, list(absmax), [ids for index, ids in enumerate(data) if index % 4])
     for name, layer in layers["gptq"].items():
         losses = {}
@@ -126,7 +128,7 @@ EXPLICIT = {
 @pytest.mark.parametrize("scheme", ["int8", "int8-static"])
 def test_explicit_smoothing(architecture: str, alpha: float | str, scheme: str) -> None:
     ids = tiny.token_ids(seed=9)
-    errors, damages = {}, {}
+    errors, block_errors = {}, {}
     for explicit in (False, True):
         model = tiny.build(architecture)
         read_by(architecture, model)
@@ -135,7 +137,7 @@ def test_explicit_smoothing(architecture: str, alpha: float | str, scheme: str) 
         quantize(model, CALIBRATION, recipe, progress=False)
         report: Report = model.smoothquant_report
         errors[explicit] = relative_error(model, expected, ids)
-        damages[explicit] = sum(report.damages.values())
+        block_errors[explicit] = sum(block.error for block in report.blocks.values())
         divided = {name for name in report.quantized if model.get_submodule(name).smooth is not None}
         groups = [group for group in report.groups if group.kind == "explicit"]
         assert divided == {name for group in groups for name in group.consumers}
@@ -151,7 +153,7 @@ def test_explicit_smoothing(architecture: str, alpha: float | str, scheme: str) 
             first, *others = (model.get_submodule(name) for name in group.consumers)
             assert all(torch.equal(other.smooth, first.smooth) for other in others)
     assert errors[True] < errors[False] / 3
-    assert damages[True] < damages[False] / 3
+    assert block_errors[True] < block_errors[False] / 3
 
 
 def test_a_limit_is_not_kept_when_the_fold_it_was_chosen_under_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,11 +163,12 @@ def test_a_limit_is_not_kept_when_the_fold_it_was_chosen_under_fails(monkeypatch
     report: Report = model.smoothquant_report
     assert report.failed
     reference = quantize(amplified("llama"), CALIBRATION, Recipe("int8-static", smooth=False), progress=False)
-    groups = discover(amplified("llama"), CALIBRATION[0]).groups
+    groups = discover(find_structure(amplified("llama"), CALIBRATION[0])).groups
     smoothable = {name for group in groups for name in group.consumers}
-    for name in smoothable - report.limits.keys():
+    limited = {name for name, layer in report.layers.items() if layer.limit is not None}
+    for name in smoothable - limited:
         assert torch.equal(model.get_submodule(name).input_scale, reference.get_submodule(name).input_scale)
-    assert {name for name in report.quantized if name.endswith("q_proj")} & smoothable - report.limits.keys()
+    assert {name for name in report.quantized if name.endswith("q_proj")} & smoothable - limited
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int8-static"])
@@ -179,11 +182,11 @@ def test_layers_are_left_out(scheme: str) -> None:
     assert all(isinstance(model.get_submodule(name), nn.Linear) for name in left_out)
     assert len(report.quantized) + len(left_out) == 14
     assert all(isinstance(model.get_submodule(name), W8A8Linear) for name in report.quantized)
-    assert sorted(name for layers in report.sensitivity for name in layers) == sorted([*report.quantized, *left_out])
-    for layers in report.sensitivity:
-        assert len({name in left_out for name in layers}) == 1
-    kept = [kl / len(layers) for layers, kl in report.sensitivity.items() if layers[0] in report.quantized]
-    gone = [kl / len(layers) for layers, kl in report.sensitivity.items() if layers[0] in left_out]
+    assert sorted(name for unit in report.sensitivity for name in unit.layers) == sorted([*report.quantized, *left_out])
+    for unit in report.sensitivity:
+        assert len({name in left_out for name in unit.layers}) == 1
+    kept = [unit.kl / len(unit.layers) for unit in report.sensitivity if unit.layers[0] in report.quantized]
+    gone = [unit.kl / len(unit.layers) for unit in report.sensitivity if unit.layers[0] in left_out]
     remedied = [name for name in report.quantized if model.get_submodule(name).input_scale is None]
     if scheme == "int8":
         assert min(gone) > min(kept)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from smoothquant_ext.errors import SmoothQuantError
 from smoothquant_ext.probing.linears import find_linears, is_linear, weight_nk
+from smoothquant_ext.probing.structure import find_structure
 from smoothquant_ext.quantization.recipe import Recipe
 from smoothquant_ext.quantization.selection import check_finite_weights, select_linears
 from smoothquant_ext.scheme import SCHEMES
@@ -39,10 +40,10 @@ def test_conv1d_weight_is_seen_as_n_by_k() -> None:
 
 
 def test_defaults_leave_head_and_routers_alone() -> None:
-    selection = select_linears(tiny.build("llama"), Recipe())
+    selection = select_linears(find_structure(tiny.build("llama"), tiny.token_ids()), Recipe())
     assert len(selection.linears) == 14
     assert selection.skipped == {"lm_head": "output embedding"}
-    mixtral = select_linears(tiny.build("mixtral"), Recipe())
+    mixtral = select_linears(find_structure(tiny.build("mixtral"), tiny.token_ids()), Recipe())
     others = {name.rpartition(".")[2] for name, reason in mixtral.skipped.items() if "not a linear layer" in reason}
     assert others == {"gate"}  # the router has a matrix, and a forward of its own
     assert all("self_attn" in name for name in mixtral.linears)
@@ -52,12 +53,12 @@ def test_defaults_leave_head_and_routers_alone() -> None:
 @pytest.mark.parametrize("pattern", ["down_proj", "*.down_proj", "mlp.down_proj", "model.layers.*.mlp.down_proj"])
 def test_patterns_match_whole_parts_of_names(pattern: str) -> None:
     model = tiny.build("llama")
-    skipped = select_linears(model, Recipe(skip=(pattern,))).skipped
+    skipped = select_linears(find_structure(model, tiny.token_ids()), Recipe(skip=(pattern,))).skipped
     assert {name for name, reason in skipped.items() if "pattern" in reason} == {
         "model.layers.0.mlp.down_proj",
         "model.layers.1.mlp.down_proj",
     }
-    assert set(select_linears(model, Recipe(only=(pattern,))).linears) == {
+    assert set(select_linears(find_structure(model, tiny.token_ids()), Recipe(only=(pattern,))).linears) == {
         "model.layers.0.mlp.down_proj",
         "model.layers.1.mlp.down_proj",
     }
@@ -67,14 +68,14 @@ def test_patterns_match_whole_parts_of_names(pattern: str) -> None:
 @pytest.mark.parametrize("pattern", ["down", "nothing.*", "", "model.layers.7.*"])
 def test_a_pattern_that_matches_nothing_is_an_error(option: str, pattern: str) -> None:
     with pytest.raises(SmoothQuantError, match=f"--{option} pattern .* matches no linear layer; names look like model"):
-        select_linears(tiny.build("llama"), Recipe(**{option: (pattern,)}))  # type: ignore[arg-type]
+        select_linears(find_structure(tiny.build("llama"), tiny.token_ids()), Recipe(**{option: (pattern,)}))  # type: ignore[arg-type]
 
 
 def test_nothing_to_quantize_is_an_error() -> None:
     with pytest.raises(SmoothQuantError, match="has no linear layer to quantize"):
-        select_linears(nn.Sequential(nn.Embedding(4, 4), nn.LayerNorm(4)), Recipe())
+        select_linears(find_structure(nn.Sequential(nn.Embedding(4, 4), nn.LayerNorm(4)), tiny.token_ids()), Recipe())
     with pytest.raises(SmoothQuantError, match="that the patterns leave over, of 15"):
-        select_linears(tiny.build("llama"), Recipe(skip=("*",)))
+        select_linears(find_structure(tiny.build("llama"), tiny.token_ids()), Recipe(skip=("*",)))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

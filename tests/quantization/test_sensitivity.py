@@ -16,8 +16,9 @@ from smoothquant_ext.nn.linear import W8A8Linear
 from smoothquant_ext.probing.blocks import find_blocks
 from smoothquant_ext.probing.hooks import swapped
 from smoothquant_ext.probing.linears import find_linears
+from smoothquant_ext.probing.structure import find_structure
 from smoothquant_ext.quantization.convert import quantize_linear
-from smoothquant_ext.quantization.sensitivity import Sensitivity, Unit, by_damage, fewest, worst
+from smoothquant_ext.quantization.sensitivity import Sensitivity, Unit, fewest, worst, worst_first
 from smoothquant_ext.scheme import SCHEMES
 
 
@@ -28,7 +29,7 @@ def log_probabilities(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def coarse(model: nn.Module) -> dict[str, W8A8Linear]:
-    """8-bit layers of all blocks, with so coarse a static scale that the damage is well above rounding."""
+    """8-bit layers of all blocks, with so coarse a static scale that the error is well above rounding."""
     names = [f"{block}.{local}" for block, module in find_blocks(model).items() for local in find_linears(module)]
     return {
         name: quantize_linear(model.get_submodule(name), torch.tensor(100.0), SCHEMES["int8-static"]) for name in names
@@ -65,7 +66,7 @@ def test_kl_is_that_of_a_copy_with_these_layers_swapped(kind: str) -> None:
     layers = coarse(model)
     units = units_of(model, layers)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    sensitivity = Sensitivity(model, find_blocks(model), data)
+    sensitivity = Sensitivity(find_structure(model, data[0]), data)
     for unit in units:
         other = copy.deepcopy(model)
         for name in unit.layers:
@@ -92,7 +93,7 @@ def is_untouched(model: nn.Module, modules: list[nn.Module]) -> bool:
 def test_the_model_is_as_before_also_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = Stack(), batches(2)
     modules, layers = list(model.modules()), coarse(model)
-    sensitivity = Sensitivity(model, find_blocks(model), data)
+    sensitivity = Sensitivity(find_structure(model, data[0]), data)
     assert is_untouched(model, modules)
     unit = Unit("layers.2", ("layers.2.up",))
     sensitivity.kl(unit, layers)
@@ -109,22 +110,22 @@ def test_the_model_is_as_before_also_after_a_failure(monkeypatch: pytest.MonkeyP
     assert is_untouched(model, modules)
     monkeypatch.setattr(model, "between", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        Sensitivity(model, find_blocks(model), data)
+        Sensitivity(find_structure(model, data[0]), data)
     assert is_untouched(model, modules)
 
 
 def test_a_forward_of_a_blocks_own_is_put_back() -> None:
     """As tools set it on a module to move its arguments from device to device."""
     model, data = Stack(), batches(1)
-    runs = []
-    own = model.layers[0].forward
+    structure, runs = find_structure(model, data[0]), []
+    original = model.layers[0].forward
 
     def forward(x: Tensor) -> Tensor:
         runs.append(1)
-        return own(x)
+        return original(x)
 
     model.layers[0].forward = forward
-    sensitivity = Sensitivity(model, find_blocks(model), data)
+    sensitivity = Sensitivity(structure, data)
     sensitivity.kl(Unit("layers.1", ("layers.1.up",)), coarse(model))
     assert len(runs) == 1
     assert model.layers[0].forward is forward
@@ -132,7 +133,7 @@ def test_a_forward_of_a_blocks_own_is_put_back() -> None:
 
 def test_blocks_before_the_measured_one_do_not_run() -> None:
     model, data = Stack(), batches(2)
-    sensitivity, layers = Sensitivity(model, find_blocks(model), data), coarse(model)
+    sensitivity, layers = Sensitivity(find_structure(model, data[0]), data), coarse(model)
     for measured in range(3):
         runs: list[str] = []
         hooks = [
@@ -165,10 +166,10 @@ def test_log_likelihood() -> None:
 UNITS = [Unit("a", ("q", "k", "v")), Unit("a", ("o",)), Unit("a", ("gate", "up")), Unit("a", ("down",))]
 
 
-@pytest.mark.parametrize("damages", list(itertools.permutations((0.0, 0.3, 0.5, 0.9))))
-def test_worst_takes_the_most_damage_per_layer_within_the_budget(damages: tuple[float, ...]) -> None:
-    table = dict(zip(UNITS, damages, strict=True))
-    order = by_damage(table)
+@pytest.mark.parametrize("divergences", list(itertools.permutations((0.0, 0.3, 0.5, 0.9))))
+def test_worst_takes_the_largest_divergence_per_layer_within_the_budget(divergences: tuple[float, ...]) -> None:
+    table = dict(zip(UNITS, divergences, strict=True))
+    order = worst_first(table)
     densities = [table[unit] / len(unit.layers) for unit in order]
     assert sorted(densities, reverse=True) == densities
     assert set(order) == set(UNITS)

@@ -9,27 +9,28 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from smoothquant_ext.evaluation.accuracy import log_likelihood
 from smoothquant_ext.nn.linear import W8A8Linear
 from smoothquant_ext.probing.blocks import find_blocks
 from smoothquant_ext.probing.hooks import swapped
 from smoothquant_ext.probing.linears import find_linears
+from smoothquant_ext.probing.structure import Structure, find_structure
 from smoothquant_ext.quantization.convert import quantize_linear
 from smoothquant_ext.quantization.recipe import Recipe
-from smoothquant_ext.quantization.resume import Journal
-from smoothquant_ext.quantization.sensitivity import Sensitivity, Unit, by_damage
-from smoothquant_ext.quantization.skipping import FINDINGS, MOST_TOKENS, Skips, choose_skips
+from smoothquant_ext.quantization.resume import SearchState
+from smoothquant_ext.quantization.sensitivity import Sensitivity, Unit, worst_first
+from smoothquant_ext.quantization.skipping import MEASUREMENTS, MOST_TOKENS, Skips, choose_skips
 from smoothquant_ext.scheme import SCHEMES, Scheme
 
 SHARED = [("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")]
 BATCHES = [tiny.token_ids(2, 16, seed) for seed in range(3)]
-NOTHING = Journal(None)
+NOTHING = SearchState(None)
 
 
 class Case:
-    """A small Llama, its 8-bit layers and its units; ``spoiled`` layers do far more damage than the others."""
+    """A small Llama, its 8-bit layers and its units; ``spoiled`` layers cost far more than the others."""
 
     def __init__(self, scheme: str | Scheme = "int8", spoiled: tuple[str, ...] = (), by: str = "weight") -> None:
         self.recipe_scheme = SCHEMES[scheme] if isinstance(scheme, str) else scheme
@@ -49,9 +50,9 @@ class Case:
                         layer.input_scale *= 40
                 self.layers[f"{block}.{name}"] = layer
 
-    def choose(self, journal: Journal = NOTHING, batches: list[Tensor] = BATCHES, **settings: float) -> Skips:
+    def choose(self, state: SearchState = NOTHING, batches: list[Tensor] = BATCHES, **settings: float) -> Skips:
         recipe = Recipe(self.recipe_scheme, **settings)
-        return choose_skips(self.model, self.layers, self.units, batches, recipe, journal)
+        return choose_skips(find_structure(self.model, BATCHES[0]), self.layers, self.units, batches, recipe, state)
 
     def increase(self, left_out: set[str]) -> float:
         """How much the perplexity rises with all other layers in 8 bits, measured on a copy."""
@@ -71,7 +72,7 @@ def test_the_budget_is_respected_and_units_stay_whole(auto_skip: float) -> None:
     assert len(skips.reasons) > min(budget, 14) - 3  # the largest unit has three
     for unit in case.units:
         assert len({name in skips.reasons for name in unit.layers}) == 1
-    assert set(skips.damages) == set(case.units)
+    assert set(skips.sensitivity) == set(case.units)
     assert not skips.dynamic
 
 
@@ -80,18 +81,18 @@ def test_the_spoiled_layer_goes_and_takes_its_unit_along(spoiled: str) -> None:
     case = Case(spoiled=(spoiled,))
     (unit,) = (unit for unit in case.units if spoiled in unit.layers)
     skips = case.choose(auto_skip=len(unit.layers))
-    assert by_damage(skips.damages)[0] == unit
+    assert worst_first(skips.sensitivity)[0] == unit
     assert set(skips.reasons) == set(unit.layers)
     for reason in skips.reasons.values():
         assert reason.startswith("it alone costs" if len(unit.layers) == 1 else "with what shares its input it costs")
-        assert f"{skips.damages[unit]:.2g} nats a token" in reason
+        assert f"{skips.sensitivity[unit]:.2g} nats a token" in reason
 
 
-def test_the_damages_are_the_sensitivities() -> None:
+def test_the_sensitivities_are_those_measured() -> None:
     case = Case()
-    sensitivity = Sensitivity(case.model, find_blocks(case.model), BATCHES)
+    sensitivity = Sensitivity(find_structure(case.model, BATCHES[0]), BATCHES)
     expected = {unit: sensitivity.kl(unit, case.layers) for unit in case.units}
-    assert case.choose(auto_skip=1).damages == expected
+    assert case.choose(auto_skip=1).sensitivity == expected
 
 
 @pytest.mark.parametrize(
@@ -104,11 +105,11 @@ def test_the_damages_are_the_sensitivities() -> None:
 )
 @pytest.mark.parametrize("limit", [1e-5, 1e-3, 0.02, 10.0])
 def test_the_perplexity_stays_within_its_limit(spoiled: tuple[str, ...], limit: float) -> None:
-    """Leaving out one unit less, of those in order of their damage, would not have been enough."""
+    """Leaving out one unit less, of those in order of their sensitivity, would not have been enough."""
     case = Case(spoiled=spoiled)
     skips = case.choose(max_ppl_increase=limit)
     assert case.increase(set(skips.reasons)) <= limit
-    order = by_damage(skips.damages)
+    order = worst_first(skips.sensitivity)
     chosen = [unit for unit in order if unit.layers[0] in skips.reasons]
     assert chosen == order[: len(chosen)]
     if chosen:
@@ -132,7 +133,7 @@ def test_a_static_scale_that_does_not_fit_is_replaced_by_one_per_token(scheme: s
     by = "input" if scheme == "int8-static" else "weight"
     case = Case(scheme, spoiled, by)
     skips = case.choose(auto_skip=2)
-    if by == "weight":  # which no other scale of the input cures
+    if by == "weight":  # for which no other scale of the input makes up
         assert set(skips.reasons) == set(spoiled)
         assert not skips.dynamic
         return
@@ -149,7 +150,7 @@ def test_a_static_scale_that_does_not_fit_is_replaced_by_one_per_token(scheme: s
 
 
 def test_a_static_recipe_stays_within_its_limit() -> None:
-    """Also where the remedy of a layer is a scale per token, which leaves some damage."""
+    """Also where the remedy of a layer is a scale per token, which still costs something."""
     case = Case("int8-static", ("model.layers.0.mlp.gate_proj", "model.layers.1.self_attn.o_proj"), "input")
     for limit in (1e-5, 1e-4, 1e-3, 0.01):
         skips = case.choose(max_ppl_increase=limit)
@@ -172,9 +173,9 @@ def test_only_some_tokens_are_measured_on_and_one_batch_at_least(monkeypatch: py
     measured: list[int] = []
     make = Sensitivity.__init__
 
-    def note(self: Sensitivity, model: nn.Module, blocks: dict[str, nn.Module], batches: list[Tensor]) -> None:
+    def note(self: Sensitivity, structure: Structure, batches: list[Tensor]) -> None:
         measured[:] = [len(ids) * ids.shape[1] for ids in batches]
-        make(self, model, blocks, batches)
+        make(self, structure, batches)
 
     monkeypatch.setattr(Sensitivity, "__init__", note)
     case = Case()
@@ -185,8 +186,8 @@ def test_only_some_tokens_are_measured_on_and_one_batch_at_least(monkeypatch: py
         assert sum(measured[1:]) <= MOST_TOKENS
 
 
-def test_measurements_are_taken_from_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    case, journal = Case(), Journal(tmp_path)
+def test_measurements_are_taken_from_the_search_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, state = Case(), SearchState(tmp_path)
     expected = case.choose(auto_skip=4)
     count, measure = [0], Sensitivity.kl
 
@@ -198,10 +199,10 @@ def test_measurements_are_taken_from_the_journal(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(Sensitivity, "kl", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        case.choose(journal, auto_skip=4)
-    found = journal.read(FINDINGS)
-    assert found is not None
-    assert len(found[1]) == 4
+        case.choose(state, auto_skip=4)
+    stored = state.read(MEASUREMENTS)
+    assert stored is not None
+    assert len(stored[1]) == 4
     count[0] = 4 - (len(case.units) - 4)  # so many may still be measured
-    assert case.choose(journal, auto_skip=4) == expected
-    assert case.choose(journal, auto_skip=4) == expected
+    assert case.choose(state, auto_skip=4) == expected
+    assert case.choose(state, auto_skip=4) == expected

@@ -10,9 +10,9 @@ import torch
 from tiny import logits, relative_error
 from torch import Tensor, nn
 
-from smoothquant_ext.probing.blocks import find_blocks, probe_batch, record_calls
 from smoothquant_ext.probing.linears import find_linears
 from smoothquant_ext.probing.smoothing_groups import Group, discover
+from smoothquant_ext.probing.structure import Structure, find_structure
 from smoothquant_ext.quantization import smoothing as smoothing_module
 from smoothquant_ext.quantization.calibration import calibrate
 from smoothquant_ext.quantization.recipe import Recipe
@@ -24,9 +24,16 @@ from smoothquant_ext.scheme import SCHEMES
 ARCHITECTURES = sorted(tiny.CONFIGS)
 
 
-def prepare(model: nn.Module) -> tuple[list[Group], dict[str, Tensor], Tensor]:
-    ids = tiny.token_ids()
-    return discover(model, ids).groups, calibrate(model, select_linears(model, Recipe()).linears, [ids]), ids
+IDS = tiny.token_ids()
+
+
+def prepare(model: nn.Module) -> tuple[Structure, list[Group], dict[str, Tensor]]:
+    structure = find_structure(model, IDS)
+    return structure, discover(structure).groups, measure(structure)
+
+
+def measure(structure: Structure) -> dict[str, Tensor]:
+    return calibrate(structure.model, select_linears(structure, Recipe()).modules(structure.model), [IDS])
 
 
 def test_formula() -> None:
@@ -56,32 +63,32 @@ def test_scale_is_finite_and_positive_whatever_comes(alpha: float) -> None:
 def test_function_is_preserved(model_type: str) -> None:
     model = tiny.build(model_type).double()  # the fold itself is exact algebra: fp64 shows it
     model.set_experts_implementation("eager")  # which has an fp64 kernel
-    groups, absmax, ids = prepare(model)
-    before = logits(model, ids)
-    smoothing = smooth_(model, groups, absmax, ids, Recipe(alpha=0.5))
+    structure, groups, absmax = prepare(model)
+    before = logits(model, IDS)
+    smoothing = smooth_(structure, groups, absmax, Recipe(alpha=0.5))
     assert not smoothing.failed
     assert len(smoothing.groups) == len(groups)
-    assert relative_error(model, before, ids) < 1e-5  # fp32 inside norms and softmax
+    assert relative_error(model, before, IDS) < 1e-5  # fp32 inside norms and softmax
     assert any(group.outlier_after != group.outlier_before for group in smoothing.groups)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_function_is_preserved_in_16_bits_within_rounding(dtype: torch.dtype) -> None:
     model = tiny.build("gemma", dtype)
-    groups, absmax, ids = prepare(model)
-    before = logits(model, ids)
-    smoothing = smooth_(model, groups, absmax, ids, Recipe(alpha=0.5))
+    structure, groups, absmax = prepare(model)
+    before = logits(model, IDS)
+    smoothing = smooth_(structure, groups, absmax, Recipe(alpha=0.5))
     assert not smoothing.failed
     # Each weight is rounded once more: eps / 2 in every factor of a dozen layers, which add up like a random walk.
-    assert relative_error(model, before, ids) < 12 * torch.finfo(dtype).eps
+    assert relative_error(model, before, IDS) < 12 * torch.finfo(dtype).eps
 
 
 def test_absmax_follows_the_fold() -> None:
     """The statistics that smoothing hands on are those of the smoothed model."""
     model = tiny.build("llama")
-    groups, absmax, ids = prepare(model)
-    smooth_(model, groups, absmax, ids, Recipe(alpha=0.7))
-    measured = calibrate(model, select_linears(model, Recipe()).linears, [ids])
+    structure, groups, absmax = prepare(model)
+    smooth_(structure, groups, absmax, Recipe(alpha=0.7))
+    measured = measure(structure)
     for name in measured:
         torch.testing.assert_close(absmax[name], measured[name], rtol=1e-4, atol=1e-5)
 
@@ -89,8 +96,8 @@ def test_absmax_follows_the_fold() -> None:
 def test_amplified_outliers_are_smoothed_away() -> None:
     model = tiny.build("llama")
     tiny.amplify_outliers(model)
-    groups, absmax, ids = prepare(model)
-    for group in smooth_(model, groups, absmax, ids, Recipe(alpha=0.5)).groups:
+    structure, groups, absmax = prepare(model)
+    for group in smooth_(structure, groups, absmax, Recipe(alpha=0.5)).groups:
         if group.kind == "norm":
             assert group.outlier_before > 20
             assert group.outlier_after < group.outlier_before / 3
@@ -114,14 +121,14 @@ def missing_consumer(group: Group) -> Group:
 def test_a_wrong_fold_is_caught_undone_and_reported(spoil, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
     model = tiny.build("llama", dtype)
     tiny.amplify_outliers(model)
-    groups, absmax, ids = prepare(model)
+    structure, groups, absmax = prepare(model)
     culprit = groups[0]
     assert culprit.kind == "norm"
     reference = tiny.build("llama", dtype)
     tiny.amplify_outliers(reference)
-    smooth_(reference, groups[1:], dict(absmax), ids, Recipe(alpha=0.5))
+    smooth_(find_structure(reference, IDS), groups[1:], dict(absmax), Recipe(alpha=0.5))
 
-    smoothing = smooth_(model, [spoil(culprit), *groups[1:]], absmax, ids, Recipe(alpha=0.5))
+    smoothing = smooth_(structure, [spoil(culprit), *groups[1:]], absmax, Recipe(alpha=0.5))
 
     assert set(smoothing.failed) == {culprit.producer}
     assert "changes the block's output" in smoothing.failed[culprit.producer]
@@ -132,23 +139,21 @@ def test_a_wrong_fold_is_caught_undone_and_reported(spoil, dtype: torch.dtype) -
 
 def test_proof_undoes_its_own_copy() -> None:
     model = tiny.build("llama")
-    groups, _, ids = prepare(model)
-    block = groups[0].block
-    call = record_calls(model, find_blocks(model), probe_batch(ids))[block]
-    proof = Proof(model.get_submodule(block), call, block)
-    before = {name: value.clone() for name, value in proof.block.state_dict().items()}
+    structure, groups, _ = prepare(model)
+    proof = Proof(structure.blocks[groups[0].block])
+    before = {name: value.clone() for name, value in proof.module.state_dict().items()}
     assert proof.try_fold(wrong_map(groups[0]), torch.linspace(0.5, 2, 64))
-    assert all(torch.equal(value, before[name]) for name, value in proof.block.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in proof.module.state_dict().items())
     assert proof.try_fold(groups[0], torch.linspace(0.5, 2, 64)) == ""
 
 
 def test_fold_that_overflows_float16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.build("llama", torch.float16)
-    groups, absmax, ids = prepare(model)
+    structure, groups, absmax = prepare(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for scale in (1e6, 1e-6):
         monkeypatch.setattr(smoothing_module, "smoothing_scale", lambda x, w, a, scale=scale: x * 0 + scale)
-        smoothing = smooth_(model, groups, absmax, ids, Recipe(alpha=1.0))
+        smoothing = smooth_(structure, groups, absmax, Recipe(alpha=1.0))
         assert set(smoothing.failed) == {group.producer for group in groups}
         assert all("overflows" in reason for reason in smoothing.failed.values())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -156,8 +161,9 @@ def test_fold_that_overflows_float16_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 def test_fold_and_its_inverse_cancel() -> None:
     model = tiny.build("gpt2").double()
-    for group in discover(model, tiny.token_ids()).groups:
-        producer, consumers = group_modules(model, group)
+    structure = find_structure(model, IDS)
+    for group in discover(structure).groups:
+        producer, consumers = group_modules(structure.blocks[group.block], group)
         channels = max(int(m.max()) for m in group.consumers.values()) + 1
         width = producer.weight.numel() if producer.weight.dim() == 1 else producer.weight.shape[1]
         s = torch.ones(width)
@@ -172,10 +178,10 @@ def test_fold_and_its_inverse_cancel() -> None:
 
 def test_groups_without_a_quantized_consumer_are_left_alone() -> None:
     model = tiny.build("llama")
-    groups, absmax, ids = prepare(model)
+    structure, groups, absmax = prepare(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     kept = {name: value for name, value in absmax.items() if name.endswith("down_proj")}
-    smoothing = smooth_(model, groups, kept, ids, Recipe(alpha=0.5))
+    smoothing = smooth_(structure, groups, kept, Recipe(alpha=0.5))
     assert {group.producer.rpartition(".")[2] for group in smoothing.groups} == {"up_proj"}
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert {name.rpartition(".layers.")[2][2:] for name in changed} == {"mlp.up_proj.weight", "mlp.down_proj.weight"}

@@ -8,6 +8,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 from command_line import SMALL, complaint, smoothquant
+from command_line import work as work  # the fixture
 from tiny import amplify_outliers, build, token_ids
-from tiny_text import some_text, write_tiny_model
 
 from smoothquant_ext import Recipe, SmoothQuantError, quantize, save
 from smoothquant_ext.checkpoint.record import read_record
@@ -24,6 +25,7 @@ from smoothquant_ext.evaluation.accuracy import Evaluation
 from smoothquant_ext.evaluation.size import ModelBytes
 from smoothquant_ext.evaluation.speed import Speed
 from smoothquant_ext.reporting.facts import Facts
+from smoothquant_ext.reporting.figures import Pictures
 from smoothquant_ext.reporting.page import render_page, write_page
 from smoothquant_ext.reporting.tables import Measured
 
@@ -93,6 +95,21 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return tiny_record(tmp_path_factory.mktemp("tuned") / "w8a8", Recipe(alpha="auto", auto_skip=1))
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures have their descriptions alone: drawing them is what takes a page's time."""
+
+    def describe(_self: Pictures, _draw: object, _height: float, description: str) -> str:
+        return f'<svg role="img" aria-label="{escape(description, quote=True)}"></svg>'
+
+    monkeypatch.setattr(Pictures, "_svg", describe)
+
+
+def with_facts(record: dict[str, Any], name: str, **facts: object) -> dict[str, Any]:
+    """The record with other facts about one layer."""
+    return {**record, "layers": {**record["layers"], name: {**record["layers"][name], **facts}}}
+
+
 @pytest.fixture(scope="module")
 def html(tuned: dict[str, Any]) -> str:
     """Its page."""
@@ -149,7 +166,7 @@ def test_the_page_says_what_the_record_says(tuned, html):
     for name, reason in tuned["skipped"].items():
         assert any(name in row and reason in row for row in rows), (name, reason)
     assert any(row.startswith("Weights rounded GPTQ") for row in rows)
-    assert "Left out by damage up to 1 layer" in rows
+    assert "Left out by sensitivity up to 1 layer" in rows
     for step in tuned["seconds"]:
         assert any(row.startswith(step) for row in rows)
     assert page.texts("footer") == [f"Quantized with smoothquant-ext {tuned['package']}."]
@@ -161,13 +178,17 @@ def test_every_alpha_is_in_the_table_of_its_block(tuned, html):
     said = {row[0]: row[1:] for row in rows if re.fullmatch(r"model\.layers\.\d+", row[0])}
     assert list(said) == ["model.layers.0", "model.layers.1"]
     for block, cells in said.items():
-        own = [f"{group['alpha']:.3g}" for group in tuned["groups"] if group["consumers"][0].startswith(f"{block}.")]
-        assert sorted(cell for cell in cells if cell not in ("not", "smoothed")) == sorted(own)
+        alphas = [f"{group['alpha']:.3g}" for group in tuned["groups"] if group["consumers"][0].startswith(f"{block}.")]
+        assert sorted(cell for cell in cells if cell not in ("not", "smoothed")) == sorted(alphas)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_input_that_was_not_smoothed_is_shown_as_such(tuned):
     group, *rest = tuned["groups"]
-    page = Page(render_page({**tuned, "groups": rest, "unsmoothed": list(group["consumers"])}, "tiny"))
+    record = {**tuned, "groups": rest}
+    for name in group["consumers"]:
+        record = with_facts(record, name, alpha=None)
+    page = Page(render_page(record, "tiny"))
     assert any("not smoothed" in row for row in page.texts("tr"))
     assert any(name in text for text in page.texts("p") for name in group["consumers"])
     assert "1 block not smoothed" in page.words
@@ -176,12 +197,14 @@ def test_an_input_that_was_not_smoothed_is_shown_as_such(tuned):
 def test_facts_are_sorted_by_block_and_kind(tuned):
     facts = Facts(tuned)
     assert list(facts.kinds) == ["q_proj, k_proj, v_proj", "o_proj", "gate_proj, up_proj", "down_proj"]
-    outliers = tuned["outliers"]
+    layers = tuned["layers"]
     for label, layer in (("q_proj, k_proj, v_proj", "self_attn.k_proj"), ("down_proj", "mlp.down_proj")):
-        own = [outliers[f"model.layers.{block}.{layer}"] for block in (0, 1)]
-        assert facts.kinds[label].before.tolist() == [seen["before"] for seen in own]
-        assert facts.kinds[label].ratio_after.tolist() == [seen["ratio_after"] for seen in own]
-    assert facts.errors["mlp.up_proj"].tolist() == [tuned["errors"][f"model.layers.{b}.mlp.up_proj"] for b in (0, 1)]
+        of_blocks = [layers[f"model.layers.{block}.{layer}"] for block in (0, 1)]
+        assert facts.kinds[label].before.tolist() == [facts_of["before"] for facts_of in of_blocks]
+        assert facts.kinds[label].ratio_after.tolist() == [facts_of["ratio_after"] for facts_of in of_blocks]
+    errors = [layers[f"model.layers.{block}.mlp.up_proj"]["error"] for block in (0, 1)]
+    assert facts.errors["mlp.up_proj"].tolist() == errors
+    assert facts.block_errors.tolist() == [block["error"] for block in tuned["blocks"].values()]
     assert [kl for _, kl, _ in facts.sensitivity] == sorted((unit["kl"] for unit in tuned["sensitivity"]), reverse=True)
     assert [is_out for _, _, is_out in facts.sensitivity].count(True) == 1
     assert {name for name, _ in facts.left_out} == {
@@ -189,6 +212,7 @@ def test_facts_are_sorted_by_block_and_kind(tuned):
     }
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_measured_quality_and_speed_are_shown_beside_the_original(tuned, html):
     speed = Speed(512, 32, 1, (0.5, 0.5), (1.0, 1.0))
     models = [
@@ -212,7 +236,7 @@ def test_measured_quality_and_speed_are_shown_beside_the_original(tuned, html):
         (
             "llama",
             Recipe("int8-static", alpha="auto"),
-            "Static scales for each input the one that damages the output least",
+            "Static scales for each input the one with the least error of the block’s output",
         ),
         ("gpt2", Recipe(), "Could not be smoothed"),
         ("mixtral", Recipe(only=("*.self_attn.*",)), "Only *.self_attn.*"),
@@ -227,31 +251,42 @@ def test_pages_of_other_models_and_recipes(tmp_path, architecture, recipe, expec
 
 
 def test_of_several_experts_the_worst_counts(tuned):
-    errors = {f"model.layers.1.mlp.experts.{expert}.up_proj": error for expert, error in ((2, 0.1), (7, 0.3), (9, 0.2))}
-    found = Facts({**tuned, "errors": errors}).errors["mlp.experts.*.up_proj"]
-    assert np.isnan(found[0])
-    assert found[1] == 0.3
+    layer = tuned["layers"]["model.layers.1.mlp.up_proj"]
+    experts = {
+        f"model.layers.1.mlp.experts.{expert}.up_proj": layer | {"error": error}
+        for expert, error in ((2, 0.1), (7, 0.3), (9, 0.2))
+    }
+    errors = Facts({**tuned, "layers": experts}).errors["mlp.experts.*.up_proj"]
+    assert np.isnan(errors[0])
+    assert errors[1] == 0.3
 
 
 def test_numbers_that_are_none_leave_gaps(tuned):
-    name = "model.layers.1.mlp.down_proj"
-    broken = json.loads(json.dumps(tuned))
-    broken["errors"][name] = float("nan")
-    broken["outliers"][name]["ratio_before"] = float("inf")
-    broken["damages"]["model.layers.0"] = float("nan")
+    broken = with_facts(tuned, "model.layers.1.mlp.down_proj", error=float("nan"), ratio_before=float("inf"))
+    broken["blocks"] = {**tuned["blocks"], "model.layers.0": {"error": float("nan"), "inputs": []}}
     facts = Facts(broken)
     assert np.isnan(
-        [facts.errors["mlp.down_proj"][1], facts.kinds["down_proj"].ratio_before[1], facts.damages[0]]
+        [facts.errors["mlp.down_proj"][1], facts.kinds["down_proj"].ratio_before[1], facts.block_errors[0]]
     ).all()
     assert not re.search(r"\b(nan|None|inf)\b", Page(render_page(broken, "tiny")).words)
 
 
-def test_massive_activations_are_listed(tuned, html):
+@pytest.mark.usefixtures("undrawn")
+def test_massive_activations_scales_per_token_and_limits_are_listed(tuned, html):
     assert "No token towers over the others" in Page(html).words
-    massive = {"massive": {"model.layers.1.mlp.down_proj": [1850.9, 7]}}
-    assert "model.layers.1.mlp.down_proj 1,851 7" in Page(render_page(tuned | massive, "tiny")).texts("tr")
+    assert "static" not in Page(html).words
+    name = "model.layers.1.mlp.down_proj"
+    page = Page(render_page(with_facts(tuned, name, massive=[1850.9, 7], per_token=True), "tiny"))
+    assert f"{name} 1,851 7" in page.texts("tr")
+    assert any(name in text and "too few steps" in text for text in page.texts("p"))
+    clipped = with_facts(with_facts(tuned, name, limit=0.75), "model.layers.0.mlp.down_proj", limit=1.25)
+    words = Page(render_page(clipped, "tiny")).words
+    assert "Static scales are clipped in 1 of 2 layers: they represent magnitudes up to 75% to 75%" in words
+    unclipped = with_facts(tuned, name, limit=1.1)
+    assert "keep the largest calibrated magnitude" in Page(render_page(unclipped, "tiny")).words
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_file_appears_whole_or_not_at_all(tuned, tmp_path, monkeypatch):
     target = tmp_path / "report.html"
     target.write_text("old")
@@ -283,17 +318,7 @@ def test_without_matplotlib_one_sentence_says_how_to_get_it(tuned, tmp_path, mon
         write_page(tuned, tmp_path / "report.html", "tiny")
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a model, a text and the model quantized."""
-    path = tmp_path_factory.mktemp("report")
-    write_tiny_model(path / "model")
-    (path / "text.txt").write_text(some_text(2_000))
-    smoothquant("quantize", path / "model", "-o", path / "w8a8", "--calib", path / "text.txt", *SMALL)
-    return path
-
-
-def test_the_command_writes_a_page_beside_the_work_at_hand(work, tmp_path, monkeypatch):
+def test_the_command_writes_a_page_into_the_current_directory(work, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = smoothquant("report", work / "w8a8")
     assert result.stdout == "Report: w8a8-report.html\n"
@@ -304,14 +329,15 @@ def test_the_command_writes_a_page_beside_the_work_at_hand(work, tmp_path, monke
     assert "Not measured for this page" in page.words
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_command_measures_where_a_base_is_given(work, tmp_path):
     arguments = ("--base", work / "model", "--text", work / "text.txt", *SMALL, "--rounds", 0)
     smoothquant("report", work / "w8a8", "-o", tmp_path / "page.html", *arguments)
-    (base, own) = Page((tmp_path / "page.html").read_text(encoding="utf-8")).texts("tr")[1:3]
+    (base, quantized) = Page((tmp_path / "page.html").read_text(encoding="utf-8")).texts("tr")[1:3]
     assert base.startswith("model ")
-    assert own.startswith("w8a8 ")
+    assert quantized.startswith("w8a8 ")
     compared = smoothquant("compare", work / "model", work / "w8a8", *arguments[2:], "--json").stdout
-    assert f"{json.loads(compared)[1]['perplexity']:.3f}" in own
+    assert f"{json.loads(compared)[1]['perplexity']:.3f}" in quantized
 
 
 def test_a_checkpoint_without_a_record_or_a_place_without_a_folder_is_one_sentence(work, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from smoothquant_ext import Recipe, SmoothQuantError, quantize
 from smoothquant_ext.evaluation.accuracy import Evaluation
 from smoothquant_ext.evaluation.size import ModelBytes
 from smoothquant_ext.evaluation.speed import Speed
-from smoothquant_ext.quantization.report import Report
+from smoothquant_ext.quantization.report import LayerReport, Report
 from smoothquant_ext.reporting.outliers import LayerInput, measure_outliers, outlier_table, plot_outliers
 from smoothquant_ext.reporting.tables import (
     Measured,
@@ -121,7 +121,10 @@ def test_the_report_gives_the_reason_of_each_failure_once():
             "h.1.norm": "folding it changes the block's output by 2.7e-02 (relative), so it was undone",
             "h.1.gate": "its output is also read by something other than fc",
         },
-        unsmoothed=["h.0.fc", "h.1.fc"],
+        layers={
+            f"h.{block}.fc": LayerReport(torch.ones(2), torch.ones(2), alpha=0.5 if block == 2 else None)
+            for block in range(3)
+        },
         fused=["h.0.norm", "h.1.norm", "norm"],
     )
     text = " ".join(rendered(render_report(report)).split())

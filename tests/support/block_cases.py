@@ -7,19 +7,20 @@ from tiny_blocks import Stack, batches
 from torch import Tensor, nn
 
 from smoothquant_ext.probing.blocks import Batch, BlockCall, find_blocks, run_model
-from smoothquant_ext.probing.linears import find_linears, weight_nk
+from smoothquant_ext.probing.linears import weight_nk
 from smoothquant_ext.probing.smoothing_groups import Group, discover, explicit_groups
+from smoothquant_ext.probing.structure import Block, find_structure
 from smoothquant_ext.quantization.alpha_search import Trial
-from smoothquant_ext.quantization.block_inputs import StreamRecorder
+from smoothquant_ext.quantization.block_inputs import BlockInputRecorder
 from smoothquant_ext.quantization.calibration import calibrate
 from smoothquant_ext.quantization.smoothing import by_block, group_modules, magnitudes
 from smoothquant_ext.scheme import SCHEMES
 
 
-def recorded(model: nn.Module, data: list[Batch]) -> StreamRecorder:
-    recorder = StreamRecorder(find_blocks(model))
+def recorded(model: nn.Module, data: list[Batch]) -> BlockInputRecorder:
+    recorder = BlockInputRecorder(find_blocks(model))
     for batch in data:
-        with recorder:
+        with recorder.recording():
             run_model(model, batch)
     return recorder
 
@@ -33,23 +34,28 @@ class Case:
             tiny.amplify_outliers(self.model, factor=100.0)
         data = batches(2, rows=2, tokens=16)
         recorder = recorded(self.model, data)
+        structure = find_structure(self.model, data[0])
         self.name = recorder.names[0]
-        self.block = find_blocks(self.model)[self.name]
-        linears = {f"{self.name}.{local}": linear for local, linear in find_linears(self.block).items()}
+        self.block: Block = structure.blocks[self.name]
+        self.module = self.block.module
+        linears = {self.full_name(local): self.module.get_submodule(local) for local in self.block.linears}
         self.absmax = calibrate(self.model, linears, data)
         self.calls: list[BlockCall] = recorder.calls(self.name, [])
-        self.expected = [call.replay(self.block) for call in self.calls]
+        self.expected = [call.replay(self.module) for call in self.calls]
         self.scheme = SCHEMES[scheme]
-        self.groups: list[Group] = by_block(discover(self.model, data[0]).groups, self.absmax)[self.name]
+        self.groups: list[Group] = by_block(discover(structure).groups, self.absmax)[self.name]
         if explicit:
             widths = {name: weight_nk(linear).shape[1] for name, linear in linears.items()}
             covered = {name for group in self.groups for name in group.consumers}
             self.groups += explicit_groups(self.name, [[name] for name in linears if name not in covered], widths)
 
+    def full_name(self, local: str) -> str:
+        return self.block.full_name(local)
+
     def trial(self, without: str = "") -> Trial:
         absmax = {name: values for name, values in self.absmax.items() if not without or without not in name}
-        return Trial(self.name, self.block, absmax, self.scheme, self.calls, self.expected, {})
+        return Trial(self.block, absmax, self.scheme, self.calls, self.expected, {})
 
     def scale(self, group: Group, alpha: float) -> Tensor:
-        consumers = group_modules(self.block, group, f"{self.name}.")[1]
+        consumers = group_modules(self.block, group)[1]
         return magnitudes(group, consumers, self.absmax, self.scheme).scale(alpha)

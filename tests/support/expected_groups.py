@@ -6,6 +6,7 @@ import tiny
 from torch import nn
 
 from smoothquant_ext.probing.smoothing_groups import discover
+from smoothquant_ext.probing.structure import find_structure
 
 # For each architecture the producers of each block, by the last part of their name, and what they feed.
 # q/k/v -> attn, up/gate -> mlp and so on are worked out by hand from the model's forward.
@@ -137,6 +138,6 @@ def channels_of_values(start: int, stride: int, sharing: int, heads: int = 4, wi
 
 
 def map_behind_attention(model: nn.Module) -> list[int]:
-    groups = discover(model, tiny.token_ids()).groups
+    groups = discover(find_structure(model, tiny.token_ids())).groups
     (channel_map,) = next(group for group in groups if group.kind == "linear").consumers.values()
     return channel_map.tolist()

@@ -1,4 +1,4 @@
-"""Checkpoints as other tools write them, of tiny models, and what their weights mean."""
+"""Writes checkpoints of tiny models as other tools do, and returns their dequantized weights."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import Any, TypeAlias
 
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-__all__ = ["IDS", "json", "load_file", "save_file"]
 Weights: TypeAlias = dict[str, Tensor]
 IDS = tiny.token_ids()
 # What llm-compressor calls it -> (type, granularity of weights, of activations, dynamic, symmetric activations)
@@ -38,7 +37,7 @@ def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def input_ranges(model: PreTrainedModel) -> dict[str, tuple[Tensor, Tensor]]:
-    """The smallest and largest value that each linear layer sees."""
+    """The smallest and largest input value of each linear layer, by name."""
     ranges: dict[str, tuple[Tensor, Tensor]] = {}
 
     def hook(name: str) -> Any:

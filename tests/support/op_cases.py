@@ -250,7 +250,7 @@ def linear_is_close(actual: Results, expected: Results, arguments: Arguments, wh
 
 
 def attention_is_close(actual: Results, expected: Results, arguments: Arguments, what: object) -> None:
-    check_attention(actual[0], expected[0], **arguments)
+    check_attention(actual[0], expected[0], arguments)
 
 
 class OpCase(NamedTuple):

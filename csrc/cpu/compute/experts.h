@@ -108,17 +108,19 @@ struct Experts {
     const int64_t pairs = dispatch.pairs(), k = gate.k(), inner = gate.n(), element = element_size(dtype);
     // A kernel may read up to 31 rows behind those of the last expert.
     constexpr int64_t kBehind = 31;
-    QuantizedActivation input(kernels, pairs + kBehind, k, gate.dtype()),
-        hidden(kernels, pairs + kBehind, inner, down.dtype());
-    const int64_t plane = Scratch::align(pairs * inner * element), sums = Scratch::align(pairs * down.n() * 4);
-    const int64_t once = Scratch::align(tokens * k), scales = Scratch::align(tokens * 4);
-    Scratch scratch(input.bytes() + hidden.bytes() + 2 * plane + sums + once + scales);
-    uint8_t* memory = scratch.data();
-    const auto take = [&](int64_t bytes) { return (memory += bytes) - bytes; };
-    input.place(take(input.bytes()));
-    hidden.place(take(hidden.bytes()));
-    uint8_t *gates = take(plane), *ups = take(plane), *downs = take(sums), *q = take(once);
-    auto* scale = reinterpret_cast<float*>(take(scales));
+    Plan plan;
+    QuantizedActivation input(kernels, pairs + kBehind, k, gate.dtype(), plan);
+    QuantizedActivation hidden(kernels, pairs + kBehind, inner, down.dtype(), plan);
+    const auto gate_plane = plan.add(pairs * inner * element);
+    const auto up_plane = plan.add(up.has_value() ? pairs * inner * element : 0);
+    const auto down_sums = plan.add<float>(pairs * down.n());
+    const auto token_rows = plan.add(tokens * k);  // quantized once
+    const auto token_scales = plan.add<float>(tokens);
+    Scratch scratch(plan.bytes());
+    input.place(scratch);
+    hidden.place(scratch);
+    uint8_t *gates = gate_plane.in(scratch), *ups = up_plane.in(scratch), *q = token_rows.in(scratch);
+    float *downs = down_sums.in(scratch), *scale = token_scales.in(scratch);
 
     QuantizeArgs args = input.target(0.0f);
     args.q = q;
@@ -149,7 +151,7 @@ struct Experts {
     CombineArgs combine{};
     combine.k = down.n();
     combine.count = top_k;
-    combine.x = reinterpret_cast<const float*>(downs);
+    combine.x = downs;
     combine.rows = dispatch.positions.data();
     combine.weights = weights;
     combine.y = y;

@@ -12,34 +12,14 @@ namespace sq {
 // per-token quantizer makes it of every head.
 class CacheBuffer {
  public:
-  // For an op that appends to x's batches, and has `total` tokens then.
-  CacheBuffer(const char* op, const char* name, const Tensor& buffer, const char* scale_name,
-              const OptionalTensor& scale, const Tensor& x, int64_t heads, int64_t total, int64_t d)
-      : dtype_(kernel_dtype(x.scalar_type())), heads_(heads), d_(d) {
-    check_same_device(op, name, buffer, "x", x);
-    if (scale.has_value()) {
-      SQ_CHECK(buffer.scalar_type() == ScalarType::Char, op, ": ", name, " is ", dtype_text(buffer.scalar_type()),
-               ", expected int8, because it has scales");
-    } else {
-      SQ_CHECK(buffer.scalar_type() == x.scalar_type(), op, ": ", name, " is ", dtype_text(buffer.scalar_type()),
-               " and x is ", dtype_text(x.scalar_type()), ", expected the same dtype");
-    }
-    SQ_CHECK(buffer.dim() == 4 && buffer.is_contiguous() && buffer.size(0) == x.size(0) && buffer.size(1) == heads &&
-                 buffer.size(2) >= total && buffer.size(3) == d,
-             op, ": ", name, " has shape ", shape_text(buffer), ", expected contiguous [", x.size(0), ", ", heads, ", ",
-             total, " or more, ", d, "]");
-    room_ = buffer.size(2);
-    data_ = static_cast<uint8_t*>(buffer.mutable_data_ptr());
-    if (!scale.has_value()) return;
-    check_same_device(op, scale_name, *scale, "x", x);
-    SQ_CHECK(scale->scalar_type() == ScalarType::Float, op, ": ", scale_name, " is ", dtype_text(scale->scalar_type()),
-             ", expected float32");
-    SQ_CHECK(scale->dim() == 3 && scale->is_contiguous() && scale->size(0) == x.size(0) && scale->size(1) == heads &&
-                 scale->size(2) == room_,
-             op, ": ", scale_name, " has shape ", shape_text(*scale), ", expected contiguous [", x.size(0), ", ", heads,
-             ", ", room_, "]");
-    scale_ = static_cast<float*>(scale->mutable_data_ptr());
-  }
+  // For what is appended in this dtype. The tensors are checked already.
+  CacheBuffer(const Tensor& buffer, const OptionalTensor& scale, DType dtype)
+      : dtype_(dtype),
+        heads_(buffer.size(1)),
+        room_(buffer.size(2)),
+        d_(buffer.size(3)),
+        data_(static_cast<uint8_t*>(buffer.mutable_data_ptr())),
+        scale_(scale.has_value() ? static_cast<float*>(scale->mutable_data_ptr()) : nullptr) {}
 
   bool is_int8() const { return scale_ != nullptr; }
   const void* data() const { return data_; }
@@ -73,9 +53,9 @@ class CacheBuffer {
 
  private:
   DType dtype_;
-  int64_t heads_, d_, room_ = 0;
-  uint8_t* data_ = nullptr;
-  float* scale_ = nullptr;
+  int64_t heads_, room_, d_;
+  uint8_t* data_;
+  float* scale_;
 };
 
 }  // namespace sq

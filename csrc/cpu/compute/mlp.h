@@ -24,25 +24,27 @@ struct Mlp {
   void run(const Kernels& kernels, const void* x, int64_t m, DType dtype, void* y) const {
     const int64_t k = gate.k(), inner = gate.n(), element = element_size(dtype);
     const int64_t block = std::min(m, rows_together(element));
-    QuantizedActivation input(kernels, block, k, gate.dtype()), hidden(kernels, block, inner, down.dtype());
-    const int64_t plane = Scratch::align(block * inner * element);
-    Scratch scratch(input.bytes() + hidden.bytes() + (up.has_value() ? 2 : 1) * plane);
-    input.place(scratch.data());
-    hidden.place(scratch.data() + input.bytes());
-    uint8_t* planes = scratch.data() + input.bytes() + hidden.bytes();
+    Plan plan;
+    QuantizedActivation input(kernels, block, k, gate.dtype(), plan), hidden(kernels, block, inner, down.dtype(), plan);
+    const auto gate_plane = plan.add(block * inner * element);
+    const auto up_plane = plan.add(up.has_value() ? block * inner * element : 0);
+    Scratch scratch(plan.bytes());
+    input.place(scratch);
+    hidden.place(scratch);
+    uint8_t *gates = gate_plane.in(scratch), *ups = up_plane.in(scratch);
 
     for (int64_t row = 0; row < m; row += block) {
       const int64_t rows = std::min(block, m - row);
       input.quantize(static_cast<const uint8_t*>(x) + row * k * element, dtype, input_scale, rows);
-      std::vector<GemmArgs> first = {gate.product(planes, dtype)};
-      if (up.has_value()) first.push_back(up->product(planes + plane, dtype));
+      std::vector<GemmArgs> first = {gate.product(gates, dtype)};
+      if (up.has_value()) first.push_back(up->product(ups, dtype));
       input.multiply(first, gate.dtype(), rows);
 
       ActivateArgs source{};
       source.activation = activation;
       source.k = inner;
-      source.gate = planes;
-      source.up = up.has_value() ? planes + plane : nullptr;
+      source.gate = gates;
+      source.up = up.has_value() ? ups : nullptr;
       source.dtype = dtype;
       parallel_activate_quantize(kernels, source, hidden.target(down_input_scale), rows);
       hidden.multiply({down.product(static_cast<uint8_t*>(y) + row * down.n() * element, dtype)}, down.dtype(), rows);

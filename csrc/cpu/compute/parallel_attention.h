@@ -3,9 +3,15 @@
 
 #include <functional>
 
+#include "common/tensors.h"
 #include "cpu/compute/parallel.h"
 
 namespace sq {
+
+// Of [B, heads, length, D], or of [B, heads, length], whose rows are one element.
+inline AttentionStrides strides_of(const Tensor& x) {
+  return {x.size(0) == 1 ? 0 : x.stride(0), x.size(1) == 1 ? 0 : x.stride(1), x.dim() == 4 ? x.stride(2) : 1};
+}
 
 // Blocks of queries 0, last, 1, last but one, ...: with a causal mask later ones are more work, and every consecutive
 // piece of this order is about the same.

@@ -8,28 +8,27 @@
 
 namespace sq {
 
-// An 8-bit activation [m, k] as the kernels read it, its scales, and for fp8 its values once more, widened. It knows its
-// size first and is given memory then.
+// An 8-bit activation [m, k] as the kernels read it, its scales, and for fp8 its values once more, widened. It plans its
+// parts of a buffer first and is placed in it then.
 class QuantizedActivation {
  public:
-  QuantizedActivation(const Kernels& kernels, int64_t m, int64_t k, DType dtype)
+  QuantizedActivation(const Kernels& kernels, int64_t m, int64_t k, DType dtype, Plan& plan)
       : kernels_(kernels),
-        m_(m),
         k_(k),
         dtype_(dtype),
         q_stride_(padded_k(k) + kRowPad),
         wide_stride_(is_int8() ? 0 : padded_k(k) * kernels.fp8.element_size + kRowPad),
-        scale_offset_(Scratch::align(padded_rows(m) * q_stride_)),
-        wide_offset_(scale_offset_ + Scratch::align(m * static_cast<int64_t>(sizeof(float)))) {}
+        q_(plan.add(padded_rows(m) * q_stride_)),
+        scales_(plan.add<float>(m)),
+        wide_(plan.add(padded_rows(m) * wide_stride_)) {}
 
-  int64_t bytes() const { return wide_offset_ + Scratch::align(padded_rows(m_) * wide_stride_); }
-  void place(uint8_t* memory) { memory_ = memory; }
+  void place(Scratch& scratch) { memory_ = scratch.data(); }
 
   bool is_int8() const { return dtype_ == DType::kInt8; }
   uint8_t flip() const { return is_int8() ? kOffset : 0; }
-  uint8_t* q() { return memory_; }
+  uint8_t* q() { return q_.in(memory_); }
   int64_t q_stride() const { return q_stride_; }
-  float* scales() { return reinterpret_cast<float*>(memory_ + scale_offset_); }
+  float* scales() { return scales_.in(memory_); }
 
   // For a quantizer that fills it: everything but the source. A static scale of 0 means one per token.
   QuantizeArgs target(float static_scale) {
@@ -72,14 +71,14 @@ class QuantizedActivation {
 
   void widen_first(int64_t rows, DType a_dtype) {
     if (is_int8()) return;
-    const WidenArgs args{k_, q(), q_stride_, a_dtype, memory_ + wide_offset_, wide_stride_};
+    const WidenArgs args{k_, q(), q_stride_, a_dtype, wide_.in(memory_), wide_stride_};
     parallel_rows(rows, wide_stride_, [&](Range range) { kernels_.fp8.widen(args, range); });
   }
 
   // The activation's part of a product's arguments.
   void complete(GemmArgs& args, int64_t m) {
     args.m = m;
-    args.a = is_int8() ? q() : memory_ + wide_offset_;
+    args.a = is_int8() ? q() : wide_.in(memory_);
     args.a_stride = is_int8() ? q_stride_ : wide_stride_;
     if (args.a_scale == nullptr) {
       args.a_scale = scales();
@@ -88,10 +87,12 @@ class QuantizedActivation {
   }
 
   const Kernels& kernels_;
-  int64_t m_, k_;
+  int64_t k_;
   DType dtype_;
   int64_t q_stride_, wide_stride_;
-  int64_t scale_offset_, wide_offset_;
+  Plan::Part<uint8_t> q_;
+  Plan::Part<float> scales_;
+  Plan::Part<uint8_t> wide_;
   uint8_t* memory_ = nullptr;
 };
 

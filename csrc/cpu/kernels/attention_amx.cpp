@@ -14,8 +14,10 @@ struct Amx : Avx512Bf16 {
 
 // Of 16 or 32 rows and 32 columns.
 template <bool kTall>
-SQ_AMX_INLINE void multiply_tiles(const uint16_t* a, int64_t a_stride, const uint16_t* b, int64_t depth, bool is_added,
-                                  float* sums, int64_t stride) {
+SQ_AMX_INLINE void multiply_tiles(Strided<const uint16_t> a_rows, const uint16_t* b, int64_t depth, bool is_added,
+                                  Strided<float> target) {
+  const auto [a, a_stride] = a_rows;
+  const auto [sums, stride] = target;
   constexpr int64_t kColumns = Amx::kVecs * Amx::kLanes, kColumnBytes = kColumns * 4;
   const int64_t row_bytes = stride * 4, a_bytes = a_stride * 2;
   float* below = sums + kTileRows * stride;
@@ -57,8 +59,10 @@ SQ_AMX_INLINE void multiply_tiles(const uint16_t* a, int64_t a_stride, const uin
 
 template <>
 struct Products<Amx> {
-  SQ_AMX static void multiply(const uint16_t* a, int64_t a_stride, int64_t rows, const uint16_t* b, int64_t b_depth,
-                              int64_t depth, int64_t panels, const float* factor, float* sums, int64_t stride) {
+  SQ_AMX static void multiply(Strided<const uint16_t> a, int64_t rows, const Panels<uint16_t>& b, int64_t depth,
+                              const float* factor, Strided<float> target) {
+    const auto [sums, stride] = target;
+    const int64_t panels = b.count;
     constexpr int64_t kColumns = Amx::kVecs * Amx::kLanes, kHalf = kColumns / 2;
     for (int64_t row = 0; factor != nullptr && row < rows; ++row) {
       if (factor[row] == 1.0f) continue;
@@ -68,13 +72,12 @@ struct Products<Amx> {
     }
     finish_stores();
     for (int64_t half = 0; half < 2 * panels; ++half) {
-      const uint16_t* columns = b + half / 2 * b_depth * kColumns + half % 2 * kHalf * Amx::kPair;
+      const uint16_t* columns = b.data + half / 2 * b.depth * kColumns + half % 2 * kHalf * Amx::kPair;
       for (int64_t row = 0; row < rows; row += 2 * kTileRows) {
-        const uint16_t* a_row = a + row * a_stride;
-        float* target = sums + row * stride + half * kHalf;
-        rows - row > kTileRows
-            ? multiply_tiles<true>(a_row, a_stride, columns, depth, factor != nullptr, target, stride)
-            : multiply_tiles<false>(a_row, a_stride, columns, depth, factor != nullptr, target, stride);
+        const Strided<const uint16_t> a_row = {a.data + row * a.stride, a.stride};
+        const Strided<float> block = {sums + row * stride + half * kHalf, stride};
+        rows - row > kTileRows ? multiply_tiles<true>(a_row, columns, depth, factor != nullptr, block)
+                               : multiply_tiles<false>(a_row, columns, depth, factor != nullptr, block);
       }
     }
   }

@@ -30,6 +30,13 @@ struct Range {
   int64_t end;
 };
 
+// Rows that lie `stride` elements apart.
+template <class T>
+struct Strided {
+  T* data;
+  int64_t stride;
+};
+
 struct GemmArgs {
   int64_t m;  // rows of a: a kernel that sums in another order for few rows decides by these, not by those of a range
   int64_t n, k;

@@ -160,14 +160,15 @@ class Decode {
     }                                                       \
   } while (false)
 
-// sums[32][32] = start + the products of up to 32 rows of a with `steps` tiles of k. The rows of `start` are start_bytes
-// apart: 0 where all begin with the same values. `meanwhile` is called with every step.
+// sums[32][32] = start + the products of up to 32 rows of a with `steps` tiles of k. The rows of `start` are 0
+// apart where all begin with the same values. `meanwhile` is called with every step.
 template <class Product, class Meanwhile>
-SQ_AMX_INLINE void multiply_block(const uint8_t* a, int64_t a_stride, int64_t count, Weight b, int64_t steps,
-                                  const void* start, int64_t start_bytes, typename Product::Sum* sums,
+SQ_AMX_INLINE void multiply_block(Strided<const uint8_t> a_rows, int64_t count, Weight b, int64_t steps,
+                                  Strided<const uint8_t> start, typename Product::Sum* sums,
                                   const Meanwhile& meanwhile) {
+  const auto [a, a_stride] = a_rows;
+  const auto [start0, start_bytes] = start;
   const uint8_t* a1 = a + kTileRows * a_stride;
-  const auto* start0 = static_cast<const uint8_t*>(start);
   const uint8_t* start1 = start0 + kTileRows * start_bytes;
   _tile_loadd(0, start0, start_bytes);
   _tile_loadd(1, start0 + 64, start_bytes);
@@ -275,11 +276,12 @@ class RowsTimesPanels {
     const int64_t blocks = div_up(rows.end - rows.begin, kBlock);
     const int64_t sum_blocks = walk_.chunks() == 1 ? 2 : blocks * div_up(walk_.group_columns(), kBlock);
     const int64_t tiles_bytes = kIsInt8 ? 0 : walk_.most_steps() * 2 * kTileBytes;
-    const int64_t sum_bytes = sum_blocks * kBlock * kBlock * static_cast<int64_t>(sizeof(Sum));
-    Scratch scratch(sum_bytes + 2 * tiles_bytes);
-    sums_ = reinterpret_cast<Sum*>(scratch.data());
-    uint8_t* tiles = scratch.data() + sum_bytes;
-    uint8_t* next_tiles = tiles + tiles_bytes;
+    Plan plan;
+    const auto sums_part = plan.add<Sum>(sum_blocks * kBlock * kBlock);
+    const auto tiles_part = plan.add(tiles_bytes), next_part = plan.add(tiles_bytes);
+    Scratch scratch(plan.bytes());
+    sums_ = sums_part.in(scratch);
+    uint8_t *tiles = tiles_part.in(scratch), *next_tiles = next_part.in(scratch);
 
     Walk::Place place = walk_.begin();
     if constexpr (!kIsInt8) decoder(place, 1, tiles).finish();
@@ -329,9 +331,11 @@ class RowsTimesPanels {
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t row = rows.begin + block * kBlock, count = std::min(kBlock, rows.end - row);
       Sum* sums = sums_of(place, block, blocks);
+      const Strided<const uint8_t> a = {args_.a + row * args_.a_stride + 64 * walk_.first_step(place.chunk),
+                                        args_.a_stride};
       const void* start = is_first ? static_cast<const void*>(columns.start + offset) : sums;
-      multiply_block<Product>(args_.a + row * args_.a_stride + 64 * walk_.first_step(place.chunk), args_.a_stride,
-                              count, weight, steps, start, is_first ? 0 : kBlock * 4, sums, meanwhile);
+      multiply_block<Product>(a, count, weight, steps, {static_cast<const uint8_t*>(start), is_first ? 0 : kBlock * 4},
+                              sums, meanwhile);
       finish_rows<kOut, kBias, kBlock>(pending_);
       if (is_last) {
         pending_ = {sums,

@@ -34,27 +34,27 @@ SQ_AVX512_INLINE __m512i broadcast4(const uint8_t* a) {
 }
 
 // sums[r][0..64) = start[r][..] + the products of kCount rows of a with depth4 groups of the panel. The rows of `start`
-// are start_stride apart: 0 where all begin with the same values. kLines cache lines a step are prefetched from `next` on.
+// are 0 apart where all begin with the same values. kLines cache lines a step are prefetched from `next` on.
 // Accumulators are named one by one, because gcc keeps an array of them in memory.
 template <int kCount, int kLines>
-SQ_AVX512 void micro_kernel(const uint8_t* a, int64_t a_stride, const uint8_t* b, int64_t depth4, const int32_t* start,
-                            int64_t start_stride, int32_t* sums, const uint8_t* next) {
+SQ_AVX512 void micro_kernel(Strided<const uint8_t> a, const uint8_t* b, int64_t depth4, Strided<const int32_t> start,
+                            int32_t* sums, const uint8_t* next) {
 #define SQ_FOR_ROWS(STEP) STEP(0) STEP(1) STEP(2) STEP(3) STEP(4) STEP(5)
-#define SQ_LOAD_ROW(r)                                          \
-  __m512i s##r##0, s##r##1, s##r##2, s##r##3;                   \
-  if constexpr (r < kCount) {                                   \
-    s##r##0 = _mm512_load_si512(start + r * start_stride);      \
-    s##r##1 = _mm512_load_si512(start + r * start_stride + 16); \
-    s##r##2 = _mm512_load_si512(start + r * start_stride + 32); \
-    s##r##3 = _mm512_load_si512(start + r * start_stride + 48); \
+#define SQ_LOAD_ROW(r)                                               \
+  __m512i s##r##0, s##r##1, s##r##2, s##r##3;                        \
+  if constexpr (r < kCount) {                                        \
+    s##r##0 = _mm512_load_si512(start.data + r * start.stride);      \
+    s##r##1 = _mm512_load_si512(start.data + r * start.stride + 16); \
+    s##r##2 = _mm512_load_si512(start.data + r * start.stride + 32); \
+    s##r##3 = _mm512_load_si512(start.data + r * start.stride + 48); \
   }
-#define SQ_DOT_ROW(r)                                   \
-  if constexpr (r < kCount) {                           \
-    const __m512i value = broadcast4(a + r * a_stride); \
-    dot4(s##r##0, value, b0);                           \
-    dot4(s##r##1, value, b1);                           \
-    dot4(s##r##2, value, b2);                           \
-    dot4(s##r##3, value, b3);                           \
+#define SQ_DOT_ROW(r)                                        \
+  if constexpr (r < kCount) {                                \
+    const __m512i value = broadcast4(a.data + r * a.stride); \
+    dot4(s##r##0, value, b0);                                \
+    dot4(s##r##1, value, b1);                                \
+    dot4(s##r##2, value, b2);                                \
+    dot4(s##r##3, value, b3);                                \
   }
 #define SQ_STORE_ROW(r)                                  \
   if constexpr (r < kCount) {                            \
@@ -74,7 +74,7 @@ SQ_AVX512 void micro_kernel(const uint8_t* a, int64_t a_stride, const uint8_t* b
     }
     next += kLines * kLine;
     SQ_FOR_ROWS(SQ_DOT_ROW)
-    a += 4;
+    a.data += 4;
     b += 4 * kPanel;
   }
   SQ_FOR_ROWS(SQ_STORE_ROW)
@@ -84,8 +84,7 @@ SQ_AVX512 void micro_kernel(const uint8_t* a, int64_t a_stride, const uint8_t* b
 #undef SQ_STORE_ROW
 }
 
-using MicroKernel = void (*)(const uint8_t*, int64_t, const uint8_t*, int64_t, const int32_t*, int64_t, int32_t*,
-                             const uint8_t*);
+using MicroKernel = decltype(&micro_kernel<1, 0>);
 template <int kLines>
 constexpr MicroKernel kMicroKernels[] = {nullptr,
                                          micro_kernel<1, kLines>,
@@ -128,8 +127,8 @@ SQ_AVX512 void gemm_panel(const GemmArgs& args, const Walk& walk, const PanelCol
       const int64_t count = div_up(rows.end - row, walk.tiles - tile);
       int32_t* block = sums + (row - rows.begin) * kPanel;
       const MicroKernel* kernels = tile < 4 / walk.lines ? walk.fetching : kMicroKernels<0>;
-      kernels[count](args.a + row * args.a_stride + 4 * k4, args.a_stride, chunk, depth4,
-                     k4 == 0 ? columns.start : block, k4 == 0 ? 0 : kPanel, block,
+      const Strided<const int32_t> start = {k4 == 0 ? columns.start : block, k4 == 0 ? 0 : kPanel};
+      kernels[count]({args.a + row * args.a_stride + 4 * k4, args.a_stride}, chunk, depth4, start, block,
                      next + tile * depth4 * walk.lines * kLine);
       if (is_last) store_panel<kOut, kBias>(args, columns, row, count, block);
       row += count;

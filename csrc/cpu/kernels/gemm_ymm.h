@@ -28,15 +28,15 @@ struct Prefetch {
 };
 
 // sums[r][columns] = start[r][columns] + the products of kCount rows of a with depth4 groups of kVecs registers of the
-// panel. The rows of `start` are start_stride apart: 0 where all begin with the same values.
+// panel. The rows of `start` are 0 apart where all begin with the same values.
 //   W::kColumns          columns in a register of weight
 //   W::kBytes            of activation in 4 k
 //   W::load, broadcast   the operands of 4 k
 //   W::multiply_add      sum + a * b
 //   W::columns           8 columns from the accumulators of a row
 template <class W, int kCount, int kVecs>
-SQ_AVX2 void micro_kernel(const uint8_t* a, int64_t a_stride, const uint8_t* b, int64_t depth4, const int32_t* start,
-                          int64_t start_stride, int32_t* sums, Prefetch next) {
+SQ_AVX2 void micro_kernel(Strided<const uint8_t> a, const uint8_t* b, int64_t depth4, Strided<const int32_t> start,
+                          int32_t* sums, Prefetch next) {
   constexpr int kLines = kVecs * W::kColumns > 16 ? kVecs * W::kColumns / 16 : 1;
   __m256i acc[kCount][kVecs];
 #pragma GCC unroll 6
@@ -55,18 +55,18 @@ SQ_AVX2 void micro_kernel(const uint8_t* a, int64_t a_stride, const uint8_t* b, 
     for (int v = 0; v < kVecs; ++v) column[v] = W::load(b + v * W::kColumns * 4);
 #pragma GCC unroll 6
     for (int r = 0; r < kCount; ++r) {
-      const __m256i value = W::broadcast(a + r * a_stride);
+      const __m256i value = W::broadcast(a.data + r * a.stride);
 #pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) W::multiply_add(acc[r][v], value, column[v]);
     }
-    a += W::kBytes;
+    a.data += W::kBytes;
     b += 4 * kPanel;
   }
 #pragma GCC unroll 6
   for (int r = 0; r < kCount; ++r) {
 #pragma GCC unroll 8
     for (int i = 0; i < kVecs * W::kColumns / 8; ++i) {
-      const auto* from = reinterpret_cast<const __m256i*>(start + r * start_stride) + i;
+      const auto* from = reinterpret_cast<const __m256i*>(start.data + r * start.stride) + i;
       auto* to = reinterpret_cast<__m256i*>(sums + r * kPanel) + i;
       _mm256_store_si256(to, _mm256_add_epi32(_mm256_load_si256(from), W::columns(acc[r], i)));
     }
@@ -75,8 +75,8 @@ SQ_AVX2 void micro_kernel(const uint8_t* a, int64_t a_stride, const uint8_t* b, 
 
 // A tile of kCount rows times a chunk of the panel, in slices of columns.
 template <class W, int kCount>
-void tile_kernel(const uint8_t* a, int64_t a_stride, const uint8_t* b, int64_t depth4, const int32_t* start,
-                 int64_t start_stride, int32_t* sums, bool prefetches) {
+void tile_kernel(Strided<const uint8_t> a, const uint8_t* b, int64_t depth4, Strided<const int32_t> start,
+                 int32_t* sums, bool prefetches) {
   // Few rows need more columns for enough independent sums, and read the weight in longer pieces.
   constexpr int kVecs = kCount == 1 ? 8 : kCount == 2 ? 4 : 2;
   constexpr int64_t kSlice = kVecs * W::kColumns;
@@ -85,7 +85,7 @@ void tile_kernel(const uint8_t* a, int64_t a_stride, const uint8_t* b, int64_t d
     const int64_t fetched = column / kSlice * (kSlice > 16 ? kSlice / 16 : 1);  // of the 4 lines of a step
     const bool fetches = prefetches && fetched < 4;
     const Prefetch prefetch = fetches ? Prefetch{next + fetched * depth4 * kLine, kLine} : Prefetch{b, 0};
-    micro_kernel<W, kCount, kVecs>(a, a_stride, b + 4 * column, depth4, start + column, start_stride, sums + column,
+    micro_kernel<W, kCount, kVecs>(a, b + 4 * column, depth4, {start.data + column, start.stride}, sums + column,
                                    prefetch);
   }
 }
@@ -111,8 +111,8 @@ SQ_AVX2 void gemm_panel(const GemmArgs& args, Range rows, int64_t panel) {
       const int64_t count = div_up(rows.end - row, tiles - tile);
       int32_t* block = sums + (row - rows.begin) * kPanel;
       const typename W::Rows a(args.a + row * args.a_stride + 4 * k4, args.a_stride, count, depth4);
-      kTileKernels<W>[count](a.data, a.stride, b + k4* 4 * kPanel, depth4, k4 == 0 ? start : block,
-                             k4 == 0 ? 0 : kPanel, block, tile == 0);
+      const Strided<const int32_t> begin = {k4 == 0 ? start : block, k4 == 0 ? 0 : kPanel};
+      kTileKernels<W>[count]({a.data, a.stride}, b + k4* 4 * kPanel, depth4, begin, block, tile == 0);
       if (k4 + kDepth4 >= used4) {
         for (int64_t r = 0; r < count; ++r) store_row(args, columns, row + r, block + r * kPanel);
       }

@@ -73,4 +73,28 @@ class Scratch {
   alignas(kAlignment) uint8_t small_[kOnStack];
 };
 
+// Parts of one buffer: their sizes first, their addresses when it exists.
+class Plan {
+ public:
+  template <class T>
+  struct Part {
+    int64_t offset;
+
+    T* in(uint8_t* memory) const { return reinterpret_cast<T*>(memory + offset); }
+    T* in(Scratch& scratch) const { return in(scratch.data()); }
+  };
+
+  template <class T = uint8_t>
+  Part<T> add(int64_t count) {
+    const int64_t offset = bytes_;
+    bytes_ += Scratch::align(count * static_cast<int64_t>(sizeof(T)));
+    return {offset};
+  }
+
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  int64_t bytes_ = 0;
+};
+
 }  // namespace sq

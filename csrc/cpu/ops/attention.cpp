@@ -1,6 +1,7 @@
 // attention on the CPU.
 #include <torch/csrc/stable/library.h>
 
+#include "common/attention_checks.h"
 #include "common/tensors.h"
 #include "cpu/compute/parallel_attention.h"
 
@@ -9,26 +10,10 @@ namespace {
 
 constexpr const char* kOp = "attention";
 
-void check_heads(const char* name, const Tensor& x, const Tensor& q, bool is_int8) {
+void check_heads(const char* name, const Tensor& x, const Tensor& q, bool has_scale) {
   SQ_CHECK(x.dim() == 4, kOp, ": ", name, " has shape ", shape_text(x), ", expected [B, heads, length, D]");
-  if (is_int8) {
-    SQ_CHECK(x.scalar_type() == ScalarType::Char, kOp, ": ", name, " is ", dtype_text(x.scalar_type()),
-             ", expected int8, because it has scales");
-  } else {
-    SQ_CHECK(x.scalar_type() == q.scalar_type(), kOp, ": ", name, " is ", dtype_text(x.scalar_type()), " and q is ",
-             dtype_text(q.scalar_type()), ", expected the same dtype");
-  }
-  check_same_device(kOp, name, x, "q", q);
+  check_key_dtype(kOp, name, x, has_scale, "q", q);
   SQ_CHECK(x.size(0) == q.size(0), kOp, ": ", name, " has B=", x.size(0), ", but q has B=", q.size(0));
-}
-
-void check_head_scale(const char* name, const Tensor& scale, const Tensor& q, const Tensor& k) {
-  check_same_device(kOp, name, scale, "q", q);
-  SQ_CHECK(scale.scalar_type() == ScalarType::Float, kOp, ": ", name, " is ", dtype_text(scale.scalar_type()),
-           ", expected float32");
-  SQ_CHECK(scale.dim() == 3 && scale.size(0) == k.size(0) && scale.size(1) == k.size(1) && scale.size(2) == k.size(2),
-           kOp, ": ", name, " has shape ", shape_text(scale), ", expected [", k.size(0), ", ", k.size(1), ", ",
-           k.size(2), "]");
 }
 
 void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask, double scale,
@@ -45,20 +30,12 @@ void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Op
            shape_text(v), ", expected the same heads and length");
   SQ_CHECK(k.size(1) > 0 ? q.size(1) % k.size(1) == 0 : q.size(1) == 0, kOp, ": q has ", q.size(1), " heads and k ",
            k.size(1), ", expected a multiple");
-  SQ_CHECK(scale > 0 && std::isfinite(scale), kOp, ": scale is ", scale, ", expected a positive finite number");
+  check_score_scale(kOp, scale);
   if (is_int8) {
-    check_head_scale("k_scale", *k_scale, q, k);
-    check_head_scale("v_scale", *v_scale, q, k);
+    check_head_scale(kOp, "k_scale", *k_scale, k, "q", q);
+    check_head_scale(kOp, "v_scale", *v_scale, k, "q", q);
   }
-  if (!mask.has_value()) return;
-  check_same_device(kOp, "mask", *mask, "q", q);
-  SQ_CHECK(mask->scalar_type() == ScalarType::Bool, kOp, ": mask is ", dtype_text(mask->scalar_type()),
-           ", expected bool, true where a query may see a key");
-  SQ_CHECK(mask->dim() == 4 && (mask->size(0) == 1 || mask->size(0) == q.size(0)) &&
-               (mask->size(1) == 1 || mask->size(1) == q.size(1)) && mask->size(2) == q.size(2) &&
-               mask->size(3) == k.size(2),
-           kOp, ": mask has shape ", shape_text(*mask), ", expected [1 or B, 1 or heads, ", q.size(2), ", ", k.size(2),
-           "]");
+  if (mask.has_value()) check_mask(kOp, *mask, {q.size(0), q.size(1), q.size(2), k.size(2)}, "q", q);
 }
 
 // The kernels want the elements of a row side by side; how rows lie does not matter.
@@ -69,11 +46,6 @@ Tensor with_contiguous_rows(const Tensor& x) {
 
 OptionalTensor with_contiguous_rows(const OptionalTensor& x) {
   return x.has_value() ? OptionalTensor(with_contiguous_rows(*x)) : OptionalTensor(std::nullopt);
-}
-
-// Of [B, heads, length, D], or of [B, heads, length], whose rows are one element.
-AttentionStrides strides_of(const Tensor& x) {
-  return {x.size(0) == 1 ? 0 : x.stride(0), x.size(1) == 1 ? 0 : x.stride(1), x.dim() == 4 ? x.stride(2) : 1};
 }
 
 Tensor attention_cpu(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const OptionalTensor& mask_in,

@@ -21,9 +21,10 @@ Tensor w8a8_gemm_cpu(const Tensor& a_in, const Tensor& b, const Tensor& a_scale_
   const PackedWeight weight(shape, layer);
   Tensor y = empty_cpu(replace_last(a, shape.n), out_dtype);
 
-  QuantizedActivation activation(current_kernels(), shape.m, shape.k, weight.dtype());
-  Scratch scratch(activation.bytes());
-  activation.place(scratch.data());
+  Plan plan;
+  QuantizedActivation activation(current_kernels(), shape.m, shape.k, weight.dtype(), plan);
+  Scratch scratch(plan.bytes());
+  activation.place(scratch);
   const auto* source = pointer<uint8_t>(a);
   parallel_rows(shape.m, shape.k, [&](Range rows) {
     copy_rows(source, shape.k, activation.flip(), activation.q(), activation.q_stride(), rows);
@@ -43,9 +44,10 @@ void quantize_and_multiply(const char* op, const Tensor& x_in, const OptionalTen
   const OptionalTensor smooth = as_contiguous(smooth_in);
   const int64_t m = row_count(x);
   const Kernels& kernels = current_kernels();
-  QuantizedActivation activation(kernels, m, x.size(x.dim() - 1), dtype);
-  Scratch scratch(activation.bytes());
-  activation.place(scratch.data());
+  Plan plan;
+  QuantizedActivation activation(kernels, m, x.size(x.dim() - 1), dtype, plan);
+  Scratch scratch(plan.bytes());
+  activation.place(scratch);
   QuantizeArgs args = activation.target(checked_static_scale(op, "input_scale", input_scale, "x", x));
   args.x = x.const_data_ptr();
   args.x_dtype = kernel_dtype(x.scalar_type());

@@ -31,8 +31,10 @@ Tensor rms_norm_cpu(const Tensor& x_in, const Tensor& weight, double eps, double
 
   NormArgs args{};
   args.k = x.size(x.dim() - 1);
-  Scratch scratch(args.k * static_cast<int64_t>(sizeof(float)));
-  auto* wide = reinterpret_cast<float*>(scratch.data());
+  Plan plan;
+  const auto wide_weight = plan.add<float>(args.k);
+  Scratch scratch(plan.bytes());
+  float* wide = wide_weight.in(scratch);
   widen_channels(weight, offset, wide);
   args.norm = Norm::kRms;
   args.x = x.const_data_ptr();
@@ -60,16 +62,18 @@ struct Cpu {
 
     NormArgs args{};
     args.k = target.args.k;
-    Scratch scratch(2 * args.k * static_cast<int64_t>(sizeof(float)));
-    auto* wide = reinterpret_cast<float*>(scratch.data());
-    widen_channels(inputs.weight, inputs.offset, wide);
-    if (inputs.bias.has_value()) widen_channels(*inputs.bias, -0.0, wide + args.k);  // x + -0 is x, also for x = -0
+    Plan plan;
+    const auto wide_weight = plan.add<float>(args.k), wide_bias = plan.add<float>(args.k);
+    Scratch scratch(plan.bytes());
+    widen_channels(inputs.weight, inputs.offset, wide_weight.in(scratch));
+    if (inputs.bias.has_value())
+      widen_channels(*inputs.bias, -0.0, wide_bias.in(scratch));  // x + -0 is x, also for x = -0
     args.norm = inputs.norm;
     args.x = x.const_data_ptr();
     args.residual = residual.has_value() ? residual->const_data_ptr() : nullptr;
     args.x_dtype = kernel_dtype(x.scalar_type());
-    args.weight = wide;
-    args.bias = inputs.bias.has_value() ? wide + args.k : nullptr;
+    args.weight = wide_weight.in(scratch);
+    args.bias = inputs.bias.has_value() ? wide_bias.in(scratch) : nullptr;
     args.eps = static_cast<float>(inputs.eps);
     args.sum = sum.mutable_data_ptr();
     args.y_dtype = DType::kFloat32;

@@ -1,1 +1,1 @@
-"""The checkpoint formats, a file each."""
+"""The checkpoint formats, a file each; ``registry`` lists them."""

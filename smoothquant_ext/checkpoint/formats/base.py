@@ -1,172 +1,205 @@
-"""The checkpoint formats that are written: how a ``quantization_config`` names our schemes, and a layer its tensors.
-
-compressed-tensors is described by its ``QuantizationConfig`` (config_groups, targets, ignore); LMDeploy by
-``quant_method: smooth_quant`` with a ``quant_dtype``. Reading, theirs and other people's, is in ``layouts``.
-"""
+"""What a checkpoint format is, and what the parsers of several formats share."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...errors import SmoothQuantError
-from ...scheme import Scheme
+from ...scheme import Scheme, dtype_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...nn.linear import W8A8Linear
+
+CONVERT_AGAIN = "quantize the original model with smoothquant-ext instead"
 
 
 @dataclass(frozen=True)
+class TensorNames:
+    """The suffixes of a layer's tensors, besides ``weight`` and ``bias``; ``None`` where the format has no such tensor.
+
+    The fields are the buffers of ``W8A8Linear``, and ``weight_zero_point``, which must be zero.
+    """
+
+    weight_scale: str = "weight_scale"
+    input_scale: str | None = None
+    input_zero_point: str | None = None
+    smooth: str | None = None
+    weight_zero_point: str | None = None
+
+    @property
+    def is_state_dict(self) -> bool:
+        """Whether every tensor has the name of its buffer, so that a state dict is already in this format."""
+        return all(name in (None, buffer) for buffer, name in asdict(self).items())
+
+
 class Format:
-    """How one format spells a layer: the names of its scale tensors, next to ``weight`` and ``bias``.
+    """One checkpoint format: reads its ``quantization_config`` and, if it is also written, writes it.
+
+    A format is a subclass in a file of its own and an entry of ``registry.FORMATS``.
 
     Attributes:
-        name: what ``save(format=...)`` calls it.
-        quant_method: what its ``quantization_config`` calls it.
-        weight_scale: suffix of the weight's scale.
-        input_scale: suffix of the static activation scale, ``None`` where the format has no static activations.
-        smooth: suffix of the explicit smoothing scale, ``None`` where the format has none.
-        dtypes: the 8-bit dtypes it can store.
+        name: what ``save(format=...)`` and ``--format`` call it.
+        quant_method: the ``quant_method`` of its ``quantization_config``.
+        tensors: the names of a layer's tensors.
+        config_file: the file that holds the configuration where config.json has none, ``None`` for most formats.
+        weight_scale_is_per_channel: whether a weight's scale is [N, 1] even where the scheme has one scale per tensor.
+        dtypes: the 8-bit dtypes it can store; empty for a format that is only read.
+        read_by: the programs that read it, for ``--help``; of a format that is written.
+        how_to_run: the paragraph of the model card that says what runs the checkpoint, Markdown, with ``{name}`` for
+            the model's name; of a format that is written.
     """
 
     name: str
     quant_method: str
-    weight_scale: str
-    input_scale: str | None
-    smooth: str | None
-    dtypes: tuple[torch.dtype, ...]
+    tensors = TensorNames()
+    config_file: str | None = None
+    weight_scale_is_per_channel = False
+    dtypes: tuple[torch.dtype, ...] = ()
+    read_by = ""
+    how_to_run = ""
+
+    def recognizes(self, config: Mapping[str, Any]) -> bool:
+        """Whether ``config`` is a ``quantization_config`` of this format."""
+        return bool(config.get("quant_method") == self.quant_method)
+
+    def parse(self, config: Mapping[str, Any], where: str) -> QuantizationMap:
+        """Reads a ``quantization_config`` that the format recognizes.
+
+        Args:
+            config: the ``quantization_config``.
+            where: the name of its file, for messages.
+
+        Raises:
+            SmoothQuantError: it describes something other than W8A8 with scales per channel or tensor, which it names.
+        """
+        raise NotImplementedError
+
+    def variant(self, tensors: Collection[str]) -> Format:
+        """The format with the tensor names that a checkpoint uses, where several tools share a ``quant_method``.
+
+        Args:
+            tensors: the names of all tensors of the checkpoint.
+        """
+        return self
+
+    def cannot_store(self, schemes: Sequence[Scheme], explicit: bool) -> str:
+        """Why the format cannot store a model, to follow its name in a sentence; ``""`` if it can.
+
+        Args:
+            schemes: the schemes of the model's layers.
+            explicit: whether a layer has an explicit smoothing scale.
+        """
+        if explicit and self.tensors.smooth is None:
+            return "has no place for explicit smoothing scales"
+        for scheme in schemes:
+            if scheme.dtype not in self.dtypes:
+                return f"cannot store scheme {scheme.name!r} ({dtype_name(scheme.dtype)})"
+            if scheme.is_static and self.tensors.input_scale is None:
+                return f"has no static activation scales, which scheme {scheme.name!r} needs"
+            if not scheme.symmetric and self.tensors.input_zero_point is None:
+                return f"has symmetric activations only, and scheme {scheme.name!r} has not"
+        return ""
+
+    def quantization_config(self, schemes: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, Any]:
+        """The ``quantization_config`` of config.json.
+
+        Args:
+            schemes: the scheme of each quantized layer, by its name in the checkpoint; ``cannot_store`` said ``""``.
+            ignore: the names of the linear layers that stay in floating point.
+        """
+        raise NotImplementedError
+
+    def stored_scale(self, layer: W8A8Linear) -> Tensor:
+        """The weight's scale as the format stores it, fp32 [N, 1] or [1], whether or not the layer is packed."""
+        scale = layer.weight_scale.reshape(-1, 1)
+        if layer.scheme.weight == "channel" or self.weight_scale_is_per_channel:
+            return scale.expand(layer.out_features, 1)
+        return scale[0]
+
+    def small_tensors(self, layer: W8A8Linear) -> dict[str, Tensor]:
+        """The tensors of a layer besides its weight, by the suffixes of their names."""
+        zero_point = layer.input_zero_point
+        tensors = {
+            self.tensors.weight_scale: self.stored_scale(layer),
+            self.tensors.input_scale: layer.input_scale,
+            self.tensors.input_zero_point: None if zero_point is None else zero_point.to(torch.int8),
+            self.tensors.smooth: layer.smooth,
+            "bias": layer.bias,
+        }
+        return {suffix: tensor for suffix, tensor in tensors.items() if suffix is not None and tensor is not None}
 
 
-FORMATS: Mapping[str, Format] = MappingProxyType(
-    {
-        fmt.name: fmt
-        for fmt in (
-            Format(
-                "compressed-tensors",
-                "compressed-tensors",
-                "weight_scale",
-                "input_scale",
-                None,
-                (torch.int8, torch.float8_e4m3fn),
-            ),
-            # compressed-tensors and one tensor more, described so that others refuse it (see SMOOTHED).
-            Format(
-                "smoothquant-ext",
-                "compressed-tensors",
-                "weight_scale",
-                "input_scale",
-                "smooth",
-                (torch.int8, torch.float8_e4m3fn),
-            ),
-            Format(
-                "lmdeploy",
-                "smooth_quant",
-                "scale",
-                None,
-                None,
-                (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2),
-            ),
-        )
-    }
-)
+@dataclass(frozen=True)
+class QuantizationMap:
+    """The content of a ``quantization_config``: the format, and the scheme of each layer.
 
-# compressed-tensors' `type` and the format that goes with it, for each dtype it has.
-CT_TYPES = {torch.int8: ("int", "int-quantized"), torch.float8_e4m3fn: ("float", "float-quantized")}
-# Without the scale of explicit smoothing a model talks nonsense, so nobody may load it who does not know that tensor:
-# compressed-tensors, and transformers with it, stops at a status that it has never heard of, vLLM at such a format.
-SMOOTHED = "smoothed"
+    Attributes:
+        fmt: the format.
+        groups: (targets, scheme) in order; a target is a class name, a module name, or ``re:`` and a regular
+            expression, as in compressed-tensors.
+        ignore: targets that stay in floating point whatever ``groups`` says.
+        complete: true if every linear layer that is targeted and not ignored must be quantized, and the granularity
+            of the scales is that of ``groups``; else the files decide both.
+        notes: what is read differently from what the configuration asks for, a sentence each.
+    """
+
+    fmt: Format
+    groups: tuple[tuple[tuple[str, ...], Scheme], ...]
+    ignore: tuple[str, ...] = ()
+    complete: bool = False
+    notes: tuple[str, ...] = ()
+
+    def ignores(self, name: str) -> bool:
+        """Whether the configuration says that the linear layer ``name`` stays in floating point."""
+        return any(_targets(target, name) for target in self.ignore)
+
+    def scheme_of(self, name: str) -> Scheme | None:
+        """The scheme of the linear layer ``name``, ``None`` if it is ignored or not targeted."""
+        if self.ignores(name):
+            return None
+        return next((scheme for targets, scheme in self.groups if any(_targets(t, name) for t in targets)), None)
 
 
-def choose_format(name: str | None, schemes: Sequence[Scheme], explicit: bool = False) -> Format:
-    """The format to write, checked against the schemes of the model and whether it has explicit smoothing.
+def _targets(target: str, name: str) -> bool:
+    if target.startswith("re:"):
+        return re.match(target[3:], name) is not None
+    return target in ("Linear", name)
 
-    ``None`` chooses compressed-tensors, where that can store the model.
+
+def all_linears(scheme: Scheme) -> tuple[tuple[tuple[str, ...], Scheme], ...]:
+    """The groups of a map that gives every linear layer the same scheme."""
+    return ((("Linear",), scheme),)
+
+
+def parse_targets(value: object, where: str) -> tuple[str, ...]:
+    """A list of names and ``re:`` patterns, ``None`` being an empty one.
 
     Raises:
-        SmoothQuantError: unknown format, or one that cannot store one of the schemes.
+        SmoothQuantError: it is something else, or holds an invalid regular expression.
     """
-    e5m2 = any(scheme.dtype == torch.float8_e5m2 for scheme in schemes)
-    if name is None:
-        name = "lmdeploy" if e5m2 else "smoothquant-ext" if explicit else "compressed-tensors"
-    if name not in FORMATS:
-        raise SmoothQuantError(f"unknown format {name!r}, expected one of {', '.join(FORMATS)}")
-    fmt = FORMATS[name]
-    if explicit and fmt.smooth is None:
-        raise SmoothQuantError(
-            f"format {name!r} has no place for explicit smoothing scales; use format 'smoothquant-ext', or quantize "
-            "without explicit smoothing"
-        )
-    for scheme in schemes:
-        if scheme.dtype not in fmt.dtypes:
-            raise SmoothQuantError(
-                f"format {name!r} cannot store scheme {scheme.name!r} ({short_name(scheme.dtype)}); "
-                "use format 'lmdeploy'"
-            )
-        if scheme.is_static and fmt.input_scale is None:
-            raise SmoothQuantError(
-                f"format {name!r} has no static activation scales, which scheme {scheme.name!r} needs; "
-                "use format 'compressed-tensors' or a dynamic scheme"
-            )
-        if not scheme.symmetric and fmt.name == "lmdeploy":
-            raise SmoothQuantError(
-                f"format {name!r} has symmetric activations only, and scheme {scheme.name!r} has not; "
-                "use format 'compressed-tensors'"
-            )
-    if fmt.name == "lmdeploy" and len({scheme.dtype for scheme in schemes}) > 1:
-        raise SmoothQuantError("format 'lmdeploy' has one quant_dtype for all layers; use format 'compressed-tensors'")
-    return fmt
+    value = [] if value is None else value
+    try:
+        if isinstance(value, list) and all(isinstance(target, str) for target in value):
+            for target in value:
+                re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
+            return tuple(value)
+    except re.error:
+        pass
+    raise SmoothQuantError(f"{where} is {value!r}, expected a list of names or 're:' patterns; {CONVERT_AGAIN}")
 
 
-def quantization_config(fmt: Format, schemes: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, Any]:
-    """The ``quantization_config`` of config.json.
-
-    Args:
-        fmt: from ``choose_format``.
-        schemes: scheme of each quantized layer, by its name in the checkpoint.
-        ignore: names of the linear layers that stay in floating point.
-    """
-    if fmt.name == "lmdeploy":
-        dtype = next(iter(schemes.values())).dtype
-        return {
-            "quant_method": fmt.quant_method,
-            "quant_dtype": short_name(dtype),
-            "modules_to_not_convert": list(ignore),
-        }
-    names_by_scheme: dict[Scheme, list[str]] = {}
-    for name, scheme in schemes.items():
-        names_by_scheme.setdefault(scheme, []).append(name)
-    formats = [CT_TYPES[scheme.dtype][1] for scheme in names_by_scheme]
-    if fmt.smooth is not None:
-        formats = [f"{name}-{SMOOTHED}" for name in formats]
-    mixed = len(set(formats)) > 1
-    groups = {}
-    for index, (scheme, names) in enumerate(names_by_scheme.items()):
-        group = _ct_group(scheme, ["Linear"] if len(names_by_scheme) == 1 else names)
-        groups[f"group_{index}"] = group | {"format": formats[index]} if mixed else group
-    return {
-        "quant_method": fmt.quant_method,
-        "format": "mixed-precision" if mixed else formats[0],
-        "quantization_status": "compressed" if fmt.smooth is None else SMOOTHED,
-        "ignore": list(ignore),
-        "config_groups": groups,
-    }
+def cache_notes(scheme: object) -> tuple[str, ...]:
+    """The note on an 8-bit cache of keys and values, if the configuration has a ``scheme`` for one."""
+    return ("the cache of keys and values is kept in floating point, not in 8 bits",) if scheme else ()
 
 
-def _ct_group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
-    common = {"num_bits": 8, "type": CT_TYPES[scheme.dtype][0]}
-    return {
-        "targets": targets,
-        "weights": {**common, "symmetric": True, "strategy": scheme.weight, "dynamic": False},
-        "input_activations": {
-            **common,
-            "symmetric": scheme.symmetric,
-            "strategy": scheme.activation,
-            "dynamic": not scheme.is_static,
-        },
-    }
-
-
-def short_name(dtype: torch.dtype) -> str:
-    """``int8``, ``float8_e4m3fn`` or ``float8_e5m2``."""
-    return str(dtype).removeprefix("torch.")
+def not_w8a8(subject: str, content: str, readers: str) -> SmoothQuantError:
+    """The error for a checkpoint that others can read: ``subject`` has ``content``."""
+    return SmoothQuantError(f"{subject} has {content}, which is not W8A8 but is read by {readers}; {CONVERT_AGAIN}")

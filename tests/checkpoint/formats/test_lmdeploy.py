@@ -20,6 +20,10 @@ from tiny_w8a8 import quantized
 from torch import Tensor, nn
 
 from smoothquant_ext.checkpoint import loading, saving
+from smoothquant_ext.checkpoint.formats.lmdeploy import LMDeploy
+from smoothquant_ext.checkpoint.formats.registry import parse_quantization_config
+from smoothquant_ext.errors import SmoothQuantError
+from smoothquant_ext.scheme import SCHEMES
 
 IDS = tiny.token_ids()
 MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -91,3 +95,24 @@ def inputs_and_outputs(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     for handle in handles:
         handle.remove()
     return seen
+
+
+def test_the_configuration_that_lmdeploy_expects() -> None:
+    assert LMDeploy().quantization_config({"a": SCHEMES["fp8-e5m2"]}, ["lm_head"]) == {
+        "quant_method": "smooth_quant",
+        "quant_dtype": "float8_e5m2",
+        "modules_to_not_convert": ["lm_head"],
+    }
+
+
+@pytest.mark.parametrize(("config", "scheme"), [({}, "int8"), ({"quant_dtype": "fp8"}, "fp8")])
+def test_configurations_of_its_versions(config: dict[str, Any], scheme: str) -> None:
+    quantization = parse_quantization_config({"quant_method": "smooth_quant", **config}, "config.json")
+    assert quantization.scheme_of("a") is SCHEMES[scheme]
+    assert quantization.fmt.name == "lmdeploy"
+
+
+def test_another_dtype_is_named() -> None:
+    config = {"quant_method": "smooth_quant", "quant_dtype": "int4"}
+    with pytest.raises(SmoothQuantError, match=r"^config\.json: quant_dtype 'int4' is not an 8-bit dtype LMDeploy has"):
+        parse_quantization_config(config, "config.json")

@@ -1,5 +1,5 @@
-// The parallel regions of the CPU ops, csrc/cpu/parallel.h, on plain threads: any number of them gives the same bits, and
-// the thread sanitizer sees whether two touch the same memory.
+// The parallel regions of the CPU ops, csrc/cpu/compute/parallel.h, on plain threads: any number of them gives the same
+// bits, and the thread sanitizer sees whether two touch the same memory.
 #include "cpu/compute/parallel.h"
 
 #include <cstring>

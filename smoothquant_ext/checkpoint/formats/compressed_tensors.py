@@ -1,0 +1,178 @@
+"""compressed-tensors, the format of llm-compressor, and with one tensor more the format of explicit smoothing.
+
+    {"quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed",
+     "ignore": ["lm_head"],
+     "config_groups": {"group_0": {"targets": ["Linear"], "weights": {...}, "input_activations": {...}}}}
+
+A layer has ``weight`` [N, K], ``weight_scale`` fp32 [N, 1] or [1], with static activations ``input_scale`` [1], and
+where these are asymmetric ``input_zero_point`` [1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ...errors import SmoothQuantError
+from ...scheme import Scheme, scheme_of
+from .base import CONVERT_AGAIN, Format, QuantizationMap, TensorNames, cache_notes, not_w8a8, parse_targets
+
+# The `type` of each dtype, and the `format` that goes with it.
+TYPES = {torch.int8: ("int", "int-quantized"), torch.float8_e4m3fn: ("float", "float-quantized")}
+DTYPES = {type_name: dtype for dtype, (type_name, _) in TYPES.items()}
+# Formats that keep one 8-bit number per weight under the name `weight`; `naive-quantized` is an old name for both.
+READABLE = ("int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
+# Extensions that change what the tensors mean; empty or absent in a plain W8A8 checkpoint.
+EXTENSIONS = ("transform_config", "moe_sparsity_config")
+
+
+class CompressedTensors(Format):
+    """compressed-tensors as other tools write and read it.
+
+    Attributes:
+        statuses: the values of ``quantization_status`` under which weights have 8 bits; the first is written.
+            ``frozen`` is what old versions called it. The files show whether the weights really have 8 bits.
+        suffix: follows every ``format``.
+    """
+
+    name = quant_method = "compressed-tensors"
+    tensors = TensorNames(
+        input_scale="input_scale", input_zero_point="input_zero_point", weight_zero_point="weight_zero_point"
+    )
+    dtypes = tuple(TYPES)
+    statuses: tuple[str, ...] = ("compressed", "frozen")
+    suffix = ""
+    read_by = "vLLM, SGLang and transformers"
+    how_to_run = (
+        "It is stored as compressed-tensors, so vLLM (`vllm serve {name}`) and SGLang run it in 8 bits too. "
+        "transformers\nwithout smoothquant-ext dequantizes it, and needs the package `compressed-tensors`."
+    )
+
+    def parse(self, config: Mapping[str, Any], where: str) -> QuantizationMap:
+        for key in EXTENSIONS:
+            if config.get(key):
+                raise SmoothQuantError(f"{where}: {key} is set, which is not supported; {CONVERT_AGAIN}")
+        sparsity = (config.get("sparsity_config") or {}).get("format", "dense")
+        if sparsity != "dense":
+            raise SmoothQuantError(f"{where}: the weights are stored as {sparsity!r}, not dense; {CONVERT_AGAIN}")
+        status = config.get("quantization_status", "compressed")
+        if status not in self.statuses:
+            raise SmoothQuantError(
+                f"{where}: quantization_status is {status!r}, so the weights are not stored in 8 bits; {CONVERT_AGAIN}"
+            )
+        raw_groups = config.get("config_groups")
+        if not isinstance(raw_groups, Mapping) or not raw_groups:
+            raise SmoothQuantError(f"{where}: quantization_config has no config_groups; {CONVERT_AGAIN}")
+        groups = []
+        for name, group in raw_groups.items():
+            if not isinstance(group, Mapping):
+                raise SmoothQuantError(f"{where}: {name} is {group!r}, expected targets and weights; {CONVERT_AGAIN}")
+            stored = group.get("format") or config.get("format")
+            if not isinstance(stored, str) or stored.removesuffix(self.suffix) not in READABLE:
+                raise SmoothQuantError(f"{where}: {name} is stored as {stored!r}, which is not W8A8; {CONVERT_AGAIN}")
+            targets = parse_targets(group.get("targets"), f"{where}: the targets of {name}")
+            groups.append((targets, _parse_group(group, f"{where}: {name}")))
+        ignore = parse_targets(config.get("ignore"), f"{where}: ignore")
+        notes = cache_notes(config.get("kv_cache_scheme"))
+        return QuantizationMap(self, tuple(groups), ignore, complete=True, notes=notes)
+
+    def quantization_config(self, schemes: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, Any]:
+        names_by_scheme: dict[Scheme, list[str]] = {}
+        for name, scheme in schemes.items():
+            names_by_scheme.setdefault(scheme, []).append(name)
+        formats = [TYPES[scheme.dtype][1] + self.suffix for scheme in names_by_scheme]
+        mixed = len(set(formats)) > 1
+        groups = {}
+        for index, (scheme, names) in enumerate(names_by_scheme.items()):
+            group = _write_group(scheme, ["Linear"] if len(names_by_scheme) == 1 else names)
+            groups[f"group_{index}"] = group | {"format": formats[index]} if mixed else group
+        return {
+            "quant_method": self.quant_method,
+            "format": "mixed-precision" if mixed else formats[0],
+            "quantization_status": self.statuses[0],
+            "ignore": list(ignore),
+            "config_groups": groups,
+        }
+
+
+class Smoothed(CompressedTensors):
+    """compressed-tensors and the explicit smoothing scale, ``smooth`` fp32 [K].
+
+    Without that scale the outputs would be wrong, so no program may load the checkpoint that does not know the tensor:
+    compressed-tensors, and transformers with it, stops at an unknown status, vLLM at an unknown format.
+    """
+
+    name = "smoothquant-ext"
+    tensors = replace(CompressedTensors.tensors, smooth="smooth")
+    statuses = ("smoothed",)
+    suffix = "-smoothed"
+    read_by = "smoothquant-ext alone, for --explicit"
+    how_to_run = (
+        "Some of its inputs are smoothed at run time, by a tensor that only smoothquant-ext reads. "
+        "Other engines refuse it."
+    )
+
+    def recognizes(self, config: Mapping[str, Any]) -> bool:
+        return super().recognizes(config) and config.get("quantization_status") in self.statuses
+
+
+def _write_group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+    common = {"num_bits": 8, "type": TYPES[scheme.dtype][0]}
+    return {
+        "targets": targets,
+        "weights": {**common, "symmetric": True, "strategy": scheme.weight, "dynamic": False},
+        "input_activations": {
+            **common,
+            "symmetric": scheme.symmetric,
+            "strategy": scheme.activation,
+            "dynamic": not scheme.is_static,
+        },
+    }
+
+
+def _parse_group(group: Mapping[str, Any], where: str) -> Scheme:
+    weights, activations = group.get("weights"), group.get("input_activations")
+    if not weights or not activations or group.get("output_activations"):
+        parts = [part for part in ("weights", "input_activations", "output_activations") if group.get(part)]
+        raise SmoothQuantError(
+            f"{where} quantizes {' and '.join(parts) or 'nothing'}, expected weights and input_activations; "
+            f"{CONVERT_AGAIN}"
+        )
+    for part, arguments in (("weights", weights), ("input_activations", activations)):
+        if not isinstance(arguments, Mapping):
+            raise SmoothQuantError(f"{where} has {part} {arguments!r}, expected an object; {CONVERT_AGAIN}")
+        type_name, bits = arguments.get("type", "int"), arguments.get("num_bits", 8)
+        if type_name not in DTYPES or bits != 8:
+            raise SmoothQuantError(f"{where} has {bits}-bit {type_name} {part}, expected 8 bits; {CONVERT_AGAIN}")
+    dtype = DTYPES[weights.get("type", "int")]
+    if weights.get("type", "int") != activations.get("type", "int"):
+        raise SmoothQuantError(f"{where} mixes int and float in one layer; {CONVERT_AGAIN}")
+    symmetric = activations.get("symmetric", True)
+    if not weights.get("symmetric", True) or (not symmetric and dtype != torch.int8):
+        part = "weights" if symmetric or dtype == torch.int8 else "float input_activations"
+        raise SmoothQuantError(f"{where} has asymmetric {part}, expected symmetric ones; {CONVERT_AGAIN}")
+    scheme = scheme_of(dtype, *_parse_granularity(weights, activations, where))
+    return scheme if symmetric else replace(scheme, name=f"{scheme.name}-asymmetric", symmetric=False)
+
+
+def _parse_granularity(weights: Mapping[str, Any], activations: Mapping[str, Any], where: str) -> tuple[str, str]:
+    """What has a scale of its own: ``"channel"`` or ``"tensor"`` of the weight, ``"token"`` or ``"tensor"`` of x."""
+    dynamic = activations.get("dynamic", False)
+    weight = weights.get("strategy") or "tensor"
+    strategy = activations.get("strategy") or ("token" if dynamic else "tensor")
+    if {"block", "group"} & {weight, strategy}:
+        raise not_w8a8(where, "weights or activations scaled in blocks", "vLLM")
+    # One dynamic scale for all tokens of a batch is a makeshift for one per token, which is more exact.
+    activation = {("token", True): "token", ("tensor", True): "token", ("tensor", False): "tensor"}.get(
+        (strategy, dynamic)
+    )
+    if weights.get("dynamic", False) or weight not in ("channel", "tensor") or activation is None:
+        kind = "dynamic" if dynamic else "static"
+        raise SmoothQuantError(
+            f"{where} has weight scales per {weight} and {kind} activation scales per {strategy}, "
+            f"expected per channel or tensor, and dynamic per token or static per tensor; {CONVERT_AGAIN}"
+        )
+    return weight, activation
