@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import tiny
+import write_ops
 from command_line import smoothquant
 from op_cases import public_ops
 from pages import ROOT, blocks, ops_example
@@ -144,9 +145,6 @@ def test_a_page_of_measurements_is_current(generator: str) -> None:
 
 
 def test_the_reference_of_the_ops_is_current() -> None:
-    sys.path.insert(0, str(ROOT / "tools"))
-    import write_ops
-
     assert write_ops.TARGET.read_text(encoding="utf-8") == write_ops.page(), "run make docs"
     documented = set(re.findall(r"^### `(\w+)`", write_ops.page(), re.MULTILINE))
     assert documented == public_ops()

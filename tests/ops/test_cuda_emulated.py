@@ -6,10 +6,10 @@ insists on (alignment, types, architectures), and the tensors' device. See tests
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import itertools
 import os
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -41,33 +41,36 @@ pytestmark = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="the source
 
 
 @pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def emulated() -> Path:
     """The library, compiled with the project's own flags; products in pieces of 256 rows.
 
-    It stays in build/emulation/ until a source changes: compiling takes as long as all the tests here.
+    It stays in build/emulation/ until a source changes: compiling takes as long as all the tests here. Test processes
+    that want it at the same time wait for the first.
     """
     torch_dir = Path(torch.__file__).parent
     lines = (ROOT / "csrc" / "flags.txt").read_text().splitlines()
     flags = [line.split(maxsplit=1)[1] for line in lines if line.startswith(("cxx", "torch"))]
     flags += ["-O1", "-fPIC", "-DUSE_CUDA", "-DSQ_MOST_SUM_BYTES=1", "-include", "tests/native/emulation/emulate.h"]
     flags += ["-Itests/native/emulation/stub", "-Itests", "-Icsrc", "-isystem", str(torch_dir / "include")]
-    library = ROOT / "build" / "emulation" / f"{state_of_the_sources(flags)}.so"
-    if library.is_file():
-        return library
-    folder = tmp_path_factory.mktemp("emulated")
+    folder = ROOT / "build" / "emulation"
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / f"{state_of_the_sources(flags)}.so"
 
     def compile_one(source: str) -> str:
         target = str(folder / f"{source.replace('/', '-')}.o")
         subprocess.run(["c++", "-x", "c++", *flags, "-c", source, "-o", target], cwd=ROOT, check=True)
         return target
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, SOURCES))
-    linked = folder / library.name
-    subprocess.run(["c++", "-shared", *objects, "-o", linked, f"-L{torch_dir / 'lib'}", "-ltorch_cpu"], check=True)
-    shutil.rmtree(library.parent, ignore_errors=True)  # those of older sources
-    library.parent.mkdir(parents=True, exist_ok=True)
-    shutil.move(linked, library)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.is_file():
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = list(pool.map(compile_one, SOURCES))
+            whole = folder / "whole.so"
+            libraries = [f"-L{torch_dir / 'lib'}", "-ltorch_cpu"]
+            subprocess.run(["c++", "-shared", *objects, "-o", whole, *libraries], check=True)
+            for older in folder.glob("*.so"):
+                older.rename(library) if older == whole else older.unlink()
     return library
 
 

@@ -122,7 +122,7 @@ def test_a_row_that_is_not_finite_spoils_no_other_sequence() -> None:
 ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"x": torch.ones(2, 40)}, r"x has shape \[2, 40\], expected \[B, T, K\]"),
     ({"x": torch.ones(2, 3, 40).int()}, "x is int32"),
-    ({"norm": torch.ones(39)}, "norm has 39 elements, expected 40"),
+    ({"norm": torch.ones(39)}, "norm has 39 elements, expected K=40"),
     ({"weight": []}, r"weight has 0 elements, expected 7 \(q, k, v, o, gate, up, down\)"),
     ({"weight_scale": []}, "weight_scale has 0 elements, but weight has 7"),
     ({"bias": [torch.ones(1)]}, "bias has 1 elements, expected 0 or 7"),
@@ -134,11 +134,11 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"keys": torch.ones(2, 2, 6, 10)}, r"keys has shape \[2, 2, 6, 10\], expected contiguous \[2, 2, 7 or more, 10\]"),
     ({"values": torch.ones(2, 2, 12, 10).bfloat16()}, "values is bfloat16 and x is float32"),
     ({"past": -1}, "past is -1"),
-    ({"mask": torch.ones(2, 1, 3, 6, dtype=torch.bool)}, r"mask is .* \[2, 1, 3, 6\], expected bool"),
+    ({"mask": torch.ones(2, 1, 3, 6, dtype=torch.bool)}, r"mask has shape \[2, 1, 3, 6\], expected .*, 3, 7\]"),
     ({"scale": 0.0}, "scale is 0"),
     ({"activation": "tanh"}, "activation is 'tanh'"),
     ({"q_norm": torch.ones(10)}, "one of q_norm and k_norm is given, expected both or neither"),
-    ({"q_norm": torch.ones(10), "k_norm": torch.ones(40)}, "k_norm has 40 elements, expected 10"),
+    ({"q_norm": torch.ones(10), "k_norm": torch.ones(40)}, "k_norm has 40 elements, expected D=10"),
 ]
 
 

@@ -31,7 +31,7 @@ def layers(
     dtype: torch.dtype = torch.int8,
     is_packed: bool = True,
 ) -> dict[str, Any]:
-    """The weights, scales and biases of E experts, for sizes (E, K, inner, N)."""
+    """The layers of experts, by their number, K, the width inside, and N."""
     experts, k, inner, n = sizes
     shapes = [*([(inner, k)] * (2 if is_gated else 1)), (n, inner)]
     made = [weights(experts, *shape, seed, dtype, is_packed) for seed, shape in enumerate(shapes)]

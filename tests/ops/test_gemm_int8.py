@@ -216,7 +216,8 @@ def test_any_number_of_threads_gives_the_same_bits(isa: str, rows: int, n: int, 
 @settings(max_examples=80, deadline=None)
 @given(
     shape=st.tuples(st.integers(0, 300), st.integers(1, 200), st.integers(1, 1300)),
-    dtypes=st.tuples(st.sampled_from(FLOATS), st.sampled_from([None, *FLOATS])),
+    x_dtype=st.sampled_from(FLOATS),
+    out_dtype=st.sampled_from([None, *FLOATS]),
     is_static=st.booleans(),
     has_bias=st.booleans(),
     is_packed=st.booleans(),
@@ -224,13 +225,14 @@ def test_any_number_of_threads_gives_the_same_bits(isa: str, rows: int, n: int, 
 )
 def test_any_linear(
     shape: tuple[int, int, int],
-    dtypes: tuple[torch.dtype, torch.dtype | None],
+    x_dtype: torch.dtype,
+    out_dtype: torch.dtype | None,
     is_static: bool,
     has_bias: bool,
     is_packed: bool,
     seed: int,
 ) -> None:
-    (rows, n, k), (x_dtype, out_dtype) = shape, dtypes
+    rows, n, k = shape
     x, b = randn(rows, k, dtype=x_dtype, seed=seed), random_int8(n, k, seed=seed)
     bias = randn(n, seed=seed) if has_bias else None
     a_scale = torch.tensor([0.03]) if is_static else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -53,20 +52,17 @@ def check_linear(y: Tensor, expected: Tensor, x: Tensor, weight: Tensor, bias: T
     assert bool(((y.double() - exact).abs() <= 1.01 * bound).all())
 
 
-def _dequantized(x: Tensor, scale: Tensor | None) -> Tensor:
-    return x.double() if scale is None else x.double() * scale.double().unsqueeze(-1)
-
-
-def check_attention(y: Tensor, expected: Tensor, arguments: Mapping[str, Any]) -> None:
-    """Roundings may move the result [B, T, H, Dv] of ``ops.attention(**arguments)`` by as much as this.
+def check_attention(y: Tensor, expected: Tensor, arguments: dict[str, Any]) -> None:
+    """Roundings may move the result [B, T, H, Dv] of these arguments by as much as this.
 
     A score, a sum of D products, is off by at most (D + 3) eps times the sum of its magnitudes, its scales included,
     and its exponential by that relatively; fp32 exponentials, sums over S keys and the scales of values by a few eps
     more; a probability that is rounded to bf16, by 2^-9. Every one of these moves the weighted mean of v by its
     relative size times at most 2 max|v|. Then one cast.
     """
-    q, scale = arguments["q"], arguments["scale"]
-    k, v = (_dequantized(arguments[name], arguments.get(f"{name}_scale")) for name in ("k", "v"))
+    q, k, v, scale = arguments["q"], arguments["k"].double(), arguments["v"].double(), arguments["scale"]
+    if arguments.get("k_scale") is not None:
+        k, v = k * arguments["k_scale"].double().unsqueeze(-1), v * arguments["v_scale"].double().unsqueeze(-1)
     assert (y.dtype, y.shape) == (q.dtype, (q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
     assert y.is_contiguous()
     if not y.numel():
