@@ -5,33 +5,15 @@ Arguments that do not fit raise ``RuntimeError`` with one sentence that names th
 tensors are accepted. ``reference`` holds the same functions in plain torch, which the kernels are tested against.
 """
 
-# One line an op, module by module in the order in which ``info`` and docs/ops.md name them. The compiled ops are loaded
-# first: the modules below look them up.
+# backends first: it loads the compiled ops, which the other modules look up. These come in the order in which ``info``
+# and docs/ops.md name the ops; what a module makes public is its ``__all__``.
 # isort: off
-from .backends import OpInfo as OpInfo, cpu_isa as cpu_isa, cpu_isas as cpu_isas, fast_linear_rows as fast_linear_rows
-from .backends import info as info
-from .layer import Layer as Layer, as_lists as as_lists
+from .backends import *
+from .layer import *
 from ..packing import unpack_weight as unpack_weight
-
-from .quantize import quantize_per_token as quantize_per_token
-from .quantize import quantize_static as quantize_static
-
-from .norm_activation import rms_norm_quantize as rms_norm_quantize
-from .norm_activation import layer_norm_quantize as layer_norm_quantize
-from .norm_activation import silu_mul_quantize as silu_mul_quantize
-from .norm_activation import gelu_mul_quantize as gelu_mul_quantize
-from .norm_activation import gelu_quantize as gelu_quantize
-from .norm_activation import relu_quantize as relu_quantize
-
-from .gemm import prepack_weight as prepack_weight
-from .gemm import w8a8_gemm as w8a8_gemm
-from .gemm import w8a8_linear as w8a8_linear
-from .gemm import w8a8_linear_group as w8a8_linear_group
-from .gemm import w8a8_mlp as w8a8_mlp
-
-from .experts import w8a8_experts as w8a8_experts
-from .decoder_layer import w8a8_decoder_layer_ as w8a8_decoder_layer_
-
-from .floating import rms_norm as rms_norm
-from .floating import linear as linear
-from .floating import attention as attention
+from .quantize import *
+from .norm_activation import *
+from .gemm import *
+from .experts import *
+from .decoder_layer import *
+from .floating import *

@@ -12,6 +12,8 @@ import torch
 from ..ops import cuda_kernels
 from .declare import DECLARED, Declaration
 
+__all__ = ["OpInfo", "cpu_isa", "cpu_isas", "fast_linear_rows", "info"]
+
 
 def _load_library(name: str) -> None:
     """Loads a shared object of the package; raises ``ImportError`` with the dynamic linker's reason."""

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .declare import op
 
+__all__ = ["w8a8_decoder_layer_"]
+
 
 @op("gemm", why_not_cuda="on a GPU a model runs its modules one by one")
 def w8a8_decoder_layer_(

@@ -13,6 +13,8 @@ from .gemm import w8a8_gemm
 from .norm_activation import gelu_mul_quantize, silu_mul_quantize
 from .quantize import quantize_per_token
 
+__all__ = ["w8a8_experts"]
+
 
 @op("gemm", why_not_cuda="on a GPU the experts run one by one")
 def w8a8_experts(

@@ -6,6 +6,12 @@ from torch import Tensor
 
 from .declare import op
 
+__all__ = [
+    "attention",
+    "linear",
+    "rms_norm",
+]
+
 
 @op("norm_activation", cuda=("rows",))
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:

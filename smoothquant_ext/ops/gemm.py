@@ -10,6 +10,14 @@ from torch import Tensor
 from ..packing import packed_shape
 from .declare import op
 
+__all__ = [
+    "prepack_weight",
+    "w8a8_gemm",
+    "w8a8_linear",
+    "w8a8_linear_group",
+    "w8a8_mlp",
+]
+
 
 def out_features(weight: Tensor, weight_scale: Tensor) -> int:
     """N of a weight, plain or packed."""

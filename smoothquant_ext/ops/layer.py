@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+__all__ = ["Layer", "as_lists"]
+
 
 class Layer(NamedTuple):
     """An 8-bit linear layer: what ops call ``weight``, ``weight_scale`` and ``bias``."""

@@ -8,6 +8,15 @@ from torch import Tensor
 from .declare import op
 from .quantize import quantized
 
+__all__ = [
+    "gelu_mul_quantize",
+    "gelu_quantize",
+    "layer_norm_quantize",
+    "relu_quantize",
+    "rms_norm_quantize",
+    "silu_mul_quantize",
+]
+
 
 @op("norm_activation", cuda=("rows",))
 def rms_norm_quantize(

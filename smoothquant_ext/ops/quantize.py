@@ -7,6 +7,11 @@ from torch import Tensor
 
 from .declare import op
 
+__all__ = [
+    "quantize_per_token",
+    "quantize_static",
+]
+
 
 def quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Empty q and scales of the rows of ``x``."""

@@ -12,6 +12,8 @@ from .gemm import w8a8_linear, w8a8_mlp
 from .norm_activation import rms_norm
 from .quantize import quantize_per_token
 
+__all__ = ["w8a8_decoder_layer_"]
+
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of heads [B, H, T, D] by angles [1 or B, T, D], every step rounded to the dtype."""

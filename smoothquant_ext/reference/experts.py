@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .gemm import mlp
 
+__all__ = ["w8a8_experts"]
+
 
 def w8a8_experts(
     x: Tensor,

@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+__all__ = [
+    "attention",
+    "linear",
+]
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """See ``ops.linear``. Computed in fp64, rounded once."""

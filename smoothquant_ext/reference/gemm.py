@@ -11,6 +11,14 @@ from ..packing import PANEL, packed_shape, unpack_weight
 from .norm_activation import ACTIVATIONS
 from .quantize import quantize_with
 
+__all__ = [
+    "prepack_weight",
+    "w8a8_gemm",
+    "w8a8_linear",
+    "w8a8_linear_group",
+    "w8a8_mlp",
+]
+
 
 def prepack_weight(weight: Tensor) -> Tensor:
     """See ``ops.prepack_weight``."""

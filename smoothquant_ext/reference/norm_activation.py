@@ -9,6 +9,21 @@ from torch import Tensor
 
 from .quantize import quantize_with
 
+__all__ = [
+    "ACTIVATIONS",
+    "gelu",
+    "gelu_mul_quantize",
+    "gelu_quantize",
+    "gelu_tanh",
+    "layer_norm_quantize",
+    "relu",
+    "relu_quantize",
+    "rms_norm",
+    "rms_norm_quantize",
+    "silu",
+    "silu_mul_quantize",
+]
+
 # --- norms ----------------------------------------------------------------------------------------------------------
 
 LANES = 64

@@ -7,6 +7,11 @@ from torch import Tensor
 
 from ..scheme import QMAX
 
+__all__ = [
+    "quantize_per_token",
+    "quantize_static",
+]
+
 
 def cast(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Saturates and rounds fp32 values to an 8-bit dtype, half to even. NaN becomes 0 in INT8 and stays NaN in fp8."""

@@ -6,18 +6,13 @@ insists on (alignment, types, architectures), and the tensors' device. See tests
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import itertools
-import os
-import subprocess
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from emulation import ROOT, emulated_library
 from op_cases import CASES, OpCase, Problem, call, expected_of
 from op_testing import EIGHT_BIT, FLOAT8, FLOATS, assert_same_bits, randn, random_float8, random_int8, threads
 from torch import Tensor
@@ -25,13 +20,6 @@ from torch import Tensor
 from smoothquant_ext import ops, reference
 from smoothquant_ext.ops.declare import DECLARED
 
-ROOT = Path(__file__).resolve().parents[2]
-SOURCES = [
-    *(f"csrc/cuda/ops/{name}.cpp" for name in ("quantize", "norm_activation", "gemm", "linear")),
-    *(f"csrc/cuda/compute/{name}.cpp" for name in ("product", "quantize", "tile_product")),
-    *(f"csrc/cuda/kernels/{name}.cu" for name in ("quantize", "norm", "activate", "gemm", "mma", "wgmma")),
-    "tests/native/emulation/emulated_device.cpp",
-]
 OPS = [name for name, declaration in DECLARED.items() if declaration.cuda]
 ARCHS = (80, 89, 90, 100)
 EPS = torch.finfo(torch.float32).eps
@@ -41,55 +29,11 @@ pytestmark = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="the source
 
 
 @pytest.fixture(scope="session")
-def emulated() -> Path:
-    """The library, compiled with the project's own flags; products in pieces of 256 rows.
-
-    It stays in build/emulation/ until a source changes: compiling takes as long as all the tests here. Test processes
-    that want it at the same time wait for the first.
-    """
-    torch_dir = Path(torch.__file__).parent
-    lines = (ROOT / "csrc" / "flags.txt").read_text().splitlines()
-    flags = [line.split(maxsplit=1)[1] for line in lines if line.startswith(("cxx", "torch"))]
-    flags += ["-O1", "-fPIC", "-DUSE_CUDA", "-DSQ_MOST_SUM_BYTES=1", "-include", "tests/native/emulation/emulate.h"]
-    flags += ["-Itests/native/emulation/stub", "-Itests", "-Icsrc", "-isystem", str(torch_dir / "include")]
-    folder = ROOT / "build" / "emulation"
-    folder.mkdir(parents=True, exist_ok=True)
-    library = folder / f"{state_of_the_sources(flags)}.so"
-
-    def compile_one(source: str) -> str:
-        target = str(folder / f"{source.replace('/', '-')}.o")
-        subprocess.run(["c++", "-x", "c++", *flags, "-c", source, "-o", target], cwd=ROOT, check=True)
-        return target
-
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.is_file():
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                objects = list(pool.map(compile_one, SOURCES))
-            whole = folder / "whole.so"
-            libraries = [f"-L{torch_dir / 'lib'}", "-ltorch_cpu"]
-            subprocess.run(["c++", "-shared", *objects, "-o", whole, *libraries], check=True)
-            for older in folder.glob("*.so"):
-                older.rename(library) if older == whole else older.unlink()
-    return library
-
-
-def state_of_the_sources(flags: list[str]) -> str:
-    """A hash of what the library is made of: sources, flags, compiler and torch."""
-    compiler = subprocess.run(["c++", "--version"], capture_output=True, text=True, check=True).stdout
-    state = hashlib.sha256(f"{SOURCES} {flags} {compiler} {torch.__version__}".encode())
-    for folder in ("csrc/common", "csrc/cuda", "tests/native"):
-        for path in sorted((ROOT / folder).rglob("*.*")):
-            state.update(path.read_bytes() if path.is_file() else b"")
-    return state.hexdigest()[:16]
-
-
-@pytest.fixture(scope="session")
-def registered(emulated: Path) -> Any:
+def registered() -> Any:
     """``torch.ops.sq_emulated``, with the schemas of ``torch.ops.sq``."""
     for op in OPS:
         LIBRARY.define(str(getattr(torch.ops.sq, op).default._schema).removeprefix("sq::"))
-    torch.ops.load_library(emulated)
+    torch.ops.load_library(emulated_library())
     return torch.ops.sq_emulated
 
 
