@@ -230,7 +230,8 @@ def test_the_driver_says_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_table_names_the_ops_that_have_cuda_kernels() -> None:
     root = Path(smoothquant_ext.__file__).parents[1]
-    sources = "".join(path.read_text() for path in (root / "csrc" / "cuda" / "ops").glob("*.cpp"))
+    paths = [*(root / "csrc" / "cuda" / "ops").glob("*.cpp"), *(root / "csrc" / "common").glob("*_ops.h")]
+    sources = "".join(path.read_text() for path in paths)
     implemented = set(re.findall(r'm\.impl\("(\w+)"', sources))
     assert {name for name, declaration in DECLARED.items() if declaration.cuda} == implemented
     assert all(bool(declaration.cuda) != bool(declaration.why_not_cuda) for declaration in DECLARED.values())
