@@ -126,6 +126,7 @@ def test_slots_without_an_expert_add_nothing() -> None:
     weight[1, 1] = float("nan")
     y = ops.w8a8_experts(x, index, weight, **own)
     assert_same_bits(y, reference.w8a8_experts(x, index, weight, **own))
+    assert_same_bits(y, experts_one_by_one(x, index, weight, **own))
     assert not y[0].any()
     assert_same_bits(y[1], ops.w8a8_experts(x[1], index[1, ::2], weight[1, ::2], **own))
 
