@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .quantization.recipe import Recipe
     from .scheme import SCHEMES, Scheme
 
-# Imported when first used, since transformers takes seconds, which whoever calls only the ops need not wait for.
+# Imported when first used: importing transformers takes seconds, and calls of ops do not need it.
 _HOME = {
     "SCHEMES": "scheme",
     "Int8Cache": "nn.int8_kv_cache",

@@ -1,4 +1,4 @@
-"""What transformers' versions differ in, and its noise."""
+"""Quiet calls of transformers, and the first line of its errors."""
 
 from __future__ import annotations
 

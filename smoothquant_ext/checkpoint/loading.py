@@ -66,10 +66,18 @@ def load(
         except Exception as error:  # whatever transformers raises for a configuration it cannot build
             raise SmoothQuantError(f"{path}: transformers cannot load this model ({first_line(error)})") from error
     _check_loaded(path, info)
-    if (path / RECORD).is_file():
-        model.smoothquant_record = read_record(path)
+    _attach_record(model, path)
     model.eval()
     return model if on_cpu else model.to(device)
+
+
+def _attach_record(model: PreTrainedModel, path: Path) -> None:
+    """Keeps the checkpoint's record for the next save; a record that cannot be read costs the record only."""
+    if (path / RECORD).is_file():
+        try:
+            model.smoothquant_record = read_record(path)
+        except SmoothQuantError as error:
+            warnings.warn(f"{error}; the model runs without its record", stacklevel=3)
 
 
 def _check_loaded(path: Path, info: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from .hf_names import plain_tensors, to_checkpoint_modules, to_checkpoint_tensor
 
 @dataclass(frozen=True)
 class CheckpointNames:
-    """What the parts of a quantized model are called in a checkpoint.
+    """Names of the parts of a quantized model in a checkpoint.
 
     Attributes:
         layers: the name in the checkpoint of each quantized layer, by its path in the model.

@@ -169,7 +169,7 @@ def fuse_layers_(model: PreTrainedModel) -> list[str]:
 
 
 def _own_output(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """What the op computes for a recorded call, ``None`` where it does not apply."""
+    """The output of the op for a recorded call; ``None`` where the op does not apply."""
     assert isinstance(layer, FusedDecoderLayer)
     if len(args) != 1 or not layer._is_understood(args[0], kwargs):
         return None

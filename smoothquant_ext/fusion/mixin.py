@@ -1,4 +1,4 @@
-"""What finding and making fused modules takes: subclasses, outputs on random input, comparison with a formula."""
+"""Classes of fused modules: each is a subclass, made at run time, of the class that it replaces."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def fused_class(mixin: type, base: type[nn.Module]) -> type[nn.Module]:
 
 
 def _reduce(module: nn.Module, _protocol: int) -> tuple[Any, ...]:
-    """How a module whose class is made at run time is pickled and copied: the class is made again."""
+    """Pickles and copies a module whose class is made at run time: the class is made again."""
     mixin, base = type(module).__bases__
     return _empty, (mixin, base), vars(module)
 

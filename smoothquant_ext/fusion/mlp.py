@@ -69,7 +69,7 @@ class FusedMLP:
 
 
 def mlp_attributes(module: nn.Module) -> dict[str, Any] | None:
-    """What ``FusedMLP`` needs to know, if the module is an MLP of 8-bit layers that it can compute; else ``None``."""
+    """The attributes of a ``FusedMLP``; ``None`` unless the module is an MLP of 8-bit layers that it can compute."""
     linears = {name: child for name, child in module.named_children() if isinstance(child, W8A8Linear)}
     others = [child for child in module.modules() if not isinstance(child, W8A8Linear)]
     if isinstance(module, FusedMLP) or len(linears) not in (2, 3) or any(_has_parameters(child) for child in others):

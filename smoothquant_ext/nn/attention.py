@@ -86,36 +86,35 @@ def _init_continuous_batching(model: PreTrainedModel, *args: Any, **kwargs: Any)
     return manager
 
 
-def attention_forward(  # noqa: PLR0913 (transformers' signature)
+def attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    dropout: float = 0.0,
     scaling: float | None = None,
-    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """As transformers' ``sdpa_attention_forward``: q [B, H, T, D] and k, v [B, Hkv, S, D] -> [B, T, H, D]."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    is_supported = _is_supported(query, key, value, attention_mask, dropout, scale, kwargs)
+    wanted = kwargs.get("is_causal")
+    is_supported = _is_supported(query, key, value, attention_mask, scale, kwargs)
     if isinstance(key, Int8Heads) and isinstance(value, Int8Heads):
         if not is_supported:
             raise SmoothQuantError(
                 f"{type(module).__name__} wants what attention over an INT8 cache does not compute: gradients, "
                 "dropout, a soft cap, a bias of positions or a mask that is not boolean; use another cache"
             )
-        causal = _is_causal(module, query.shape[2], attention_mask, is_causal)
+        causal = is_causal(module, query.shape[2], attention_mask, wanted)
         scales = {"k_scale": key.scale, "v_scale": value.scale}
         return ops.attention(query, key.q, value.q, attention_mask, scale=scale, causal=causal, **scales), None
     if not is_supported:
         output: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
         return output
     queries = query.shape[2]
-    causal = _is_causal(module, queries, attention_mask, is_causal)
+    causal = is_causal(module, queries, attention_mask, wanted)
     if causal and key.shape[2] > queries:
         # The first tokens in a static cache: what lies behind them is not filled yet.
         key, value = key[:, :, :queries], value[:, :, :queries]
@@ -126,9 +125,6 @@ def is_causal(module: nn.Module, queries: int, mask: Tensor | None, wanted: bool
     """Whether an attention module hides later keys from earlier queries without being given a mask."""
     causal: bool = getattr(module, "is_causal", True) if wanted is None else wanted
     return queries > 1 and mask is None and causal
-
-
-_is_causal = is_causal  # the name that transformers gives an argument
 
 
 def takes_mask(mask: Tensor | None, batch: int, heads: int, queries: int, keys: int) -> bool:
@@ -145,14 +141,13 @@ def _is_supported(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    dropout: float,
     scale: float,
     kwargs: dict[str, Any],
 ) -> bool:
     is_int8 = isinstance(key, Int8Heads)
-    if not query.is_cpu or not (is_int8 or query.dtype == key.dtype == value.dtype) or dropout or scale <= 0:
+    if not query.is_cpu or not (is_int8 or query.dtype == key.dtype == value.dtype) or scale <= 0:
         return False
-    if kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None:
+    if kwargs.get("dropout") or kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None:
         return False
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return False

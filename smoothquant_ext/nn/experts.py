@@ -18,7 +18,7 @@ from .linear import W8A8Linear
 
 PARTS = ("gate", "up", "down")
 NAMES: Mapping[str, str] = {part: f"{part}_proj" for part in PARTS}
-"""What the layers of an expert are called in checkpoints, where transformers does not say otherwise."""
+"""Names of an expert's layers in checkpoints, where transformers defines no others."""
 
 
 class W8A8Experts(nn.Module):
@@ -100,7 +100,7 @@ class W8A8Experts(nn.Module):
             self._buffers[f"{part}_scale"] = scale.reshape(experts, -1, 1).expand(experts, n, 1).contiguous()
 
     def stored_bytes(self) -> int:
-        """What the 8-bit weights and their scales take in a checkpoint."""
+        """Bytes of the 8-bit weights and their scales in a checkpoint."""
         per_channel = self.scheme.weight == "channel"
         return sum(
             experts * (n * k * self.scheme.dtype.itemsize + 4 * (n if per_channel else 1))
@@ -217,7 +217,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def in_floating_point(experts: W8A8Experts, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """What the experts compute with dequantized weights and unrounded inputs."""
+    """The output of the experts with dequantized weights and unrounded inputs."""
     rows, slots = x.reshape(-1, x.shape[-1]), index.reshape(-1, index.shape[-1])
     y = rows.new_zeros(len(rows), experts.sizes["down"][1])
     for expert in slots.unique().tolist():

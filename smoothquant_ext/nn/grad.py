@@ -7,5 +7,5 @@ from torch import Tensor
 
 
 def needs_grad(x: Tensor) -> bool:
-    """Whether somebody will ask for the gradient of what is computed from ``x``: fused ops have none."""
+    """Whether autograd records what is computed from ``x``. Fused ops have no gradient."""
     return x.requires_grad and torch.is_grad_enabled()

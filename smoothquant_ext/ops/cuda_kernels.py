@@ -67,7 +67,7 @@ class Gpu(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What decides whether CUDA kernels can run."""
+    """The facts of this machine that decide whether CUDA kernels can run."""
 
     torch_cuda: str | None
     """The CUDA version that torch was built with."""
@@ -77,7 +77,7 @@ class Facts(NamedTuple):
     """The CUDA version that the driver is for, as 12040 for 12.4; 0 without a driver."""
     gpus: tuple[Gpu, ...]
     archs: str
-    """What our library was built for, such as ``"80+PTX 90a"``."""
+    """The architectures that our library was built for, such as ``"80+PTX 90a"``."""
 
 
 def driver_version() -> int:
@@ -147,7 +147,7 @@ def why_not_at_all(facts: Facts) -> str:
 
 
 def requested_gemm() -> str:
-    """What SMOOTHQUANT_CUDA_GEMM asks for: ``library``, the default, or our own ``mma``, ``wgmma`` or ``auto``."""
+    """The value of SMOOTHQUANT_CUDA_GEMM: ``library``, the default, or our kernels ``mma``, ``wgmma`` or ``auto``."""
     return os.environ.get("SMOOTHQUANT_CUDA_GEMM") or "library"
 
 
@@ -166,7 +166,7 @@ class Choice(NamedTuple):
 
 
 def choose(facts: Facts, families: tuple[str, ...], validations: list[Validation]) -> Choice:
-    """What an op that needs these families of kernels does on the GPUs of this machine."""
+    """The backend and the reason of an op that needs these families of kernels, on the GPUs of this machine."""
     if reason := why_not_at_all(facts):
         return Choice("none", reason)
     multiplies = any(family.startswith("gemm") for family in families)
@@ -201,7 +201,7 @@ def choose(facts: Facts, families: tuple[str, ...], validations: list[Validation
 
 
 def _speed(gpu: Gpu, families: tuple[str, ...]) -> str:
-    """What keeps this GPU from the fastest way."""
+    """The reason why this GPU does not use the fastest kernels."""
     if "gemm_fp8" not in families or gpu.arch == OUTER_SCALES:
         return ""
     if gpu.arch < OLDEST_FP8:

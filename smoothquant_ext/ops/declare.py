@@ -1,4 +1,4 @@
-"""How an op is declared: one function is its signature, its documentation and its fake kernel."""
+"""The declaration of an op: one function is its signature, its documentation and its fake kernel."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ R = TypeVar("R")
 
 
 class Declaration(NamedTuple):
-    """What is known of an op besides its function."""
+    """The facts of an op besides its function."""
 
     fake: Callable[..., Any]
     """The declared function."""

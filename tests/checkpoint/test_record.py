@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from tiny_w8a8 import assert_same_model, quantized
 
+from smoothquant_ext.checkpoint.loading import load
 from smoothquant_ext.checkpoint.record import RECORD, VERSION, read_record
+from smoothquant_ext.checkpoint.saving import save
 from smoothquant_ext.errors import SmoothQuantError
 from smoothquant_ext.probing.numerics import outlier_ratio
 from smoothquant_ext.quantization.pipeline import quantize
@@ -114,3 +117,13 @@ def test_reading_what_is_none(content: bytes | None, message: str, tmp_path: Pat
         (tmp_path / RECORD).write_bytes(content)
     with pytest.raises(SmoothQuantError, match=message):
         read_record(tmp_path)
+
+
+def test_a_record_that_cannot_be_read_costs_the_record_only(tmp_path: Path) -> None:
+    model = quantized("llama")
+    save(model, tmp_path / "model")
+    (tmp_path / "model" / RECORD).write_text('{"version": 1}', encoding="utf-8")
+    with pytest.warns(UserWarning, match="not a record of version .* the model runs without its record"):
+        loaded = load(tmp_path / "model")
+    assert_same_model(loaded, model)
+    assert not hasattr(loaded, "smoothquant_record")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import tiny
 import torch
@@ -99,6 +101,21 @@ def test_large_finite_weights_are_not_mistaken_for_infinities() -> None:
 def test_alpha_outside_its_range(alpha: float) -> None:
     with pytest.raises(SmoothQuantError, match="expected a number between 0 and 1"):
         Recipe(alpha=alpha)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rounding": "up"}, "rounding is 'up', expected one of nearest, clip, gptq"),
+        ({"clipping": "none"}, "clipping is 'none', expected one of absmax, percentile"),
+        ({"auto_skip": 1.5}, "auto_skip is 1.5, expected a number of layers or a share below 1"),
+        ({"auto_skip": -1}, "auto_skip is -1, expected"),
+        ({"max_ppl_increase": 0.0}, "max_ppl_increase is 0.0, expected a number above 0"),
+    ],
+)
+def test_settings_that_are_none(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SmoothQuantError, match=message):
+        Recipe(**settings)
 
 
 def test_recipe_resolves_names_and_defaults() -> None:

@@ -1,4 +1,4 @@
-"""What a checkpoint format is, and what the parsers of several formats share."""
+"""The interface of a checkpoint format, and functions that the parsers of several formats share."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def _parse_group(group: Mapping[str, Any], where: str) -> Scheme:
 
 
 def _parse_granularity(weights: Mapping[str, Any], activations: Mapping[str, Any], where: str) -> tuple[str, str]:
-    """What has a scale of its own: ``"channel"`` or ``"tensor"`` of the weight, ``"token"`` or ``"tensor"`` of x."""
+    """The granularity of scales: ``"channel"`` or ``"tensor"`` of the weight, ``"token"`` or ``"tensor"`` of x."""
     dynamic = activations.get("dynamic", False)
     weight = weights.get("strategy") or "tensor"
     strategy = activations.get("strategy") or ("token" if dynamic else "tensor")
