@@ -1,10 +1,10 @@
 """Fusion: fewer and larger steps in a quantized model, in place, without changing what it computes.
 
-- an RMS norm, a gated or plain MLP: one op each                                (``fused_norm``, ``fused_mlp``)
+- an RMS norm, a gated or plain MLP: one op each                                (``rms_norm``, ``mlp``)
 - 8-bit layers that read the same tensor, such as q, k and v: one op for all    (``shared_input``)
-- a floating-point layer left over, such as the output embedding: ours for few rows  (``FusedLinear``)
-- a whole decoder layer of the Llama family, if all of that fits: one op        (``fused_layer``)
-- attention, and the cache of keys and values                                   (``attention``, ``cache``)
+- a floating-point layer left over, such as the output embedding: ours for few rows  (``linear``)
+- a whole decoder layer of the Llama family, if all of that fits: one op        (``decoder_layer``)
+- attention, and the cache of keys and values                                   (``nn.attention``, ``nn.kv_cache``)
 
 Everything is found by what it does, not by class names: a module is run on random input and its result compared with
 the op's formula, and who reads the same tensor is seen in one pass of the model. A fused module keeps its class,
