@@ -2,6 +2,8 @@
 // Device::norm_quantize(op, NormQuantizeInputs) and Device::activate_quantize(op, ActivateQuantizeInputs) check and compute.
 #pragma once
 
+#include <torch/csrc/stable/library.h>
+
 #include "common/norm_activation_checks.h"
 #include "common/op_string.h"
 
@@ -43,6 +45,17 @@ struct NormActivationOps {
 
   static Quantized relu_quantize(const Tensor& x, ScalarType dtype, const OptionalTensor& scale) {
     return plain("relu_quantize", Activation::kRelu, x, dtype, scale);
+  }
+
+  // Registers them all on the device.
+  template <class Library>
+  static void implement(Library& m) {
+    m.impl("rms_norm_quantize", TORCH_BOX(&NormActivationOps::rms_norm_quantize));
+    m.impl("layer_norm_quantize", TORCH_BOX(&NormActivationOps::layer_norm_quantize));
+    m.impl("silu_mul_quantize", TORCH_BOX(&NormActivationOps::silu_mul_quantize));
+    m.impl("gelu_mul_quantize", TORCH_BOX(&NormActivationOps::gelu_mul_quantize));
+    m.impl("gelu_quantize", TORCH_BOX(&NormActivationOps::gelu_quantize));
+    m.impl("relu_quantize", TORCH_BOX(&NormActivationOps::relu_quantize));
   }
 
  private:

@@ -1,6 +1,4 @@
 // The ops between the products on the CPU: rms_norm, and norms and activations that quantize what they compute.
-#include <torch/csrc/stable/library.h>
-
 #include "common/norm_activation_ops.h"
 #include "cpu/compute/norm.h"
 #include "cpu/compute/parallel.h"
@@ -104,18 +102,11 @@ struct Cpu {
   }
 };
 
-using Ops = NormActivationOps<Cpu>;
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sq, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm_cpu));
-  m.impl("rms_norm_quantize", TORCH_BOX(&Ops::rms_norm_quantize));
-  m.impl("layer_norm_quantize", TORCH_BOX(&Ops::layer_norm_quantize));
-  m.impl("silu_mul_quantize", TORCH_BOX(&Ops::silu_mul_quantize));
-  m.impl("gelu_mul_quantize", TORCH_BOX(&Ops::gelu_mul_quantize));
-  m.impl("gelu_quantize", TORCH_BOX(&Ops::gelu_quantize));
-  m.impl("relu_quantize", TORCH_BOX(&Ops::relu_quantize));
+  NormActivationOps<Cpu>::implement(m);
 }
 
 }  // namespace sq

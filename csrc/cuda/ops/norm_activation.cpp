@@ -1,6 +1,4 @@
 // The ops between the products on CUDA devices: rms_norm, and norms and activations that quantize what they compute.
-#include <torch/csrc/stable/library.h>
-
 #include "common/norm_activation_ops.h"
 #include "cuda/compute/devices.h"
 #include "cuda/compute/quantize.h"
@@ -78,18 +76,11 @@ struct Cuda {
   }
 };
 
-using Ops = NormActivationOps<Cuda>;
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sq, CUDA, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm_cuda));
-  m.impl("rms_norm_quantize", TORCH_BOX(&Ops::rms_norm_quantize));
-  m.impl("layer_norm_quantize", TORCH_BOX(&Ops::layer_norm_quantize));
-  m.impl("silu_mul_quantize", TORCH_BOX(&Ops::silu_mul_quantize));
-  m.impl("gelu_mul_quantize", TORCH_BOX(&Ops::gelu_mul_quantize));
-  m.impl("gelu_quantize", TORCH_BOX(&Ops::gelu_quantize));
-  m.impl("relu_quantize", TORCH_BOX(&Ops::relu_quantize));
+  NormActivationOps<Cuda>::implement(m);
 }
 
 }  // namespace sq
