@@ -13,7 +13,7 @@ __all__ = [
 ]
 
 
-@op("norm_activation", cuda=("rows",))
+@op("norm_activation", cuda=("norm_activation",))
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """Root-mean-square norm over the last dimension: ``x / sqrt(mean(x * x) + eps) * (offset + weight)``.
 

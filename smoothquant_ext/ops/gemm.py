@@ -139,7 +139,7 @@ def w8a8_linear_group(
     return [x.new_empty((*x.shape[:-1], n), dtype=out_dtype or x.dtype) for n in widths]
 
 
-@op("gemm", cuda=("quantize", "rows", "gemm"))
+@op("gemm", cuda=("quantize", "norm_activation", "gemm"))
 def w8a8_mlp(
     x: Tensor,
     weight: Sequence[Tensor],

@@ -18,7 +18,7 @@ __all__ = [
 ]
 
 
-@op("norm_activation", cuda=("rows",))
+@op("norm_activation", cuda=("norm_activation",))
 def rms_norm_quantize(
     x: Tensor,
     weight: Tensor,
@@ -51,7 +51,7 @@ def rms_norm_quantize(
     return *quantized(x, dtype), x.new_empty((0,) if residual is None else x.shape)
 
 
-@op("norm_activation", cuda=("rows",))
+@op("norm_activation", cuda=("norm_activation",))
 def layer_norm_quantize(
     x: Tensor,
     weight: Tensor,
@@ -84,7 +84,7 @@ def layer_norm_quantize(
     return *quantized(x, dtype), x.new_empty((0,) if residual is None else x.shape)
 
 
-@op("norm_activation", cuda=("rows",))
+@op("norm_activation", cuda=("norm_activation",))
 def silu_mul_quantize(
     gate: Tensor, up: Tensor, dtype: torch.dtype, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -107,7 +107,7 @@ def silu_mul_quantize(
     return quantized(gate, dtype)
 
 
-@op("norm_activation", cuda=("rows",))
+@op("norm_activation", cuda=("norm_activation",))
 def gelu_mul_quantize(
     gate: Tensor, up: Tensor, dtype: torch.dtype, scale: Tensor | None = None, approximate: str = "none"
 ) -> tuple[Tensor, Tensor]:
@@ -118,7 +118,7 @@ def gelu_mul_quantize(
     return quantized(gate, dtype)
 
 
-@op("norm_activation", cuda=("rows",))
+@op("norm_activation", cuda=("norm_activation",))
 def gelu_quantize(
     x: Tensor, dtype: torch.dtype, scale: Tensor | None = None, approximate: str = "none"
 ) -> tuple[Tensor, Tensor]:
@@ -144,7 +144,7 @@ def gelu_quantize(
     return quantized(x, dtype)
 
 
-@op("norm_activation", cuda=("rows",))
+@op("norm_activation", cuda=("norm_activation",))
 def relu_quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Quantizes ``relu(x)`` in one pass. A NaN stays one, and -inf becomes 0.
 

@@ -16,7 +16,7 @@
 namespace sq {
 namespace {
 
-constexpr const char* kFamilies[] = {"quantize", "rows", "gemm_int8", "gemm_fp8", "gemm_mma", "gemm_wgmma"};
+constexpr const char* kFamilies[] = {"quantize", "norm_activation", "gemm_int8", "gemm_fp8", "gemm_mma", "gemm_wgmma"};
 constexpr int kFamilyCount = 6, kArchCount = 256, kDeviceCount = 64;
 
 std::atomic<bool> validated[kFamilyCount][kArchCount];

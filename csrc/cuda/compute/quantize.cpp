@@ -27,7 +27,7 @@ Quantized quantize_rows_cuda(const char* op, const Tensor& x, const OptionalTens
 
 Quantized activate_quantize_cuda(const char* op, Activation activation, const Tensor& gate, const OptionalTensor& up,
                                  ScalarType dtype, const float* static_scale) {
-  require_validated(op, Family::kRows, gate.get_device_index());
+  require_validated(op, Family::kNormActivation, gate.get_device_index());
   QuantizeTarget target(gate, dtype, static_scale);
   ActivateJob job{};
   job.activation = activation;
