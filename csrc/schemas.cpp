@@ -1,5 +1,5 @@
 // Every op of torch.ops.sq. M: tokens, K: input features, N: output features. Shapes, dtypes and numerics are documented
-// in smoothquant_ext/ops/, a file per section, on the Python wrappers; implementations are in cpu/ and cuda/.
+// in smoothquant_ext/ops/, on the declarations in Python; implementations are in cpu/ops/ and cuda/ops/.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(sq, m) {

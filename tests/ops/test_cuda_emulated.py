@@ -14,7 +14,7 @@ import pytest
 import torch
 from emulation import ROOT, emulated_library
 from op_cases import CASES, OpCase, Problem, call, expected_of
-from op_testing import EIGHT_BIT, FLOAT8, FLOATS, assert_same_bits, randn, random_float8, random_int8, threads
+from op_testing import EIGHT_BIT, FLOAT8, FLOATS, assert_same_bits, randn, random_float8, random_int8, scales, threads
 from torch import Tensor
 
 from smoothquant_ext import ops, reference
@@ -72,10 +72,6 @@ def same(actual: Any, expected: Any, what: object = "") -> None:
         return
     for one, other in zip(actual, expected, strict=True):
         assert_same_bits(one, other, what)
-
-
-def scales(count: int, seed: int = 0) -> Tensor:
-    return randn(count, seed=seed).abs() * 0.01 + 1e-4
 
 
 # --- producers ------------------------------------------------------------------------------------------------------

@@ -10,7 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from op_testing import EIGHT_BIT, FLOATS, HAS_CUDA, assert_same_bits, moved_to, randn, random_int8, run_on
+from op_testing import (
+    EIGHT_BIT,
+    HAS_CUDA,
+    assert_same_bits,
+    check_int8_product,
+    check_largest_int8_sums,
+    moved_to,
+    randn,
+    random_int8,
+    run_on,
+    scales,
+)
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -30,10 +41,6 @@ def device(request: pytest.FixtureRequest) -> str:
     return name
 
 
-def scales(count: int, seed: int = 0) -> Tensor:
-    return randn(count, seed=seed).abs() * 0.01 + 1e-4
-
-
 def weight(n: int, k: int, dtype: torch.dtype = torch.int8, seed: int = 1) -> tuple[Tensor, Tensor]:
     return reference.quantize_per_token(randn(n, k, seed=seed), dtype)
 
@@ -44,19 +51,11 @@ def weight(n: int, k: int, dtype: torch.dtype = torch.int8, seed: int = 1) -> tu
 @pytest.mark.parametrize("m", [8, 9, 16, 17, 31, 128, 129, 1000])
 @pytest.mark.parametrize(("n", "k"), [(4, 16), (12, 32), (64, 64), (576, 576), (1536, 576), (2048, 4096), (4100, 48)])
 def test_int8_products_of_sizes_that_tensor_cores_take(device: str, m: int, n: int, k: int) -> None:
-    a, b = random_int8(m, k, seed=m), random_int8(n, k, seed=n)
-    bias = (None, randn(n), randn(n, dtype=torch.bfloat16))[m % 3]
-    arguments = (a, b, scales(m), scales(n, seed=1), bias, FLOATS[(m + n) % 3])
-    assert_same_bits(run_on(device, ops.w8a8_gemm, *arguments), reference.w8a8_gemm(*arguments), (m, n, k))
+    check_int8_product(device, m, n, k)
 
 
 def test_int8_sums_of_the_largest_kind(device: str) -> None:
-    k = 133136  # the largest multiple of 16
-    a, b = torch.full((20, k), 127, dtype=torch.int8), torch.full((8, k), 127, dtype=torch.int8)
-    b[1::2] = -127
-    one = torch.ones(1)
-    arguments = (a, b, one, one, None, torch.float32)
-    assert_same_bits(run_on(device, ops.w8a8_gemm, *arguments), reference.w8a8_gemm(*arguments))
+    check_largest_int8_sums(device)
 
 
 def test_int8_in_more_rows_than_are_multiplied_together(device: str) -> None:

@@ -5,8 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from op_bounds import check_gemm
-from op_testing import FLOAT8, FLOATS, HAS_CUDA, assert_same_bits, moved_to, randn, random_float8, random_int8, run_on
-from torch import Tensor
+from op_testing import (
+    FLOAT8,
+    HAS_CUDA,
+    assert_same_bits,
+    check_int8_product,
+    check_largest_int8_sums,
+    moved_to,
+    randn,
+    random_float8,
+    random_int8,
+    scales,
+)
 
 from smoothquant_ext import ops, reference
 from smoothquant_ext.ops.cuda_kernels import OWN_GEMMS, Gpu, own_gemms
@@ -33,10 +43,6 @@ def gpu() -> Gpu:
     return Gpu(torch.cuda.get_device_name(), 10 * major + minor)
 
 
-def scales(count: int, seed: int = 0) -> Tensor:
-    return randn(count, seed=seed).abs() * 0.01 + 1e-4
-
-
 # More tiles than a GPU has multiprocessors among them: 8 x 33.
 SHAPES = [(4, 16), (33, 48), (64, 64), (576, 576), (1536, 576), (2048, 4096), (4100, 48)]
 
@@ -44,18 +50,11 @@ SHAPES = [(4, 16), (33, 48), (64, 64), (576, 576), (1536, 576), (2048, 4096), (4
 @pytest.mark.parametrize("m", [1, 8, 17, 64, 127, 128, 129, 1000])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_int8_products_equal_the_oracle(device: str, m: int, n: int, k: int) -> None:
-    a, b = random_int8(m, k, seed=m), random_int8(n, k, seed=n)
-    bias = (None, randn(n), randn(n, dtype=torch.bfloat16))[m % 3]
-    arguments = (a, b, scales(m), scales(n, seed=1), bias, FLOATS[(m + n) % 3])
-    assert_same_bits(run_on(device, ops.w8a8_gemm, *arguments), reference.w8a8_gemm(*arguments), (m, n, k))
+    check_int8_product(device, m, n, k)
 
 
 def test_int8_sums_of_the_largest_kind(device: str) -> None:
-    k = 133136  # the largest multiple of 16
-    a, b = torch.full((20, k), 127, dtype=torch.int8), torch.full((8, k), 127, dtype=torch.int8)
-    b[1::2] = -127
-    arguments = (a, b, torch.ones(1), torch.ones(1), None, torch.float32)
-    assert_same_bits(run_on(device, ops.w8a8_gemm, *arguments), reference.w8a8_gemm(*arguments))
+    check_largest_int8_sums(device)
 
 
 @pytest.mark.parametrize("b_dtype", FLOAT8, ids=str)

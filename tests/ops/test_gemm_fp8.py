@@ -7,14 +7,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_bounds import check_gemm
-from op_testing import FLOAT8, FLOATS, ISAS, assert_same_bits, cpu_isa, non_contiguous, randn, random_float8, threads
-from torch import Tensor
+from op_testing import (
+    FLOAT8,
+    FLOATS,
+    ISAS,
+    assert_same_bits,
+    cpu_isa,
+    non_contiguous,
+    randn,
+    random_float8,
+    scales,
+    threads,
+)
 
 from smoothquant_ext import ops, reference
-
-
-def scales(count: int, seed: int = 0) -> Tensor:
-    return randn(count, seed=seed).abs() * 0.01 + 1e-4
 
 
 @pytest.mark.parametrize("b_dtype", FLOAT8, ids=str)

@@ -8,7 +8,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_testing import FLOATS, ISAS, assert_same_bits, cpu_isa, non_contiguous, randn, random_int8, run_on, threads
+from op_testing import (
+    FLOATS,
+    ISAS,
+    assert_same_bits,
+    cpu_isa,
+    non_contiguous,
+    randn,
+    random_int8,
+    run_on,
+    scales,
+    threads,
+)
 from torch import Tensor
 
 from smoothquant_ext import ops, reference
@@ -16,10 +27,6 @@ from smoothquant_ext import ops, reference
 MAX_K = 133144
 ROWS = (0, 1, 2, 3, 5, 6, 7, 16, 17, 31, 32, 33, 100)
 SIZES = (1, 2, 3, 63, 64, 65, 127, 192, 577)
-
-
-def scales(count: int, seed: int = 0) -> Tensor:
-    return randn(count, seed=seed).abs() * 0.01 + 1e-4
 
 
 def biases(n: int) -> list[Tensor | None]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smoothquant_ext import ops  # loads the ops
+from smoothquant_ext import ops, reference  # loads the ops
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -53,6 +53,11 @@ def threads(count: int) -> Iterator[None]:
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def scales(count: int, seed: int = 0) -> Tensor:
+    """fp32 [count], all positive."""
+    return randn(count, seed=seed).abs() * 0.01 + 1e-4
 
 
 def random_int8(*shape: int, seed: int = 0) -> Tensor:
@@ -106,6 +111,23 @@ def moved_to(device: str, value: Any) -> Any:
 def run_on(device: str, op: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
     """Calls an op on a device: its tensors are moved there, its results back to the CPU."""
     return moved_to("cpu", op(*moved_to(device, arguments), **moved_to(device, keywords)))
+
+
+def check_int8_product(device: str, m: int, n: int, k: int) -> None:
+    """``w8a8_gemm`` equals its oracle bit for bit; bias and dtypes vary with the sizes."""
+    a, b = random_int8(m, k, seed=m), random_int8(n, k, seed=n)
+    bias = (None, randn(n), randn(n, dtype=torch.bfloat16))[m % 3]
+    arguments = (a, b, scales(m), scales(n, seed=1), bias, FLOATS[(m + n) % 3])
+    assert_same_bits(run_on(device, ops.w8a8_gemm, *arguments), reference.w8a8_gemm(*arguments), (m, n, k))
+
+
+def check_largest_int8_sums(device: str) -> None:
+    """Sums near the ends of int32 are exact."""
+    k = 133136  # the largest multiple of 16
+    a, b = torch.full((20, k), 127, dtype=torch.int8), torch.full((8, k), 127, dtype=torch.int8)
+    b[1::2] = -127
+    arguments = (a, b, torch.ones(1), torch.ones(1), None, torch.float32)
+    assert_same_bits(run_on(device, ops.w8a8_gemm, *arguments), reference.w8a8_gemm(*arguments))
 
 
 Run = Callable[..., Any]
