@@ -1,5 +1,7 @@
 // A device that is none: an architecture from the environment, and products as cuBLASLt defines them, in plain loops that
 // insist on what cuBLASLt insists on. In the place of csrc/cuda/compute/devices.cpp, cublaslt.cpp and tensor_map.cpp.
+#include <torch/csrc/stable/library.h>
+
 #include <cstdlib>
 #include <string>
 
@@ -72,6 +74,11 @@ void insist_on_operands(const LtProduct& product, const LtOperands& operands) {
   insist(product.columns > 0, "rows to multiply");
 }
 
+std::string cuda_archs() {
+  const std::string archs = environment("SQ_EMULATED_ARCHS");
+  return archs.empty() ? "80+PTX 89 90a 100a 120" : archs;
+}
+
 }  // namespace
 
 int device_arch(int) {
@@ -79,10 +86,7 @@ int device_arch(int) {
   return arch.empty() ? 90 : std::stoi(arch);
 }
 
-CodeArch device_code(int device) {
-  const std::string archs = environment("SQ_EMULATED_ARCHS");
-  return code_arch(archs.empty() ? "80+PTX 89 90a 100a 120" : archs, device_arch(device));
-}
+CodeArch device_code(int device) { return code_arch(cuda_archs(), device_arch(device)); }
 
 int multiprocessors(int) { return 3; }
 
@@ -115,3 +119,5 @@ bool lt_multiply(const char*, const LtProduct& product, const LtOperands& operan
 }
 
 }  // namespace sq
+
+STABLE_TORCH_LIBRARY_IMPL(sq, CompositeExplicitAutograd, m) { m.impl("_cuda_archs", TORCH_BOX(&sq::cuda_archs)); }
