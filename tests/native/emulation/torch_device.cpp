@@ -55,7 +55,8 @@ c10::Storage storage_of(const void* data, size_t bytes, at::Tensor keeps, c10::D
   const auto release = [](void* kept) { delete static_cast<at::Tensor*>(kept); };
   c10::DataPtr pointer(const_cast<void*>(data), context, release, device);
   c10::Allocator* own = device.is_cpu() ? c10::GetAllocator(c10::kCPU) : &allocator;
-  return c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), bytes, std::move(pointer), own, true);
+  return c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), bytes, std::move(pointer), own,
+                                               true);
 }
 
 // The same memory as a tensor of another device, under the same strides.
