@@ -1,0 +1,1 @@
+"""The ops on NVIDIA GPUs: what computes them, and who decides that."""
