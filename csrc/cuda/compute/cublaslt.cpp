@@ -1,14 +1,13 @@
 // cuBLASLt's descriptors, its handles (one a device), and the algorithms that it chose, remembered by product.
 #include "cuda/compute/cublaslt.h"
 
-#include <cublasLt.h>
-
 #include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <type_traits>
 
+#include "cuda/compute/cublaslt_library.h"
 #include "cuda/compute/devices.h"
 
 namespace sq {
@@ -22,7 +21,7 @@ template <auto kDestroy>
 struct Destroyer {
   template <class T>
   void operator()(T* object) const {
-    kDestroy(object);
+    (*kDestroy)(object);
   }
 };
 // Made by the library and not in place: their size may be another in the version that torch loads.
@@ -71,9 +70,8 @@ Description describe(const char* op, const LtProduct& product, const LtOperands&
   set(op, description, CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T);
   set(op, description, CUBLASLT_MATMUL_DESC_TRANSB, CUBLAS_OP_N);
   if (product.has_outer_scales) {
-    const auto mode = static_cast<int32_t>(CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F);
-    set(op, description, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, mode);
-    set(op, description, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, mode);
+    set(op, description, kLtAScaleMode, kLtOuterScales);
+    set(op, description, kLtBScaleMode, kLtOuterScales);
     set(op, description, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, static_cast<const void*>(operands.a_scale));
     set(op, description, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, static_cast<const void*>(operands.b_scale));
   }
@@ -147,6 +145,7 @@ std::optional<Algorithm> choose(const char* op, cublasLtHandle_t own, const LtPr
 }  // namespace
 
 bool lt_multiply(const char* op, const LtProduct& product, const LtOperands& operands, const Tensor& like) {
+  if (product.has_outer_scales && !lt_knows_outer_scales()) return false;
   const int device = like.get_device_index();
   const cublasLtHandle_t own = handle(op, device);
   const Choice choice{layout(op, product.a, product.depth, product.rows),

@@ -59,9 +59,15 @@ std::string failure(const uint8_t* data) {
 
 }  // namespace
 
+#if CUDART_VERSION >= 12050
 extern "C" cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned version,
                                                         unsigned long long, cudaDriverEntryPointQueryResult* result) {
-  EXPECT(name == std::string("cuTensorMapEncodeTiled") && version == 12000);
+  EXPECT(version == 12000);
+#else
+extern "C" cudaError_t cudaGetDriverEntryPoint(const char* name, void** function, unsigned long long,
+                                               cudaDriverEntryPointQueryResult* result) {
+#endif
+  EXPECT(name == std::string("cuTensorMapEncodeTiled"));
   *function = has_entry_point ? reinterpret_cast<void*>(&encode) : nullptr;
   *result = has_entry_point ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return cudaSuccess;
