@@ -1,5 +1,5 @@
 // Hands cuBLASLt every kind of description that csrc/cuda/compute/cublaslt.cpp makes, and reads it back: the library checks the
-// size and the value of each attribute, and needs no GPU for that. Compiled and run by tests/test_cuda_build.py.
+// size and the value of each attribute, and needs no GPU for that. Compiled and run by tests/packaging/test_cuda_build.py.
 #include "cuda/compute/cublaslt.cpp"
 
 #include <cstdio>

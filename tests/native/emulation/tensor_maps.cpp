@@ -1,5 +1,5 @@
 // Hands csrc/cuda/compute/tensor_map.cpp a driver that insists on what the documents of cuTensorMapEncodeTiled ask for, and reads
-// what it was given. Compiled and run by tests/test_cuda_build.py, against the toolkit's own headers.
+// what it was given. Compiled and run by tests/packaging/test_cuda_build.py, against the toolkit's own headers.
 #include "cuda/compute/tensor_map.cpp"
 
 #include <cstdio>
