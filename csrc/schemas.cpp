@@ -70,8 +70,16 @@ STABLE_TORCH_LIBRARY(sq, m) {
   m.def("cpu_isa_why_not(str isa) -> str");
   m.def("_set_cpu_isa(str isa) -> ()");
 
-  // Of the CUDA library, for smoothquant_ext/cuda_kernels.py: what it was built for, and which families of kernels need
-  // no environment variable on which architecture (90 for sm_90).
+  // Of the CUDA library, for smoothquant_ext/ops. _cuda_archs: what it was built for, such as "80+PTX 90a".
   m.def("_cuda_archs() -> str");
-  m.def("_set_cuda_validated(str family, int arch) -> ()");
+  // Which ways to multiply to try, by dtype ("int8" or "fp8"), for how many rows, in which order:
+  // "8=skinny,library,torch;=library,torch" (csrc/cuda/compute/way_table.h); and those for so many rows, "skinny,library".
+  m.def("_set_cuda_ways(str dtype, str table) -> ()");
+  m.def("_cuda_way(str dtype, int rows) -> str");
+  // Makes what the first product on a device needs and what no CUDA graph can capture.
+  m.def("_cuda_warm_up(int device) -> ()");
+  // The way "torch": as w8a8_gemm, implemented in Python.
+  m.def(
+      "_gemm_by_torch(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? bias, ScalarType out_dtype) -> "
+      "Tensor");
 }

@@ -38,9 +38,6 @@ def _load_cuda() -> str:
         _load_library("_C_cuda.so")
     except ImportError as error:
         return str(error)
-    for entry in cuda_kernels.read_validations():
-        for family in entry.kernels:
-            torch.ops.sq._set_cuda_validated(family, entry.arch)
     return ""
 
 

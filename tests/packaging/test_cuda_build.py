@@ -263,7 +263,7 @@ def test_tensor_maps_are_what_the_driver_asks_for(tmp_path: Path, cuda: Cuda) ->
 def fake_library(path: Path, code: str, *arguments: str) -> Path:
     """A shared object that has ``path``'s name for soname."""
     path.parent.mkdir(exist_ok=True)
-    command = ["gcc", "-shared", "-fPIC", f"-Wl,-soname,{path.name}", "-o", path, "-x", "c", "-"]
+    command = ["gcc", "-shared", "-fPIC", f"-Wl,-soname,{path.name}", "-o", path, "-x", "c", "-", "-x", "none"]
     subprocess.run([*command, *arguments], input=code, text=True, check=True)
     return path
 

@@ -13,10 +13,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [
-    *(f"csrc/cuda/ops/{name}.cpp" for name in ("quantize", "norm_activation", "gemm", "linear")),
-    *(f"csrc/cuda/compute/{name}.cpp" for name in ("product", "quantize", "tile_product")),
+    *(f"csrc/cuda/ops/{name}.cpp" for name in ("quantize", "norm_activation", "gemm", "linear", "setup")),
+    *(f"csrc/cuda/compute/{name}.cpp" for name in ("product", "quantize", "ways", "context")),
+    *(f"csrc/cuda/compute/{name}_product.cpp" for name in ("library", "tile", "torch")),
     *(f"csrc/cuda/kernels/{name}.cu" for name in ("quantize", "norm", "activate", "gemm", "mma", "wgmma")),
-    "tests/native/emulation/emulated_device.cpp",
+    *(f"tests/native/emulation/emulated_{name}.cpp" for name in ("device", "runtime")),
 ]
 
 
