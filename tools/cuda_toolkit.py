@@ -21,6 +21,7 @@ OLDEST_NVCC = (12, 4)
 DEFAULT_ARCHS = "80 89+PTX 90a 100a 120"
 """What is newer than 8.9 and has no code of its own runs the PTX of 8.9, which has fp8."""
 
+DRY_RUN = ("--dryrun", "-x", "cu", os.devnull)
 PATIENCE_S = 60  # nvcc answers at once, or never
 
 # By the toolkit's major version: what brings cublasLt.h, and where to. From 13 on the folder has the version's name.
@@ -107,9 +108,9 @@ def find_home(environment: Mapping[str, str]) -> Path:
     nvcc = shutil.which("nvcc", path=environment.get("PATH", ""))
     if nvcc is None:
         raise CudaNotFound("there is no nvcc on PATH and CUDA_HOME is not set")
-    top = re.search(r"^#\$ TOP=(.+)$", ask(nvcc, "--dryrun", "x.cu").stderr, re.MULTILINE)
+    top = re.search(r"^#\$ TOP=(.+)$", ask(nvcc, *DRY_RUN).stderr, re.MULTILINE)
     if not top:
-        raise CudaNotFound(f"'{nvcc} --dryrun x.cu' does not say where the toolkit is; set CUDA_HOME")
+        raise CudaNotFound(f"'{nvcc} {' '.join(DRY_RUN)}' does not say where the toolkit is; set CUDA_HOME")
     return Path(top[1]).resolve()
 
 
@@ -125,8 +126,8 @@ def nvcc_version(nvcc: Path) -> str:
 
 
 def takes(nvcc: Path, *flags: str) -> bool:
-    """Whether nvcc would compile with these flags: it checks them in a dry run, and needs no file for that."""
-    return ask(nvcc, *flags, "--dryrun", "x.cu").returncode == 0
+    """Whether nvcc would compile with these flags: a dry run checks them."""
+    return ask(nvcc, *flags, *DRY_RUN).returncode == 0
 
 
 # --- architectures --------------------------------------------------------------------------------------------------

@@ -137,7 +137,7 @@ def test_nvcc_that_hangs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nvcc_on_path_that_does_not_say_where_it_is(home: Path) -> None:
     write_nvcc(home, "#!/bin/sh\n")
-    reason = f"'{home}/bin/nvcc --dryrun x.cu' does not say where the toolkit is; set CUDA_HOME"
+    reason = f"'{home}/bin/nvcc --dryrun -x cu /dev/null' does not say where the toolkit is; set CUDA_HOME"
     assert why_not(home, CUDA_HOME="", PATH=home / "bin") == reason
 
 
