@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -182,6 +182,11 @@ def find_cublaslt_include(includes: Sequence[Path], major: int, sites: Sequence[
     raise CudaNotFound(f"cublasLt.h is {where}; 'pip install {package}' brings it")
 
 
+def folders(candidates: Iterable[Path]) -> list[Path]:
+    """Those that are there, each once: many of a toolkit are links to others."""
+    return list(dict.fromkeys(folder.resolve() for folder in candidates if folder.is_dir()))
+
+
 def find_toolkit(
     environment: Mapping[str, str], torch_cuda: str | None, sites: Sequence[Path], optional_flags: Sequence[str] = ()
 ) -> Toolkit:
@@ -202,12 +207,10 @@ def find_toolkit(
     version = nvcc_version(nvcc)
     major = int(version.partition(".")[0])
     target = home / "targets" / f"{platform.machine()}-linux"
-    includes = [folder / name for folder in (home, target) for name in ("include", "include/cccl")]
-    libraries = [home / "lib64", home / "lib", target / "lib"]
-    includes = [folder for folder in includes if folder.is_dir()]
+    includes = folders(folder / name for folder in (home, target) for name in ("include", "include/cccl"))
     cublaslt = find_cublaslt_include(includes, major, sites, environment.get("SMOOTHQUANT_CUBLAS_INCLUDE"))
-    if cublaslt not in (*includes, SYSTEM_INCLUDE):
-        includes.append(cublaslt)  # last: cuBLAS's wheel may bring newer headers of other libraries too
+    # Last, because cuBLAS's wheel may bring newer headers of other libraries too.
+    includes = [folder for folder in folders([*includes, cublaslt]) if folder != SYSTEM_INCLUDE]
     archs, unknown = known_archs(nvcc, version, environment.get("SMOOTHQUANT_CUDA_ARCHS"))
     remarks = []
     if unknown:
@@ -218,7 +221,7 @@ def find_toolkit(
         home,
         version,
         tuple(includes),
-        tuple(folder for folder in libraries if folder.is_dir()),
+        tuple(folders([home / "lib64", home / "lib", target / "lib"])),
         tuple(flag for flag in optional_flags if takes(nvcc, flag)),
         archs,
         tuple(remarks),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,16 @@ def test_cublaslt_header_of_a_wheel_is_found(
         header.parent.mkdir(parents=True)
         header.touch()
         assert found(home, sites=(tmp_path,)).includes == (home / "include", header.parent)
+
+
+def test_folders_that_are_links_are_named_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler's own folder is not named at all: told of it, it would no longer find its next one."""
+    system = fake_toolkit(home) / "include"
+    (home / "targets").mkdir()
+    (home / "targets" / f"{platform.machine()}-linux").symlink_to(home)
+    assert found(home).includes == (system,)
+    monkeypatch.setattr(cuda_toolkit, "SYSTEM_INCLUDE", system)
+    assert found(home).includes == ()
 
 
 # --- why none is ----------------------------------------------------------------------------------------------------
