@@ -19,6 +19,8 @@ class Built(NamedTuple):
 
     archs: str
     """The architectures that it has code for, such as "80+PTX 90a"; empty if nothing is known of it."""
+    nvcc: str
+    """The version of the nvcc that compiled it, such as "13.0", or empty."""
     why_missing: str
     """Why there is none, or nothing."""
 
@@ -27,10 +29,10 @@ def built() -> Built:
     """What is known of the CUDA library before it is loaded."""
     try:
         record = json.loads(BUILT.read_text())
-        archs, sentence = str(record["archs"]), str(record["sentence"])
+        archs, nvcc, sentence = (str(record[name]) for name in ("archs", "nvcc", "sentence"))
     except (OSError, ValueError, KeyError, TypeError):
-        archs, sentence = "", _not_compiled(CUDA)
-    return Built(archs, "") if CUDA.is_file() else Built("", sentence)
+        archs, nvcc, sentence = "", "", _not_compiled(CUDA)
+    return Built(archs, nvcc, "") if CUDA.is_file() else Built("", "", sentence)
 
 
 def _not_compiled(path: Path) -> str:

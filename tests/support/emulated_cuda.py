@@ -111,7 +111,8 @@ def unsettled(library: Path | None = None) -> Iterator[settle._State]:
             doors._destroy()
 
     archs = os.environ.get("SQ_EMULATED_ARCHS") or ARCHS
-    built = libraries.Built(archs, "") if path.is_file() else libraries.Built("", "built without CUDA kernels: no nvcc")
+    none = libraries.Built("", "", "built without CUDA kernels: no nvcc")
+    built = libraries.Built(archs, "13.0", "") if path.is_file() else none
     with (
         patch.object(settle, "_state", state),
         patch.object(libraries, "CUDA", path),

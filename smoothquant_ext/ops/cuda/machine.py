@@ -35,6 +35,8 @@ class Facts(NamedTuple):
     gpus: tuple[Gpu, ...]
     archs: str
     """The architectures that our library was built for, such as ``"80+PTX 90a"``; empty if that is not known."""
+    nvcc: str = ""
+    """The version of the nvcc that compiled our library, likewise."""
 
 
 def driver_version() -> int:
@@ -76,7 +78,7 @@ def gather(library_error: str = "") -> Facts:
     if is_enough(driver, torch.version.cuda):
         properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
         gpus = tuple(Gpu(found.name, 10 * found.major + found.minor) for found in properties)
-    return Facts(torch.version.cuda, library_error or built.why_missing, driver, gpus, built.archs)
+    return Facts(torch.version.cuda, library_error or built.why_missing, driver, gpus, built.archs, built.nvcc)
 
 
 def has_code_for(archs: str, arch: int) -> bool:
@@ -94,6 +96,10 @@ def has_code_for(archs: str, arch: int) -> bool:
     return False
 
 
+def _version(facts: Facts) -> str:
+    return f"{facts.driver // 1000}.{facts.driver % 1000 // 10}"
+
+
 def why_no_gpu(facts: Facts) -> str:
     """Why nothing can run on a GPU here; empty if there is one."""
     if facts.torch_cuda is None:
@@ -101,8 +107,7 @@ def why_no_gpu(facts: Facts) -> str:
     if facts.driver == 0:
         return "there is no NVIDIA driver"
     if not is_enough(facts.driver, facts.torch_cuda):
-        version = f"{facts.driver // 1000}.{facts.driver % 1000 // 10}"
-        return f"the NVIDIA driver is for CUDA {version}, and torch needs {facts.torch_cuda}: update it"
+        return f"the NVIDIA driver is for CUDA {_version(facts)}, and torch needs {facts.torch_cuda}: update it"
     return "" if facts.gpus else "the driver shows no GPU (is CUDA_VISIBLE_DEVICES set?)"
 
 
@@ -110,6 +115,11 @@ def why_no_kernels(facts: Facts) -> str:
     """Why our CUDA kernels cannot run on the GPUs of this machine; empty if they can."""
     if facts.library_error:
         return facts.library_error
+    if facts.nvcc and not is_enough(facts.driver, facts.nvcc):
+        return (
+            f"the NVIDIA driver is for CUDA {_version(facts)}, and the kernels were compiled by nvcc {facts.nvcc}: "
+            "update the driver, or compile with an older nvcc"
+        )
     lacking = [gpu for gpu in facts.gpus if not has_code_for(facts.archs, gpu.arch)]
     if not lacking or not facts.archs:
         return ""
