@@ -63,6 +63,7 @@ def check_scaled_mm(
         assert bias.dtype == out_dtype != torch.float32
         assert bias.shape == (n,)
         assert bias.is_contiguous()
+        assert bias.storage_offset() % 8 == 0  # cuBLASLt wants 16 bytes
 
 
 class CudaRules(TorchDispatchMode):
