@@ -20,35 +20,27 @@ WAITS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.defa
 def check_int_mm(a: Tensor, b: Tensor) -> None:
     (m, k), (_, n) = a.shape, b.shape
     assert m > 16, f"{m} rows, expected more than 16"
-    assert k > 0 and k % 8 == 0, f"K={k}"
-    assert n > 0 and n % 8 == 0, f"N={n}"
+    assert k % 8 == 0 < k, f"K={k}"
+    assert n % 8 == 0 < n, f"N={n}"
     check_layout(a, b)
 
 
 def check_layout(a: Tensor, b: Tensor) -> None:
     """Rows of ``a`` and columns of ``b`` lie side by side, and begin where 16 bytes can be read."""
-    assert a.is_contiguous() and b.t().is_contiguous(), (a.stride(), b.stride())
+    assert a.is_contiguous(), a.stride()
+    assert b.t().is_contiguous(), b.stride()
     assert a.storage_offset() % 16 == b.storage_offset() % 16 == 0
 
 
-def check_scaled_mm(
-    arch: int,
-    a: Tensor,
-    b: Tensor,
-    a_scale: Tensor,
-    b_scale: Tensor,
-    bias: Tensor | None = None,
-    scale_result: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-    use_fast_accum: bool = False,
-) -> None:
+def check_scaled_mm(arch: int, a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, options: dict[str, Any]) -> None:
+    bias, out_dtype = options.get("bias"), options.get("out_dtype")
     (m, k), (_, n) = a.shape, b.shape
     assert arch >= 89, f"no fp8 on {arch}"
     assert k % 16 == n % 16 == 0, f"K={k}, N={n}"
     assert {a.dtype, b.dtype} != {torch.float8_e5m2}
     check_layout(a, b)
-    assert scale_result is None
-    assert not use_fast_accum
+    assert not options.get("scale_result")
+    assert not options.get("use_fast_accum")
     assert a_scale.dtype == b_scale.dtype == torch.float32
     if a_scale.numel() != 1 or b_scale.numel() != 1:
         assert (a_scale.shape, b_scale.shape) == ((m, 1), (1, n))
@@ -87,7 +79,10 @@ class CudaRules(TorchDispatchMode):
             check_int_mm(*args, **kwargs)
         elif func is aten._scaled_mm.default:
             self.seen["scaled_mm"] += 1
-            check_scaled_mm(self.arch, *args, **kwargs)
+            names = ("bias", "scale_result", "out_dtype", "use_fast_accum")
+            check_scaled_mm(self.arch, *args[:4], dict(zip(names, args[4:], strict=False)) | kwargs)
+        elif func is aten._to_copy.default and kwargs.get("dtype") == torch.int8 and not args[0].is_meta:
+            assert not args[0].isnan().any(), "what a NaN becomes in INT8 depends on the device"
         elif func in WAITS:
             self.seen["wait"] += 1
         return func(*args, **kwargs)

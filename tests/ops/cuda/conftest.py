@@ -24,7 +24,7 @@ def multiplies_int8_exactly() -> bool:
 
 @pytest.fixture
 def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Puts the fallback into ``ops``, and torch's activations into the oracle: what they differ by has its own tests."""
+    """Puts the fallback into ``ops``, and torch's activations into the oracle: what they differ by has tests."""
     if not multiplies_int8_exactly():
         pytest.skip("torch's INT8 product saturates on this CPU")
     for name, implementation in FALLBACKS.items():
@@ -40,7 +40,7 @@ def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=[75, 80, 89, 90, 100])
 def arch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, by_torch: None) -> Iterator[int]:
-    """Takes the CPU for a GPU of each architecture in turn, or of a given one; torch's rules for products there hold."""
+    """Takes the CPU for a GPU of each architecture in turn, or of a given one, with torch's rules for it."""
     value: int = request.param
     monkeypatch.setattr(fallback_gemm, "arch_of", lambda device: value)
     with CudaRules(value):

@@ -1,4 +1,4 @@
-"""What holds for every op through torch alone, by the table of op_cases; the numbers of each are in test_fallback_*.py."""
+"""What holds for every op through torch alone, by the table of op_cases; test_fallback_*.py have the numbers."""
 
 from __future__ import annotations
 
@@ -21,11 +21,15 @@ from smoothquant_ext import ops
 from smoothquant_ext.ops.cuda import fallback_gemm
 from smoothquant_ext.ops.cuda.fallback import FALLBACKS
 
-ALONE = {"_gemm_by_torch": "w8a8_gemm"}  # names in the table that are no public ops, and the ops whose arguments they have
+ALONE = {
+    "_gemm_by_torch": "w8a8_gemm"
+}  # names in the table that are no public ops, and the ops whose arguments they have
 NOT_NEEDED = {"prepack_weight", "w8a8_decoder_layer_"}
 NORMS = {"rms_norm", "rms_norm_quantize", "layer_norm_quantize"}
 ACTIVATIONS = {"silu_mul_quantize", "gelu_mul_quantize", "gelu_quantize", "relu_quantize"}
-CLOSE = NORMS | ACTIVATIONS | {"attention"}  # and not bit for bit: compared in test_fallback_quantize.py and _floating.py
+CLOSE = (
+    NORMS | ACTIVATIONS | {"attention"}
+)  # and not bit for bit: compared in test_fallback_quantize.py and _floating.py
 
 cases = [CASES[name] for name in FALLBACKS if name in CASES]
 HOPPER, ARCHS = 90, (75, 80, 89, 90, 100)
@@ -140,7 +144,11 @@ contract = module_of("test_contract")
 REFUSED: list[tuple[Call, str]] = [
     *((call, re.escape(sentence)) for call, sentence in contract.QUANTIZE_ERRORS),
     *((call, re.escape(sentence)) for call, sentence in contract.GEMM_ERRORS + contract.LINEAR_ERRORS),
-    *(row for name in ("norm_activation", "mlp_and_linear_group", "experts") for row in module_of(f"test_{name}").ERRORS),
+    *(
+        row
+        for name in ("norm_activation", "mlp_and_linear_group", "experts")
+        for row in module_of(f"test_{name}").ERRORS
+    ),
 ]
 
 
