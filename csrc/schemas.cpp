@@ -61,6 +61,34 @@ STABLE_TORCH_LIBRARY(sq, m) {
       "attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, *, float scale, bool causal=False, "
       "Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor");
 
+  // The checks of arguments alone, for implementations in Python (smoothquant_ext/ops/cuda/): of each op, or of all those
+  // of a family, whose name comes first. They look at no value on a device.
+  m.def("_check_quantize(str op, Tensor x, ScalarType dtype, Tensor? smooth, Tensor? scale) -> ()");
+  m.def(
+      "_check_norm_quantize(str op, Tensor x, Tensor weight, Tensor? bias, ScalarType dtype, Tensor? residual, "
+      "Tensor? scale) -> ()");
+  m.def(
+      "_check_activate_quantize(str op, Tensor gate, Tensor? up, ScalarType dtype, Tensor? scale, str approximate) -> "
+      "()");
+  m.def("_check_gemm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? bias, ScalarType out_dtype) -> ()");
+  m.def(
+      "_check_w8a8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? input_scale, "
+      "Tensor? smooth, ScalarType? out_dtype) -> ()");
+  m.def(
+      "_check_linear_group(Tensor x, Tensor[] weight, Tensor[] weight_scale, Tensor?[]? bias, Tensor? input_scale, "
+      "ScalarType? out_dtype) -> ()");
+  m.def(
+      "_check_mlp(Tensor x, Tensor[] weight, Tensor[] weight_scale, Tensor?[]? bias, Tensor?[]? input_scale, "
+      "str activation) -> ()");
+  m.def(
+      "_check_experts(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor[] weight, Tensor[] weight_scale, "
+      "Tensor?[]? bias, str activation) -> ()");
+  m.def("_check_norm(str op, Tensor x, Tensor weight) -> ()");
+  m.def("_check_linear(Tensor x, Tensor weight, Tensor? bias) -> ()");
+  m.def(
+      "_check_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, Tensor? k_scale, Tensor? v_scale) -> "
+      "()");
+
   // Which CPU instruction set and kernels run. cpu_isas: those compiled for this architecture, "amx,...,portable", the
   // fastest first; cpu_isa_why_not is empty for one that can run; the families of cpu_kernel are quantize, pack, gemm_int8,
   // gemm_fp8, norm_activation, linear and attention; _set_cpu_isa is for tests and benchmarks.

@@ -9,10 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-
-import smoothquant_ext
-from smoothquant_ext import ops
-from smoothquant_ext.ops import backends, cuda_kernels
 from smoothquant_ext.ops.cuda_kernels import (
     Facts,
     Gpu,
@@ -22,6 +18,10 @@ from smoothquant_ext.ops.cuda_kernels import (
     read_validations,
     why_not_at_all,
 )
+
+import smoothquant_ext
+from smoothquant_ext import ops
+from smoothquant_ext.ops import backends, cuda_kernels
 from smoothquant_ext.ops.declare import DECLARED
 
 A100, L4, H100 = Gpu("NVIDIA A100", 80), Gpu("NVIDIA L4", 89), Gpu("NVIDIA H100", 90)

@@ -1,6 +1,6 @@
 // Included before every file of csrc/cuda when it is compiled as plain C++: its kernels then run on the CPU through the
-// shim, and its ops are registered as torch.ops.sq_emulated.* for CPU tensors. What the ops do around the kernels (checks,
-// plans, pointers, buffers) is the very code that runs on a GPU.
+// shim, for tensors of the emulated CUDA device (torch_device.cpp). What the ops do around the kernels (registration,
+// checks, plans, pointers, buffers) is the very code that runs on a GPU.
 #pragma once
 
 #include "native/cuda/tensor_core_shim.h"
@@ -31,11 +31,6 @@ struct NoGuard {
 };
 }  // namespace torch::stable::accelerator
 #define DeviceGuard NoGuard
-
-#undef STABLE_TORCH_LIBRARY_IMPL
-#define SQ_EMULATED_CUDA CPU
-#define SQ_EMULATED_CompositeExplicitAutograd CompositeExplicitAutograd
-#define STABLE_TORCH_LIBRARY_IMPL(ns, key, m) _STABLE_TORCH_LIBRARY_IMPL(sq_emulated, SQ_EMULATED_##key, m, C10_UID)
 
 #undef STD_CUDA_KERNEL_LAUNCH_CHECK
 #define STD_CUDA_KERNEL_LAUNCH_CHECK() \
