@@ -151,7 +151,7 @@ OUTER_PAIRS = [pair for pair in PAIRS if pair != (torch.float8_e5m2, torch.float
 @pytest.mark.parametrize("rows", [1, 9, 20, 600])
 @pytest.mark.usefixtures("hopper")
 def test_outer_scales_are_within_the_bound_of_the_oracle(way: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one product of cuBLASLt, with a bias of the result's own type and with one scale for all; it is refused others."""
+    """In one product of cuBLASLt, with a bias of the result's own type or one scale for all; it has no other."""
     monkeypatch.setenv("SMOOTHQUANT_CUDA_GEMM", way)
     monkeypatch.setenv("SQ_EMULATED_REFUSES", "sums")
     n, k = 48, 64
@@ -268,9 +268,7 @@ TABLES = [
 
 
 @pytest.mark.parametrize(("table", "sentence"), TABLES)
-def test_a_ranking_that_is_wrong_changes_nothing(
-    table: str, sentence: str, ranked: Callable[[str, str], None], registered: Any
-) -> None:
+def test_a_ranking_that_is_wrong_changes_nothing(table: str, sentence: str, ranked: Callable[[str, str], None]) -> None:
     ranked("int8", "=skinny")
     with pytest.raises(RuntimeError, match=f"_set_cuda_ways: .*{re.escape(sentence)}"):
         ranked("int8", table)

@@ -49,6 +49,7 @@ void test(const GemmProblem& problem, cublasComputeType_t compute, cudaDataType_
   EXPECT(attribute<int32_t>(description, CUBLASLT_MATMUL_DESC_TRANSA) == CUBLAS_OP_T);
   EXPECT(attribute<int32_t>(description, CUBLASLT_MATMUL_DESC_TRANSB) == CUBLAS_OP_N);
   EXPECT(attribute<int32_t>(description, CUBLASLT_MATMUL_DESC_COMPUTE_TYPE) == compute);
+  EXPECT(attribute<int8_t>(description, CUBLASLT_MATMUL_DESC_FAST_ACCUM) == (product.is_fast ? 1 : 0));
   const int32_t mode = attribute<int32_t>(description, CUBLASLT_MATMUL_DESC_A_SCALE_MODE);
   EXPECT(mode == (product.has_outer_scales ? CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F : 0));
   EXPECT(attribute<int32_t>(description, CUBLASLT_MATMUL_DESC_B_SCALE_MODE) == mode);
@@ -72,8 +73,19 @@ void test(const GemmProblem& problem, cublasComputeType_t compute, cudaDataType_
 }  // namespace
 
 int main() {
-  GemmProblem problem{90,   100,  4096, 512,  DType::kInt8, DType::kInt8,    DType::kBFloat16,
-                      true, true, true, true, false,        DType::kBFloat16};
+  GemmProblem problem{90,
+                      100,
+                      4096,
+                      512,
+                      DType::kInt8,
+                      DType::kInt8,
+                      DType::kBFloat16,
+                      true,
+                      true,
+                      false,
+                      DType::kBFloat16,
+                      false,
+                      int64_t{50} << 20};
   test(problem, CUBLAS_COMPUTE_32I, CUDA_R_32I);
   problem.a = DType::kFloat8E4M3;
   problem.b = DType::kFloat8E5M2;
@@ -82,8 +94,11 @@ int main() {
   test(problem, CUBLAS_COMPUTE_32F, CUDA_R_16BF);
   problem.y = problem.bias = DType::kFloat16;
   test(problem, CUBLAS_COMPUTE_32F, CUDA_R_16F);
+  problem.is_fast = true;
+  test(problem, CUBLAS_COMPUTE_32F, CUDA_R_16F);
   problem.arch = 100;
   test(problem, CUBLAS_COMPUTE_32F, CUDA_R_32F);
+  problem.is_fast = false;
   problem.arch = 80;
   test(problem, CUBLAS_COMPUTE_32F, CUDA_R_32F);
   std::printf("cuBLASLt %zu\n", cublasLtGetVersion());
