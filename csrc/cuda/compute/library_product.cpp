@@ -99,11 +99,7 @@ std::vector<Rows> multiply_in_chunks(const char* op, const GemmPlan& plan, const
       refused.push_back(rows);
       continue;
     }
-    Epilogue epilogue = whole;
-    epilogue.m = product.columns;
-    epilogue.a_scale += rows.begin * epilogue.a_scale_step;
-    epilogue.y = static_cast<uint8_t*>(epilogue.y) + rows.begin * epilogue.n * element_size(epilogue.y_dtype);
-    launch_epilogue({operands.d, 1, is_int32, epilogue}, current_stream(like));
+    launch_epilogue({operands.d, 1, is_int32, epilogue_of_rows(whole, rows)}, current_stream(like));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
   return refused;
