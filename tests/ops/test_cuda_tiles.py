@@ -17,9 +17,9 @@ from op_testing import (
     random_int8,
     scales,
 )
-from smoothquant_ext.ops.cuda_kernels import OWN_GEMMS, Gpu, own_gemms
 
 from smoothquant_ext import ops, reference
+from smoothquant_ext.ops.cuda_kernels import OWN_GEMMS, Gpu, own_gemms
 
 DEVICES = ["cpu", *([f"cuda {name}" for name in OWN_GEMMS] if torch.cuda.is_available() else [])]
 

@@ -69,7 +69,7 @@ def gather(library_error: str) -> Facts:
     if is_enough(driver, torch.version.cuda):
         properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
         gpus = tuple(Gpu(found.name, 10 * found.major + found.minor) for found in properties)
-    archs = "" if library_error else torch.ops.sq._cuda_archs()
+    archs = torch.ops.sq._cuda_archs() if gpus and not library_error else ""
     return Facts(torch.version.cuda, library_error, driver, gpus, archs)
 
 

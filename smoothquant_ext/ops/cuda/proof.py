@@ -180,19 +180,28 @@ def known(gpu: Gpu) -> Record | None:
     return records.find(key_of(gpu), records.cache_folder(), records.read_shipped())
 
 
-def proven(gpu: Gpu, index: int, archs: str, announce: Callable[[str], None]) -> Record:
+def proven(
+    gpu: Gpu,
+    index: int,
+    archs: str,
+    announce: Callable[[str], None],
+    report: Report = lambda _family, _verdict: None,
+    again: bool = False,
+) -> Record:
     """The record of this GPU; proves it if there is none, while other processes that want the same wait.
 
     Args:
+        gpu, index, archs, report: see ``prove``.
         announce: told what takes time, in a sentence.
+        again: prove it even if there is a record.
     """
-    if (record := known(gpu)) is not None:
+    if not again and (record := known(gpu)) is not None:
         return record
     key, folder = key_of(gpu), records.cache_folder()
     with records.one_at_a_time(key, folder, lambda: announce(f"another process proves the kernels on {gpu.name}")):
-        if (record := known(gpu)) is not None:
+        if not again and (record := known(gpu)) is not None:
             return record
         announce(f"proving the CUDA kernels on {gpu.name}, once, in a few seconds")
-        record = prove(gpu, index, archs)
+        record = prove(gpu, index, archs, report)
         records.store(record, folder)
         return record

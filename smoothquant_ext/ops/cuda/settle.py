@@ -1,7 +1,8 @@
-"""Settles, once in a process, how the ops run on its GPUs: our kernels where they were proven, torch's products elsewhere.
+"""Settles, once in a process, how ops run on its GPUs: our kernels where they are proven, torch's products elsewhere.
 
-Until then a door stands before every op on CUDA tensors: the first call settles, takes the doors away and goes through.
-Afterwards a call runs no Python of ours, but where torch's products take the place of an op.
+Until then a door stands before every op on CUDA tensors: the first call settles, that is, loads the library, whose
+kernels take the doors' places, and registers torch's products over those that are not proven. Afterwards a call runs no
+Python of ours, but where torch's products take the place of an op. The doors stay below: a thread may stand in one.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,13 +22,10 @@ from . import machine, proof
 from .fallback import FALLBACKS
 from .families import DTYPES
 from .machine import Facts, Gpu
-from .records import RIGHT, Record, Verdict
+from .records import Record, Verdict
 from .timing import is_right, ranking
 
 logger = logging.getLogger("smoothquant_ext")
-
-NO_KERNEL = {name for name in FALLBACKS if not name.startswith("_")}
-"""The ops that torch can compute."""
 
 
 class Settled(NamedTuple):
@@ -46,35 +44,32 @@ class _State:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.library_error = ""
-        self.door: torch.library.Library | None = None
-        self.replacements: torch.library.Library | None = None
+        self.registered: list[torch.library.Library] = []
         self.settled: Settled | None = None
+        self.warm: set[int] = set()
 
 
 _state = _State()
 os.register_at_fork(after_in_child=lambda: setattr(_state, "lock", threading.RLock()))
 
 
-def start(load: Callable[[], None]) -> None:
-    """Loads the CUDA kernels, and puts a door before each op on CUDA tensors.
-
-    Args:
-        load: loads them; raises ``ImportError``.
-    """
-    try:
-        load()
-    except ImportError as error:
-        _state.library_error = str(error)
-    _state.door = _register({name: _door(name) for name in DECLARED if name in FALLBACKS or DECLARED[name].cuda})
+def start() -> None:
+    """Puts a door before each op on CUDA tensors, where torch has CUDA."""
+    if torch.version.cuda is None:
+        return
+    doors = {name: _door(name) for name in DECLARED if name in FALLBACKS or DECLARED[name].cuda}
+    _register(doors)
+    # Torch warns, once in a process, of a kernel that takes another's place: this is that time.
+    _register(dict([next(iter(doors.items()))]))
 
 
-def _register(functions: dict[str, Callable[..., Any]]) -> torch.library.Library:
+def _register(functions: Mapping[str, Callable[..., Any]]) -> None:
     registered = torch.library.Library("sq", "IMPL")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of the first kernel that takes another's place
+        warnings.simplefilter("ignore")
         for name, function in functions.items():
             registered.impl(name, function, "CUDA", allow_override=True)
-    return registered
+    _state.registered.append(registered)
 
 
 def _door(name: str) -> Callable[..., Any]:
@@ -90,10 +85,13 @@ def settled() -> Settled | None:
     return _state.settled
 
 
-def settle() -> Settled:
+def settle(device: int | None = None) -> Settled:
     """Settles how the ops run on the GPUs of this process; proves the kernels if nobody has on such a GPU.
 
-    Called when the first 8-bit layer moves to a GPU, or the first op runs there.
+    Called when an 8-bit layer moves to a GPU, or the first op runs there.
+
+    Args:
+        device: the index of the GPU that is going to be used: what is made once a GPU is made now.
 
     Raises:
         RuntimeError: a CUDA graph is being captured, in which no kernel can be proven.
@@ -106,36 +104,45 @@ def settle() -> Settled:
                 )
             _settle()
         assert _state.settled is not None
+        index = torch.cuda.current_device() if device is None else device
+        if _state.settled.records and index not in _state.warm:
+            torch.ops.sq._cuda_warm_up(index)
+            _state.warm.add(index)
         return _state.settled
 
 
 def _settle() -> None:
+    _load()
     facts = machine.gather(_state.library_error)
     why = machine.why_no_gpu(facts) or machine.why_no_kernels(facts)
     kinds = {} if why else {gpu: facts.gpus.index(gpu) for gpu in facts.gpus}
     found = tuple(proof.proven(gpu, index, facts.archs, logger.warning) for gpu, index in kinds.items())
     replaced = {name: reason for name in DECLARED if name in FALLBACKS and (reason := why or why_replaced(name, found))}
+    if not _state.library_error:
+        for dtype in DTYPES:
+            torch.ops.sq._set_cuda_ways(dtype, ranking(found, dtype))
     _use(Settled(facts, found, replaced))
     if why or (failed := refused(found)):
         logger.warning(why_torch(facts, why) if why else why_refused(failed))
 
 
+def _load() -> None:
+    try:
+        library.load(library.CUDA)
+    except ImportError as error:
+        _state.library_error = str(error)
+
+
 def _use(settled: Settled) -> None:
-    """Registers the decision; from op to op there is always one that can run."""
-    functions = {name: FALLBACKS[name] for name in settled.replaced}
-    _state.replacements = _register(functions | {"_gemm_by_torch": FALLBACKS["_gemm_by_torch"]})
-    if not _state.library_error:
-        for dtype in DTYPES:
-            torch.ops.sq._set_cuda_ways(dtype, ranking(settled.records, dtype))
+    names = (*settled.replaced, "_gemm_by_torch")
+    _register({name: FALLBACKS[name] for name in names})
     _state.settled = settled
-    if _state.door is not None:
-        _state.door._destroy()
-        _state.door = None
 
 
 def trust_all() -> None:
     """Lets every kernel run, proven or not: for the process that proves them."""
     with _state.lock:
+        _load()
         replaced = {name: "it has no kernel" for name in FALLBACKS if name in DECLARED and not DECLARED[name].cuda}
         _use(Settled(machine.gather(_state.library_error), (), replaced))
 
@@ -155,7 +162,7 @@ def refused(found: tuple[Record, ...]) -> dict[str, Verdict]:
         family: verdict
         for record in found
         for family, verdict in record.verdicts.items()
-        if verdict.kind != RIGHT and not family.startswith("library_fast")  # which may be less exact than is right
+        if not verdict.is_right and not family.startswith("library_fast")  # which may be less exact than is right
     }
 
 
@@ -173,4 +180,5 @@ def why_refused(failed: dict[str, Verdict]) -> str:
 
 def kinds(facts: Facts) -> dict[Gpu, Record | None]:
     """Each kind of GPU with its record, or ``None`` before its proof."""
-    return {gpu: proof.known(gpu) for gpu in dict.fromkeys(facts.gpus)}
+    used = {Gpu(*record.key[:2]): record for record in _state.settled.records} if _state.settled else {}
+    return {gpu: used.get(gpu) or proof.known(gpu) for gpu in dict.fromkeys(facts.gpus)}
