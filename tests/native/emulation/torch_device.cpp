@@ -231,4 +231,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
     return set_storage(self, source.storage(), source.storage_offset(), source.sizes(), source.strides());
   });
   m.impl("record_stream", &record_stream);
+  m.impl("mm.dtype", [](const at::Tensor& a, const at::Tensor& b, at::ScalarType dtype) {  // which the CPU lacks
+    return at::mm(a.to(dtype), b.to(dtype));
+  });
 }
