@@ -63,7 +63,8 @@ void launch_norm(const char* op, const NormJob& job, const Tensor& x) {
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-QuantizedSum norm_quantize_cuda(const char* op, const NormQuantizeInputs& inputs, const float* static_scale) {
+QuantizedSum norm_quantize_cuda(const char* op, const NormQuantizeInputs& inputs, const float* static_scale,
+                                bool is_rounded) {
   require_validated(op, Family::kNormActivation, inputs.x.get_device_index());
   const Tensor x = as_contiguous(inputs.x), weight = as_contiguous(inputs.weight);
   const OptionalTensor bias = as_contiguous(inputs.bias), residual = as_contiguous(inputs.residual);
@@ -80,6 +81,7 @@ QuantizedSum norm_quantize_cuda(const char* op, const NormQuantizeInputs& inputs
     job.sum = sum.mutable_data_ptr();
   }
   job.target = target.rows;
+  job.is_rounded = is_rounded;
   launch_norm(op, job, x);
   return {target.q, target.scale, sum};
 }

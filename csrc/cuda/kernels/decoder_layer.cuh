@@ -33,13 +33,6 @@ constexpr int64_t mask_blocks(const MaskJob& mask, int64_t time) {
   return (mask_groups(mask, time) + kAppendThreads - 1) / kAppendThreads;
 }
 
-template <typename T>
-SQ_HOST_DEVICE inline float rounded(float value) {
-  T narrow;
-  from_float(value, &narrow);
-  return to_float(narrow);
-}
-
 // --- heads ----------------------------------------------------------------------------------------------------------
 
 // A head, and what becomes of its elements.

@@ -1,12 +1,12 @@
 // w8a8_decoder_layer_ on CUDA devices, on the current stream, without waiting for it. Its launches, INT8 products by
 // cuBLASLt being two each, product and epilogue:
-//    1      norm of x, quantized                               norm.cuh
+//    1      norm of x, rounded, quantized                      norm.cuh
 //    2, 3   q, k and v                                         one product where their weights lie side by side
 //    4      norms of heads, rotation, cache; the mask          decoder_layer.cuh
 //    5      attention                                          torch's
 //    6      quantized                                          quantize.cuh
 //    7, 8   o
-//    9      + x, norm, quantized                               norm.cuh
+//    9      + x, norm, rounded, quantized                      norm.cuh
 //   10, 11  gate and up                                        one product likewise
 //   12      act(gate) * up, quantized                          activate.cuh
 //   13, 14  down, + the sum of 9
@@ -52,7 +52,7 @@ Tensor w8a8_decoder_layer_cuda(const Tensor& x_in, const Tensor& norm, const Ten
   const auto normed = [&](const Tensor& of, const Tensor& norm_weight, double own_eps, const OptionalTensor& residual,
                           const float* own_scale) {
     return norm_quantize_cuda(kOp, {Norm::kRms, of, norm_weight, none, own_eps, offset, eight_bit, residual, none},
-                              own_scale);
+                              own_scale, true);
   };
   const auto multiplied = [&](const Tensor& q, const Tensor& scales, DecoderRole first, size_t count) {
     return multiply_joined_cuda(kOp, q, scales, layers, shapes.data(), first, count, dtype);

@@ -14,6 +14,9 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** str
   return 0;
 }
 
+// Launches of kernels so far, cuBLASLt's included.
+extern "C" __attribute__((visibility("default"))) int64_t sq_emulated_launches() { return shim::launches; }
+
 namespace sq {
 namespace {
 
@@ -99,6 +102,7 @@ bool lt_multiply(const char*, const LtProduct& product, const LtOperands& operan
   const std::string refused = environment("SQ_EMULATED_REFUSES");
   if (refused == "all" || (refused == "outer" && product.has_outer_scales)) return false;
   insist_on_operands(product, operands);
+  ++shim::launches;
   for (int64_t column = 0; column < product.columns; ++column) {
     for (int64_t row = 0; row < product.rows; ++row) {
       double sum = 0;
