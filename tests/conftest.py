@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from emulated_cuda import emulated_cuda
 from op_testing import HAS_CUDA, ISAS, cpu_isa, run_on
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -41,3 +42,10 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def run(backend: str) -> Callable[..., Any]:
     """``run(op, ...)``: the op on every backend, with tensors moved there and its results moved back."""
     return functools.partial(run_on, backend)
+
+
+@pytest.fixture
+def gpu() -> Iterator[None]:
+    """A CUDA device, emulated; see ``emulated_cuda``."""
+    with emulated_cuda():
+        yield

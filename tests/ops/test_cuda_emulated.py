@@ -1,7 +1,7 @@
 """The CUDA ops without a GPU: their own host code and kernels, compiled as plain C++, against the oracle.
 
 Everything is what a GPU runs but the matrix products of cuBLASLt, which are loops here that insist on what the library
-insists on (alignment, types, architectures), and the tensors' device. See tests/native/emulation/emulate.h.
+insists on (alignment, types, architectures). See tests/native/emulation/emulate.h.
 """
 
 from __future__ import annotations
@@ -9,24 +9,19 @@ from __future__ import annotations
 import ctypes
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-from decoder_layer_cases import (
-    EVEN,
-    joined,
-    operands,
-    variants,
-    with_int8_cache,
-    with_mask,
-    with_positions,
-)
-from emulation import ROOT, emulated_library
+from emulated_cuda import emulated_cuda
+from emulation import ROOT
 from op_cases import CASES, OpCase, Problem, call, expected_of
 from op_testing import EIGHT_BIT, FLOAT8, FLOATS, assert_same_bits, randn, random_float8, random_int8, scales, threads
 from torch import Tensor
-from torch_attention import torch_attention
+from torch.utils._pytree import tree_map_only
 
 from smoothquant_ext import ops, reference
 from smoothquant_ext.ops.declare import DECLARED
@@ -34,40 +29,41 @@ from smoothquant_ext.ops.declare import DECLARED
 OPS = [name for name, declaration in DECLARED.items() if declaration.cuda]
 ARCHS = (80, 89, 90, 100)
 EPS = torch.finfo(torch.float32).eps
-LIBRARY = torch.library.Library("sq_emulated", "DEF")  # its ops are there as long as it is
 
 pytestmark = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="the sources are not here")
 
 
-@pytest.fixture(scope="session")
-def registered() -> Any:
-    """``torch.ops.sq_emulated``, with the schemas of ``torch.ops.sq``."""
-    for op in OPS:
-        LIBRARY.define(str(getattr(torch.ops.sq, op).default._schema).removeprefix("sq::"))
-    torch.ops.load_library(emulated_library())
-    return torch.ops.sq_emulated
+@pytest.fixture(scope="module", autouse=True)
+def _device() -> Iterator[None]:
+    """A CUDA device, and in ``ops`` functions that call the ops there with tensors of the CPU."""
+    with emulated_cuda(), ExitStack() as patches:
+        for op in OPS:
+            patches.enter_context(patch.object(ops, op, partial(run_there, getattr(ops, op))))
+        yield
 
 
-def call_instead(registered: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Puts the emulated ops into ``ops``."""
-    for op in OPS:
-        monkeypatch.setattr(ops, op, getattr(registered, op).default)
+def run_there(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The op on tensors of the emulated device that have the same memory, with its offsets and strides."""
+    args, kwargs = moved(torch.ops.emulated_cuda.there, (args, kwargs))
+    return moved(torch.ops.emulated_cuda.back, op(*args, **kwargs))
+
+
+def moved(move: Callable[[Tensor], Tensor], values: Any) -> Any:
+    return tree_map_only(Tensor, move, values)
 
 
 @pytest.fixture(params=ARCHS)
-def arch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, registered: Any) -> int:
-    """Puts the emulated ops into ``ops``, on each architecture in turn."""
+def arch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Each architecture in turn."""
     value: int = request.param
     monkeypatch.setenv("SQ_EMULATED_ARCH", str(value))
-    call_instead(registered, monkeypatch)
     return value
 
 
 @pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch, registered: Any) -> None:
-    """The same on one architecture, for what does not depend on it."""
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One architecture, for what does not depend on it."""
     monkeypatch.setenv("SQ_EMULATED_ARCH", "90")
-    call_instead(registered, monkeypatch)
 
 
 @pytest.fixture(autouse=True, scope="module")

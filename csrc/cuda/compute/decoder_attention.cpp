@@ -1,6 +1,5 @@
 #include "cuda/compute/decoder_attention.h"
 
-#include "cuda/compute/devices.h"
 #include "cuda/compute/scaled_dot_product.h"
 #include "cuda/compute/views.h"
 #include "cuda/kernels/decoder_layer.h"
@@ -79,7 +78,6 @@ AttentionPlan plan_attention(const DecoderArguments& arguments, const HeadCounts
 Tensor attend_cuda(const char* op, const DecoderArguments& arguments, const HeadCounts& counts,
                    const std::vector<Tensor>& qkv, double offset, double head_eps) {
   const Tensor& x = arguments.x;
-  require_validated(op, Family::kDecoderLayer, x.get_device_index());
   const ScalarType dtype = x.scalar_type();
   const AttentionPlan plan = plan_attention(arguments, counts);
   const auto [batch, time, heads, kv_heads, d] = counts;

@@ -158,3 +158,5 @@ inline int32_t __dp4a(int32_t a, int32_t b, int32_t sum) {
   for (int shift = 0; shift < 32; shift += 8) sum += static_cast<int8_t>(a >> shift) * static_cast<int8_t>(b >> shift);
   return sum;
 }
+
+inline float __fmaf_rn(float a, float b, float sum) { return std::fmaf(a, b, sum); }

@@ -1,6 +1,6 @@
 // Included before every file of csrc/cuda when it is compiled as plain C++: its kernels then run on the CPU through the
-// shim, and its ops are registered as torch.ops.sq_emulated.* for CPU tensors. What the ops do around the kernels (checks,
-// plans, pointers, buffers) is the very code that runs on a GPU.
+// shim, for tensors of the emulated CUDA device (torch_device.cpp). What the ops do around the kernels (registration,
+// checks, plans, pointers, buffers) is the very code that runs on a GPU.
 #pragma once
 
 #include "native/cuda/tensor_core_shim.h"
@@ -12,11 +12,14 @@
 
 #include <cuda_runtime.h>
 
-// As in cuda/kernels/launch.cuh.
+#include "native/emulation/emulated_runtime.h"
+
+// What launch.cuh starts.
 namespace sq {
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes, void* /*stream*/,
-            const Arguments&... arguments) {
+void start_emulated(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes, void* /*stream*/,
+                    const Arguments&... arguments) {
+  if (!emulated::can_start(reinterpret_cast<const void*>(kernel), shared_bytes)) return;
   shim::run_tensor_cores(kernel, static_cast<unsigned>(blocks), static_cast<unsigned>(threads),
                          static_cast<size_t>(shared_bytes), Parameters(arguments)...);
 }
@@ -29,8 +32,6 @@ struct NoGuard {
 }  // namespace torch::stable::accelerator
 #define DeviceGuard NoGuard
 
-#undef STABLE_TORCH_LIBRARY_IMPL
-#define STABLE_TORCH_LIBRARY_IMPL(ns, key, m) _STABLE_TORCH_LIBRARY_IMPL(sq_emulated, CPU, m, C10_UID)
-
 #undef STD_CUDA_KERNEL_LAUNCH_CHECK
-#define STD_CUDA_KERNEL_LAUNCH_CHECK() static_cast<void>(0)
+#define STD_CUDA_KERNEL_LAUNCH_CHECK() \
+  SQ_CHECK(cudaGetLastError() == cudaSuccess, "emulated device: a kernel did not start")

@@ -1,0 +1,176 @@
+"""Settles, once in a process, how the ops run on its GPUs: our kernels where they were proven, torch's products elsewhere.
+
+Until then a door stands before every op on CUDA tensors: the first call settles, takes the doors away and goes through.
+Afterwards a call runs no Python of ours, but where torch's products take the place of an op.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import library
+from ..declare import DECLARED
+from . import machine, proof
+from .fallback import FALLBACKS
+from .families import DTYPES
+from .machine import Facts, Gpu
+from .records import RIGHT, Record, Verdict
+from .timing import is_right, ranking
+
+logger = logging.getLogger("smoothquant_ext")
+
+NO_KERNEL = {name for name in FALLBACKS if not name.startswith("_")}
+"""The ops that torch can compute."""
+
+
+class Settled(NamedTuple):
+    """How the ops of a process run on its GPUs."""
+
+    facts: Facts
+    records: tuple[Record, ...]
+    """Of each kind of GPU; none where our kernels cannot run at all."""
+    replaced: dict[str, str]
+    """The ops that torch computes, and why."""
+
+
+class _State:
+    """What the process has registered; a value, so that a test can have its own."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.library_error = ""
+        self.door: torch.library.Library | None = None
+        self.replacements: torch.library.Library | None = None
+        self.settled: Settled | None = None
+
+
+_state = _State()
+os.register_at_fork(after_in_child=lambda: setattr(_state, "lock", threading.RLock()))
+
+
+def start(load: Callable[[], None]) -> None:
+    """Loads the CUDA kernels, and puts a door before each op on CUDA tensors.
+
+    Args:
+        load: loads them; raises ``ImportError``.
+    """
+    try:
+        load()
+    except ImportError as error:
+        _state.library_error = str(error)
+    _state.door = _register({name: _door(name) for name in DECLARED if name in FALLBACKS or DECLARED[name].cuda})
+
+
+def _register(functions: dict[str, Callable[..., Any]]) -> torch.library.Library:
+    registered = torch.library.Library("sq", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of the first kernel that takes another's place
+        for name, function in functions.items():
+            registered.impl(name, function, "CUDA", allow_override=True)
+    return registered
+
+
+def _door(name: str) -> Callable[..., Any]:
+    def through(*args: Any, **kwargs: Any) -> Any:
+        settle()
+        return getattr(torch.ops.sq, name).default(*args, **kwargs)
+
+    return through
+
+
+def settled() -> Settled | None:
+    """How the ops run on GPUs, or ``None`` before the first use of one."""
+    return _state.settled
+
+
+def settle() -> Settled:
+    """Settles how the ops run on the GPUs of this process; proves the kernels if nobody has on such a GPU.
+
+    Called when the first 8-bit layer moves to a GPU, or the first op runs there.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, in which no kernel can be proven.
+    """
+    with _state.lock:
+        if _state.settled is None:
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "smoothquant_ext: the first 8-bit op on a GPU is inside a CUDA graph; run one before the capture"
+                )
+            _settle()
+        assert _state.settled is not None
+        return _state.settled
+
+
+def _settle() -> None:
+    facts = machine.gather(_state.library_error)
+    why = machine.why_no_gpu(facts) or machine.why_no_kernels(facts)
+    kinds = {} if why else {gpu: facts.gpus.index(gpu) for gpu in facts.gpus}
+    found = tuple(proof.proven(gpu, index, facts.archs, logger.warning) for gpu, index in kinds.items())
+    replaced = {name: reason for name in DECLARED if name in FALLBACKS and (reason := why or why_replaced(name, found))}
+    _use(Settled(facts, found, replaced))
+    if why or (failed := refused(found)):
+        logger.warning(why_torch(facts, why) if why else why_refused(failed))
+
+
+def _use(settled: Settled) -> None:
+    """Registers the decision; from op to op there is always one that can run."""
+    functions = {name: FALLBACKS[name] for name in settled.replaced}
+    _state.replacements = _register(functions | {"_gemm_by_torch": FALLBACKS["_gemm_by_torch"]})
+    if not _state.library_error:
+        for dtype in DTYPES:
+            torch.ops.sq._set_cuda_ways(dtype, ranking(settled.records, dtype))
+    _state.settled = settled
+    if _state.door is not None:
+        _state.door._destroy()
+        _state.door = None
+
+
+def trust_all() -> None:
+    """Lets every kernel run, proven or not: for the process that proves them."""
+    with _state.lock:
+        replaced = {name: "it has no kernel" for name in FALLBACKS if name in DECLARED and not DECLARED[name].cuda}
+        _use(Settled(machine.gather(_state.library_error), (), replaced))
+
+
+def why_replaced(op: str, found: tuple[Record, ...]) -> str:
+    """Why torch computes an op where our kernels could run; empty if they do. Products have their ranking instead."""
+    declaration = DECLARED[op]
+    if not declaration.cuda:
+        return declaration.why_not_cuda
+    missing = [family for family in declaration.cuda if family != "gemm" and not is_right(found, family)]
+    return f"{' and '.join(missing)} failed the proof" if missing else ""
+
+
+def refused(found: tuple[Record, ...]) -> dict[str, Verdict]:
+    """The families that are not right, with what was seen."""
+    return {
+        family: verdict
+        for record in found
+        for family, verdict in record.verdicts.items()
+        if verdict.kind != RIGHT and not family.startswith("library_fast")  # which may be less exact than is right
+    }
+
+
+def why_torch(facts: Facts, why: str) -> str:
+    """The sentence of a GPU without our kernels."""
+    names = ", ".join(dict.fromkeys(gpu.name for gpu in facts.gpus)) or "a GPU"
+    return f"8-bit ops on {names} are computed by torch, more slowly than by our kernels: {why}"
+
+
+def why_refused(failed: dict[str, Verdict]) -> str:
+    """The sentence of kernels that failed."""
+    kinds = ", ".join(f"{family} ({verdict.kind})" for family, verdict in failed.items())
+    return f"some CUDA kernels failed their proof here and are not used: {kinds}; 'smoothquant info' says more"
+
+
+def kinds(facts: Facts) -> dict[Gpu, Record | None]:
+    """Each kind of GPU with its record, or ``None`` before its proof."""
+    return {gpu: proof.known(gpu) for gpu in dict.fromkeys(facts.gpus)}

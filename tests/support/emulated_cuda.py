@@ -1,0 +1,66 @@
+"""A CUDA device for a torch without CUDA: what a GPU changes in Python and in the ops, without the speed.
+
+Tensors on it lie in host memory and torch computes on them with its CPU kernels, see
+tests/native/emulation/torch_device.cpp; our ops run their own host code and kernels there, see emulate.h. A tensor of
+the CPU beside one of this device is an error, as on a GPU. It has no streams, graphs, generators and no backward pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from emulation import emulated_library, torch_device
+
+NAME = "Emulated GPU"
+_loaded: set[str] = set()
+
+
+def load_once(library: Any) -> None:
+    """Loads a library of ops: what it registers stays."""
+    if str(library) not in _loaded:
+        torch.ops.load_library(library)
+        _loaded.add(str(library))
+
+
+@contextlib.contextmanager
+def emulated_cuda(arch: int = 90, memory: int = 80 << 30) -> Iterator[None]:
+    """``torch.device("cuda")`` can be used: one GPU, of this architecture and so many bytes."""
+    load_once(torch_device())
+    load_once(emulated_library())
+    major, minor = divmod(arch, 10)
+    properties = SimpleNamespace(
+        name=NAME, major=major, minor=minor, total_memory=memory, multi_processor_count=3, L2_cache_size=32 << 20
+    )
+    nothing: Any = lambda *_args, **_kwargs: None  # noqa: E731
+    instead: dict[str, Any] = {
+        "_is_compiled": lambda: True,
+        "_lazy_init": nothing,
+        "current_device": lambda: 0,
+        "device_count": lambda: 1,
+        "empty_cache": nothing,
+        "get_device_capability": lambda _device=None: (major, minor),
+        "get_device_name": lambda _device=None: NAME,
+        "get_device_properties": lambda _device=None: properties,
+        "is_available": lambda: True,
+        "is_bf16_supported": lambda **_kwargs: True,
+        "is_current_stream_capturing": lambda: False,
+        "is_initialized": lambda: True,
+        "max_memory_allocated": lambda _device=None: 0,
+        "mem_get_info": lambda _device=None: (memory, memory),
+        "memory_allocated": lambda _device=None: 0,
+        "memory_reserved": lambda _device=None: 0,
+        "reset_peak_memory_stats": nothing,
+        "set_device": nothing,
+        "synchronize": nothing,
+    }
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(patch.dict("os.environ", {"SQ_EMULATED_ARCH": str(arch)}))
+        patches.enter_context(patch.object(torch.version, "cuda", "13.0"))
+        for name, value in instead.items():
+            patches.enter_context(patch.object(torch.cuda, name, value))
+        yield
