@@ -39,6 +39,7 @@ SHAPES = (
     (5, 40, 4096),
     (8, 256, 1024),
     (9, 30, 70),
+    (20, 48, 64),
     (17, 48, 528),
     (64, 272, 1040),
     (300, 272, 1040),
@@ -135,39 +136,53 @@ def _norms_and_activations() -> Iterator[Case]:
         yield Case("relu_quantize", {"x": x, "dtype": dtype, "scale": scale})
 
 
-def _scales_and_bias(turn: int, m: int, n: int) -> dict[str, Any]:
-    """Every kind of scales, bias and result in turn; a row whose scale is NaN."""
+class Kind(NamedTuple):
+    """Scales, bias and result of a product."""
+
+    bias: torch.dtype | None
+    out_dtype: torch.dtype
+    per_tensor: bool = False
+
+
+KINDS = (Kind(None, BF16), Kind(F32, F32), Kind(BF16, BF16), Kind(F16, F16), Kind(BF16, F32), Kind(F32, F16, True))
+ONE_PASS = (Kind(BF16, BF16), Kind(None, BF16), Kind(F16, F16), Kind(BF16, BF16, True))
+"""Those of which a GPU with scales by row and column computes all in the product: a bias has the result's type."""
+
+
+def _scales_and_bias(m: int, n: int, kind: Kind) -> dict[str, Any]:
+    """The other arguments of a product; the scale of one row is NaN."""
     a_scale, b_scale = _randn(m, seed=3).abs() * 0.01 + 1e-4, _randn(n, seed=4).abs() * 0.01 + 1e-4
-    if m > 1:
-        a_scale[1] = torch.nan
-    bias = (None, _randn(n, seed=5), _randn(n, seed=5).to(BF16), _randn(n, seed=5).to(F16))[turn % 4]
-    if turn % 5 == 3:
+    if kind.per_tensor:
         a_scale, b_scale = a_scale[:1], b_scale[:1]
-    out_dtype = (BF16, F32, BF16, F16)[turn % 4]  # the 16-bit biases meet results of their own type
-    return {"a_scale": a_scale, "b_scale": b_scale, "bias": bias, "out_dtype": out_dtype}
+    elif m > 1:
+        a_scale[1] = torch.nan
+    bias = None if kind.bias is None else _randn(n, seed=5).to(kind.bias)
+    return {"a_scale": a_scale, "b_scale": b_scale, "bias": bias, "out_dtype": kind.out_dtype}
 
 
 def _products() -> Iterator[Case]:
     for turn, (m, n, k) in enumerate(SHAPES):
         generator = torch.Generator().manual_seed(turn)
         a, b = (torch.randint(-127, 128, shape, generator=generator).to(torch.int8) for shape in ((m, k), (n, k)))
-        yield Case("w8a8_gemm", {"a": a, "b": b} | _scales_and_bias(turn, m, n))
+        yield Case("w8a8_gemm", {"a": a, "b": b} | _scales_and_bias(m, n, KINDS[turn % len(KINDS)]))
     largest = torch.full((20, 4096), -127, dtype=torch.int8)
-    yield Case("w8a8_gemm", {"a": largest, "b": largest[:16]} | _scales_and_bias(1, 20, 16))
+    yield Case("w8a8_gemm", {"a": largest, "b": largest[:16]} | _scales_and_bias(20, 16, KINDS[1]))
 
 
 def _fp8_products() -> Iterator[Case]:
-    pairs = itertools.cycle(itertools.product((E4M3, E5M2), (E4M3, E5M2)))
+    others = itertools.cycle(((E4M3, E5M2), (E5M2, E4M3), (E5M2, E5M2)))
     for turn, (m, n, k) in enumerate(SHAPES):
-        # The fast path of each GPU has e4m3 on both sides, a scale a row and a column, and a bias of the result's type.
-        for kind in {0, turn % 4}:
-            a_type, b_type = (E4M3, E4M3) if kind == 0 else next(pairs)
-            a, _ = reference.quantize_per_token(_randn(m, k), a_type)
-            b, _ = reference.quantize_per_token(_randn(n, k, seed=1), b_type)
-            yield Case("w8a8_gemm", {"a": a, "b": b} | _scales_and_bias(turn + (2 if kind == 0 else 0), m, n))
+        a, b = _randn(m, k), _randn(n, k, seed=1)
+        both = ((E4M3, E4M3), ONE_PASS[turn % len(ONE_PASS)]), (next(others), KINDS[turn % len(KINDS)])
+        for (a_type, b_type), kind in both:
+            operands = {
+                "a": reference.quantize_per_token(a, a_type)[0],
+                "b": reference.quantize_per_token(b, b_type)[0],
+            }
+            yield Case("w8a8_gemm", operands | _scales_and_bias(m, n, kind))
     # Sums of one sign, in which the small addends of fast accumulation are lost.
     ones = torch.ones(20, 4096).to(E4M3)
-    yield Case("w8a8_gemm", {"a": ones, "b": ones[:16]} | _scales_and_bias(2, 20, 16))
+    yield Case("w8a8_gemm", {"a": ones, "b": ones[:16]} | _scales_and_bias(20, 16, ONE_PASS[1]))
 
 
 # --- what is right --------------------------------------------------------------------------------------------------
@@ -191,8 +206,7 @@ def _bits_difference(actual: Tensor, expected: Tensor) -> str:
 
 
 def _fp8_difference(arguments: dict[str, Any], actual: Tensor, on_tensor_cores: bool) -> str:
-    inputs = [arguments[name] for name in ("a", "b", "a_scale", "b_scale", "bias")]
-    exact, bound = gemm_bound(*inputs, arguments["out_dtype"], on_tensor_cores)
+    exact, bound = gemm_bound(**arguments, on_tensor_cores=on_tensor_cores)
     if (actual.dtype, actual.shape) != (arguments["out_dtype"], exact.shape):
         return f"{_brief(actual)} instead of {_brief(exact.to(arguments['out_dtype']))}"
     is_near = (actual.double() - exact).abs() <= bound

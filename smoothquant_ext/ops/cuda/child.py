@@ -53,7 +53,7 @@ def prove(family: str, device: str) -> None:
             say(wrong=f"{case.name}: {wrong}")
             return
         count += 1
-    say(**({"right": count} if count else {"could_not_run": "it can compute none of the cases"}))
+    say(right=count)  # a way that can compute none is never asked to compute more
 
 
 def run(case: Case, device: str) -> Any:

@@ -138,9 +138,7 @@ def _multiply_fp8_rows(operands: Operands) -> Tensor:
     (m, _), (n, _) = operands.a.shape, operands.b.shape
     a_scale, b_scale = _aligned(operands.a_scale.expand(m, 1)), _aligned(operands.b_scale.expand(1, n))
     bias = None if operands.bias is None else _aligned(operands.bias)
-    return torch._scaled_mm(
-        operands.a, operands.b.t(), a_scale, b_scale, bias=bias, out_dtype=operands.out_dtype
-    )
+    return torch._scaled_mm(operands.a, operands.b.t(), a_scale, b_scale, bias=bias, out_dtype=operands.out_dtype)
 
 
 def _multiply_fp8(operands: Operands) -> Tensor:

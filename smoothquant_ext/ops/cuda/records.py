@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -109,8 +110,10 @@ def cache_folder() -> Path | None:
 
     A folder in a shared place counts only if it is ours and nobody else may write there.
     """
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    places = [Path(cache) / "smoothquant-ext", Path(tempfile.gettempdir()) / f"smoothquant-ext-{os.getuid()}"]
+    places = [Path(tempfile.gettempdir()) / f"smoothquant-ext-{os.getuid()}"]
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        cache = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+        places.insert(0, Path(cache) / "smoothquant-ext")
     return next((place for place in places if place.is_absolute() and _is_ours(place)), None)
 
 
@@ -152,7 +155,7 @@ def store(record: Record, folder: Path | None) -> None:
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         unfinished.write_text(json.dumps(to_json(record), indent=1) + "\n")
-        os.replace(unfinished, path)
+        unfinished.replace(path)
     except OSError:
         unfinished.unlink(missing_ok=True)
 

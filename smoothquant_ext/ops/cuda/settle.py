@@ -1,4 +1,4 @@
-"""Settles, once in a process, how the ops run on its GPUs: our kernels where they were proven, torch's products elsewhere.
+"""Settles, once in a process, how ops run on its GPUs: our kernels where they are proven, torch's products elsewhere.
 
 Until then a door stands before every op on CUDA tensors: the first call settles, takes the doors away and goes through.
 Afterwards a call runs no Python of ours, but where torch's products take the place of an op.
@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -25,9 +25,6 @@ from .records import RIGHT, Record, Verdict
 from .timing import is_right, ranking
 
 logger = logging.getLogger("smoothquant_ext")
-
-NO_KERNEL = {name for name in FALLBACKS if not name.startswith("_")}
-"""The ops that torch can compute."""
 
 
 class Settled(NamedTuple):
@@ -55,20 +52,23 @@ _state = _State()
 os.register_at_fork(after_in_child=lambda: setattr(_state, "lock", threading.RLock()))
 
 
-def start(load: Callable[[], None]) -> None:
-    """Loads the CUDA kernels, and puts a door before each op on CUDA tensors.
-
-    Args:
-        load: loads them; raises ``ImportError``.
-    """
+def start() -> None:
+    """Loads the CUDA kernels, where torch has CUDA, and puts a door before each op on CUDA tensors."""
+    if torch.version.cuda is None:
+        return
     try:
-        load()
+        library.load(library.CUDA)
     except ImportError as error:
         _state.library_error = str(error)
     _state.door = _register({name: _door(name) for name in DECLARED if name in FALLBACKS or DECLARED[name].cuda})
 
 
-def _register(functions: dict[str, Callable[..., Any]]) -> torch.library.Library:
+def library_error() -> str:
+    """Why the CUDA kernels are not loaded; empty if they are, or if torch has no CUDA."""
+    return _state.library_error
+
+
+def _register(functions: Mapping[str, Callable[..., Any]]) -> torch.library.Library:
     registered = torch.library.Library("sq", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of the first kernel that takes another's place
@@ -115,6 +115,9 @@ def _settle() -> None:
     kinds = {} if why else {gpu: facts.gpus.index(gpu) for gpu in facts.gpus}
     found = tuple(proof.proven(gpu, index, facts.archs, logger.warning) for gpu, index in kinds.items())
     replaced = {name: reason for name in DECLARED if name in FALLBACKS and (reason := why or why_replaced(name, found))}
+    if not _state.library_error:
+        for dtype in DTYPES:
+            torch.ops.sq._set_cuda_ways(dtype, ranking(found, dtype))
     _use(Settled(facts, found, replaced))
     if why or (failed := refused(found)):
         logger.warning(why_torch(facts, why) if why else why_refused(failed))
@@ -124,9 +127,6 @@ def _use(settled: Settled) -> None:
     """Registers the decision; from op to op there is always one that can run."""
     functions = {name: FALLBACKS[name] for name in settled.replaced}
     _state.replacements = _register(functions | {"_gemm_by_torch": FALLBACKS["_gemm_by_torch"]})
-    if not _state.library_error:
-        for dtype in DTYPES:
-            torch.ops.sq._set_cuda_ways(dtype, ranking(settled.records, dtype))
     _state.settled = settled
     if _state.door is not None:
         _state.door._destroy()
@@ -173,4 +173,5 @@ def why_refused(failed: dict[str, Verdict]) -> str:
 
 def kinds(facts: Facts) -> dict[Gpu, Record | None]:
     """Each kind of GPU with its record, or ``None`` before its proof."""
-    return {gpu: proof.known(gpu) for gpu in dict.fromkeys(facts.gpus)}
+    used = {Gpu(*record.key[:2]): record for record in _state.settled.records} if _state.settled else {}
+    return {gpu: used.get(gpu) or proof.known(gpu) for gpu in dict.fromkeys(facts.gpus)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -71,7 +70,7 @@ def time_us(calls: Sequence[Callable[[], object]]) -> float:
         for call in calls:
             call()
     graph.replay()
-    times = []
+    times: list[float] = []
     for _ in range(REPLAYS):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
@@ -93,8 +92,9 @@ FEW_ROWS = 8
 def ranking(records: Sequence[Record], dtype: str) -> str:
     """The ways to try for a dtype, by classes of rows, as ``torch.ops.sq._set_cuda_ways`` reads them.
 
-    A way is there if it is right on every one of these GPUs that has it. Timed ones come first, by their mean ratio to the fastest on the
-    first GPU, then the others in the order of ``UNTIMED``; torch's, which computes everything, is always there.
+    A way is there if it is right on every one of these GPUs that has it. Timed ones come first, by their mean ratio to
+    the fastest on the first GPU, then the others in the order of ``UNTIMED``; torch's, which computes everything, is
+    always there.
     """
     right = {way for way in WAYS if is_right(records, f"{way}_{dtype}")}
     timings = [timing for timing in records[0].timings if timing.dtype == dtype] if records else []
@@ -123,4 +123,5 @@ def _slowness(timings: Sequence[Timing]) -> dict[str, float]:
         fastest = min(timing.microseconds for timing in own)
         for timing in own:
             ratios.setdefault(timing.way, []).append(timing.microseconds / fastest)
-    return {way: math.exp(statistics.fmean(map(math.log, each))) for way, each in ratios.items() if len(each) == len(shapes)}
+    complete = {way: each for way, each in ratios.items() if len(each) == len(shapes)}
+    return {way: statistics.geometric_mean(each) for way, each in complete.items()}
