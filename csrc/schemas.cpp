@@ -84,6 +84,11 @@ STABLE_TORCH_LIBRARY(sq, m) {
   m.def(
       "_check_experts(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor[] weight, Tensor[] weight_scale, "
       "Tensor?[]? bias, str activation) -> ()");
+  m.def(
+      "_check_decoder_layer(Tensor x, Tensor norm, Tensor post_norm, Tensor[] weight, Tensor[] weight_scale, "
+      "Tensor?[]? bias, Tensor?[]? input_scale, Tensor cos, Tensor sin, Tensor keys, Tensor values, int past, "
+      "Tensor? mask, float scale, bool causal, str activation, Tensor? keys_scale, Tensor? values_scale, "
+      "Tensor? q_norm, Tensor? k_norm, Tensor? positions) -> ()");
   m.def("_check_norm(str op, Tensor x, Tensor weight) -> ()");
   m.def("_check_linear(Tensor x, Tensor weight, Tensor? bias) -> ()");
   m.def(

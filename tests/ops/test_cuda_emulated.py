@@ -6,7 +6,6 @@ insists on (alignment, types, architectures). See tests/native/emulation/emulate
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -22,6 +21,7 @@ from op_cases import CASES, OpCase, Problem, call, expected_of
 from op_testing import EIGHT_BIT, FLOAT8, FLOATS, assert_same_bits, randn, random_float8, random_int8, scales, threads
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
+from torch_attention import torch_attention
 
 from smoothquant_ext import ops, reference
 from smoothquant_ext.ops.declare import DECLARED
@@ -92,7 +92,7 @@ LAYERS = [CASES[name] for name in OPS if "gemm" in DECLARED[name].cuda]
 def check(case: OpCase, problem: Problem) -> None:
     """Every way to call an op, against the oracle."""
     for arguments in case.make(problem):
-        expected = expected_of(case, arguments, attend=torch_attention)
+        expected = expected_of(case, arguments, attend=partial(run_there, torch_attention))
         case.check(call(case.op, arguments), expected, arguments, (problem, list(arguments)))
 
 
@@ -336,69 +336,6 @@ def test_layers_in_pieces_of_rows(arch: int) -> None:
     same(ops.w8a8_mlp(x, *layers), reference.w8a8_mlp(x, *layers), arch)
     single = (x, *weight(32, 64), randn(32), None, randn(64, seed=4).abs() + 0.2, torch.float16)
     same(ops.w8a8_linear(*single), reference.w8a8_linear(*single), arch)
-
-
-@pytest.mark.usefixtures("hopper")
-def test_decoder_layers_equal_the_oracle() -> None:
-    case = CASES["w8a8_decoder_layer_"]
-    for name, arguments in variants():
-        same(call(case.op, arguments), expected_of(case, arguments, attend=torch_attention), name)
-
-
-DECODE, PREFILL = joined(operands(2, 1, 7, sizes=EVEN)), joined(operands(2, 10, 0, sizes=EVEN))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (PREFILL, 14),
-        (DECODE, 10),
-        (with_positions(DECODE), 10),
-        (with_mask(DECODE), 10),
-        (with_int8_cache(PREFILL), 15),
-        (with_int8_cache(with_positions(DECODE)), 11),
-        (with_mask(PREFILL), 15),
-        (operands(2, 10, 0, sizes=EVEN), 20),
-    ],
-)
-@pytest.mark.usefixtures("hopper")
-def test_launches_of_a_decoder_layer(arguments: Any, expected: int) -> None:
-    """With torch's attention, which copies nothing before or after it."""
-    launches = ctypes.CDLL(str(emulated_library())).sq_emulated_launches
-    before = launches()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        ops.w8a8_decoder_layer_(**arguments)
-    names = [event.name for event in profile.events()]
-    assert launches() - before + names.count("aten::scaled_dot_product_attention") == expected
-    assert not {"aten::copy_", "aten::clone", "aten::cat", "aten::add"} & set(names)
-
-
-@pytest.mark.usefixtures("hopper")
-def test_positions_may_be_anywhere() -> None:
-    case = CASES["w8a8_decoder_layer_"]
-    for arguments in (operands(2, 3, 4), with_int8_cache(operands(2, 3, 4))):
-        positioned = with_positions(arguments, 11, 0, 6)
-        same(call(case.op, positioned), expected_of(case, positioned, attend=torch_attention))
-
-
-@pytest.mark.usefixtures("hopper")
-def test_a_token_without_room_is_not_stored_and_gets_no_result() -> None:
-    for arguments in (operands(2, 3, 4), with_int8_cache(operands(2, 3, 4))):
-        for outside in (12, -1, 2**40):
-            y, *after = call(ops.w8a8_decoder_layer_, with_positions(arguments, 4, outside, 5))
-            expected, *stored = call(ops.w8a8_decoder_layer_, with_positions(arguments, 4, 6, 5))
-            assert y[:, 1].isnan().all()
-            same(y[:, 0], expected[:, 0])
-            assert not y[:, 2].isnan().any()
-            keys, expected_keys = ([own for own in every if own.shape[1:3] == (2, 12)] for every in (after, stored))
-            for one, other, old in zip(keys, expected_keys, flat_cache(arguments), strict=True):
-                same(one[:, :, [0, 4, 5, 11]], other[:, :, [0, 4, 5, 11]])
-                same(one[:, :, 6:], old[:, :, 6:])
-
-
-def flat_cache(arguments: Any) -> list[Tensor]:
-    """Keys, values and their scales, as an op's arguments have them."""
-    return [arguments[name] for name in ("keys", "values", "keys_scale", "values_scale") if name in arguments]
 
 
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)

@@ -128,8 +128,7 @@ def joined(arguments: Arguments, biases: tuple[bool, ...] = (True,) * 7) -> Argu
     bias = [randn(n, seed=40 + i, dtype=torch.bfloat16) for i, n in enumerate(counts)]
     lists = {"weight": arguments["weight"], "weight_scale": arguments["weight_scale"], "bias": bias}
     joined = {
-        name: [*side_by_side(every[:3]), every[3], *side_by_side(every[4:6]), every[6]]
-        for name, every in lists.items()
+        name: [*side_by_side(every[:3]), every[3], *side_by_side(every[4:6]), every[6]] for name, every in lists.items()
     }
     joined["bias"] = [each if has else None for each, has in zip(joined["bias"], biases, strict=True)]
     return arguments | joined

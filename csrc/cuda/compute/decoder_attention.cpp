@@ -134,9 +134,8 @@ Tensor attend_cuda(const char* op, const DecoderArguments& arguments, const Head
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     keys_room = values_room = length;
   }
-  const Tensor q = plan.is_folded
-                       ? view_of(rotated_q, {batch * kv_heads, 1, counts.sharing(), d})
-                       : view_of(rotated_q, {batch, heads, time, d}, {time * heads * d, d, heads * d, 1});
+  const Tensor q = plan.is_folded ? view_of(rotated_q, {batch * kv_heads, 1, counts.sharing(), d})
+                                  : view_of(rotated_q, {batch, heads, time, d}, {time * heads * d, d, heads * d, 1});
   const Tensor y = scaled_dot_product_attention({q, read_heads(keys, counts, plan, length, keys_room),
                                                  read_heads(values, counts, plan, length, values_room), mask,
                                                  plan.is_causal, arguments.scale, plan.enable_gqa});

@@ -35,9 +35,8 @@ Tensor w8a8_decoder_layer_cuda(const Tensor& x_in, const Tensor& norm, const Ten
                                const OptionalTensor& k_norm, double head_eps, const OptionalTensor& positions) {
   const LayerLists layers{weight, weight_scale, bias};
   const Tensor x = as_contiguous(x_in);
-  const DecoderArguments arguments{x,    norm,  post_norm, layers,     input_scale,  cos,    sin,    keys,     values,
-                                   past, mask,  scale,     causal,     keys_scale,   values_scale,   q_norm,   k_norm,
-                                   positions};
+  const DecoderArguments arguments{x,    norm, post_norm, layers, input_scale, cos,          sin,    keys,   values,
+                                   past, mask, scale,     causal, keys_scale,  values_scale, q_norm, k_norm, positions};
   const DecoderShapes shapes = check_decoder_layer(kOp, arguments);
   const Activation kind = activation_kind(kOp, activation);
   const auto static_scale = [&](size_t index) {
@@ -67,8 +66,7 @@ Tensor w8a8_decoder_layer_cuda(const Tensor& x_in, const Tensor& norm, const Ten
   const Tensor part = multiply_cuda(kOp, a, a_scale, layers[kO], shapes[kO], dtype);
   const auto [p, p_scale, h] = normed(part, post_norm, post_eps, x, mlp_scale);
   const std::vector<Tensor> gate_up = multiplied(p, p_scale, kGate, 2);
-  const auto [hidden, hidden_scale] =
-      activate_quantize_cuda(kOp, kind, gate_up[0], gate_up[1], eight_bit, down_scale);
+  const auto [hidden, hidden_scale] = activate_quantize_cuda(kOp, kind, gate_up[0], gate_up[1], eight_bit, down_scale);
   return multiply_cuda(kOp, hidden, hidden_scale, layers[kDown], shapes[kDown], dtype, h);
 }
 

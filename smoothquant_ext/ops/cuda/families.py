@@ -12,8 +12,8 @@ WAYS = ("library", "library_fast", "skinny", "mma", "wgmma", "torch")
 """The ways to multiply, as SMOOTHQUANT_CUDA_GEMM and csrc/cuda/compute/ways.h name them: cuBLASLt, the same with FP8
 sums in fewer bits, few rows without tensor cores, our tensor-core kernels, and torch's own products."""
 
-PRODUCERS = ("quantize", "norm_activation")
-"""The families of kernels without a product."""
+PRODUCERS = ("quantize", "norm_activation", "decoder_layer")
+"""The families of kernels without a product; the last is what stands before the attention of a decoder layer."""
 
 ROW_CLASSES = (1, 8, 16, 64, 512, 0)
 """The ranking of ways is by the rows of the activation: at most so many, and 0 for any more."""

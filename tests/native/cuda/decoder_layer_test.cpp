@@ -178,8 +178,7 @@ void test_append(const Sizes& sizes, bool is_int8, bool has_norms, std::vector<i
 
   for (int64_t i = 0; !has_positions && i < sizes.time; ++i) positions.push_back(kPast + i);
   const float *q_norm = has_norms ? wide_q.data() : nullptr, *k_norm = has_norms ? wide_k.data() : nullptr;
-  const Buffer<T> expected_q =
-      prepared(q, step, sizes.heads, sizes, q_norm, cos.data(), sin.data(), job.angle_batch);
+  const Buffer<T> expected_q = prepared(q, step, sizes.heads, sizes, q_norm, cos.data(), sin.data(), job.angle_batch);
   const Buffer<T> expected_k =
       prepared(k, step, sizes.kv_heads, sizes, k_norm, cos.data(), sin.data(), job.angle_batch);
   expect_cache(keys, expected_k.data(), sizes.kv_heads * d, sizes, positions, "keys");
@@ -244,7 +243,8 @@ void test_copy(const Sizes& sizes, int64_t copies, int64_t length, bool is_int8,
   for (int64_t room : rooms) {
     floats.push_back(random_values<T>(rows * room * d));
     integers.emplace_back(rows * room * d);
-    for (int64_t i = 0; i < integers.back().size(); ++i) integers.back()[i] = static_cast<int8_t>(random_int(-127, 127));
+    for (int64_t i = 0; i < integers.back().size(); ++i)
+      integers.back()[i] = static_cast<int8_t>(random_int(-127, 127));
     scales.push_back(random_values<float>(rows * room));
     y.emplace_back(rows * copies * length * d);
   }

@@ -148,7 +148,8 @@ void test_largest_sum() {
   Buffer<float> one(1);
   one[0] = 1.0f;
   const Output none(DType::kFloat32, 0), y(DType::kFloat32, test.m * test.n);
-  run_skinny<int32_t>({a.data(), b.data(), test.a_dtype, test.b_dtype, kMost, epilogue_of(test, one, one, none, y, none)});
+  run_skinny<int32_t>(
+      {a.data(), b.data(), test.a_dtype, test.b_dtype, kMost, epilogue_of(test, one, one, none, y, none)});
   for (int64_t i = 0; i < y.memory.size() / 4; ++i) {
     const float expected = static_cast<float>((i % 2 == 0 ? 128 : -127) * 128 * kMost);
     CHECK(y[i] == expected, "%g, expected %g", y[i], expected);
@@ -270,8 +271,8 @@ int main() {
     for (DType bias_dtype : kFloats) {
       for (int64_t n : {1, 4, 7, 1023, 1024, 1028}) {
         ++turn;
-        const Case test{3, n, 0, {}, {}, bias_dtype, y_dtype, turn % 3 != 0, turn % 2 == 0, turn % 4 < 2, 0,
-                        turn % 5 < 3};
+        const Case test{3, n,           0, {}, {}, bias_dtype, y_dtype, turn % 3 != 0, turn % 2 == 0, turn % 4 < 2,
+                        0, turn % 5 < 3};
         test_epilogue<int32_t>(test, 1 + turn % 3);
         test_epilogue<float>(test, 1 + turn % 3);
       }
