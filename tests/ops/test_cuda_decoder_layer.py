@@ -18,6 +18,7 @@ from decoder_layer_cases import (
     joined,
     operands,
     variants,
+    with_head_norms,
     with_int8_cache,
     with_mask,
     with_positions,
@@ -31,6 +32,8 @@ from torch.utils._pytree import tree_map_only
 from torch_attention import torch_attention
 
 from smoothquant_ext import ops, reference
+from smoothquant_ext.ops.cuda import fallback
+from smoothquant_ext.ops.cuda.cases import cases_of, difference
 
 WRITTEN = ("keys", "values", "keys_scale", "values_scale")
 
@@ -188,6 +191,34 @@ def test_launches(arguments: Arguments, count: int) -> None:
     assert not {"aten::copy_", "aten::clone", "aten::cat", "aten::add"} & set(names)
 
 
+# --- the proof and the fallback -------------------------------------------------------------------------------------
+
+
+def test_the_cases_of_the_proof_have_one_right_result() -> None:
+    """Of the kernels, and of other ops in their place: whoever attends, and in whatever order."""
+    for case in cases_of("decoder_layer"):
+        for op in (ops.w8a8_decoder_layer_, fallback.w8a8_decoder_layer_):
+            results = case.run(op, "cuda")
+            assert difference(case, results, "decoder_layer") == "", (op, case.name)
+            for each in results:
+                element = each.view(-1)[-1:]
+                right = element.clone()
+                element.fill_(2.0 if right.item() == 1.0 else 1.0)
+                assert "1 of" in difference(case, results, "decoder_layer")
+                element.copy_(right)
+
+
+@pytest.mark.parametrize(("batch", "time", "past"), [(2, 1, 4), (1, 5, 0), (2, 3, 4), (2, 0, 3)])
+def test_the_fallback_fills_the_cache_as_the_oracle(batch: int, time: int, past: int) -> None:
+    for change in (with_int8_cache, with_positions, with_head_norms, lambda same: same):
+        arguments = change(operands(batch, time, past, torch.bfloat16))
+        y, *cache = outputs(partial(run_there, fallback.w8a8_decoder_layer_), arguments)
+        expected_y, *expected_cache = outputs(reference.w8a8_decoder_layer_, arguments)
+        for actual, one in zip(cache, expected_cache, strict=True):
+            assert_same_bits(actual, one)
+        assert (y.dtype, y.shape) == (expected_y.dtype, expected_y.shape)
+
+
 # --- torch's attention ----------------------------------------------------------------------------------------------
 
 
@@ -225,5 +256,6 @@ def test_torch_attends_as_the_oracle(heads: tuple[int, int]) -> None:
     ],
 )
 def test_errors_are_those_of_the_cpu(wrong: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(RuntimeError, match=f"w8a8_decoder_layer_: .*{sentence}"):
-        run_there(ops.w8a8_decoder_layer_, **operands(2, 3, 4) | wrong)
+    for op in (ops.w8a8_decoder_layer_, fallback.w8a8_decoder_layer_):
+        with pytest.raises(RuntimeError, match=f"w8a8_decoder_layer_: .*{sentence}"):
+            run_there(op, **operands(2, 3, 4) | wrong)

@@ -26,7 +26,7 @@ constexpr int kAppendThreads = 32 * kAppendWarps;
 
 constexpr int64_t head_blocks(int64_t heads) { return (heads + kAppendWarps - 1) / kAppendWarps; }
 
-constexpr int64_t mask_groups(const MaskJob& mask, int64_t time) {
+SQ_HOST_DEVICE constexpr int64_t mask_groups(const MaskJob& mask, int64_t time) {
   return mask.y == nullptr ? 0 : mask.batches * mask.heads * time * (mask.step / kGroup);
 }
 constexpr int64_t mask_blocks(const MaskJob& mask, int64_t time) {
@@ -199,7 +199,7 @@ SQ_HOST_DEVICE inline Group<T> load_cached(const CacheRows& cache, int64_t row, 
 }
 
 // Groups of both copies together.
-constexpr int64_t copied_groups(const CacheCopyJob& job) {
+SQ_HOST_DEVICE constexpr int64_t copied_groups(const CacheCopyJob& job) {
   return 2 * job.batch * job.kv_heads * job.copies * job.length * ((job.d + kGroup - 1) / kGroup);
 }
 
