@@ -127,7 +127,7 @@ class W8A8Linear(nn.Module):
         # The packed layout is the CPU kernels' own: a move off the CPU unpacks, a move back to it packs.
         source, target = self.weight.device, fn(self.weight_scale).device
         if target.type == "cuda":
-            ops.settle()  # now, rather than while a graph is captured
+            ops.settle(target.index)  # now, rather than while a graph is captured
         if target.type != "cpu":
             self._unpack_()
         for name, buffer in self._buffers.items():

@@ -1,8 +1,6 @@
 // cuBLASLt's descriptors, its handles (one a device), and the algorithms that it chose, remembered by product.
 #include "cuda/compute/cublaslt.h"
 
-#include <cublasLt.h>
-
 #include <map>
 #include <memory>
 #include <mutex>
@@ -11,6 +9,7 @@
 #include <utility>
 
 #include "cuda/compute/algorithm_cache.h"
+#include "cuda/compute/cublaslt_library.h"
 #include "cuda/compute/devices.h"
 
 namespace sq {
@@ -32,7 +31,7 @@ template <auto kDestroy>
 struct Destroyer {
   template <class T>
   void operator()(T* object) const {
-    kDestroy(object);
+    (*kDestroy)(object);
   }
 };
 // Made by the library and not in place: their size may be another in the version that torch loads.
@@ -74,12 +73,9 @@ void set(const char* op, const Description& description, cublasLtMatmulDescAttri
 
 // False if this version of the library knows no outer scales.
 bool set_outer_scales(const char* op, const Description& description, const LtOperands& operands) {
-  const auto mode = static_cast<int32_t>(CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F);
-  for (const auto attribute : {CUBLASLT_MATMUL_DESC_A_SCALE_MODE, CUBLASLT_MATMUL_DESC_B_SCALE_MODE}) {
-    const cublasStatus_t status = cublasLtMatmulDescSetAttribute(description.get(), attribute, &mode, sizeof mode);
-    if (is_unknown(status)) return false;
-    check(op, status);
-  }
+  if (!lt_knows_outer_scales()) return false;
+  set(op, description, kLtAScaleMode, kLtOuterScales);
+  set(op, description, kLtBScaleMode, kLtOuterScales);
   set(op, description, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, static_cast<const void*>(operands.a_scale));
   set(op, description, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, static_cast<const void*>(operands.b_scale));
   return true;

@@ -45,12 +45,13 @@ def key_of(gpu: Gpu) -> Key:
 
 def cublaslt_version() -> str:
     """The version of the cuBLASLt that torch has loaded, such as "130100"; empty if it has none."""
-    for major in (torch.version.cuda or "").split(".")[:1]:
-        with contextlib.suppress(OSError, AttributeError):
-            lt = ctypes.CDLL(f"libcublasLt.so.{major}", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
-            lt.cublasLtGetVersion.restype = ctypes.c_size_t
-            return str(lt.cublasLtGetVersion())
-    return ""
+    try:
+        torch_cuda = ctypes.CDLL("libtorch_cuda.so", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+        function = torch_cuda.cublasLtGetVersion  # of torch's own dependencies, whatever their names
+    except (OSError, AttributeError):
+        return ""
+    function.restype = ctypes.c_size_t
+    return str(function())
 
 
 def prove(gpu: Gpu, index: int, archs: str, report: Report = lambda _family, _verdict: None) -> Record:
@@ -180,19 +181,28 @@ def known(gpu: Gpu) -> Record | None:
     return records.find(key_of(gpu), records.cache_folder(), records.read_shipped())
 
 
-def proven(gpu: Gpu, index: int, archs: str, announce: Callable[[str], None]) -> Record:
+def proven(
+    gpu: Gpu,
+    index: int,
+    archs: str,
+    announce: Callable[[str], None],
+    report: Report = lambda _family, _verdict: None,
+    again: bool = False,
+) -> Record:
     """The record of this GPU; proves it if there is none, while other processes that want the same wait.
 
     Args:
+        gpu, index, archs, report: see ``prove``.
         announce: told what takes time, in a sentence.
+        again: prove it even if there is a record.
     """
-    if (record := known(gpu)) is not None:
+    if not again and (record := known(gpu)) is not None:
         return record
     key, folder = key_of(gpu), records.cache_folder()
     with records.one_at_a_time(key, folder, lambda: announce(f"another process proves the kernels on {gpu.name}")):
-        if (record := known(gpu)) is not None:
+        if not again and (record := known(gpu)) is not None:
             return record
         announce(f"proving the CUDA kernels on {gpu.name}, once, in a few seconds")
-        record = prove(gpu, index, archs)
+        record = prove(gpu, index, archs, report)
         records.store(record, folder)
         return record

@@ -44,6 +44,10 @@ class Verdict(NamedTuple):
     kind: str
     detail: str = ""
 
+    @property
+    def is_right(self) -> bool:
+        return self.kind == RIGHT
+
 
 class Timing(NamedTuple):
     """The time of one product, a [m, k] and b [n, k], computed one way."""

@@ -1,7 +1,8 @@
 """Settles, once in a process, how ops run on its GPUs: our kernels where they are proven, torch's products elsewhere.
 
-Until then a door stands before every op on CUDA tensors: the first call settles, takes the doors away and goes through.
-Afterwards a call runs no Python of ours, but where torch's products take the place of an op.
+Until then a door stands before every op on CUDA tensors: the first call settles, that is, loads the library, whose
+kernels take the doors' places, and registers torch's products over those that are not proven. Afterwards a call runs no
+Python of ours, but where torch's products take the place of an op. The doors stay below: a thread may stand in one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from . import machine, proof
 from .fallback import FALLBACKS
 from .families import DTYPES
 from .machine import Facts, Gpu
-from .records import RIGHT, Record, Verdict
+from .records import Record, Verdict
 from .timing import is_right, ranking
 
 logger = logging.getLogger("smoothquant_ext")
@@ -43,9 +44,9 @@ class _State:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.library_error = ""
-        self.door: torch.library.Library | None = None
-        self.replacements: torch.library.Library | None = None
+        self.registered: list[torch.library.Library] = []
         self.settled: Settled | None = None
+        self.warm: set[int] = set()
 
 
 _state = _State()
@@ -53,28 +54,22 @@ os.register_at_fork(after_in_child=lambda: setattr(_state, "lock", threading.RLo
 
 
 def start() -> None:
-    """Loads the CUDA kernels, where torch has CUDA, and puts a door before each op on CUDA tensors."""
+    """Puts a door before each op on CUDA tensors, where torch has CUDA."""
     if torch.version.cuda is None:
         return
-    try:
-        library.load(library.CUDA)
-    except ImportError as error:
-        _state.library_error = str(error)
-    _state.door = _register({name: _door(name) for name in DECLARED if name in FALLBACKS or DECLARED[name].cuda})
+    doors = {name: _door(name) for name in DECLARED if name in FALLBACKS or DECLARED[name].cuda}
+    _register(doors)
+    # Torch warns, once in a process, of a kernel that takes another's place: this is that time.
+    _register(dict([next(iter(doors.items()))]))
 
 
-def library_error() -> str:
-    """Why the CUDA kernels are not loaded; empty if they are, or if torch has no CUDA."""
-    return _state.library_error
-
-
-def _register(functions: Mapping[str, Callable[..., Any]]) -> torch.library.Library:
+def _register(functions: Mapping[str, Callable[..., Any]]) -> None:
     registered = torch.library.Library("sq", "IMPL")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of the first kernel that takes another's place
+        warnings.simplefilter("ignore")
         for name, function in functions.items():
             registered.impl(name, function, "CUDA", allow_override=True)
-    return registered
+    _state.registered.append(registered)
 
 
 def _door(name: str) -> Callable[..., Any]:
@@ -85,15 +80,23 @@ def _door(name: str) -> Callable[..., Any]:
     return through
 
 
+def library_error() -> str:
+    """Why the library could not be loaded; empty before that was tried."""
+    return _state.library_error
+
+
 def settled() -> Settled | None:
     """How the ops run on GPUs, or ``None`` before the first use of one."""
     return _state.settled
 
 
-def settle() -> Settled:
+def settle(device: int | None = None) -> Settled:
     """Settles how the ops run on the GPUs of this process; proves the kernels if nobody has on such a GPU.
 
-    Called when the first 8-bit layer moves to a GPU, or the first op runs there.
+    Called when an 8-bit layer moves to a GPU, or the first op runs there.
+
+    Args:
+        device: the index of the GPU that is going to be used: what is made once a GPU is made now.
 
     Raises:
         RuntimeError: a CUDA graph is being captured, in which no kernel can be proven.
@@ -106,38 +109,66 @@ def settle() -> Settled:
                 )
             _settle()
         assert _state.settled is not None
+        index = torch.cuda.current_device() if device is None else device
+        if _state.settled.records and index not in _state.warm:
+            torch.ops.sq._cuda_warm_up(index)
+            _state.warm.add(index)
         return _state.settled
 
 
 def _settle() -> None:
-    facts = machine.gather(_state.library_error)
+    facts = machine.gather()
     why = machine.why_no_gpu(facts) or machine.why_no_kernels(facts)
-    kinds = {} if why else {gpu: facts.gpus.index(gpu) for gpu in facts.gpus}
-    found = tuple(proof.proven(gpu, index, facts.archs, logger.warning) for gpu, index in kinds.items())
-    replaced = {name: reason for name in DECLARED if name in FALLBACKS and (reason := why or why_replaced(name, found))}
-    if not _state.library_error:
+    found: tuple[Record, ...] = ()
+    if not why:
+        kinds = dict.fromkeys(facts.gpus)
+        found = tuple(proof.proven(gpu, facts.gpus.index(gpu), facts.archs, logger.warning) for gpu in kinds)
+        why = _load()  # only now: with it, its kernels run
+    if not why:
         for dtype in DTYPES:
             torch.ops.sq._set_cuda_ways(dtype, ranking(found, dtype))
-    _use(Settled(facts, found, replaced))
+    replaced = {name: reason for name in DECLARED if name in FALLBACKS and (reason := why or why_replaced(name, found))}
+    _use(Settled(facts, () if why else found, replaced))
     if why or (failed := refused(found)):
         logger.warning(why_torch(facts, why) if why else why_refused(failed))
 
 
+def _load() -> str:
+    """Loads our kernels; why it cannot, or nothing."""
+    try:
+        library.load(library.CUDA)
+    except ImportError as error:
+        _state.library_error = str(error)
+    return _state.library_error
+
+
 def _use(settled: Settled) -> None:
-    """Registers the decision; from op to op there is always one that can run."""
     functions = {name: FALLBACKS[name] for name in settled.replaced}
-    _state.replacements = _register(functions | {"_gemm_by_torch": FALLBACKS["_gemm_by_torch"]})
+    _register(functions | {"_gemm_by_torch": _gemm_by_torch})
     _state.settled = settled
-    if _state.door is not None:
-        _state.door._destroy()
-        _state.door = None
+
+
+def _gemm_by_torch(*args: Any) -> torch.Tensor:
+    """The way "torch"; tells what went wrong, since errors lose their text on the way through C++."""
+    try:
+        product: torch.Tensor = FALLBACKS["_gemm_by_torch"](*args)
+    except Exception as error:
+        logger.error("w8a8_gemm by torch: %s", error)
+        raise
+    return product
 
 
 def trust_all() -> None:
-    """Lets every kernel run, proven or not: for the process that proves them."""
+    """Lets every kernel run, proven or not: for the process that proves them.
+
+    Raises:
+        ImportError: they cannot be loaded.
+    """
     with _state.lock:
+        if why := _load():
+            raise ImportError(why)
         replaced = {name: "it has no kernel" for name in FALLBACKS if name in DECLARED and not DECLARED[name].cuda}
-        _use(Settled(machine.gather(_state.library_error), (), replaced))
+        _use(Settled(machine.gather(), (), replaced))
 
 
 def why_replaced(op: str, found: tuple[Record, ...]) -> str:
@@ -155,7 +186,7 @@ def refused(found: tuple[Record, ...]) -> dict[str, Verdict]:
         family: verdict
         for record in found
         for family, verdict in record.verdicts.items()
-        if verdict.kind != RIGHT and not family.startswith("library_fast")  # which may be less exact than is right
+        if not verdict.is_right and not family.startswith("library_fast")  # which may be less exact than is right
     }
 
 

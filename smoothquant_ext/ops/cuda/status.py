@@ -9,7 +9,7 @@ from ..declare import Declaration
 from . import machine, settle
 from .fallback import FALLBACKS
 from .machine import Facts, Gpu
-from .records import Record, Verdict
+from .records import Record
 from .timing import ranking
 
 UNPROVEN = "not proven yet: the first use of a GPU, or 'smoothquant prove', proves them in a few seconds"
@@ -42,14 +42,6 @@ class Status(NamedTuple):
         if why := settle.why_replaced(op, found):
             return "torch", why
         return "cuda", _ways(found, dtype) if "gemm" in declaration.cuda else ""
-
-    def verdicts(self) -> list[tuple[Gpu, str, Verdict]]:
-        """Each kind of GPU, family of kernels, and what its proof has shown."""
-        return [
-            (gpu, family, verdict)
-            for gpu, record in self.records.items()
-            for family, verdict in (record.verdicts if record else {}).items()
-        ]
 
 
 def _ways(found: tuple[Record, ...], dtype: str) -> str:
