@@ -32,7 +32,9 @@ void multiply_by_wgmma(const char* op, const TileJob& job, const GemmChoice& cho
 Refusal multiply_by_tiles(ProductJob& job, const Rows& rows, GemmFamily family) {
   const int device = job.device();
   const CodeArch code = device_code(device);
-  const TileJob part = job.of_rows(rows);
+  TileJob part = job.of_rows(rows);
+  const Epilogue whole = part.epilogue;
+  part.epilogue.residual = nullptr;  // the tile kernels know of none
   TileProblem problem{};
   problem.m = part.epilogue.m;
   problem.n = part.epilogue.n;
@@ -56,6 +58,7 @@ Refusal multiply_by_tiles(ProductJob& job, const Rows& rows, GemmFamily family) 
       break;
   }
   STD_CUDA_KERNEL_LAUNCH_CHECK();
+  add_residual(whole, job.a);
   return {};
 }
 
