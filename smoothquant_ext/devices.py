@@ -1,8 +1,10 @@
-"""The device that a user names."""
+"""The device that a user names, and what to do when its memory is full."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -32,3 +34,15 @@ def named_device(name: torch.device | str) -> torch.device:
             last = f"cuda:{count - 1}"
             raise SmoothQuantError(f"the device is {name}, but the last of the GPUs here is {last}: use that or cuda:0")
     return device
+
+
+@contextmanager
+def memory_explained(remedy: str) -> Iterator[None]:
+    """Turns a GPU's out-of-memory error into a ``SmoothQuantError`` that ends with what to do about it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info()
+        raise SmoothQuantError(
+            f"the GPU's memory is full ({free / 1e9:.1f} of {total / 1e9:.1f} GB were free after the failure): {remedy}"
+        ) from error
