@@ -35,7 +35,7 @@ class _State:
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
         self.classes = [(module, type(module)) for module in modules]
-        # A module on its way to another device keeps its parameters, which get other data.
+        # A module that moves to another device keeps its parameters, which get other data: the old stay where they are.
         self.parameters = [(parameter, parameter.data, parameter.requires_grad) for parameter in model.parameters()]
         configs = {id(config): config for module in modules if hasattr(config := _config(module), "__dict__")}
         self.attributes = [(vars(owner), _shallow(vars(owner))) for owner in (*modules, *configs.values())]
