@@ -96,7 +96,7 @@ def _quantize(
     selection = select_linears(structure, recipe)
     check_finite_weights(selection.modules(model))
 
-    with placement.running(structure):
+    with placement.running(structure, unchanged=True):
         calibration = _calibrate(structure, selection, data, recipe, bar("Calibrating"))
     report.calibration = {"windows": data.windows, "tokens": data.tokens}
     report.layers = {name: LayerReport(absmax, absmax) for name, absmax in calibration.absmax.items()}

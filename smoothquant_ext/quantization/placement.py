@@ -48,8 +48,11 @@ class Placement:
         return replace(structure, blocks=_Copies(structure.blocks, self)) if self.streams else structure
 
     @contextmanager
-    def running(self, structure: Structure) -> Iterator[None]:
-        """Makes the blocks run on the device when the model runs, until the ``with`` body ends."""
+    def running(self, structure: Structure, unchanged: bool = False) -> Iterator[None]:
+        """Makes the blocks run on the device when the model runs, until the ``with`` body ends.
+
+        With ``unchanged``, for blocks that do not change meanwhile, as many as there is room for stay there.
+        """
         if not self.streams:
             yield
             return
@@ -57,7 +60,7 @@ class Placement:
         forwards = [vars(module).get("forward") for module in modules]  # some tools set one
         try:
             for module in modules:
-                module.forward = _Streamed(module, self.device)
+                module.forward = _Streamed(module, self, unchanged)
             yield
         finally:
             for module, forward in zip(modules, forwards, strict=True):
@@ -67,9 +70,11 @@ class Placement:
 
     def keep(self, value: Tensor) -> Tensor:
         """A tensor that waits for another block to run: on the device while there is room, else in main memory."""
-        if self.streams and torch.cuda.mem_get_info(self.device)[0] < self.room + value.nbytes:
-            return value.cpu()
-        return value
+        return value.cpu() if self.streams and not self.has_room(value.nbytes) else value
+
+    def has_room(self, size: int) -> bool:
+        """Whether so many bytes more leave enough to work on a block."""
+        return bool(torch.cuda.mem_get_info(self.device)[0] >= self.room + size)
 
     def sent_home(self, modules: Mapping[str, Module], home: torch.device) -> dict[str, Module]:
         """The 8-bit modules of a block, moved to where the model is."""
@@ -77,16 +82,19 @@ class Placement:
 
 
 class _Streamed:
-    """The forward of a block that runs on another device: on a copy there, made anew for each call."""
+    """The forward of a block that runs on another device, on a copy there, made anew for each call or once."""
 
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self.module, self.device = module, device
+    def __init__(self, module: nn.Module, placement: Placement, unchanged: bool) -> None:
+        self.module, self.placement, self.unchanged = module, placement, unchanged
+        self.resident: nn.Module | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Takes arguments and gives the output where the model is."""
-        there = _copy_on(self.module, self.device)
-        output = there.forward(*_moved(args, self.device), **_moved(kwargs, self.device))
-        return _moved(output, device_of(self.module))
+        device = self.placement.device
+        there = self.resident or _copy_on(self.module, device)
+        if self.unchanged and self.placement.has_room(0):
+            self.resident = there
+        return _moved(there.forward(*_moved(args, device), **_moved(kwargs, device)), device_of(self.module))
 
 
 class _Copies(Mapping[str, Block]):
@@ -129,9 +137,7 @@ def place_(model: nn.Module, device: torch.device | str | None, show: bool) -> P
         return Placement(wanted)
     (whole, room), (free, _) = bytes_needed(model), torch.cuda.mem_get_info(wanted)
     needed = whole + room
-    what = (
-        f"quantizing this model as a whole takes {needed / 1e9:.1f} GB of {wanted}'s memory, {free / 1e9:.1f} are free"
-    )
+    what = f"The model takes {needed / 1e9:.1f} GB to quantize, {free / 1e9:.1f} are free on {wanted}"
     if needed > free:
         say(f"{what}: one block at a time goes there, the model stays on the CPU", show)
         return Placement(wanted, True, room)

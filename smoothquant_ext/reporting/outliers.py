@@ -99,7 +99,7 @@ def _measure_outliers(
     placement = place_(model, device, progress)
     structure = find_structure(model, data.first)
     selection = select_linears(structure, recipe)
-    with placement.running(structure):
+    with placement.running(structure, unchanged=True):
         measured = calibrate(model, selection.modules(model), bar(data, "Calibrating"))
     absmax = {name: channels.cpu() for name, channels in measured.items()}
     there = placement.blocks_of(structure)
