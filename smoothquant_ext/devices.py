@@ -74,12 +74,15 @@ def loaded_on(device: torch.device | str | None, load: Callable[[Mapping[str, An
     return load({"device_map": AUTO})
 
 
-def move_(model: torch.nn.Module, device: torch.device | str | None) -> None:
-    """Moves a loaded model to a device, unless accelerate has brought it there.
+def move_(model: Any, device: torch.device | str | None) -> bool:
+    """Moves a model of transformers that was loaded to a device there; whether it was elsewhere.
 
     Raises:
         SmoothQuantError: it is too large, and accelerate is not installed.
     """
-    if device is not None and not getattr(model, "hf_device_map", None):
-        with memory_explained("pip install accelerate, which spreads a model over GPU and main memory, or use cpu"):
-            model.to(device)
+    is_spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1
+    if device is None or is_spread or model.device.type == torch.device(device).type:
+        return False
+    with memory_explained("pip install accelerate, which spreads a model over GPU and main memory, or use cpu"):
+        model.to(device)
+    return True

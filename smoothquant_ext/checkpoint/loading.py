@@ -52,8 +52,7 @@ def load(
     _check_loaded(path, info)
     _attach_record(model, path)
     model.eval()
-    if not on_cpu and not hasattr(model, "hf_device_map"):
-        move_(model, device)
+    if move_(model, device):
         make_ready_(model)
     return model
 

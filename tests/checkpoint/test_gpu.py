@@ -28,11 +28,10 @@ GPU = torch.device("cuda:0")
 
 
 @pytest.fixture(params=["accelerate", "no accelerate"])
-def accelerate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether accelerate is installed."""
+def accelerate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With accelerate installed, and without."""
     if request.param == "no accelerate":
         monkeypatch.setattr(devices, "is_accelerate_available", lambda: False)
-    return bool(request.param == "accelerate")
 
 
 def assert_on_gpu(model: nn.Module) -> None:
@@ -49,13 +48,12 @@ def assert_same(model: nn.Module, expected: nn.Module) -> None:
     assert float((actual - wanted).norm() / wanted.norm()) < 2**-7
 
 
-@pytest.mark.usefixtures("gpu")
+@pytest.mark.usefixtures("gpu", "accelerate")
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
-def test_a_checkpoint_is_loaded_to_the_gpu(architecture: str, accelerate: bool, tmp_path: Path) -> None:
+def test_a_checkpoint_is_loaded_to_the_gpu(architecture: str, tmp_path: Path) -> None:
     saving.save(quantized(architecture, "int8"), tmp_path / "model")
     model = loading.load(tmp_path / "model", "cuda")
     assert_on_gpu(model)
-    assert getattr(model, "hf_device_map", None) == ({"": GPU} if accelerate else None)
     assert_same(model, loading.load(tmp_path / "model"))
 
 
@@ -94,16 +92,23 @@ def test_a_model_too_large_for_the_gpu_is_spread(monkeypatch: pytest.MonkeyPatch
     with pytest.warns(UserWarning, match="larger than the free memory of cuda: a part stays in main memory"):
         assert loaded_on("cuda", load) == "spread"
     assert asked == [{"device_map": {"": torch.device("cuda")}}, {"device_map": "auto"}]
-    model = nn.Linear(2, 2)
-    move_(model, "cuda")
-    assert model.weight.is_cuda
+
+
+@pytest.mark.usefixtures("gpu")
+def test_without_accelerate_a_model_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "is_accelerate_available", lambda: False)
-    assert loaded_on("cuda", lambda options: options) == {}
+    assert loaded_on("cuda", dict) == {}
+    model = tiny.build("llama")
+    assert not move_(model, None)
+    assert not move_(model, "cpu")
+    assert move_(model, "cuda")
+    assert_on_gpu(model)
+    assert not move_(model, "cuda:0")
+    model.hf_device_map = {"model": 0, "lm_head": "cpu"}
+    assert not move_(model, "cpu")
     monkeypatch.setattr(nn.Module, "to", full)
     with pytest.raises(SmoothQuantError, match=r"the GPU's memory is full .*: pip install accelerate"):
-        move_(model, "cuda")
-    model.hf_device_map = {"": 0}
-    move_(model, "cuda")  # it is there
+        move_(tiny.build("llama"), "cuda")
 
 
 @pytest.mark.usefixtures("gpu")
