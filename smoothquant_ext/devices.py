@@ -47,10 +47,20 @@ def memory_explained(remedy: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        free, total = torch.cuda.mem_get_info()
-        raise SmoothQuantError(
-            f"the GPU's memory is full ({free / 1e9:.1f} of {total / 1e9:.1f} GB were free after the failure): {remedy}"
-        ) from error
+        wanted = re.search(r"Tried to allocate [\d.]+ \w+", str(error))
+        amount = "" if wanted is None else f" for another {wanted[0].removeprefix('Tried to allocate ')}"
+        raise SmoothQuantError(f"the GPU's memory is too small{amount}: {remedy}") from error
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Products of fp32 are computed in fp32 until the ``with`` body ends, not in TF32, whatever the program has set."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def loaded_on(device: torch.device | str | None, load: Callable[[Mapping[str, Any]], Loaded]) -> Loaded:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint.hf_names import expert_names
 from ..checkpoint.naming import set_quantization_config_
-from ..devices import memory_explained
+from ..devices import full_float32, memory_explained
 from ..fusion.fuse import fuse_
 from ..nn.experts import as_experts
 from ..nn.finalize import finalize_
@@ -75,7 +75,7 @@ def quantize(
             any other exception, the model is what it was, where it was.
     """
     remedy = "give shorter windows (--seqlen), fewer of them in a batch, or the device cpu"
-    with unchanged_on_error(model), memory_explained(remedy):
+    with unchanged_on_error(model), memory_explained(remedy), full_float32():
         _quantize(model, CalibrationData(batches), recipe or Recipe(), progress, journal, device)
     return model
 

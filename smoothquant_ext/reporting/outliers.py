@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 from torch import Tensor, nn
 
-from ..devices import memory_explained
+from ..devices import full_float32, memory_explained
 from ..errors import SmoothQuantError
 from ..layer_names import name_pattern
 from ..probing.blocks import Batch
@@ -84,7 +84,7 @@ def measure_outliers(
     Raises:
         SmoothQuantError: as ``quantize`` does.
     """
-    with memory_explained("give shorter windows (--seqlen), or the device cpu"):
+    with memory_explained("give shorter windows (--seqlen), or the device cpu"), full_float32():
         return _measure_outliers(model, CalibrationData(batches), recipe or Recipe(), progress, device)
 
 
