@@ -41,6 +41,12 @@ def named_device(name: torch.device | str) -> torch.device:
     return device
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU that are free, those included that torch has taken from the driver and holds ready."""
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0] + idle)
+
+
 @contextmanager
 def memory_explained(remedy: str) -> Iterator[None]:
     """Turns a GPU's out-of-memory error into a ``SmoothQuantError`` that ends with what to do about it."""

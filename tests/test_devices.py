@@ -6,7 +6,7 @@ import pytest
 import torch
 from emulated_cuda import emulated_cuda
 
-from smoothquant_ext.devices import full_float32, memory_explained, named_device
+from smoothquant_ext.devices import free_memory, full_float32, memory_explained, named_device
 from smoothquant_ext.errors import SmoothQuantError
 
 
@@ -74,3 +74,10 @@ def test_float32_is_not_tf32() -> None:
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_memory_that_torch_holds_ready_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    with emulated_cuda(memory=1000):
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 300)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 100)
+        assert free_memory(torch.device("cuda")) == 1200

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..devices import named_device
+from ..devices import free_memory, named_device
 from ..errors import SmoothQuantError
 from ..probing.blocks import device_of, find_blocks
 from ..probing.structure import Block, Structure
@@ -74,7 +74,7 @@ class Placement:
 
     def has_room(self, size: int) -> bool:
         """Whether so many bytes more leave enough to work on a block."""
-        return bool(torch.cuda.mem_get_info(self.device)[0] >= self.room + size)
+        return free_memory(self.device) >= self.room + size
 
     def sent_home(self, modules: Mapping[str, Module], home: torch.device) -> dict[str, Module]:
         """The 8-bit modules of a block, moved to where the model is."""
@@ -135,7 +135,7 @@ def place_(model: nn.Module, device: torch.device | str | None, show: bool) -> P
     if wanted.type == "cpu":
         model.to(wanted)
         return Placement(wanted)
-    (whole, room), (free, _) = bytes_needed(model), torch.cuda.mem_get_info(wanted)
+    (whole, room), free = bytes_needed(model), free_memory(wanted)
     needed = whole + room
     what = f"The model takes {needed / 1e9:.1f} GB to quantize, {free / 1e9:.1f} are free on {wanted}"
     if needed > free:
