@@ -60,5 +60,16 @@ def swapped(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None
             model.set_submodule(name, module)
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether someone waits for this module's call: hooks, or accelerate, which puts a ``forward`` in its place.
+
+    accelerate's hooks may bring the module's tensors to a GPU before the call and take them away after it.
+    """
+    own = module.__dict__
+    if own["_forward_pre_hooks"] or own["_forward_hooks"]:
+        return True
+    return "forward" in own and getattr(own["forward"], "__func__", None) is not type(module).forward
+
+
 def _without_module(hook: Callable[..., Any], name: str) -> Callable[..., Any]:
     return lambda _module, *arguments: hook(name, *arguments)
