@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..activations import ACTIVATIONS
-from ..nn.devices import has_ops
+from ..nn.placement import has_ops
 from ..nn.grad import needs_grad
 from ..nn.linear import W8A8Linear, have_one_input_scale
 from ..packing import PANEL

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..nn.devices import has_ops
+from ..nn.placement import has_ops
 from ..nn.grad import needs_grad
 from ..probing.hooks import output_of
 from ..probing.linears import values_of

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .. import ops
-from ..nn.devices import has_ops
+from ..nn.placement import has_ops
 from ..nn.linear import W8A8Linear, have_one_input_scale, join_
 from ..probing.hooks import hooked
 

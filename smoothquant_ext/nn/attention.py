@@ -18,7 +18,7 @@ from transformers.masking_utils import sdpa_mask
 
 from .. import ops
 from ..errors import SmoothQuantError
-from .devices import has_ops
+from .placement import has_ops
 
 IMPLEMENTATION = "smoothquant"
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..scheme import Scheme
-from .devices import ALIGNED_ROWS, joined
+from .placement import ALIGNED_ROWS, joined
 from .grad import needs_grad
 
 
