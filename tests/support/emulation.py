@@ -13,9 +13,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [
-    *(f"csrc/cuda/ops/{name}.cpp" for name in ("quantize", "norm_activation", "gemm", "linear")),
-    *(f"csrc/cuda/compute/{name}.cpp" for name in ("product", "quantize", "tile_product")),
-    *(f"csrc/cuda/kernels/{name}.cu" for name in ("quantize", "norm", "activate", "gemm", "mma", "wgmma")),
+    *(f"csrc/cuda/ops/{name}.cpp" for name in ("quantize", "norm_activation", "gemm", "linear", "decoder_layer")),
+    *(f"csrc/cuda/compute/{name}.cpp" for name in ("product", "quantize", "tile_product", "decoder_attention")),
+    *(f"csrc/cuda/kernels/{name}.cu" for name in ("quantize", "norm", "activate", "gemm", "decoder_layer", "mma", "wgmma")),
     "tests/native/emulation/emulated_device.cpp",
 ]
 

@@ -19,7 +19,9 @@ void check_blocks(const char* op, const GemmShape& shape, int64_t blocks) {
 Epilogue epilogue_rows(Epilogue epilogue, int64_t row, int64_t rows) {
   epilogue.m = rows;
   epilogue.a_scale += row * epilogue.a_scale_step;
-  epilogue.y = static_cast<uint8_t*>(epilogue.y) + row * epilogue.n * element_size(epilogue.y_dtype);
+  const int64_t bytes = row * epilogue.n * element_size(epilogue.y_dtype);
+  epilogue.y = static_cast<uint8_t*>(epilogue.y) + bytes;
+  if (epilogue.residual != nullptr) epilogue.residual = static_cast<const uint8_t*>(epilogue.residual) + bytes;
   return epilogue;
 }
 
@@ -30,6 +32,12 @@ Tensor widen(const Tensor& q, const Tensor& like) {
       current_stream(like));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return wide;
+}
+
+// What a product lacks that did not go through our epilogue.
+void add_residual(const Epilogue& epilogue, const Tensor& like) {
+  launch_add_residual(epilogue, current_stream(like));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 // False if cuBLASLt has no algorithm for the plan's product.
@@ -46,7 +54,9 @@ bool multiply_with_library(const char* op, const GemmPlan& plan, const Tensor& a
     operands.b_scale = epilogue.a_scale;
     operands.bias = epilogue.bias;
     operands.d = epilogue.y;
-    return lt_multiply(op, product, operands, a_in);
+    if (!lt_multiply(op, product, operands, a_in)) return false;
+    add_residual(epilogue, a_in);
+    return true;
   }
   const bool is_int32 = product.d == LtType::kInt32;
   Tensor sums =
@@ -66,7 +76,7 @@ bool multiply_with_library(const char* op, const GemmPlan& plan, const Tensor& a
 }  // namespace
 
 Tensor multiply_cuda(const char* op, const Tensor& a, const Tensor& a_scale, const LayerTensors& layer,
-                     const GemmShape& shape, ScalarType out_dtype) {
+                     const GemmShape& shape, ScalarType out_dtype, const OptionalTensor& residual) {
   const int device = a.get_device_index();
   const GemmRequest request = requested_gemm(op);
   if (!request.is_own) {
@@ -90,10 +100,15 @@ Tensor multiply_cuda(const char* op, const Tensor& a, const Tensor& a_scale, con
   }
   epilogue.y = y.mutable_data_ptr();
   epilogue.y_dtype = kernel_dtype(out_dtype);
+  epilogue.residual = pointer<void>(residual);
 
   const DType a_dtype = kernel_dtype(a.scalar_type()), b_dtype = kernel_dtype(b.scalar_type());
   if (request.is_own) {
-    multiply_tiles(op, request, {pointer<uint8_t>(a), pointer<uint8_t>(b), a_dtype, b_dtype, shape.k, epilogue}, a);
+    Epilogue without_residual = epilogue;  // the tile kernels know of none
+    without_residual.residual = nullptr;
+    multiply_tiles(op, request,
+                   {pointer<uint8_t>(a), pointer<uint8_t>(b), a_dtype, b_dtype, shape.k, without_residual}, a);
+    add_residual(epilogue, a);
     return y;
   }
 

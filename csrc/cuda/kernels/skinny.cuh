@@ -204,8 +204,7 @@ __global__ void __launch_bounds__(32 * kSkinnyWarps, skinny_blocks_together<Sum>
     if (row >= job.epilogue.m || column >= job.epilogue.n) continue;
     Sum sum = partial[0][i];
     for (unsigned other = 1; other < blockDim.x / 32; ++other) sum = sum + partial[other][i];
-    store_float(job.epilogue.y, job.epilogue.y_dtype, row * job.epilogue.n + column,
-                epilogue_value(job.epilogue, row, column, sum));
+    store_finished(job.epilogue, row * job.epilogue.n + column, epilogue_value(job.epilogue, row, column, sum));
   }
 }
 
