@@ -30,6 +30,8 @@ class SharedInput:
 
     def __call__(self, layer: W8A8Linear, x: Tensor) -> Tensor | None:
         """The layer's output for x; ``None`` where the layer has to compute it by itself."""
+        if torch.compiler.is_compiling():  # no graph can ask whether x has changed
+            return None
         waiting = self._waiting  # read once: another thread may exchange it
         if waiting is not None and waiting[0] is x and waiting[1] == _version(x):
             result = waiting[2].pop(layer, None)
@@ -37,7 +39,7 @@ class SharedInput:
                 self._waiting = None
             if result is not None:
                 return result
-        if layer is not self.layers[0] or not self._is_here(x) or torch.compiler.is_compiling():
+        if layer is not self.layers[0] or not self._is_here(x):
             return None
         layers = ops.as_lists(member.tensors for member in self.layers)
         first, *others = ops.w8a8_linear_group(x, *layers, layer.input_scale)
