@@ -86,7 +86,7 @@ class FusedDecoderLayer:
         roles, projections = mlp.fused_roles, attention._modules
         layers = [projections[name] for name in parts.qkvo]
         layers += [mlp._modules[name] for name in (roles.gate, roles.up, roles.down)]
-        if any(type(layer) is not W8A8Linear or not layer.is_plain for layer in layers):
+        if any(type(layer) is not W8A8Linear or not layer.is_plain or not layer.is_with(x) for layer in layers):
             return None
         head_norms = [projections[name] for name in parts.head_norms]
         norms = (norm, post_norm, *head_norms)

@@ -50,7 +50,7 @@ class FusedMLP:
         roles, modules = self.fused_roles, self._modules  # type: ignore[attr-defined]
         gate, down = modules[roles.gate], modules[roles.down]
         up = None if roles.up is None else modules[roles.up]
-        is_ours = _is_plain(gate) and _is_plain(down) and (up is None or up is gate or _is_plain(up))
+        is_ours = all(_is_plain(layer, hidden_states) for layer in (gate, up, down) if layer is not None)
         if not is_ours or not has_ops(hidden_states) or needs_grad(hidden_states):
             return super().forward(hidden_states)  # type: ignore[misc, no-any-return]
         if roles.is_packed:
@@ -139,9 +139,9 @@ def _share_of_equal(actual: Tensor, expected: Tensor) -> float:
     return float((actual == expected.to(actual.dtype)).float().mean())
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """An adapter in the place of a layer, or a hook on it, expects to be called."""
-    return type(module) is W8A8Linear and not is_watched(module)
+def _is_plain(module: nn.Module, x: Tensor) -> bool:
+    """An adapter in the place of a layer, or a hook on it, expects to be called; it may move x to the layer's device."""
+    return type(module) is W8A8Linear and module.is_with(x) and not is_watched(module)
 
 
 def _split(layer: W8A8Linear) -> tuple[ops.Layer, ops.Layer]:

@@ -48,7 +48,7 @@ class SharedInput:
 
     def _is_here(self, x: Tensor) -> bool:
         """Whether all layers are where x is; accelerate may have taken some away until they are called."""
-        return has_ops(x) and all(layer._buffers["weight"].device == x.device for layer in self.layers)  # type: ignore[union-attr]
+        return has_ops(x) and all(layer.is_with(x) for layer in self.layers)
 
     def join_(self) -> None:
         """Joins the layers if they are together on a GPU."""

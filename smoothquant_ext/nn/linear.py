@@ -109,6 +109,10 @@ class W8A8Linear(nn.Module):
         """Whether its input is quantized as it comes, so that fused ops can do it: not smoothed, and symmetric."""
         return self.smooth is None and self.scheme.symmetric
 
+    def is_with(self, x: Tensor) -> bool:
+        """Whether the layer is on x's device."""
+        return self._buffers["weight"].device == x.device  # type: ignore[union-attr]
+
     @property
     def is_packed(self) -> bool:
         return self.weight.dim() != 2
