@@ -60,7 +60,7 @@ def measure(base: str, quantized: Any, name: str, windows: Tensor) -> list[Measu
     from ..evaluation.size import model_bytes
     from ..reporting.tables import Measured
 
-    original, _ = load(base, quantized.dtype)
+    original, _ = load(base, quantized.dtype, quantized.device)
     models = {base: original, name: quantized}
     results = evaluate_all(models, windows, original, progress=True)
     return [Measured(name, results[name], model_bytes(model)) for name, model in models.items()]
