@@ -103,13 +103,13 @@ class FusedDecoderLayer:
         cache = kwargs.get("cache")
         if cache is None:
             cache = kwargs.get("past_key_values")  # the older name
-        place = find_place(cache, attention.layer_idx, x, (x.shape[0], heads, x.shape[1], d))
+        mask, causal = kwargs.get("attention_mask"), is_causal(attention, x.shape[1], kwargs.get("attention_mask"))
+        place = find_place(cache, attention.layer_idx, x, (x.shape[0], heads, x.shape[1], d), causal)
         if place is None:
             return None
-        mask, causal = kwargs.get("attention_mask"), is_causal(attention, x.shape[1], kwargs.get("attention_mask"))
         if not takes_mask(mask, x.shape[0], layers[0].out_features // d, x.shape[1], place.total):
             return None
-        if place.positions is not None and mask is None and not causal:  # nothing hides what is not filled yet
+        if place.positions is not None and mask is None:  # nothing hides what is not filled yet
             return None
         buffers = place.buffers
         head_weights = [each.weight for each in head_norms] or [None, None]
@@ -144,11 +144,13 @@ class FusedDecoderLayer:
 class Place(NamedTuple):
     """Where a call's keys and values go, and how many tokens then lie there to be attended to.
 
-    Those of a static cache go to ``positions`` [T], which are on its device, and attention reads the whole room.
+    Those of a static cache go to ``positions`` [T], which are on its device, and attention reads the whole room. But the
+    first ones are known to be: only they are called without a mask.
     """
 
     stored: GrowingLayer | Int8Layer | StaticLayer | None
     buffers: Buffers
+    tokens: int
     past: int
     total: int
     positions: Tensor | None = None
@@ -156,26 +158,32 @@ class Place(NamedTuple):
     def fill(self) -> None:
         """Tells the cache that the tokens are there."""
         if isinstance(self.stored, StaticLayer):
-            assert self.positions is not None
-            self.stored.cumulative_length.add_(len(self.positions))
+            self.stored.cumulative_length.add_(self.tokens)
         elif self.stored is not None:
             self.stored.fill(self.total)
 
 
-def find_place(cache: Any, index: int, x: Tensor, shape: tuple[int, int, int, int]) -> Place | None:
+def find_place(
+    cache: Any, index: int, x: Tensor, shape: tuple[int, int, int, int], is_first: bool
+) -> Place | None:
     """A place for keys and values of ``shape`` like x; ``None`` in a cache that the op cannot write to."""
+    tokens = shape[2]
     if cache is None:
         if torch.compiler.is_compiling():
             return None
-        return Place(None, Buffers(x.new_empty(shape), x.new_empty(shape)), 0, shape[2])
+        return Place(None, Buffers(x.new_empty(shape), x.new_empty(shape)), tokens, 0, tokens)
     stored = cache.layers[index] if index < len(cache.layers) else None
     if getattr(cache, "offloading", False):
         return None
-    if type(stored) is StaticLayer:
+    # Versions of transformers before this attribute count a static cache's tokens in another way.
+    if type(stored) is StaticLayer and isinstance(getattr(stored, "cumulative_length", None), Tensor):
         if not stored.is_initialized:
             stored.lazy_initialization(*[x.new_empty((shape[0], shape[1], 0, shape[3]))] * 2)
-        positions = torch.arange(shape[2], device=x.device) + stored.cumulative_length
-        return Place(stored, Buffers(stored.keys, stored.values), 0, stored.max_cache_len, positions)
+        buffers = Buffers(stored.keys, stored.values)
+        if is_first:
+            return Place(stored, buffers, tokens, 0, tokens)
+        positions = torch.arange(tokens, device=x.device) + stored.cumulative_length
+        return Place(stored, buffers, tokens, 0, stored.max_cache_len, positions)
     if torch.compiler.is_compiling():  # a cache that grows would be another graph for every token
         return None
     if type(stored) is DynamicLayer:  # of a cache that the model has just made
@@ -185,7 +193,7 @@ def find_place(cache: Any, index: int, x: Tensor, shape: tuple[int, int, int, in
     if stored.is_initialized and needs_grad(stored.keys):
         return None
     buffers, past = stored.reserve(x, shape)
-    return Place(stored, buffers, past, past + shape[2])
+    return Place(stored, buffers, tokens, past, past + tokens)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -110,16 +110,16 @@ def attention_forward(
         causal = is_causal(module, query.shape[2], attention_mask, wanted)
         scales = {"k_scale": key.scale, "v_scale": value.scale}
         return ops.attention(query, key.q, value.q, attention_mask, scale=scale, causal=causal, **scales), None
-    if not is_supported:
-        output: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
-        return output
     queries = query.shape[2]
     causal = is_causal(module, queries, attention_mask, wanted)
     if causal and key.shape[2] > queries:
         # The first tokens in a static cache: what lies behind them is not filled yet.
         key, value = key[:, :, :queries], value[:, :, :queries]
+    if not is_supported:
+        output: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+        return output
     return ops.attention(query, key, value, attention_mask, scale=scale, causal=causal), None
 
 

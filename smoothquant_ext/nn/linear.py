@@ -156,19 +156,26 @@ class W8A8Linear(nn.Module):
 
     def _unpack_(self) -> None:
         """Undoes ``prepack_``, and what ``join_`` did to the scale."""
-        self.weight, self.weight_scale = self.plain_weight(), self._plain_scale()
+        if self._has_spread_scale:
+            self.weight_scale = self._plain_scale()
+        if self.is_packed:
+            self.weight = self.plain_weight()
 
     def _plain_scale(self) -> Tensor:
         """The weight's scale as checkpoints store it; packing and joining spread that of a tensor over the channels."""
-        is_spread = self.scheme.weight == "tensor" and self.weight_scale.dim() == 2
-        return self.weight_scale[0].clone() if is_spread else self.weight_scale
+        return self.weight_scale[0].clone() if self._has_spread_scale else self.weight_scale
+
+    @property
+    def _has_spread_scale(self) -> bool:
+        scale = self._buffers.get("weight_scale")  # under another name while a checkpoint is loaded
+        return self.scheme.weight == "tensor" and scale is not None and scale.dim() == 2
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.is_packed:
             destination[prefix + "weight"] = self.plain_weight()
-        if (scale := self._plain_scale()) is not self.weight_scale:
-            destination[prefix + "weight_scale"] = scale
+        if self._has_spread_scale:
+            destination[prefix + "weight_scale"] = self._plain_scale()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         was_packed = self.is_packed
@@ -255,7 +262,7 @@ def join_(layers: Sequence[W8A8Linear]) -> None:
     for layer in layers:
         layer.weight_scale = layer.weight_scale.expand(layer.out_features, 1)
     for name in ("weight", "weight_scale", "bias"):
-        parts = [layer._buffers[name] for layer in layers]
-        if all(part is not None for part in parts):
-            for layer, part in zip(layers, joined(parts), strict=True):  # type: ignore[arg-type]
+        parts = [part for layer in layers if (part := layer._buffers[name]) is not None]
+        if len(parts) == len(layers) and len({part.dtype for part in parts}) == 1:  # biases are cast one by one
+            for layer, part in zip(layers, joined(parts), strict=True):
                 layer._buffers[name] = part

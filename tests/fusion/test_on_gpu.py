@@ -121,16 +121,17 @@ def test_generated_tokens_are_the_cpus(architecture: str) -> None:
 
     def generate(**options: Any) -> Tensor:
         inputs = {"inputs": prompt.to(model.device), "attention_mask": mask.to(model.device)}
-        options |= {"max_new_tokens": 8, "do_sample": False, "disable_compile": True}
+        options |= {"max_new_tokens": 5, "do_sample": False, "disable_compile": True}
         return model.generate(**inputs, **options).cpu()
 
-    ways: list[dict[str, Any]] = [{}, {"cache_implementation": "static"}, {"num_beams": 2}]
+    ways: list[dict[str, Any]] = [{}, {"cache_implementation": "static"}]
+    ways += [{"num_beams": 2}] if architecture == "llama" else []
     expected = [generate(**way) for way in ways]
-    int8 = generate(past_key_values=Int8Cache(model.config))
+    int8 = generate(cache=Int8Cache(model.config))
     model.to("cuda")
     for way, tokens in zip(ways, expected, strict=True):
         assert torch.equal(generate(**way), tokens), way
-    assert torch.equal(generate(past_key_values=Int8Cache(model.config)), int8)
+    assert torch.equal(generate(cache=Int8Cache(model.config)), int8)
 
 
 def layer_by_layer(model: Any) -> Any:
@@ -155,9 +156,10 @@ def test_a_layer_is_one_op_with_the_bits_of_its_modules(
         "static": lambda: StaticCache(config=model.config, max_cache_len=24),
     }[kind]
     ours, theirs = make(), make()
+    calls.clear()
     for begin, end in ((0, 12), (12, 13), (13, 14), (14, 20)):
         parts = [
-            logits(one, ids[:, begin:end], past_key_values=cache)
+            logits(one, ids[:, begin:end], cache=cache)
             for one, cache in ((model, ours), (plain, theirs))
         ]
         assert torch.equal(*parts), (begin, end)
@@ -236,9 +238,9 @@ def test_copies_pickles_and_two_models_at_once() -> None:
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    loaded = torch.load(file, weights_only=False)
-    assert torch.equal(logits(loaded), expected)
+    loaded = torch.load(file, map_location="cpu", weights_only=False)
     assert held(loaded) == held(model)
+    assert torch.equal(logits(loaded.to("cuda")), expected)
     assert torch.equal(logits(twin.to("cpu")), expected)
     assert torch.equal(logits(model), expected)
 

@@ -66,4 +66,11 @@ def emulated_cuda(arch: int = 90, memory: int = 80 << 30) -> Iterator[None]:
         patches.enter_context(patch.object(torch.version, "cuda", "13.0"))
         for name, value in instead.items():
             patches.enter_context(patch.object(torch.cuda, name, value))
+        patches.enter_context(patch.object(torch.UntypedStorage, "clone", clone_of_storage, create=True))
         yield
+
+
+def clone_of_storage(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    """As torch's own, which cannot make a storage on this device."""
+    whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    return whole.clone().untyped_storage()
