@@ -163,9 +163,7 @@ class Place(NamedTuple):
             self.stored.fill(self.total)
 
 
-def find_place(
-    cache: Any, index: int, x: Tensor, shape: tuple[int, int, int, int], is_first: bool
-) -> Place | None:
+def find_place(cache: Any, index: int, x: Tensor, shape: tuple[int, int, int, int], is_first: bool) -> Place | None:
     """A place for keys and values of ``shape`` like x; ``None`` in a cache that the op cannot write to."""
     tokens = shape[2]
     if cache is None:

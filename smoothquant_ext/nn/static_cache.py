@@ -31,7 +31,9 @@ def use_static_cache_(model: PreTrainedModel, tokens: int | None = None) -> None
             f"{type(model).__name__} cannot have a static cache: it needs a causal LM of transformers"
         )
     if tokens is not None and not hasattr(config, "max_cache_len"):
-        raise SmoothQuantError("this version of transformers sizes static caches itself: leave out tokens, or update it")
+        raise SmoothQuantError(
+            "this version of transformers sizes static caches itself: leave out tokens, or update it"
+        )
     config.cache_implementation = "static"
     if tokens is not None:
         config.max_cache_len = tokens

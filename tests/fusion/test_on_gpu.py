@@ -158,10 +158,7 @@ def test_a_layer_is_one_op_with_the_bits_of_its_modules(
     ours, theirs = make(), make()
     calls.clear()
     for begin, end in ((0, 12), (12, 13), (13, 14), (14, 20)):
-        parts = [
-            logits(one, ids[:, begin:end], cache=cache)
-            for one, cache in ((model, ours), (plain, theirs))
-        ]
+        parts = [logits(one, ids[:, begin:end], cache=cache) for one, cache in ((model, ours), (plain, theirs))]
         assert torch.equal(*parts), (begin, end)
     assert calls.count(("w8a8_decoder_layer_", device)) == 4 * len(model.model.layers)
     for one, other in zip(ours.layers, theirs.layers, strict=True):
