@@ -107,9 +107,10 @@ inline void check_positions(const char* op, const DecoderArguments& arguments) {
            ", expected [T=", x.size(1), "]");
   SQ_CHECK(arguments.mask.has_value() || arguments.causal, op,
            ": positions is given, and neither mask nor causal hides what was not written yet");
-  SQ_CHECK(arguments.keys.dim() == 4 && arguments.values.dim() == 4 && arguments.keys.size(2) == arguments.values.size(2),
-           op, ": positions is given, keys has shape ", shape_text(arguments.keys), " and values ",
-           shape_text(arguments.values), ", expected [B, Hkv, room, D] of the same room");
+  SQ_CHECK(
+      arguments.keys.dim() == 4 && arguments.values.dim() == 4 && arguments.keys.size(2) == arguments.values.size(2),
+      op, ": positions is given, keys has shape ", shape_text(arguments.keys), " and values ",
+      shape_text(arguments.values), ", expected [B, Hkv, room, D] of the same room");
 }
 
 // A cache for x's batches that has room for `total` tokens, and its scales if it is INT8.

@@ -24,6 +24,7 @@ from ..nn.grad import needs_grad
 from ..nn.int8_kv_cache import Int8Layer
 from ..nn.kv_cache import Buffers, GrowingLayer
 from ..nn.linear import W8A8Linear
+from ..nn.placement import has_ops
 from ..probing.hooks import hooked, is_watched
 from .mixin import fuse_as_, unfuse_
 from .mlp import FusedMLP
@@ -69,7 +70,7 @@ class FusedDecoderLayer:
         return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc, no-any-return]
 
     def _is_understood(self, x: Tensor, kwargs: dict[str, Any]) -> bool:
-        if not has_op(x.device.type) or x.dim() != 3 or x.shape[0] * x.shape[1] > MOST_ROWS or needs_grad(x):
+        if not has_ops(x) or x.dim() != 3 or x.shape[0] * x.shape[1] > MOST_ROWS or needs_grad(x):
             return False
         for name, value in kwargs.items():
             if name not in UNDERSTOOD and (isinstance(value, Tensor) or value):
@@ -170,7 +171,7 @@ def find_place(cache: Any, index: int, x: Tensor, shape: tuple[int, int, int, in
         if torch.compiler.is_compiling():
             return None
         return Place(None, Buffers(x.new_empty(shape), x.new_empty(shape)), tokens, 0, tokens)
-    stored = cache.layers[index] if index < len(cache.layers) else None
+    stored: Any = cache.layers[index] if index < len(cache.layers) else None
     if getattr(cache, "offloading", False):
         return None
     # Versions of transformers before this attribute count a static cache's tokens in another way.
@@ -194,13 +195,6 @@ def find_place(cache: Any, index: int, x: Tensor, shape: tuple[int, int, int, in
     return Place(stored, buffers, tokens, past, past + tokens)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def has_op(device: str) -> bool:
-    """Whether the op has a kernel for a device. It has none on a GPU without our CUDA library: there is no other one."""
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
-    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key("sq::w8a8_decoder_layer_", key)
-
-
 def fuse_layers_(model: PreTrainedModel) -> list[str]:
     """Fuses the decoder layers of a model whose norms, MLPs and attention are fused already; their names."""
     candidates = {name: list(_candidates(module)) for name, module in model.named_modules()}
@@ -216,14 +210,14 @@ def fuse_layers_(model: PreTrainedModel) -> list[str]:
                 if output is not None and torch.equal(output, expected) or _is_the_same_on_cpu(layer, args, kwargs):
                     fused.append(name)
                     break
-            unfuse_(layer, ["parts"])
+            unfuse_(layer, {"parts": parts})
     return fused
 
 
 def _is_the_same_on_cpu(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a copy of a GPU's layer has the bits of the op on the CPU.
 
-    On a GPU the op may lack a kernel, and a library may sum fp8 products in an order that depends on how many there are.
+    On a GPU a library may sum FP8 products in an order that depends on how many columns it multiplies at once.
     """
     if args[0].is_cpu:
         return False
@@ -232,7 +226,8 @@ def _is_the_same_on_cpu(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     twin = copy.deepcopy(layer, tensors)
     args, kwargs = tree_map_only(Tensor, Tensor.cpu, (args, kwargs))
     output = _own_output(twin, args, kwargs)
-    return output is not None and torch.equal(output, type(twin).__bases__[1].forward(twin, *args, **kwargs))
+    plain: Any = type(twin).__bases__[1]
+    return output is not None and torch.equal(output, plain.forward(twin, *args, **kwargs))
 
 
 def _own_output(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -19,7 +19,7 @@ def fused_class(mixin: type, base: type[nn.Module]) -> type[nn.Module]:
 
 def fuse_as_(module: nn.Module, mixin: type, attributes: Mapping[str, Any]) -> None:
     """Makes a module an instance of its fused class, with the mixin's attributes."""
-    module.__class__ = fused_class(mixin, type(module))  # type: ignore[assignment]
+    module.__class__ = fused_class(mixin, type(module))  # type: ignore[arg-type]
     vars(module).update(attributes)
     _tell_accelerate(module)
 

@@ -35,4 +35,5 @@ def joined(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     dtype = tensors[0].dtype
     plain = torch.uint8 if dtype.itemsize == 1 else dtype  # torch does not concatenate every 8-bit dtype everywhere
     whole = torch.cat([tensor.view(plain) for tensor in tensors]).view(dtype)
-    return whole.split([len(tensor) for tensor in tensors])
+    parts: Sequence[Tensor] = whole.split([len(tensor) for tensor in tensors])
+    return parts

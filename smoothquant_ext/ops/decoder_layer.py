@@ -46,8 +46,8 @@ def w8a8_decoder_layer_(
     (Henry et al. 2020), and rotated by ``cos`` and ``sin`` (Su et al. 2021, the halves of a head being the two
     coordinates). It has the bits of ``rms_norm``, ``w8a8_linear_group``, torch's rotation, ``attention``,
     ``w8a8_linear``, torch's addition and ``w8a8_mlp`` one after the other; with an INT8 cache, also of
-    ``quantize_per_token`` of the new keys, once rotated, and values. On a GPU torch's scaled dot-product attention takes
-    the place of ``attention``, on keys and values dequantized to the dtype of ``x``.
+    ``quantize_per_token`` of the new keys, once rotated, and values. On a GPU torch's scaled dot-product attention
+    takes the place of ``attention``, on keys and values dequantized to the dtype of ``x``.
 
     ``past`` is a number of the host, which a captured CUDA graph repeats. With ``positions`` in its place, the new
     tokens go where a tensor says, nobody waits for its values, and the whole room of the cache is attended to.
@@ -80,9 +80,9 @@ def w8a8_decoder_layer_(
         q_norm: fp32, bf16 or fp16 [D], the weight of an RMS norm of every head of q; ``None`` without norms.
         k_norm: the same of the keys.
         head_eps: of both.
-        positions: int64 [T], no two the same, where the new tokens go; needs ``causal`` or a ``mask``, and the same room
-            for keys and values. On the CPU each is the one before plus 1. On a GPU, where nobody looks at them in time,
-            a token outside of the room is not stored, and its row of y is NaN. ``None``: behind ``past``.
+        positions: int64 [T], no two the same, where the new tokens go; needs ``causal`` or a ``mask``, and the same
+            room for keys and values. On the CPU each is the one before plus 1. On a GPU, where nobody looks at them in
+            time, a token outside of the room is not stored, and its row of y is NaN. ``None``: behind ``past``.
 
     Returns:
         y, of the dtype of ``x`` [B, T, K].

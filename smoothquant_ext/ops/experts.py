@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -66,33 +67,56 @@ def experts_one_by_one(
 ) -> Tensor:
     """``w8a8_experts`` made of other ops, expert by expert, with the same bits: for devices where it has no kernel.
 
-    The experts that the tokens chose are looked up on the host, so this cannot be captured in a graph.
+    An expert that nobody chose costs nothing. Which they are is looked up on the host, once a call, so that this cannot
+    be captured in a graph.
+
+    Raises:
+        RuntimeError: for an index beyond E.
     """
     experts, down, down_scale = weight[0].shape[0], weight[-1], weight_scale[-1]
     n = down.shape[1] if down.dim() == 3 else down_scale.numel() // experts
-    rows, index = x.reshape(-1, x.shape[-1]), top_k_index.reshape(-1, top_k_index.shape[-1])
+    slots = top_k_index.shape[-1]
+    rows, index = x.unsqueeze(0).flatten(0, -2), top_k_index.unsqueeze(0).flatten(0, -2)
     scales = [each.reshape(experts, -1) for each in weight_scale]
     biases = [None if each is None else each.reshape(experts, -1) for each in bias or [None] * len(weight)]
+    order, ends = _by_expert(index.flatten(), experts)
     q, q_scale = quantize_per_token(rows, weight[0].dtype)
-    outputs = rows.new_zeros((*index.shape, n), dtype=torch.float32)
-    for expert in index.unique().tolist():
-        if expert == experts:
+    token = order // max(1, slots)
+    q, q_scale = q.view(torch.int8)[token].view(q.dtype), q_scale[token]
+    outputs = rows.new_zeros((order.numel(), n), dtype=torch.float32)
+    for expert, (begin, end) in enumerate(pairwise(ends)):
+        if begin == end:
             continue
-        token, slot = (index == expert).nonzero(as_tuple=True)
         *first, last = (
             (weight[i][expert], scales[i][expert], None if (b := biases[i]) is None else b[expert])
             for i in range(len(weight))
         )
-        inner = [w8a8_gemm(q[token], w, q_scale[token], scale, b, x.dtype) for w, scale, b in first]
+        own, own_scale = q[begin:end], q_scale[begin:end]
+        inner = [w8a8_gemm(own, w, own_scale, scale, b, x.dtype) for w, scale, b in first]
         gate, up = inner if len(inner) == 2 else (inner[0], torch.ones_like(inner[0]))
         hidden, hidden_scale = _GATED[activation](gate, up, last[0].dtype)
-        outputs[token, slot] = w8a8_gemm(hidden, last[0], hidden_scale, *last[1:], torch.float32)
+        outputs[order[begin:end]] = w8a8_gemm(hidden, last[0], hidden_scale, *last[1:], torch.float32)
     shares = top_k_weights.reshape(index.shape).float()
     total = outputs.new_zeros(len(rows), n)
-    for i in range(index.shape[1]):
+    for i, output in enumerate(outputs.unflatten(0, index.shape).unbind(1)):
         is_chosen = (index[:, i] < experts)[:, None]
-        total = torch.where(is_chosen, total + shares[:, i : i + 1] * outputs[:, i], total)
+        total = torch.where(is_chosen, total + shares[:, i : i + 1] * output, total)
     return total.to(x.dtype).reshape(*x.shape[:-1], n)
+
+
+def _by_expert(index: Tensor, experts: int) -> tuple[Tensor, list[int]]:
+    """Slots in the order of their experts, and where those of expert e begin and end: elements e and e + 1."""
+    if not len(index):
+        return index, [0] * (experts + 1)
+    chosen, order = index.sort(stable=True)
+    ends = torch.searchsorted(chosen, torch.arange(experts + 1, device=index.device))
+    first, last, *there = torch.cat([chosen[:1], chosen[-1:], ends]).tolist()
+    for wrong in (first, last):
+        if not 0 <= wrong <= experts:
+            raise RuntimeError(
+                f"w8a8_experts: top_k_index has {wrong}, expected 0 to {experts - 1}, or E={experts} for no expert"
+            )
+    return order, there
 
 
 def _relu_mul_quantize(gate: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

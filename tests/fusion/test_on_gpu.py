@@ -20,7 +20,6 @@ from torch_attention import torch_attention
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from smoothquant_ext import Int8Cache, Recipe, disable, enable, load, ops, quantize, save
-from smoothquant_ext.fusion import decoder_layer
 from smoothquant_ext.fusion.decoder_layer import FusedDecoderLayer
 from smoothquant_ext.fusion.fuse import fuse_
 from smoothquant_ext.fusion.mlp import FusedMLP
@@ -176,19 +175,6 @@ def test_a_model_that_is_there_already_is_fused_there(architecture: str) -> None
     assert fuse_(model) == names
     assert torch.equal(logits(eager(model)), logits(eager(expected)))
     assert torch.equal(logits(model.to("cpu")), logits(expected))
-
-
-def test_without_a_kernel_of_the_layer_there_modules_run(
-    monkeypatch: pytest.MonkeyPatch, calls: list[tuple[str, str]]
-) -> None:
-    monkeypatch.setattr(decoder_layer, "has_op", lambda device: device == "cpu")
-    model = unfused().to("cuda")
-    assert {"model.layers.0", "model.layers.1"} <= set(fuse_(model))  # a copy on the CPU has the op's bits
-    expected = logits(model)
-    assert not any(name == "w8a8_decoder_layer_" and device == "cuda" for name, device in calls)
-    calls.clear()
-    torch.testing.assert_close(logits(model.to("cpu")), expected)
-    assert calls.count(("w8a8_decoder_layer_", "cpu")) == 2
 
 
 def test_bits_that_differ_there_are_compared_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from op_cases import CASES, OpCase, Problem, call, expected_of
 from op_testing import EIGHT_BIT, FLOAT8, FLOATS, assert_same_bits, randn, random_float8, random_int8, scales, threads
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
+from torch_attention import torch_attention
 
 from smoothquant_ext import ops, reference
 from smoothquant_ext.ops.declare import DECLARED
@@ -91,7 +92,8 @@ LAYERS = [CASES[name] for name in OPS if "gemm" in DECLARED[name].cuda]
 def check(case: OpCase, problem: Problem) -> None:
     """Every way to call an op, against the oracle."""
     for arguments in case.make(problem):
-        case.check(call(case.op, arguments), expected_of(case, arguments), arguments, (problem, list(arguments)))
+        expected = expected_of(case, arguments, attend=partial(run_there, torch_attention))
+        case.check(call(case.op, arguments), expected, arguments, (problem, list(arguments)))
 
 
 @pytest.mark.parametrize("case", PRODUCERS, ids=lambda case: case.name)

@@ -17,7 +17,7 @@ from decoder_layer_cases import (
     with_static_scales,
 )
 from op_cases import CASES, call, expected_of
-from op_testing import ISAS, assert_same_bits, cpu_isa, randn
+from op_testing import ISAS, assert_same_bits, cpu_isa
 
 from smoothquant_ext import ops
 
@@ -72,7 +72,9 @@ def test_new_tokens_go_where_positions_say(batch: int, time: int, past: int, isa
                 check_op(with_mask(positioned))
                 check_op(with_mask(positioned, batch=1, heads=4, causal=True))
                 # Causal, they are what `past` says too.
-                for one, other in zip(call(ops.w8a8_decoder_layer_, positioned), call(ops.w8a8_decoder_layer_, arguments)):
+                for one, other in zip(
+                    call(ops.w8a8_decoder_layer_, positioned), call(ops.w8a8_decoder_layer_, arguments)
+                ):
                     if one.dtype != torch.int64:
                         assert_same_bits(one, other)
 
@@ -130,7 +132,10 @@ POSITIONS_ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"positions": torch.arange(3).int()}, "positions is int32, expected int64"),
     ({"positions": torch.arange(4)}, r"positions has shape \[4\], expected \[T=3\]"),
     ({"positions": torch.arange(3)[None]}, r"positions has shape \[1, 3\], expected \[T=3\]"),
-    ({"positions": torch.tensor([4, 5, 7])}, r"positions\[2\] is 7 and positions\[0\] is 4, expected one after the other"),
+    (
+        {"positions": torch.tensor([4, 5, 7])},
+        r"positions\[2\] is 7 and positions\[0\] is 4, expected one after the other",
+    ),
     ({"positions": torch.tensor([10, 11, 12])}, "positions begins with 10, expected 0 to room - T=9"),
     ({"positions": torch.tensor([-1, 0, 1])}, "positions begins with -1, expected 0 to room - T=9"),
     ({"causal": False}, "positions is given, and neither mask nor causal hides what was not written yet"),
@@ -147,7 +152,6 @@ def test_errors_about_positions(wrong: dict[str, Any], sentence: str) -> None:
     with pytest.raises(RuntimeError, match=f"w8a8_decoder_layer_: .*{sentence}"):
         ops.w8a8_decoder_layer_(**arguments | wrong)
     assert torch.equal(arguments["keys"], before)
-
 
 
 @pytest.mark.parametrize(("wrong", "sentence"), ERRORS, ids=[sentence for _, sentence in ERRORS])

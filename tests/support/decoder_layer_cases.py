@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from op_testing import FLOATS, randn
@@ -12,7 +12,20 @@ from torch import Tensor
 from smoothquant_ext import reference
 
 Arguments = dict[str, Any]
-K, INNER = 40, 70
+
+
+class Sizes(NamedTuple):
+    """Of a layer. None of the widths is one that tensor cores take."""
+
+    k: int = 40
+    inner: int = 70
+    d: int = 10
+    heads: int = 4
+    kv_heads: int = 2
+
+
+EVEN = Sizes(64, 96, 16, 4, 2)
+"""Widths that cuBLASLt multiplies."""
 
 
 def operands(
@@ -20,21 +33,19 @@ def operands(
     time: int,
     past: int,
     dtype: torch.dtype = torch.float32,
-    *,
-    d: int = 10,
-    heads: tuple[int, int] = (4, 2),
-    eight_bit: torch.dtype = torch.int8,
+    sizes: Sizes = Sizes(),  # noqa: B008
 ) -> Arguments:
-    """The fewest, all by name; ``heads`` are those of q and of k."""
-    q_n, k_n = heads[0] * d, heads[1] * d
-    shapes = [(q_n, K), (k_n, K), (k_n, K), (K, q_n), (INNER, K), (INNER, K), (K, INNER)]
-    weights = [reference.quantize_per_token(randn(*shape, seed=i), eight_bit) for i, shape in enumerate(shapes)]
+    """The fewest, all by name."""
+    k, inner, d, heads, kv_heads = sizes
+    q_n, k_n = heads * d, kv_heads * d
+    shapes = [(q_n, k), (k_n, k), (k_n, k), (k, q_n), (inner, k), (inner, k), (k, inner)]
+    weights = [reference.quantize_per_token(randn(*shape, seed=i), torch.int8) for i, shape in enumerate(shapes)]
     angles = randn(batch, time, d, seed=20)
-    cache = randn(2, batch, heads[1], past + time + 5, d, seed=21, dtype=dtype)
+    cache = randn(2, batch, kv_heads, past + time + 5, d, seed=21, dtype=dtype)
     return {
-        "x": randn(batch, time, K, dtype=dtype),
-        "norm": randn(K, seed=22, dtype=dtype),
-        "post_norm": randn(K, seed=23),
+        "x": randn(batch, time, k, dtype=dtype),
+        "norm": randn(k, seed=22, dtype=dtype),
+        "post_norm": randn(k, seed=23),
         "eps": 1e-5,
         "post_eps": 1e-6,
         "offset": 0.0,
@@ -52,6 +63,12 @@ def operands(
         "causal": time > 1,
         "activation": "silu",
     }
+
+
+def heads_of(arguments: Arguments) -> int:
+    """The heads of q."""
+    heads: int = arguments["weight"][0].shape[0] // arguments["cos"].shape[-1]
+    return heads
 
 
 def with_biases(arguments: Arguments) -> Arguments:
@@ -111,37 +128,40 @@ def joined(arguments: Arguments, biases: tuple[bool, ...] = (True,) * 7) -> Argu
     bias = [randn(n, seed=40 + i, dtype=torch.bfloat16) for i, n in enumerate(counts)]
     lists = {"weight": arguments["weight"], "weight_scale": arguments["weight_scale"], "bias": bias}
     joined = {
-        name: [*side_by_side(every[:3]), every[3], *side_by_side(every[4:6]), every[6]]
-        for name, every in lists.items()
+        name: [*side_by_side(every[:3]), every[3], *side_by_side(every[4:6]), every[6]] for name, every in lists.items()
     }
     joined["bias"] = [each if has else None for each, has in zip(joined["bias"], biases, strict=True)]
     return arguments | joined
 
 
+WAYS: dict[str, Callable[[Arguments], Arguments]] = {
+    "plain": lambda plain: plain,
+    "not causal": lambda plain: plain | {"causal": False},
+    "biases": with_biases,
+    "static": lambda plain: with_static_scales(plain, (1,)),
+    "int8 cache": with_int8_cache,
+    "head norms": with_head_norms,
+    "head norms, int8 cache": lambda plain: with_int8_cache(with_head_norms(with_biases(plain))),
+    "mask": with_mask,
+    "one mask": lambda plain: with_mask(plain, batch=1, causal=True),
+    "mask of each head": lambda plain: with_mask(with_int8_cache(plain), heads=heads_of(plain)),
+    "one mask of each head": lambda plain: with_mask(plain, batch=1, heads=heads_of(plain)),
+    "positions": with_positions,
+    "positions, mask": lambda plain: with_mask(with_positions(with_int8_cache(plain))),
+    "positions, causal mask": lambda plain: with_mask(with_positions(plain), causal=True),
+    "joined": lambda plain: joined(plain),
+    "joined, no bias": lambda plain: joined(plain, (False,) * 7),
+    "joined, a bias missing": lambda plain: joined(plain, (True, False, True, True, True, False, True)),
+}
+
+
 def variants() -> Iterator[tuple[str, Arguments]]:
-    """Named arguments: every way that the op takes on a GPU."""
-    for dtype in FLOATS:
-        for heads in ((4, 2), (3, 3)):
-            for batch, time, past in ((1, 1, 0), (2, 1, 17), (2, 5, 0), (2, 3, 9)):
-                plain = operands(batch, time, past, dtype, heads=heads)
-                made = {
-                    "plain": plain,
-                    "not causal": plain | {"causal": False},
-                    "biases": with_biases(plain),
-                    "static": with_static_scales(plain, (1,)),
-                    "int8 cache": with_int8_cache(plain),
-                    "head norms": with_head_norms(plain),
-                    "head norms, int8 cache": with_int8_cache(with_head_norms(with_biases(plain))),
-                    "mask": with_mask(plain),
-                    "one mask": with_mask(plain, batch=1, causal=True),
-                    "mask of each head": with_mask(with_int8_cache(plain), heads=heads[0]),
-                    "one mask of each head": with_mask(plain, batch=1, heads=heads[0]),
-                    "positions": with_positions(plain),
-                    "positions, mask": with_mask(with_positions(with_int8_cache(plain))),
-                    "positions, causal mask": with_mask(with_positions(plain), causal=True),
-                    "joined": joined(plain),
-                    "joined, no bias": joined(plain, (False,) * 7),
-                    "joined, a bias missing": joined(plain, (True, False, True, True, True, False, True)),
-                }
-                for name, arguments in made.items():
-                    yield f"{name}, {dtype}, heads {heads}, batch {batch}, time {time}, past {past}", arguments
+    """Named arguments: every way that the op takes on a GPU, the dtypes in turn."""
+    turn = 0
+    for heads in ((4, 2), (3, 3)):
+        for batch, time, past in ((1, 1, 0), (2, 1, 17), (2, 5, 0), (2, 3, 9)):
+            turn += 1
+            for number, name in enumerate(WAYS):
+                dtype = FLOATS[(turn + number) % 3]
+                plain = operands(batch, time, past, dtype, Sizes(heads=heads[0], kv_heads=heads[1]))
+                yield f"{name}, {dtype}, heads {heads}, batch {batch}, time {time}, past {past}", WAYS[name](plain)

@@ -13,10 +13,15 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [
-    *(f"csrc/cuda/ops/{name}.cpp" for name in ("quantize", "norm_activation", "gemm", "linear", "decoder_layer")),
-    *(f"csrc/cuda/compute/{name}.cpp" for name in ("product", "quantize", "tile_product", "decoder_attention")),
-    *(f"csrc/cuda/kernels/{name}.cu" for name in ("quantize", "norm", "activate", "gemm", "decoder_layer", "mma", "wgmma")),
-    "tests/native/emulation/emulated_device.cpp",
+    *(
+        f"csrc/cuda/ops/{name}.cpp"
+        for name in ("quantize", "norm_activation", "gemm", "linear", "decoder_layer", "setup")
+    ),
+    *(f"csrc/cuda/compute/{name}.cpp" for name in ("product", "quantize", "decoder_attention", "ways", "context")),
+    *(f"csrc/cuda/compute/{name}_product.cpp" for name in ("library", "tile", "torch")),
+    *(f"csrc/cuda/kernels/{name}.cu" for name in ("quantize", "norm", "activate", "gemm", "decoder_layer")),
+    *(f"csrc/cuda/kernels/{name}.cu" for name in ("mma", "wgmma")),
+    *(f"tests/native/emulation/emulated_{name}.cpp" for name in ("device", "runtime")),
 ]
 
 

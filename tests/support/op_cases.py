@@ -356,10 +356,11 @@ def expected_of(
 ) -> Results:
     """What the oracle returns, likewise.
 
-    Sums whose order is not defined, those of attention and of FP8 products inside other ops, are taken as on the device:
-    by our kernels, and on a GPU by torch's attention. ``attend`` is another attention.
+    Sums whose order is not defined, those of attention and of FP8 products inside other ops, are taken as on the device,
+    attention on a GPU by torch, unless ``attend`` is another one.
     """
-    kernels = {"attention": attend or (ops.attention if device == "cpu" else torch_attention), "w8a8_gemm": ops.w8a8_gemm}
+    attend = attend or (ops.attention if device == "cpu" else torch_attention)
+    kernels = {"attention": attend, "w8a8_gemm": ops.w8a8_gemm}
     dtypes = {tensor.dtype for tensor in flat(list(arguments.values()))}
     sums = {"attention": "decoder_layer"} | ({} if dtypes.isdisjoint(EIGHT_BIT[1:]) else {"w8a8_gemm": "gemm"})
     with ExitStack() as stack:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 
-def torch_attention(
+def torch_attention(  # noqa: PLR0913
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -24,9 +24,7 @@ def torch_attention(
     if k_scale is not None and v_scale is not None:
         k, v = ((x.float() * own.unsqueeze(-1)).to(q.dtype) for x, own in ((k, k_scale), (v, v_scale)))
     if mask is None and not (causal and 1 < time < length):
-        y = scaled_dot_product_attention(
-            q, k, v, is_causal=causal and time > 1, scale=scale, enable_gqa=sharing > 1
-        )
+        y = scaled_dot_product_attention(q, k, v, is_causal=causal and time > 1, scale=scale, enable_gqa=sharing > 1)
         return y.transpose(1, 2).contiguous()
     visible = torch.ones(1, 1, time, length, dtype=torch.bool, device=q.device)
     if causal:

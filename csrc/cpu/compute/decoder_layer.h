@@ -21,7 +21,7 @@ struct DecoderNorms {
 struct DecoderTokens {
   int64_t batch, time, past;
   int64_t length;  // of the keys that are attended to: past + time, or more of the cache
-  const void* x;  // [batch, time, k], contiguous, as y
+  const void* x;   // [batch, time, k], contiguous, as y
   DType dtype;
   void* y;
   const void *cos, *sin;  // [1 or batch, time, d]

@@ -1,6 +1,5 @@
 #include "cuda/compute/decoder_attention.h"
 
-#include "cuda/compute/devices.h"
 #include "cuda/compute/scaled_dot_product.h"
 #include "cuda/compute/views.h"
 #include "cuda/kernels/decoder_layer.h"
@@ -79,7 +78,6 @@ AttentionPlan plan_attention(const DecoderArguments& arguments, const HeadCounts
 Tensor attend_cuda(const char* op, const DecoderArguments& arguments, const HeadCounts& counts,
                    const std::vector<Tensor>& qkv, double offset, double head_eps) {
   const Tensor& x = arguments.x;
-  require_validated(op, Family::kDecoderLayer, x.get_device_index());
   const ScalarType dtype = x.scalar_type();
   const AttentionPlan plan = plan_attention(arguments, counts);
   const auto [batch, time, heads, kv_heads, d] = counts;
@@ -136,9 +134,8 @@ Tensor attend_cuda(const char* op, const DecoderArguments& arguments, const Head
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     keys_room = values_room = length;
   }
-  const Tensor q = plan.is_folded
-                       ? view_of(rotated_q, {batch * kv_heads, 1, counts.sharing(), d})
-                       : view_of(rotated_q, {batch, heads, time, d}, {time * heads * d, d, heads * d, 1});
+  const Tensor q = plan.is_folded ? view_of(rotated_q, {batch * kv_heads, 1, counts.sharing(), d})
+                                  : view_of(rotated_q, {batch, heads, time, d}, {time * heads * d, d, heads * d, 1});
   const Tensor y = scaled_dot_product_attention({q, read_heads(keys, counts, plan, length, keys_room),
                                                  read_heads(values, counts, plan, length, values_room), mask,
                                                  plan.is_causal, arguments.scale, plan.enable_gqa});

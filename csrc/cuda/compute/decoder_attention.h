@@ -16,10 +16,10 @@ struct HeadCounts {
 
 // How torch's attention is called. Its fast kernels take either a mask or fewer heads of k than of q, not both.
 struct AttentionPlan {
-  bool has_mask;    // which the launch that fills the cache makes too
-  bool is_causal;   // without a mask
-  bool is_folded;   // one token: the queries that share a head are rows of one head, of a batch of its own
-  int64_t copies;   // of every head of the cache, dequantized; 0: the cache is read as it lies
+  bool has_mask;   // which the launch that fills the cache makes too
+  bool is_causal;  // without a mask
+  bool is_folded;  // one token: the queries that share a head are rows of one head, of a batch of its own
+  int64_t copies;  // of every head of the cache, dequantized; 0: the cache is read as it lies
   bool enable_gqa;
 };
 AttentionPlan plan_attention(const DecoderArguments& arguments, const HeadCounts& counts);

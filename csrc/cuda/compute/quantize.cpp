@@ -9,7 +9,6 @@ namespace sq {
 
 Quantized quantize_rows_cuda(const char* op, const Tensor& x, const OptionalTensor& smooth, const float* static_scale,
                              ScalarType dtype) {
-  require_validated(op, Family::kQuantize, x.get_device_index());
   const OptionalTensor divisors = as_contiguous(smooth);
   QuantizeTarget target(x, dtype, static_scale);
   QuantizeRowsJob job{};
@@ -27,7 +26,6 @@ Quantized quantize_rows_cuda(const char* op, const Tensor& x, const OptionalTens
 
 Quantized activate_quantize_cuda(const char* op, Activation activation, const Tensor& gate, const OptionalTensor& up,
                                  ScalarType dtype, const float* static_scale) {
-  require_validated(op, Family::kNormActivation, gate.get_device_index());
   QuantizeTarget target(gate, dtype, static_scale);
   ActivateJob job{};
   job.activation = activation;
@@ -63,8 +61,8 @@ void launch_norm(const char* op, const NormJob& job, const Tensor& x) {
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-QuantizedSum norm_quantize_cuda(const char* op, const NormQuantizeInputs& inputs, const float* static_scale) {
-  require_validated(op, Family::kNormActivation, inputs.x.get_device_index());
+QuantizedSum norm_quantize_cuda(const char* op, const NormQuantizeInputs& inputs, const float* static_scale,
+                                bool is_rounded) {
   const Tensor x = as_contiguous(inputs.x), weight = as_contiguous(inputs.weight);
   const OptionalTensor bias = as_contiguous(inputs.bias), residual = as_contiguous(inputs.residual);
   Tensor sum = empty_like_device(x, sum_shape(x, residual), x.scalar_type());
@@ -80,6 +78,7 @@ QuantizedSum norm_quantize_cuda(const char* op, const NormQuantizeInputs& inputs
     job.sum = sum.mutable_data_ptr();
   }
   job.target = target.rows;
+  job.is_rounded = is_rounded;
   launch_norm(op, job, x);
   return {target.q, target.scale, sum};
 }

@@ -31,7 +31,8 @@ Quantized activate_quantize_cuda(const char* op, Activation activation, const Te
 NormJob norm_job(const Tensor& x, const Tensor& weight, double eps, double offset);
 void launch_norm(const char* op, const NormJob& job, const Tensor& x);
 
-// Of a norm; the third result is x + residual.
-QuantizedSum norm_quantize_cuda(const char* op, const NormQuantizeInputs& inputs, const float* static_scale);
+// Of a norm, rounded to the dtype of x before if that is wanted; the third result is x + residual.
+QuantizedSum norm_quantize_cuda(const char* op, const NormQuantizeInputs& inputs, const float* static_scale,
+                                bool is_rounded = false);
 
 }  // namespace sq

@@ -19,9 +19,14 @@ struct AttentionCall {
 // [B, H, T, D], with the strides that torch chose.
 inline Tensor scaled_dot_product_attention(const AttentionCall& call) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 8> stack{
-      from(call.q),         from(call.k),    from(call.v), from(call.mask), from(0.0 /* dropout_p */),
-      from(call.is_causal), from(std::optional<double>(call.scale)), from(call.enable_gqa)};
+  std::array<StableIValue, 8> stack{from(call.q),
+                                    from(call.k),
+                                    from(call.v),
+                                    from(call.mask),
+                                    from(0.0 /* dropout_p */),
+                                    from(call.is_causal),
+                                    from(std::optional<double>(call.scale)),
+                                    from(call.enable_gqa)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::scaled_dot_product_attention", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);

@@ -21,8 +21,8 @@ inline std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& shape
 inline Tensor view_of(const Tensor& base, const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
                       int64_t offset = 0) {
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
-      base.get(), static_cast<int64_t>(shape.size()), shape.data(), strides.data(), offset, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(base.get(), static_cast<int64_t>(shape.size()),
+                                                               shape.data(), strides.data(), offset, &handle));
   return Tensor(handle);
 }
 

@@ -33,8 +33,8 @@ struct ActivateTask {
   const T *gate, *up;  // [rows, columns]; no up: null
   int64_t columns;
   int64_t row_step;  // from a row of gate or of up to the next
-  bool wide;     // can_move_groups of all pointers
-  bool is_kept;  // there is room for v in shared memory
+  bool wide;         // can_move_groups of all pointers
+  bool is_kept;      // there is room for v in shared memory
   QuantizedRows target;
 };
 

@@ -26,18 +26,11 @@ constexpr int kAppendThreads = 32 * kAppendWarps;
 
 constexpr int64_t head_blocks(int64_t heads) { return (heads + kAppendWarps - 1) / kAppendWarps; }
 
-constexpr int64_t mask_groups(const MaskJob& mask, int64_t time) {
+SQ_HOST_DEVICE constexpr int64_t mask_groups(const MaskJob& mask, int64_t time) {
   return mask.y == nullptr ? 0 : mask.batches * mask.heads * time * (mask.step / kGroup);
 }
 constexpr int64_t mask_blocks(const MaskJob& mask, int64_t time) {
   return (mask_groups(mask, time) + kAppendThreads - 1) / kAppendThreads;
-}
-
-template <typename T>
-SQ_HOST_DEVICE inline float rounded(float value) {
-  T narrow;
-  from_float(value, &narrow);
-  return to_float(narrow);
 }
 
 // --- heads ----------------------------------------------------------------------------------------------------------
@@ -137,12 +130,8 @@ __device__ __forceinline__ void append_head(const AppendJob& job, int64_t token,
     return;
   }
   const int64_t angle = batch * job.angle_batch + time * d;
-  Head<T> head{x,
-               is_q ? job.q_norm : job.k_norm,
-               job.norm_offset,
-               0.0f,
-               static_cast<const T*>(job.cos) + angle,
-               static_cast<const T*>(job.sin) + angle};
+  Head<T> head{x,    is_q ? job.q_norm : job.k_norm,         job.norm_offset,
+               0.0f, static_cast<const T*>(job.cos) + angle, static_cast<const T*>(job.sin) + angle};
   if (head.norm.weight != nullptr) head.gain = head_gain(x, d, job.eps);
   if (is_k) {
     store_in_cache<T>(cache, cache_row, d, [&](const auto& visit) { visit_rotated(head, d, visit); });
@@ -167,10 +156,10 @@ __device__ __forceinline__ void store_mask(const AppendJob& job, int64_t index) 
   const int64_t slot = job.positions == nullptr ? job.past + query : job.positions[query];
   const int64_t end = mask.causal && slot + 1 < mask.length ? slot + 1 : mask.length;
   const int64_t* strides = mask.strides;
-  const uint8_t* visible = mask.visible == nullptr ? nullptr
-                                                   : mask.visible + batch / mask.group * strides[0] +
-                                                         batch % mask.group * strides[1] + head * strides[2] +
-                                                         query * strides[3];
+  const uint8_t* visible = mask.visible == nullptr
+                               ? nullptr
+                               : mask.visible + batch / mask.group * strides[0] + batch % mask.group * strides[1] +
+                                     head * strides[2] + query * strides[3];
   Group<T> group;
   SQ_UNROLL
   for (int i = 0; i < kGroup; ++i) {
@@ -210,7 +199,7 @@ SQ_HOST_DEVICE inline Group<T> load_cached(const CacheRows& cache, int64_t row, 
 }
 
 // Groups of both copies together.
-constexpr int64_t copied_groups(const CacheCopyJob& job) {
+SQ_HOST_DEVICE constexpr int64_t copied_groups(const CacheCopyJob& job) {
   return 2 * job.batch * job.kv_heads * job.copies * job.length * ((job.d + kGroup - 1) / kGroup);
 }
 

@@ -59,7 +59,7 @@ struct AppendJob {
 struct CacheCopyJob {
   DType dtype;  // of y
   int64_t batch, kv_heads, length, d;
-  int64_t copies;        // of every head, side by side
+  int64_t copies;  // of every head, side by side
   CacheRows keys, values;
   void *y_keys, *y_values;  // [batch, kv_heads * copies, length, d]
 };

@@ -103,8 +103,8 @@ __global__ void __launch_bounds__(kEpilogueThreads)
     Four<Y> result;
     SQ_UNROLL
     for (int i = 0; i < kEpilogueColumns; ++i) {
-      result.at[i] = finish_value<Y>(epilogue, row * epilogue.n + first + i,
-                                     epilogue_value(epilogue, row, first + i, four.at[i]));
+      result.at[i] =
+          finish_value<Y>(epilogue, row * epilogue.n + first + i, epilogue_value(epilogue, row, first + i, four.at[i]));
     }
     *reinterpret_cast<Four<Y>*>(target) = result;
     return;
@@ -112,8 +112,7 @@ __global__ void __launch_bounds__(kEpilogueThreads)
   for (int i = 0; i < kEpilogueColumns && first + i < epilogue.n; ++i) {
     Sum sum = source[i];
     for (int split = 1; split < splits; ++split) sum += source[split * count + i];
-    target[i] =
-        finish_value<Y>(epilogue, row * epilogue.n + first + i, epilogue_value(epilogue, row, first + i, sum));
+    target[i] = finish_value<Y>(epilogue, row * epilogue.n + first + i, epilogue_value(epilogue, row, first + i, sum));
   }
 }
 

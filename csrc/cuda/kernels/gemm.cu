@@ -4,6 +4,7 @@
 #include "cuda/kernels/add.cuh"
 #include "cuda/kernels/epilogue.cuh"
 #include "cuda/kernels/launch.cuh"
+#include "cuda/kernels/scales.cuh"
 #include "cuda/kernels/skinny.cuh"
 #include "cuda/kernels/widen.cuh"
 #include "cuda/kernels/with_type.h"
@@ -79,6 +80,14 @@ void launch_add_residual(const Epilogue& epilogue, void* stream) {
     const bool wide = is_group_aligned(y) && is_group_aligned(residual);
     launch(add_kernel<T>, group_blocks(count), kGroupThreads, 0, stream, y, residual, count, wide);
   });
+}
+
+void launch_align_scales(const ScalesJob& job, void* stream) {
+  constexpr int64_t kMostBlocks = 1024;
+  const int64_t most = job.m > job.n ? job.m : job.n;
+  const int64_t needed = (most + kScalesThreads - 1) / kScalesThreads;
+  if (needed == 0) return;
+  launch(align_scales_kernel, needed < kMostBlocks ? needed : kMostBlocks, kScalesThreads, 0, stream, job);
 }
 
 }  // namespace sq

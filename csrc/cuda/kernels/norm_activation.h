@@ -17,6 +17,7 @@ struct NormJob {
   int64_t rows;  // at most 2^31 - 1
   int64_t columns;
   QuantizedRows target;  // where y is null
+  bool is_rounded;       // to x_dtype before it is quantized, as by two ops
   void* y;               // [rows, columns] of x_dtype
 };
 

@@ -1,12 +1,12 @@
 // w8a8_decoder_layer_ on CUDA devices, on the current stream, without waiting for it. Its launches, INT8 products by
 // cuBLASLt being two each, product and epilogue:
-//    1      norm of x, quantized                               norm.cuh
+//    1      norm of x, rounded, quantized                      norm.cuh
 //    2, 3   q, k and v                                         one product where their weights lie side by side
 //    4      norms of heads, rotation, cache; the mask          decoder_layer.cuh
 //    5      attention                                          torch's
 //    6      quantized                                          quantize.cuh
 //    7, 8   o
-//    9      + x, norm, quantized                               norm.cuh
+//    9      + x, norm, rounded, quantized                      norm.cuh
 //   10, 11  gate and up                                        one product likewise
 //   12      act(gate) * up, quantized                          activate.cuh
 //   13, 14  down, + the sum of 9
@@ -35,9 +35,8 @@ Tensor w8a8_decoder_layer_cuda(const Tensor& x_in, const Tensor& norm, const Ten
                                const OptionalTensor& k_norm, double head_eps, const OptionalTensor& positions) {
   const LayerLists layers{weight, weight_scale, bias};
   const Tensor x = as_contiguous(x_in);
-  const DecoderArguments arguments{x,    norm,  post_norm, layers,     input_scale,  cos,    sin,    keys,     values,
-                                   past, mask,  scale,     causal,     keys_scale,   values_scale,   q_norm,   k_norm,
-                                   positions};
+  const DecoderArguments arguments{x,    norm, post_norm, layers, input_scale, cos,          sin,    keys,   values,
+                                   past, mask, scale,     causal, keys_scale,  values_scale, q_norm, k_norm, positions};
   const DecoderShapes shapes = check_decoder_layer(kOp, arguments);
   const Activation kind = activation_kind(kOp, activation);
   const auto static_scale = [&](size_t index) {
@@ -52,7 +51,7 @@ Tensor w8a8_decoder_layer_cuda(const Tensor& x_in, const Tensor& norm, const Ten
   const auto normed = [&](const Tensor& of, const Tensor& norm_weight, double own_eps, const OptionalTensor& residual,
                           const float* own_scale) {
     return norm_quantize_cuda(kOp, {Norm::kRms, of, norm_weight, none, own_eps, offset, eight_bit, residual, none},
-                              own_scale);
+                              own_scale, true);
   };
   const auto multiplied = [&](const Tensor& q, const Tensor& scales, DecoderRole first, size_t count) {
     return multiply_joined_cuda(kOp, q, scales, layers, shapes.data(), first, count, dtype);
@@ -67,8 +66,7 @@ Tensor w8a8_decoder_layer_cuda(const Tensor& x_in, const Tensor& norm, const Ten
   const Tensor part = multiply_cuda(kOp, a, a_scale, layers[kO], shapes[kO], dtype);
   const auto [p, p_scale, h] = normed(part, post_norm, post_eps, x, mlp_scale);
   const std::vector<Tensor> gate_up = multiplied(p, p_scale, kGate, 2);
-  const auto [hidden, hidden_scale] =
-      activate_quantize_cuda(kOp, kind, gate_up[0], gate_up[1], eight_bit, down_scale);
+  const auto [hidden, hidden_scale] = activate_quantize_cuda(kOp, kind, gate_up[0], gate_up[1], eight_bit, down_scale);
   return multiply_cuda(kOp, hidden, hidden_scale, layers[kDown], shapes[kDown], dtype, h);
 }
 

@@ -1,4 +1,4 @@
-// Arguments of w8a8_experts.
+// Arguments of w8a8_experts, for every device.
 #pragma once
 
 #include <string>
