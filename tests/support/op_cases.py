@@ -356,8 +356,8 @@ def expected_of(
 ) -> Results:
     """What the oracle returns, likewise.
 
-    Sums whose order is not defined, those of attention and of FP8 products inside other ops, are taken as on the device,
-    attention on a GPU by torch, unless ``attend`` is another one.
+    Sums whose order is not defined, those of attention and of FP8 products inside other ops, are taken as on the
+    device: attention on a GPU by torch, unless ``attend`` is another one.
     """
     attend = attend or (ops.attention if device == "cpu" else torch_attention)
     kernels = {"attention": attend, "w8a8_gemm": ops.w8a8_gemm}

@@ -93,12 +93,12 @@ def cases_of(family: str) -> Iterator[Case]:
         raise ValueError(f"there is no family {family!r} of kernels")
 
 
-def difference(case: Case, results: list[Tensor], family: str) -> str:
-    """What is wrong with the results of a case, see ``Case.run``, or nothing."""
+def difference(case: Case, results: Any, family: str) -> str:
+    """What is wrong with the results of a case, or nothing; the arguments that it wrote to follow its results."""
     arguments = case.arguments
     if case.op == "w8a8_gemm" and arguments["a"].dtype != torch.int8:
-        return _fp8_difference(arguments, results[0].cpu(), on_tensor_cores=not family.startswith("skinny"))
-    pairs = zip(results, case.run(getattr(reference, case.op)), strict=True)
+        return _fp8_difference(arguments, _flat(results)[0].cpu(), on_tensor_cores=not family.startswith("skinny"))
+    pairs = zip(_flat(results), case.run(getattr(reference, case.op)), strict=True)
     return next(filter(None, (_bits_difference(each.cpu(), right) for each, right in pairs)), "")
 
 

@@ -12,8 +12,11 @@ WAYS = ("library", "library_fast", "skinny", "mma", "wgmma", "torch")
 """The ways to multiply, as SMOOTHQUANT_CUDA_GEMM and csrc/cuda/compute/ways.h name them: cuBLASLt, the same with FP8
 sums in fewer bits, few rows without tensor cores, our tensor-core kernels, and torch's own products."""
 
-PRODUCERS = ("quantize", "norm_activation", "decoder_layer")
-"""The families of kernels without a product; the last is what stands before the attention of a decoder layer."""
+PRODUCERS = ("quantize", "norm_activation")
+"""The families of kernels without a product."""
+
+LAYERS = ("decoder_layer",)
+"""The families of kernels between the products of an op: those before the attention of a decoder layer."""
 
 ROW_CLASSES = (1, 8, 16, 64, 512, 0)
 """The ranking of ways is by the rows of the activation: at most so many, and 0 for any more."""
@@ -34,7 +37,7 @@ def way_of(family: str) -> tuple[str, str] | None:
 
 def families_of(arch: int, archs: str) -> tuple[str, ...]:
     """The families that a GPU of this architecture has instructions for, in a library built for ``archs``."""
-    found = list(PRODUCERS)
+    found = [*PRODUCERS, *LAYERS]
     for dtype in DTYPES:
         has_cores = dtype == "int8" or arch >= OLDEST_FP8
         has_wgmma = arch == WGMMA and re.search(r"\b90a", archs) is not None
