@@ -113,7 +113,7 @@ class FusedDecoderLayer:
         if place.positions is not None and mask is None:  # nothing hides what is not filled yet
             return None
         buffers = place.buffers
-        head_weights = [each.weight for each in head_norms] or [None, None]
+        q_norm, k_norm = [each.weight for each in head_norms] or (None, None)
         output = ops.w8a8_decoder_layer_(
             x,
             norm.weight,
@@ -134,7 +134,8 @@ class FusedDecoderLayer:
             roles.activation,
             buffers.keys_scale,
             buffers.values_scale,
-            *head_weights,
+            q_norm,
+            k_norm,
             head_norms[0].fused_eps if head_norms else 0.0,
             place.positions,
         )
@@ -145,8 +146,8 @@ class FusedDecoderLayer:
 class Place(NamedTuple):
     """Where a call's keys and values go, and how many tokens then lie there to be attended to.
 
-    Those of a static cache go to ``positions`` [T], which are on its device, and attention reads the whole room. But the
-    first ones are known to be: only they are called without a mask.
+    Those of a static cache go to ``positions`` [T], which are on its device, and attention reads the whole room. Only
+    the first ones come without a mask, and are known by that.
     """
 
     stored: GrowingLayer | Int8Layer | StaticLayer | None
@@ -207,7 +208,7 @@ def fuse_layers_(model: PreTrainedModel) -> list[str]:
             fuse_as_(layer, FusedDecoderLayer, {"parts": parts})
             with torch.no_grad():
                 output = _own_output(layer, args, kwargs)
-                if output is not None and torch.equal(output, expected) or _is_the_same_on_cpu(layer, args, kwargs):
+                if (output is not None and torch.equal(output, expected)) or _is_the_same_on_cpu(layer, args, kwargs):
                     fused.append(name)
                     break
             unfuse_(layer, {"parts": parts})

@@ -32,8 +32,8 @@ def fuse_(model: nn.Module) -> list[str]:
 
     It may be moved to another device afterwards: a fused module asks at every call where its input is. The result stays
     what it was, up to the rounding of intermediate values that fused kernels keep in fp32. For a model of transformers
-    the list also has the groups of layers that share an input, as ``"q_proj+k_proj+v_proj"`` with their parent's name in
-    front, and ``"attention"`` and ``"cache"``.
+    the list also has the groups of layers that share an input, as ``"q_proj+k_proj+v_proj"`` with their parent's name
+    in front, and ``"attention"`` and ``"cache"``.
     """
     fused = [name for name, module in list(model.named_modules()) if _fuse_module_(module)]
     fused += share_inputs_(model)

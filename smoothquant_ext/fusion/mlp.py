@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..activations import ACTIVATIONS
-from ..nn.placement import has_ops
 from ..nn.grad import needs_grad
 from ..nn.linear import W8A8Linear, have_one_input_scale
+from ..nn.placement import has_ops
 from ..packing import PANEL
 from ..probing.hooks import hooked, is_watched, output_of
 from ..probing.numerics import same_elements
@@ -140,7 +140,7 @@ def _share_of_equal(actual: Tensor, expected: Tensor) -> float:
 
 
 def _is_plain(module: nn.Module, x: Tensor) -> bool:
-    """An adapter in the place of a layer, or a hook on it, expects to be called; it may move x to the layer's device."""
+    """An adapter in the place of a layer, or a hook on it, expects to be called; it may move x to the layer."""
     return type(module) is W8A8Linear and module.is_with(x) and not is_watched(module)
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..nn.placement import has_ops
 from ..nn.grad import needs_grad
+from ..nn.placement import has_ops
 from ..probing.hooks import output_of
 from ..probing.linears import values_of
 from ..probing.numerics import same_elements
@@ -18,7 +18,7 @@ ROUNDINGS = 4  # of the row in the dtype of the activations: the division, a cas
 
 
 class FusedRMSNorm:
-    """Mixed into the class of an RMS norm: one pass over the row where our ops run, the class's own forward elsewhere."""
+    """Mixed into the class of an RMS norm: one pass over the row where our ops run, the class's own elsewhere."""
 
     weight: Tensor
     fused_eps: float

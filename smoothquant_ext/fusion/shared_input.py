@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .. import ops
-from ..nn.placement import has_ops
 from ..nn.linear import W8A8Linear, have_one_input_scale, join_
+from ..nn.placement import has_ops
 from ..probing.hooks import hooked
 
 

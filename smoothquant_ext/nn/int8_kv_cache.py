@@ -126,8 +126,8 @@ def make_int8_(cache: DynamicCache) -> None:
 def use_int8_cache_(model: PreTrainedModel) -> RemovableHandle:
     """Makes the caches that a model starts INT8 ones: in ``generate``, and in calls without gradients.
 
-    The model attends through our implementation then, as quantized models do anyway. Kinds of cache that are asked for by name
-    (``cache_implementation="static"``) stay what they are.
+    The model attends through our implementation then, as quantized models do anyway. Kinds of cache that are asked for
+    by name (``cache_implementation="static"``) stay what they are.
 
     Returns:
         A handle whose ``remove()`` undoes it; the model goes on attending through our implementation.

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..scheme import Scheme
-from .placement import ALIGNED_ROWS, joined
 from .grad import needs_grad
+from .placement import ALIGNED_ROWS, joined
 
 
 class Group(Protocol):

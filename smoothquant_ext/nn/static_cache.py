@@ -15,8 +15,8 @@ def use_static_cache_(model: PreTrainedModel, tokens: int | None = None) -> None
     for each kernel. That takes a minute or more, and again for another batch size or a larger cache. On the CPU nothing
     is compiled. INT8 caches are not static: keys and values have the dtype of the model.
 
-    It sets ``model.generation_config.cache_implementation``, which is saved with the model. ``None`` there undoes it, as
-    assisted decoding and caches that are passed to ``generate`` need.
+    It sets ``model.generation_config.cache_implementation``, which is saved with the model. ``None`` there undoes it,
+    as assisted decoding and caches that are passed to ``generate`` need.
 
     Args:
         model: a model of transformers that generates, 8-bit or not.
