@@ -12,6 +12,7 @@ import pytest
 import tiny
 import tiny_w8a8
 import torch
+from emulated_cuda import unsettled
 from emulation import ROOT
 from tiny_text import tiny_tokenizer
 from tiny_w8a8 import IDS
@@ -177,6 +178,24 @@ def test_a_model_that_is_there_already_is_fused_there(architecture: str) -> None
     assert torch.equal(logits(model.to("cpu")), logits(expected))
 
 
+def test_without_our_library_torch_computes_the_ops(tmp_path: Path, calls: list[tuple[str, str]]) -> None:
+    model = unfused()
+    names = fuse_(model)
+    expected = logits(model)
+    with unsettled(tmp_path / "none.so") as state:
+        model.to("cuda")
+        assert state.settled is not None
+        assert "w8a8_decoder_layer_" in state.settled.replaced
+        there = unfused().to("cuda")
+        assert fuse_(there) == names
+        for one in (model, there):
+            calls.clear()
+            # Norms differ in the last bits of fp32, which moves a value across a rounding boundary of INT8 now and
+            # then, by one step: at most 1 / 127 of its row's largest.
+            assert float((logits(one) - expected).norm() / expected.norm()) < 1 / 127
+            assert calls.count(("w8a8_decoder_layer_", "cuda")) == 2
+
+
 def test_bits_that_differ_there_are_compared_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A library may sum in an order that depends on how many columns it multiplies at once."""
     op = ops.w8a8_decoder_layer_
@@ -246,7 +265,8 @@ def directory(tmp_path: Path) -> Iterator[Path]:
 def test_loaded_straight_to_it(directory: Path, calls: list[tuple[str, str]]) -> None:
     pytest.importorskip("accelerate")
     expected = logits(eager(load(directory)))
-    for model in (AutoModelForCausalLM.from_pretrained(directory, device_map="cuda"), load(directory).to("cuda")):
+    ways: list[Any] = [load(directory).to("cuda"), load(directory, "cuda")]
+    for model in (AutoModelForCausalLM.from_pretrained(directory, device_map="cuda"), *ways):
         kinds = (FusedRMSNorm, FusedMLP, FusedDecoderLayer)
         assert [sum(isinstance(each, kind) for each in model.modules()) for kind in kinds] == [5, 2, 2]
         calls.clear()
