@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulated_cuda import emulated_cuda
+from emulated_cuda import emulated_cuda, left_behind
 from op_testing import HAS_CUDA, ISAS, cpu_isa, run_on
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -42,6 +42,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def run(backend: str) -> Callable[..., Any]:
     """``run(op, ...)``: the op on every backend, with tensors moved there and its results moved back."""
     return functools.partial(run_on, backend)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_emulated_is_left() -> Iterator[None]:
+    yield
+    assert not left_behind()
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from emulated_cuda import emulated_cuda
@@ -35,10 +37,9 @@ def test_a_number_beyond_the_last_gpu() -> None:
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert named_device("auto") == torch.device("cpu")
-    with emulated_cuda():
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        with pytest.raises(SmoothQuantError, match="finds no GPU here"):
-            named_device("cuda")
+    finds_none = patch.object(torch.cuda, "is_available", lambda: False)
+    with emulated_cuda(), finds_none, pytest.raises(SmoothQuantError, match="finds no GPU here"):
+        named_device("cuda")
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(SmoothQuantError, match="built without CUDA"):
         named_device("cuda:0")
@@ -76,8 +77,8 @@ def test_float32_is_not_tf32() -> None:
         torch.set_float32_matmul_precision(before)
 
 
-def test_memory_that_torch_holds_ready_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    with emulated_cuda(memory=1000):
-        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 300)
-        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 100)
+def test_memory_that_torch_holds_ready_is_free() -> None:
+    reserved = patch.object(torch.cuda, "memory_reserved", lambda _: 300)
+    allocated = patch.object(torch.cuda, "memory_allocated", lambda _: 100)
+    with emulated_cuda(memory=1000), reserved, allocated:
         assert free_memory(torch.device("cuda")) == 1200

@@ -131,14 +131,8 @@ def info_table(rows: Sequence[OpInfo]) -> Table:
 
 def proof_table(record: Record) -> Table:
     """What the proof of a GPU has shown, by family of kernels."""
-    table = Table(
-        title=f"CUDA kernels on {record.key.gpu}, proven {record.date}",
-        box=box.SIMPLE,
-        show_edge=False,
-        padding=(0, 1, 0, 0),
-        title_justify="left",
-    )
-    for heading in ("kernels", "verdict", "seen"):
+    table = Table(box=box.SIMPLE, show_edge=False, padding=(0, 1, 0, 0))
+    for heading in (f"CUDA kernels on {record.key.gpu}", f"proven {record.date}", "seen"):
         table.add_column(heading)
     for family, verdict in record.verdicts.items():
         table.add_row(family, verdict.kind, Text(verdict.detail))

@@ -25,6 +25,24 @@ NAME = "Emulated GPU"
 ARCHS = "80+PTX 89 90a 100a 120"
 DEFAULT_WAYS = "8=skinny,library,torch;=library,skinny,torch"  # those of csrc/cuda/compute/ways.h
 _loaded: set[str] = set()
+_active = 0
+
+
+def _patched() -> tuple[Any, ...]:
+    """What ``emulated_cuda`` puts something else in the place of, some of it."""
+    values = (torch.version.cuda, torch.cuda.is_available, torch.cuda.memory_reserved)
+    return (*values, libraries.load, libraries.CUDA, machine.driver_version, settle._state)
+
+
+_real = _patched()
+
+
+def left_behind() -> bool:
+    """Whether something of the device is still there though no ``emulated_cuda`` is active.
+
+    It happens if ``monkeypatch``, whose end comes later, changes inside of it what it has changed.
+    """
+    return not _active and _patched() != _real
 
 
 def load_once(library: Any) -> None:
@@ -43,9 +61,12 @@ def emulated_cuda(arch: int = 90, memory: int = 80 << 30, settled: bool = True) 
         memory: bytes.
         settled: whether our kernels run without a proof; otherwise the ops are as ``unsettled`` makes them.
     """
+    global _active
     load_once(torch_device())
     load_once(emulated_library())
     with contextlib.ExitStack() as patches:
+        _active += 1
+        patches.callback(_end)
         patches.enter_context(patch.dict("os.environ", {"SQ_EMULATED_ARCH": str(arch)}))
         patches.enter_context(patch.object(torch.version, "cuda", "13.0"))
         for name, value in functions_of(arch, memory).items():
@@ -55,6 +76,11 @@ def emulated_cuda(arch: int = 90, memory: int = 80 << 30, settled: bool = True) 
         if settled:
             settle.trust_all()
         yield
+
+
+def _end() -> None:
+    global _active
+    _active -= 1
 
 
 def functions_of(arch: int, memory: int) -> dict[str, Any]:

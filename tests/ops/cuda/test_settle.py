@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -105,8 +106,8 @@ def test_a_library_that_does_not_load_is_no_error(
         raise ImportError("smoothquant_ext cannot load _C_cuda.so: invalid ELF header")
 
     with proven(monkeypatch) as state:
-        monkeypatch.setattr(settle.library, "load", load)
-        assert torch.equal(linear(), EXPECTED)
+        with patch.object(settle.library, "load", load):
+            assert torch.equal(linear(), EXPECTED)
         assert state.settled is not None
         assert set(state.settled.replaced.values()) == {"smoothquant_ext cannot load _C_cuda.so: invalid ELF header"}
     assert len(caplog.messages) == 1
@@ -152,10 +153,12 @@ def test_settling_happens_when_a_layer_moves(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_nothing_is_proven_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     with proven(monkeypatch):
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        with pytest.raises(RuntimeError, match="the first 8-bit op on a GPU is inside a CUDA graph; run one before"):
+        sentence = "the first 8-bit op on a GPU is inside a CUDA graph; run one before"
+        with (
+            patch.object(torch.cuda, "is_current_stream_capturing", lambda: True),
+            pytest.raises(RuntimeError, match=sentence),
+        ):
             linear()
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         assert torch.equal(linear(), EXPECTED)
 
 
@@ -190,9 +193,8 @@ def test_a_compiled_function_settles_when_it_runs(library: Path | None, monkeypa
         assert settle.settled() is not None
 
 
-def test_a_gpu_without_a_driver_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    with emulated_cuda(), unsettled():
-        monkeypatch.setattr(machine, "driver_version", lambda: 0)
+def test_a_gpu_without_a_driver_is_a_sentence() -> None:
+    with emulated_cuda(settled=False), patch.object(machine, "driver_version", lambda: 0):
         assert settle.settle().replaced["w8a8_gemm"] == "there is no NVIDIA driver"
 
 
