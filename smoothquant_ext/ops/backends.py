@@ -57,6 +57,7 @@ class OpInfo(NamedTuple):
     reason: str
 
 
+PRODUCTS = ("gemm", "experts")  # kernels that are validated for each dtype
 GEMM_DTYPES = ("int8", "fp8")  # an op that needs the kernels "gemm" has a row for each
 
 
@@ -71,7 +72,7 @@ def _rows() -> Iterator[tuple[str, Declaration, str]]:
 
 def _family(name: str, dtype: str) -> str:
     """A family of kernels as the compiled libraries call it."""
-    return f"gemm_{dtype}" if name == "gemm" else name
+    return f"{name}_{dtype}" if name in PRODUCTS else name
 
 
 def cpu_isas() -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from .quantize import quantize_per_token
 __all__ = ["w8a8_experts"]
 
 
-@op("gemm", why_not_cuda="on a GPU the experts run one by one")
+@op("gemm", cuda=("quantize", "norm_activation", "experts"))
 def w8a8_experts(
     x: Tensor,
     top_k_index: Tensor,

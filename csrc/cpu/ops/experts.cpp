@@ -1,11 +1,11 @@
 // w8a8_experts on the CPU.
 #include <torch/csrc/stable/library.h>
 
+#include "common/experts_checks.h"
 #include "common/norm_activation_checks.h"
 #include "common/op_string.h"
 #include "cpu/compute/experts.h"
 #include "cpu/kernels/epilogue.h"
-#include "cpu/ops/experts_checks.h"
 
 namespace sq {
 namespace {

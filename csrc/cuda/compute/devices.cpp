@@ -16,8 +16,9 @@
 namespace sq {
 namespace {
 
-constexpr const char* kFamilies[] = {"quantize", "norm_activation", "gemm_int8", "gemm_fp8", "gemm_mma", "gemm_wgmma"};
-constexpr int kFamilyCount = 6, kArchCount = 256, kDeviceCount = 64;
+constexpr const char* kFamilies[] = {"quantize", "norm_activation", "gemm_int8",    "gemm_fp8",
+                                     "gemm_mma", "gemm_wgmma",      "experts_int8", "experts_fp8"};
+constexpr int kFamilyCount = 8, kArchCount = 256, kDeviceCount = 64;
 
 std::atomic<bool> validated[kFamilyCount][kArchCount];
 

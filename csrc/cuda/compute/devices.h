@@ -8,7 +8,7 @@
 namespace sq {
 
 // Kernels that are validated together; their names are those of smoothquant_ext/validated_kernels.json.
-enum class Family { kQuantize, kNormActivation, kGemmInt8, kGemmFp8, kGemmMma, kGemmWgmma };
+enum class Family { kQuantize, kNormActivation, kGemmInt8, kGemmFp8, kGemmMma, kGemmWgmma, kExpertsInt8, kExpertsFp8 };
 
 // Compute capability, 90 for 9.0.
 int device_arch(int device);
