@@ -11,7 +11,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-FAMILIES = ("quantize", "norm_activation", "gemm_int8", "gemm_fp8", "gemm_mma", "gemm_wgmma", "experts_int8", "experts_fp8")
+FAMILIES = (
+    "quantize",
+    "norm_activation",
+    "gemm_int8",
+    "gemm_fp8",
+    "gemm_mma",
+    "gemm_wgmma",
+    "experts_int8",
+    "experts_fp8",
+)
 """Kernels that are validated together, as csrc/cuda/devices.h names them."""
 
 OLDEST_FP8 = 89

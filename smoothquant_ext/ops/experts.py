@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from .declare import op
-from .gemm import w8a8_gemm
-from .norm_activation import gelu_mul_quantize, silu_mul_quantize
-from .quantize import quantize_per_token
 
 __all__ = ["w8a8_experts"]
 
@@ -30,8 +25,9 @@ def w8a8_experts(
 
     e is ``top_k_index[s]``. Each token is quantized once, with a scale of its own, for all its experts. An expert
     computes what ``w8a8_mlp`` does, but its output stays fp32; the sum is taken in fp32, slot by slot, and rounded
-    once. So a token's bits depend neither on the other tokens nor on the number of threads. On the CPU only;
-    ``experts_one_by_one`` computes the same with other ops, on any device.
+    once. So a token's bits depend neither on the other tokens nor on the number of threads; in FP8 on a GPU, on how
+    many tokens there are, which chooses the kernel. On a GPU nothing waits for the device, so that a CUDA graph can
+    capture it.
 
     Args:
         x: fp32, bf16 or fp16 [..., K].
@@ -45,64 +41,13 @@ def w8a8_experts(
         activation: as in ``w8a8_mlp``.
 
     Returns:
-        y, of the dtype of ``x`` [..., N]; 0 for a token without an expert.
+        y, of the dtype of ``x`` [..., N]; 0 for a token without an expert. On a GPU, NaN for one with an index that is
+        not in [0, E].
 
     Raises:
-        RuntimeError: for dtypes, shapes or devices that do not fit, an index beyond E, or another activation.
+        RuntimeError: for dtypes, shapes or devices that do not fit, another activation, or on the CPU an index that is
+            not in [0, E].
     """
     down, scale = weight[-1], weight_scale[-1]
     n = down.shape[1] if down.dim() == 3 else scale.numel() // down.shape[0]
     return x.new_empty((*x.shape[:-1], n))
-
-
-def experts_one_by_one(
-    x: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    weight: Sequence[Tensor],
-    weight_scale: Sequence[Tensor],
-    bias: Sequence[Tensor | None] | None = None,
-    activation: str = "silu",
-) -> Tensor:
-    """``w8a8_experts`` made of other ops, expert by expert, with the same bits: for devices where it has no kernel.
-
-    The experts that the tokens chose are looked up on the host, so this cannot be captured in a graph.
-    """
-    experts, down, down_scale = weight[0].shape[0], weight[-1], weight_scale[-1]
-    n = down.shape[1] if down.dim() == 3 else down_scale.numel() // experts
-    rows, index = x.reshape(-1, x.shape[-1]), top_k_index.reshape(-1, top_k_index.shape[-1])
-    scales = [each.reshape(experts, -1) for each in weight_scale]
-    biases = [None if each is None else each.reshape(experts, -1) for each in bias or [None] * len(weight)]
-    q, q_scale = quantize_per_token(rows, weight[0].dtype)
-    outputs = rows.new_zeros((*index.shape, n), dtype=torch.float32)
-    for expert in index.unique().tolist():
-        if expert == experts:
-            continue
-        token, slot = (index == expert).nonzero(as_tuple=True)
-        *first, last = (
-            (weight[i][expert], scales[i][expert], None if (b := biases[i]) is None else b[expert])
-            for i in range(len(weight))
-        )
-        inner = [w8a8_gemm(q[token], w, q_scale[token], scale, b, x.dtype) for w, scale, b in first]
-        gate, up = inner if len(inner) == 2 else (inner[0], torch.ones_like(inner[0]))
-        hidden, hidden_scale = _GATED[activation](gate, up, last[0].dtype)
-        outputs[token, slot] = w8a8_gemm(hidden, last[0], hidden_scale, *last[1:], torch.float32)
-    shares = top_k_weights.reshape(index.shape).float()
-    total = outputs.new_zeros(len(rows), n)
-    for i in range(index.shape[1]):
-        is_chosen = (index[:, i] < experts)[:, None]
-        total = torch.where(is_chosen, total + shares[:, i : i + 1] * outputs[:, i], total)
-    return total.to(x.dtype).reshape(*x.shape[:-1], n)
-
-
-def _relu_mul_quantize(gate: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """There is no such kernel, and no rounding that one would save."""
-    return quantize_per_token(torch.where(gate < 0, 0.0, gate.float()) * up.float(), dtype)
-
-
-_GATED: Mapping[str, Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]] = {
-    "silu": silu_mul_quantize,
-    "gelu": gelu_mul_quantize,
-    "gelu_tanh": partial(gelu_mul_quantize, approximate="tanh"),
-    "relu": _relu_mul_quantize,
-}

@@ -63,8 +63,9 @@ __global__ void __launch_bounds__(32 * kRouteWarps) route_kernel(RouteJob job) {
     }
   }
 
-  // The last expert's room reaches to the end: what is not used there has no rows either.
-  const int64_t tiles = first_row_tile(first, expert, job.tile_rows);
+  // The table has no gaps: before the first expert there may be numbers that are no experts, and behind the last one room
+  // that is not used.
+  const int64_t tiles = expert == 0 ? 0 : first_row_tile(first, expert, job.tile_rows);
   const int64_t tiles_end =
       expert + 1 == job.experts ? job.tile_count : first_row_tile(first + count, expert + 1, job.tile_rows);
   for (int64_t tile = tiles + threadIdx.x; tile < tiles_end; tile += blockDim.x) {
