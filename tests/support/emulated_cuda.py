@@ -50,6 +50,7 @@ def emulated_cuda(arch: int = 90, memory: int = 80 << 30) -> Iterator[None]:
         "is_bf16_supported": lambda **_kwargs: True,
         "is_current_stream_capturing": lambda: False,
         "is_initialized": lambda: True,
+        "manual_seed_all": nothing,
         "max_memory_allocated": lambda _device=None: 0,
         "mem_get_info": lambda _device=None: (memory, memory),
         "memory_allocated": lambda _device=None: 0,
