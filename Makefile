@@ -26,7 +26,7 @@ SANITIZE     ?= address,undefined
 comma        := ,
 NATIVE_BUILD := build/native-$(or $(subst $(comma),-,$(SANITIZE)),plain)
 
-.PHONY: help demo test acceptance peers bench accuracy lint format native-test abi docs cuda-headers wheel wheel-test clean distclean
+.PHONY: help demo test acceptance peers bench accuracy lint format native-test abi docs cuda-headers oldest-cuda wheel wheel-test clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -77,6 +77,11 @@ docs: $(STAMPS)/installed ## write docs/ops.md from the declarations of the ops
 cuda-headers: $(STAMPS)/torch ## fetch cuBLASLt's headers, which with nvcc are what the CUDA kernels need to compile, and the disassembler
 	@$(INSTALL) --no-deps 'nvidia-cublas>=13,<14' 'nvidia-cuda-cuobjdump>=13,<14' 'nvidia-cuda-nvdisasm>=13,<14'
 
+# Beside the environment and not in it: what tests/packaging/test_cuda_build.py compiles and runs the host code with.
+oldest-cuda: $(STAMPS)/torch ## fetch the headers and cuBLASLt of CUDA 12.4, the oldest that the CUDA kernels compile with (0.4 GB)
+	@[ -d build/cuda-12.4 ] || $(INSTALL) --no-deps --target build/cuda-12.4 'nvidia-cublas-cu12==12.4.*' \
+	    'nvidia-cuda-runtime-cu12==12.4.*' 'nvidia-cuda-nvcc-cu12==12.4.*' 'nvidia-cuda-cccl-cu12==12.4.*'
+
 wheel: $(STAMPS)/torch ## build the wheel into dist/
 	@rm -rf build/lib* dist
 	@$(PIP) wheel -qq --no-build-isolation --no-deps --wheel-dir dist .
@@ -87,7 +92,7 @@ wheel-test: wheel ## run the op tests with that one wheel under the oldest and t
 
 clean: ## remove what was built, keep $(VENV)
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage compile_commands.json
-	@rm -f smoothquant_ext/*.so $(STAMPS)/installed $(STAMPS)/dev
+	@rm -f smoothquant_ext/*.so smoothquant_ext/_build.json $(STAMPS)/installed $(STAMPS)/dev
 	@find smoothquant_ext tests benchmarks tools -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## remove also $(VENV) and the demo's files
@@ -126,10 +131,10 @@ $(STAMPS)/torch: $(STAMPS)/venv
 	@touch $@
 
 # Editable: Python changes need no build, and ninja compiles only what changed.
-$(STAMPS)/installed: $(STAMPS)/torch setup.py pyproject.toml $(CSRC)
+$(STAMPS)/installed: $(STAMPS)/torch setup.py tools/cuda_toolkit.py pyproject.toml $(CSRC)
 	@echo "compiling and installing smoothquant-ext"
 	@$(INSTALL) --no-build-isolation --editable '.[test]'
-	@$(BIN)/python setup.py --version >/dev/null  # says why the CUDA kernels are left out, where they are: pip hides it
+	@$(BIN)/python -c 'import json; print(json.load(open("smoothquant_ext/_build.json"))["sentence"])'  # which pip hides
 	@touch $@
 
 $(STAMPS)/dev: $(STAMPS)/installed

@@ -3,18 +3,19 @@
 Both are loaded with torch.ops.load_library, use only torch's stable ABI and no Python.h: one wheel, tagged py3-none,
 loads in every torch >= 2.11 and every Python >= 3.10, whichever were here at build time. Environment:
 
-    SMOOTHQUANT_CUDA            auto (default): build _C_cuda.so where CUDA is found; 1: fail where it is not; 0: do not
-    SMOOTHQUANT_CUDA_ARCHS      list for nvcc, default "80+PTX 89 90a 100a 120"
+    SMOOTHQUANT_CUDA            auto (default): build _C_cuda.so where that works; 1: fail where it does not; 0: do not
+    SMOOTHQUANT_CUDA_ARCHS      list for nvcc, by default those of tools/cuda_toolkit.py that it knows
     SMOOTHQUANT_CUBLAS_INCLUDE  folder of cublasLt.h, where neither the toolkit nor the nvidia-cublas wheel has it
     CUDA_HOME, CUDA_PATH        the CUDA toolkit, where the nvcc on PATH is not the one to use
     MAX_JOBS                    how many files to compile at a time
+
+What was built, or why no _C_cuda.so, stands in smoothquant_ext/_build.json: pip hides what is printed here.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -29,12 +30,15 @@ except ImportError:
     sys.exit("smoothquant-ext: building needs setuptools >= 77; run 'pip install -U setuptools', then build again.")
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "tools"))
+import cuda_toolkit  # noqa: E402
+from cuda_toolkit import CudaNotFound, Record, Toolkit  # noqa: E402
+
 CSRC = Path("csrc")
 BUILD_TEMP = Path("build", "temp")
 OLDEST_TORCH = (2, 11)
+PACKAGE = "smoothquant_ext"
 CUDA_EXTENSION = "smoothquant_ext._C_cuda"
-CUDA_MAJOR = 13  # libcublasLt's soname carries it, so that it is fixed for the whole wheel
-DEFAULT_CUDA_ARCHS = "80+PTX 89 90a 100a 120"
 
 
 def fail(sentence: str) -> NoReturn:
@@ -90,79 +94,11 @@ def cpu_extension() -> Extension:
     )
 
 
-# --- CUDA: what is needed, and where it is -------------------------------------------------------------------------
-
-
-class CudaNotFound(Exception):
-    """Its message says what is missing."""
-
-
-def find_cuda_home() -> Path:
-    """The toolkit's folder: what CUDA_HOME or CUDA_PATH say, or what the nvcc on PATH says of itself.
-
-    nvcc is asked because it may be a wrapper script that lies elsewhere, which misleads a guess from its path.
-    """
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        if home := os.environ.get(variable):
-            if not Path(home, "bin", "nvcc").is_file():
-                raise CudaNotFound(f"{variable}={home} has no bin/nvcc")
-            return Path(home)
-    if not shutil.which("nvcc"):
-        raise CudaNotFound("there is no nvcc on PATH and CUDA_HOME is not set")
-    dry_run = subprocess.run(["nvcc", "--dryrun", "x.cu"], capture_output=True, text=True, check=False)
-    top = re.search(r"^#\$ TOP=(.+)$", dry_run.stderr, re.MULTILINE)
-    if not top:
-        raise CudaNotFound("'nvcc --dryrun x.cu' does not say where the toolkit is; set CUDA_HOME")
-    return Path(top[1]).resolve()
-
-
-def check_nvcc_version(cuda_home: Path) -> None:
-    text = subprocess.run([cuda_home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    release = re.search(r"release (\d+)\.(\d+)", text)
-    if not release or int(release[1]) != CUDA_MAJOR:
-        found = f"{release[1]}.{release[2]}" if release else "of an unknown version"
-        raise CudaNotFound(f"the nvcc in {cuda_home} is {found}, and {CUDA_MAJOR}.x is needed")
-
-
-def find_cublaslt_include(cuda_home: Path) -> Path:
-    site_packages = Path(sysconfig.get_path("purelib"))
-    places = [cuda_home / "include", site_packages / "nvidia" / f"cu{CUDA_MAJOR}" / "include"]
-    if chosen := os.environ.get("SMOOTHQUANT_CUBLAS_INCLUDE"):
-        places = [Path(chosen)]
-    for place in places:
-        if (place / "cublasLt.h").is_file():
-            return place
-    looked = " or ".join(map(str, places))
-    raise CudaNotFound(f"cublasLt.h is not in {looked}; 'pip install nvidia-cublas' brings it")
-
-
-def cuda_archs() -> list[str]:
-    """SMOOTHQUANT_CUDA_ARCHS, each as "90a", which is code for that one, or "80+PTX": PTX too, for all newer ones."""
-    archs = os.environ.get("SMOOTHQUANT_CUDA_ARCHS") or DEFAULT_CUDA_ARCHS
-    plain = []
-    for item in re.split(r"[\s;,]+", archs.strip()):
-        match = re.fullmatch(r"(\d+)\.?(\d)([af]?)(\+PTX)?", item)
-        if not match:
-            fail(f"SMOOTHQUANT_CUDA_ARCHS has '{item}', expected a list such as '{DEFAULT_CUDA_ARCHS}'.")
-        plain.append("".join(match.groups(default="")))
-    return plain
-
-
-def gencode_flag(arch: str) -> str:
-    number, _, ptx = arch.partition("+")
-    code = f"[sm_{number},compute_{number}]" if ptx else f"sm_{number}"
-    return f"-gencode=arch=compute_{number},code={code}"
-
-
-def cuda_extension() -> Extension:
-    cuda_home = find_cuda_home()
-    check_nvcc_version(cuda_home)
-    cublaslt_include = find_cublaslt_include(cuda_home)
-    archs = cuda_archs()
+def cuda_extension(toolkit: Toolkit) -> Extension:
     # On a CPU build of torch this is None whatever the environment says.
-    cpp_extension.CUDA_HOME = str(cuda_home)
+    cpp_extension.CUDA_HOME = str(toolkit.home)
     # -isystem: newer cuBLAS headers given with -I would take the place of the toolkit's own.
-    include = ["-isystem", str(cuda_home / "include"), "-isystem", str(cublaslt_include)]
+    include = [part for folder in toolkit.includes for part in ("-isystem", str(folder))]
     torch_include = ["-isystem", str(TORCH_DIR / "include")]
     return Extension(
         CUDA_EXTENSION,
@@ -170,59 +106,73 @@ def cuda_extension() -> Extension:
         depends=headers(),
         include_dirs=[str(ROOT / CSRC)],
         # The object says itself what it was built for, see devices.cpp.
-        define_macros=[("SQ_CUDA_ARCHS", f'"{" ".join(archs)}"')],
-        library_dirs=[str(TORCH_DIR / "lib"), str(cuda_home / "lib64")],
+        define_macros=[("SQ_CUDA_ARCHS", f'"{" ".join(toolkit.archs)}"')],
+        library_dirs=[str(TORCH_DIR / "lib"), *map(str, toolkit.libraries)],
         libraries=["torch_cpu", "cudart_static", "rt", "pthread", "dl"],
         extra_compile_args={
             # USE_CUDA declares the CUDA part of the stable ABI.
             "cxx": [*read_flags("cxx", "torch"), "-DUSE_CUDA", *torch_include, *include],
-            "nvcc": [*read_flags("nvcc"), *include, *map(gencode_flag, archs)],
+            "nvcc": [*read_flags("nvcc"), *toolkit.flags, *include, *map(cuda_toolkit.gencode_flag, toolkit.archs)],
         },
         extra_link_args=["-Wl,--exclude-libs,ALL", "-Wl,--strip-debug", *stub_link_args()],
         language="c++",
     )
 
 
-STUBS = ("libtorch_cuda.so", f"libcublasLt.so.{CUDA_MAJOR}")
+STUB = "libtorch_cuda.so"
 
 
 def stub_link_args() -> list[str]:
-    """Records DT_NEEDED entries for libraries that need not be here: at load time they are those that torch loaded."""
-    return [f"-L{BUILD_TEMP / 'stubs'}", "-Wl,--no-as-needed", *(f"-l:{soname}" for soname in STUBS), "-Wl,--as-needed"]
+    """Records a DT_NEEDED entry for a library that need not be here: at load time it is the one that torch loaded."""
+    return [f"-L{BUILD_TEMP / 'stubs'}", "-Wl,--no-as-needed", f"-l:{STUB}", "-Wl,--as-needed"]
 
 
-def make_stubs() -> None:
-    """Shared objects with nothing in them but the soname, which is all that a linker wants of them."""
-    folder = ROOT / BUILD_TEMP / "stubs"
+def make_stub() -> None:
+    """A shared object with nothing in it but the soname, which is all that a linker wants of it."""
+    folder = BUILD_TEMP / "stubs"
     folder.mkdir(parents=True, exist_ok=True)
-    for soname in STUBS:
-        command = ["-shared", "-nostdlib", f"-Wl,-soname,{soname}", "-x", "c", os.devnull, "-o", str(folder / soname)]
-        subprocess.run([*os.environ.get("CC", "gcc").split(), *command], check=True)
+    command = ["-shared", "-nostdlib", f"-Wl,-soname,{STUB}", "-x", "c", os.devnull, "-o", str(folder / STUB)]
+    subprocess.run([*os.environ.get("CC", "gcc").split(), *command], check=True)
 
 
 def drop_stale_cuda_objects() -> None:
     """Removes what nvcc made from older headers: torch tells ninja about those of CUDA sources only if it has CUDA."""
     newest = max((ROOT / header).stat().st_mtime for header in headers())
-    for built in (ROOT / BUILD_TEMP / CSRC / "cuda" / "kernels").glob("*.o"):
+    for built in (BUILD_TEMP / CSRC / "cuda" / "kernels").glob("*.o"):
         if built.stat().st_mtime < newest:
             built.unlink()
 
 
-def extensions() -> list[Extension]:
+def wanted_cuda() -> str:
     wanted = os.environ.get("SMOOTHQUANT_CUDA", "auto")
     if wanted not in ("0", "1", "auto"):
         fail(f"SMOOTHQUANT_CUDA is '{wanted}', expected 0, 1 or auto.")
-    built = [cpu_extension()]
-    reason = "SMOOTHQUANT_CUDA=0"
-    if wanted != "0":
-        try:
-            return [*built, cuda_extension()]
-        except CudaNotFound as missing:
-            if wanted == "1":
-                fail(f"SMOOTHQUANT_CUDA=1, but {missing}.")
-            reason = str(missing)
-    print(f"smoothquant-ext: building without CUDA kernels: {reason}.", file=sys.stderr)
-    return built
+    return wanted
+
+
+def without_cuda(reason: str) -> Record:
+    """Says that CUDA is left out and why; an error where it is asked for."""
+    if wanted_cuda() == "1":
+        fail(f"SMOOTHQUANT_CUDA=1, but {reason}.")
+    record = cuda_toolkit.record_without_cuda(reason)
+    print(f"smoothquant-ext: {record.sentence}", file=sys.stderr)
+    return record
+
+
+def find_toolkit() -> tuple[Toolkit | None, Record]:
+    if wanted_cuda() == "0":
+        return None, without_cuda("SMOOTHQUANT_CUDA=0")
+    sites = [TORCH_DIR.parent, Path(sysconfig.get_path("purelib"))]
+    try:
+        toolkit = cuda_toolkit.find_toolkit(os.environ, torch.version.cuda, sites, read_flags("nvcc-if-known"))
+    except CudaNotFound as missing:
+        return None, without_cuda(str(missing))
+    except ValueError as error:
+        fail(str(error))
+    return toolkit, cuda_toolkit.record_of(toolkit)
+
+
+TOOLKIT, RECORD = find_toolkit()
 
 
 class BuildExtension(cpp_extension.BuildExtension.with_options(no_python_abi_suffix=True)):
@@ -231,13 +181,43 @@ class BuildExtension(cpp_extension.BuildExtension.with_options(no_python_abi_suf
         # pip compiles in a throwaway folder; a fixed one lets ninja compile again only what changed.
         self.build_temp = str(BUILD_TEMP)
 
+    def run(self) -> None:
+        self.record = RECORD
+        super().run()
+        for folder in self.packages():
+            if not self.record.cuda:
+                # One left by an earlier build would be packed, or loaded, beside a newer _C.so.
+                (folder / "_C_cuda.so").unlink(missing_ok=True)
+            self.record.write(folder)
+
+    def packages(self) -> list[Path]:
+        """Where the package's objects go: for an editable install to the sources too."""
+        folders = [Path(self.build_lib), *([Path()] if self.inplace else [])]
+        return [folder / PACKAGE for folder in folders]
+
+    def get_outputs(self) -> list[str]:
+        return [*super().get_outputs(), str(Path(self.build_lib, PACKAGE, cuda_toolkit.RECORD_NAME))]
+
     def build_extensions(self) -> None:
-        make_stubs()
-        drop_stale_cuda_objects()
-        if not any(extension.name == CUDA_EXTENSION for extension in self.extensions):
-            # One left by an earlier build would be packed, or loaded, beside a newer _C.so.
-            Path(self.get_ext_fullpath(CUDA_EXTENSION)).unlink(missing_ok=True)
+        # torch wants an nvcc of its own major version. The kernels share no CUDA library with it that this could hurt.
+        cpp_extension._check_cuda_version = lambda *_: None
         super().build_extensions()
+        if not self.record.cuda:
+            self.extensions[:] = [extension for extension in self.extensions if extension.name != CUDA_EXTENSION]
+
+    def build_extension(self, extension: Extension) -> None:
+        if extension.name != CUDA_EXTENSION:
+            super().build_extension(extension)
+            return
+        log = BUILD_TEMP / "cuda.log"
+        try:
+            with cuda_toolkit.copied_output(log):
+                make_stub()
+                drop_stale_cuda_objects()
+                super().build_extension(extension)
+        except Exception as error:  # whatever setuptools, torch, ninja and compilers raise
+            output = f"{log.read_text(errors='replace') if log.is_file() else ''}\n{error}"
+            self.record = without_cuda(cuda_toolkit.why_not_compiled(output, TOOLKIT, extension.sources))
 
 
 class BdistWheel(bdist_wheel):
@@ -247,4 +227,5 @@ class BdistWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension, "bdist_wheel": BdistWheel})
+EXTENSIONS = [cpu_extension(), *([cuda_extension(TOOLKIT)] if TOOLKIT else [])]
+setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildExtension, "bdist_wheel": BdistWheel})

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from smoothquant_ext.ops.cuda_kernels import OLDEST_FP8, OWN_GEMMS, WGMMA, Gpu, own_gemms
 from torch import Tensor
 
 from smoothquant_ext import reference
-from smoothquant_ext.ops.backends import PRODUCTS as KERNELS_OF_PRODUCTS
-from smoothquant_ext.ops.cuda_kernels import OLDEST_FP8, OWN_GEMMS, WGMMA, Gpu, own_gemms
 from smoothquant_ext.ops.declare import DECLARED
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
@@ -44,7 +43,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 def library() -> Iterator[Case]:
     """Names of ops and arguments: every op that has CUDA kernels, with all the arguments that it takes."""
     for name, case in CASES.items():
-        is_product = not set(KERNELS_OF_PRODUCTS).isdisjoint(DECLARED[name].cuda)
+        is_product = DECLARED[name].cpu == "gemm"
         shapes = [(m, k, n, torch.bfloat16) for m, n, k in PRODUCTS] if is_product else [(3, k, 1, x) for k, x in ROWS]
         for m, k, n, dtype in shapes if DECLARED[name].cuda else ():
             for eight_bit in case.eight_bit:

@@ -61,6 +61,34 @@ STABLE_TORCH_LIBRARY(sq, m) {
       "attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, *, float scale, bool causal=False, "
       "Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor");
 
+  // The checks of arguments alone, for implementations in Python (smoothquant_ext/ops/cuda/): of each op, or of all those
+  // of a family, whose name comes first. They look at no value on a device.
+  m.def("_check_quantize(str op, Tensor x, ScalarType dtype, Tensor? smooth, Tensor? scale) -> ()");
+  m.def(
+      "_check_norm_quantize(str op, Tensor x, Tensor weight, Tensor? bias, ScalarType dtype, Tensor? residual, "
+      "Tensor? scale) -> ()");
+  m.def(
+      "_check_activate_quantize(str op, Tensor gate, Tensor? up, ScalarType dtype, Tensor? scale, str approximate) -> "
+      "()");
+  m.def("_check_gemm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? bias, ScalarType out_dtype) -> ()");
+  m.def(
+      "_check_w8a8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? input_scale, "
+      "Tensor? smooth, ScalarType? out_dtype) -> ()");
+  m.def(
+      "_check_linear_group(Tensor x, Tensor[] weight, Tensor[] weight_scale, Tensor?[]? bias, Tensor? input_scale, "
+      "ScalarType? out_dtype) -> ()");
+  m.def(
+      "_check_mlp(Tensor x, Tensor[] weight, Tensor[] weight_scale, Tensor?[]? bias, Tensor?[]? input_scale, "
+      "str activation) -> ()");
+  m.def(
+      "_check_experts(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor[] weight, Tensor[] weight_scale, "
+      "Tensor?[]? bias, str activation) -> ()");
+  m.def("_check_norm(str op, Tensor x, Tensor weight) -> ()");
+  m.def("_check_linear(Tensor x, Tensor weight, Tensor? bias) -> ()");
+  m.def(
+      "_check_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, Tensor? k_scale, Tensor? v_scale) -> "
+      "()");
+
   // Which CPU instruction set and kernels run. cpu_isas: those compiled for this architecture, "amx,...,portable", the
   // fastest first; cpu_isa_why_not is empty for one that can run; the families of cpu_kernel are quantize, pack, gemm_int8,
   // gemm_fp8, norm_activation, linear and attention; _set_cpu_isa is for tests and benchmarks.
@@ -70,8 +98,16 @@ STABLE_TORCH_LIBRARY(sq, m) {
   m.def("cpu_isa_why_not(str isa) -> str");
   m.def("_set_cpu_isa(str isa) -> ()");
 
-  // Of the CUDA library, for smoothquant_ext/cuda_kernels.py: what it was built for, and which families of kernels need
-  // no environment variable on which architecture (90 for sm_90).
+  // Of the CUDA library, for smoothquant_ext/ops. _cuda_archs: what it was built for, such as "80+PTX 90a".
   m.def("_cuda_archs() -> str");
-  m.def("_set_cuda_validated(str family, int arch) -> ()");
+  // Which ways to multiply to try, by dtype ("int8" or "fp8"), for how many rows, in which order:
+  // "8=skinny,library,torch;=library,torch" (csrc/cuda/compute/way_table.h); and those for so many rows, "skinny,library".
+  m.def("_set_cuda_ways(str dtype, str table) -> ()");
+  m.def("_cuda_way(str dtype, int rows) -> str");
+  // Makes what the first product on a device needs and what no CUDA graph can capture.
+  m.def("_cuda_warm_up(int device) -> ()");
+  // The way "torch": as w8a8_gemm, implemented in Python.
+  m.def(
+      "_gemm_by_torch(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? bias, ScalarType out_dtype) -> "
+      "Tensor");
 }

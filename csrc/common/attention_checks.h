@@ -53,4 +53,35 @@ inline void check_score_scale(const char* op, double scale) {
   SQ_CHECK(scale > 0 && std::isfinite(scale), op, ": scale is ", scale, ", expected a positive finite number");
 }
 
+// --- the op attention ------------------------------------------------------------------------------------------------
+
+inline void check_heads(const char* op, const char* name, const Tensor& x, const Tensor& q, bool has_scale) {
+  SQ_CHECK(x.dim() == 4, op, ": ", name, " has shape ", shape_text(x), ", expected [B, heads, length, D]");
+  check_key_dtype(op, name, x, has_scale, "q", q);
+  SQ_CHECK(x.size(0) == q.size(0), op, ": ", name, " has B=", x.size(0), ", but q has B=", q.size(0));
+}
+
+inline void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask, double scale,
+                            const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
+  constexpr const char* op = "attention";
+  const bool is_int8 = k_scale.has_value();
+  SQ_CHECK(v_scale.has_value() == is_int8, op, ": ", is_int8 ? "k" : "v", "_scale is given and ", is_int8 ? "v" : "k",
+           "_scale is not, expected both or neither");
+  check_float(op, "q", q.scalar_type());
+  check_heads(op, "q", q, q, false);
+  check_heads(op, "k", k, q, is_int8);
+  check_heads(op, "v", v, q, is_int8);
+  SQ_CHECK(k.size(3) == q.size(3), op, ": k has D=", k.size(3), ", but q has D=", q.size(3));
+  SQ_CHECK(k.size(1) == v.size(1) && k.size(2) == v.size(2), op, ": k has shape ", shape_text(k), " and v ",
+           shape_text(v), ", expected the same heads and length");
+  SQ_CHECK(k.size(1) > 0 ? q.size(1) % k.size(1) == 0 : q.size(1) == 0, op, ": q has ", q.size(1), " heads and k ",
+           k.size(1), ", expected a multiple");
+  check_score_scale(op, scale);
+  if (is_int8) {
+    check_head_scale(op, "k_scale", *k_scale, k, "q", q);
+    check_head_scale(op, "v_scale", *v_scale, k, "q", q);
+  }
+  if (mask.has_value()) check_mask(op, *mask, {q.size(0), q.size(1), q.size(2), k.size(2)}, "q", q);
+}
+
 }  // namespace sq

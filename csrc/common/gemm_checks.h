@@ -8,8 +8,8 @@
 
 namespace sq {
 
-// |sum| <= K * 127 * 127 < 2^31 up to here.
-constexpr int64_t kMaxInt8K = 133144;
+// |sum| <= K * 128 * 128 < 2^31 up to here: codes may be -128, though nothing here quantizes to it.
+constexpr int64_t kMaxInt8K = 131071;
 constexpr int64_t kPackedColumns = 64;  // of one panel of a packed weight, see cpu/kernels/pack.h
 
 inline void check_exact_sums(const char* op, const Tensor& b, int64_t k) {

@@ -112,4 +112,13 @@ inline float checked_static_scale(const char* op, const ArgName& name, const Opt
   return value;
 }
 
+// The same for any device: elsewhere than on the CPU, its value is not looked at, because that would wait for it.
+inline void check_static_scale(const char* op, const ArgName& name, const OptionalTensor& scale, const ArgName& a_name,
+                               const Tensor& a) {
+  if (!scale.has_value()) return;
+  check_same_device(op, name, *scale, a_name, a);
+  check_static_scale(op, name, *scale);
+  if (scale->is_cpu()) checked_static_scale(op, name, scale, a_name, a);
+}
+
 }  // namespace sq

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import make, measure, run
+from . import machine, make, measure, run
 from .console import Commands, out
 
 app = typer.Typer(
@@ -27,7 +27,8 @@ for command in (
     run.serve,
     measure.inspect,
     measure.report,
-    measure.info,
+    machine.info,
+    machine.prove,
 ):
     app.command()(command)
 

@@ -178,18 +178,3 @@ def report(
     weights = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     write_page(record, path, directory.resolve().name, measured, weights)
     out.print(f"Report: {path}", soft_wrap=True, highlight=False)
-
-
-def info() -> None:
-    """Prints the kernel of every op on this machine, and why faster kernels are not used.
-
-    Example: [bold]smoothquant info[/bold]
-    """
-    from .. import ops
-    from ..reporting.tables import info_table
-
-    try:
-        rows = ops.info()
-    except RuntimeError as error:  # SMOOTHQUANT_CPU_ISA names an instruction set that this processor lacks
-        raise SmoothQuantError(str(error).splitlines()[0]) from error
-    out.print(info_table(rows))

@@ -126,6 +126,8 @@ class W8A8Linear(nn.Module):
         # Casts (.half(), .to(bfloat16)) are for the bias alone: scales are fp32 and the weight is 8 bits by contract.
         # The packed layout is the CPU kernels' own: a move off the CPU unpacks, a move back to it packs.
         source, target = self.weight.device, fn(self.weight_scale).device
+        if target.type == "cuda":
+            ops.settle(target.index)  # now, rather than while a graph is captured
         if target.type != "cpu":
             self._unpack_()
         for name, buffer in self._buffers.items():

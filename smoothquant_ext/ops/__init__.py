@@ -17,3 +17,7 @@ from .gemm import *
 from .experts import *
 from .decoder_layer import *
 from .floating import *
+from .cuda.settle import settle as settle
+from .cuda.settle import start as _start
+
+_start()

@@ -1,51 +1,19 @@
-"""Loads the compiled ops, and tells which kernel each will run on here."""
+"""Tells which kernel each op will run on here."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from ..ops import cuda_kernels
+from . import library
 from .declare import DECLARED, Declaration
 
 __all__ = ["OpInfo", "cpu_isa", "cpu_isas", "fast_linear_rows", "info"]
 
-
-def _load_library(name: str) -> None:
-    """Loads a shared object of the package; raises ``ImportError`` with the dynamic linker's reason."""
-    path = Path(__file__).parents[1] / name
-    if not path.is_file():
-        raise ImportError(
-            f"smoothquant_ext is not compiled: {name} is missing; run 'pip install .' in its source folder"
-        )
-    try:
-        torch.ops.load_library(path)
-    except OSError as error:
-        # torch's own message names the file only; the linker's is the cause.
-        reason = repr(error.__cause__) if error.__cause__ is not None else str(error)
-        raise ImportError(f"smoothquant_ext cannot load {name}: {reason}") from error
-
-
-def _load_cuda() -> str:
-    """Loads the CUDA kernels; returns why they are not there, or an empty string."""
-    if torch.version.cuda is None:
-        return "this torch is built without CUDA"
-    try:
-        _load_library("_C_cuda.so")
-    except ImportError as error:
-        return str(error)
-    for entry in cuda_kernels.read_validations():
-        for family in entry.kernels:
-            torch.ops.sq._set_cuda_validated(family, entry.arch)
-    return ""
-
-
-_load_library("_C.so")
-_cuda_missing = _load_cuda()
+library.load(library.CPU)
 
 
 class OpInfo(NamedTuple):
@@ -57,7 +25,6 @@ class OpInfo(NamedTuple):
     reason: str
 
 
-PRODUCTS = ("gemm", "experts")  # kernels that are validated for each dtype
 GEMM_DTYPES = ("int8", "fp8")  # an op that needs the kernels "gemm" has a row for each
 
 
@@ -72,7 +39,7 @@ def _rows() -> Iterator[tuple[str, Declaration, str]]:
 
 def _family(name: str, dtype: str) -> str:
     """A family of kernels as the compiled libraries call it."""
-    return f"{name}_{dtype}" if name in PRODUCTS else name
+    return f"gemm_{dtype}" if name == "gemm" else name
 
 
 def cpu_isas() -> tuple[str, ...]:
@@ -111,16 +78,11 @@ def _cpu_reason() -> str:
 
 
 def _cuda_rows() -> Iterator[OpInfo]:
-    facts = cuda_kernels.gather(_cuda_missing)
-    validations = cuda_kernels.read_validations()
+    from .cuda import status  # which reads the declarations of all ops
+
+    now = status.read()
     for op, declaration, dtype in _rows():
-        if declaration.cuda:
-            families = tuple(_family(name, dtype) for name in declaration.cuda)
-            backend, reason = cuda_kernels.choose(facts, families, validations)
-        else:
-            why_not = f"for the CPU only: {declaration.why_not_cuda}"
-            backend, reason = "none", cuda_kernels.why_not_at_all(facts) or why_not
-        yield OpInfo(op, "cuda", backend, reason)
+        yield OpInfo(op, "cuda", *now.of_op(op.partition(",")[0], declaration, dtype))
 
 
 def info() -> list[OpInfo]:

@@ -37,7 +37,7 @@ def prepack_weight(weight: Tensor) -> Tensor:
         The layout is the same on every CPU. Of [E, N, K] the weights are packed one after the other: [E, ...].
 
     Raises:
-        RuntimeError: for another dtype or shape, or an INT8 K above 133144.
+        RuntimeError: for another dtype or shape, or an INT8 K above 131071.
     """
     *experts, n, k = weight.shape
     return weight.new_empty(*experts, *packed_shape(n, k))
@@ -69,7 +69,7 @@ def w8a8_gemm(
         y, of ``out_dtype`` [..., N].
 
     Raises:
-        RuntimeError: for dtypes, shapes or devices that do not fit, or an INT8 K above 133144.
+        RuntimeError: for dtypes, shapes or devices that do not fit, or an INT8 K above 131071.
     """
     return a.new_empty((*a.shape[:-1], out_features(b, b_scale)), dtype=out_dtype)
 
@@ -102,7 +102,7 @@ def w8a8_linear(
         y, of ``out_dtype`` [..., N].
 
     Raises:
-        RuntimeError: for dtypes, shapes or devices that do not fit, or an INT8 K above 133144.
+        RuntimeError: for dtypes, shapes or devices that do not fit, or an INT8 K above 131071.
     """
     return x.new_empty((*x.shape[:-1], out_features(weight, weight_scale)), dtype=out_dtype or x.dtype)
 

@@ -16,6 +16,7 @@ from ..evaluation.size import ModelBytes
 from ..evaluation.speed import Speed
 from ..layer_names import by_reason, collapse
 from ..ops import OpInfo
+from ..ops.cuda.records import Record
 from ..quantization.report import Report, SmoothedGroup
 
 
@@ -125,6 +126,37 @@ def info_table(rows: Sequence[OpInfo]) -> Table:
         table.add_column(heading)
     for row in rows:
         table.add_row(row.op, row.device, row.backend, row.reason)
+    return table
+
+
+def proof_table(record: Record) -> Table:
+    """What the proof of a GPU has shown, by family of kernels."""
+    table = Table(
+        title=f"CUDA kernels on {record.key.gpu}, proven {record.date}",
+        box=box.SIMPLE,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+        title_justify="left",
+    )
+    for heading in ("kernels", "verdict", "seen"):
+        table.add_column(heading)
+    for family, verdict in record.verdicts.items():
+        table.add_row(family, verdict.kind, Text(verdict.detail))
+    return table
+
+
+def timing_table(record: Record) -> Table:
+    """The times of a GPU's proven ways to multiply, in microseconds: a row a product, a column a way."""
+    ways = list(dict.fromkeys(timing.way for timing in record.timings))
+    table = Table(title="Microseconds of a product", box=box.SIMPLE, show_edge=False, title_justify="left")
+    for heading in ("dtype", "M", "N", "K", *ways):
+        table.add_column(heading, justify="right")
+    products: dict[tuple[str, int, int, int], dict[str, float]] = {}
+    for timing in record.timings:
+        product = (timing.dtype, timing.m, timing.n, timing.k)
+        products.setdefault(product, {})[timing.way] = timing.microseconds
+    for product, times in products.items():
+        table.add_row(*map(str, product), *(_number(times.get(way), ".1f") for way in ways))
     return table
 
 

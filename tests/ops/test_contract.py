@@ -64,8 +64,8 @@ QUANTIZE_ERRORS: list[tuple[Call, str]] = [
         "prepack_weight: weight has shape [1, 17, 64, 4], expected [N, K] or [E, N, K]",
     ),
     (
-        lambda: ops.prepack_weight(torch.ones(1, 133145, dtype=torch.int8)),
-        "prepack_weight: K is 133145, and int32 sums of int8 products are exact only up to K=133144",
+        lambda: ops.prepack_weight(torch.ones(1, 131072, dtype=torch.int8)),
+        "prepack_weight: K is 131072, and int32 sums of int8 products are exact only up to K=131071",
     ),
 ]
 
@@ -94,8 +94,8 @@ GEMM_ERRORS: list[tuple[Call, str]] = [
         f"w8a8_gemm: out_dtype is float64, {FLOAT}",
     ),
     (
-        lambda: ops.w8a8_gemm(A[:1, :1].expand(1, 133145), B[:1, :1].expand(1, 133145), ONE, ONE),
-        "w8a8_gemm: K is 133145, and int32 sums of int8 products are exact only up to K=133144",
+        lambda: ops.w8a8_gemm(A[:1, :1].expand(1, 131072), B[:1, :1].expand(1, 131072), ONE, ONE),
+        "w8a8_gemm: K is 131072, and int32 sums of int8 products are exact only up to K=131071",
     ),
     (
         lambda: ops.w8a8_gemm(A, PACKED, ONE, torch.ones(65)),

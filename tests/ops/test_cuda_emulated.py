@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from smoothquant_ext import ops, reference
-from smoothquant_ext.ops.backends import PRODUCTS
 from smoothquant_ext.ops.declare import DECLARED
 
 OPS = [name for name, declaration in DECLARED.items() if declaration.cuda]
@@ -85,8 +84,8 @@ def same(actual: Any, expected: Any, what: object = "") -> None:
 
 SHORT = [((0,), 8), ((1,), 1), ((3,), 15), ((2,), 16), ((3,), 64), ((2,), 577), ((2, 2), 100)]
 LONG = [((2,), 4096), ((1,), 8200), ((1,), 16392), ((1,), 26000)]  # the last one is too long for shared memory
-LAYERS = [CASES[name] for name in OPS if not set(PRODUCTS).isdisjoint(DECLARED[name].cuda)]
-PRODUCERS = [CASES[name] for name in OPS if CASES[name] not in LAYERS]
+PRODUCERS = [CASES[name] for name in OPS if DECLARED[name].cpu != "gemm"]
+LAYERS = [CASES[name] for name in OPS if DECLARED[name].cpu == "gemm"]
 
 
 def check(case: OpCase, problem: Problem) -> None:
@@ -134,11 +133,11 @@ def test_inputs_that_are_not_contiguous() -> None:
 
 # --- products -------------------------------------------------------------------------------------------------------
 
-SIZES = [(0, 8, 16), (1, 33, 70), (3, 64, 640), (8, 16, 16), (9, 16, 32), (9, 17, 32), (20, 24, 48), (20, 24, 40)]
-SIZES += [(33, 32, 33), (300, 16, 16), (600, 48, 32), (12, 16, 0), (12, 0, 16)]
+PRODUCTS = [(0, 8, 16), (1, 33, 70), (3, 64, 640), (8, 16, 16), (9, 16, 32), (9, 17, 32), (20, 24, 48), (20, 24, 40)]
+PRODUCTS += [(33, 32, 33), (300, 16, 16), (600, 48, 32), (12, 16, 0), (12, 0, 16)]
 
 
-@pytest.mark.parametrize(("m", "n", "k"), SIZES)
+@pytest.mark.parametrize(("m", "n", "k"), PRODUCTS)
 def test_int8_products_equal_the_oracle(arch: int, m: int, n: int, k: int) -> None:
     a, b = random_int8(m, k), random_int8(n, k, seed=1)
     for turn, (a_scale, b_scale) in enumerate(((m, n), (1, n), (m, 1), (1, 1))):
@@ -157,11 +156,11 @@ def fp8_product(
     return a, b, scales(m), scales(n, seed=1), randn(n)
 
 
-@pytest.mark.parametrize(("m", "n", "k"), SIZES)
+@pytest.mark.parametrize(("m", "n", "k"), PRODUCTS)
 def test_fp8_products_are_within_the_bound(arch: int, m: int, n: int, k: int) -> None:
     for turn, (a_scale, b_scale) in enumerate(((m, n), (m, n), (1, n), (1, 1))):
         # Each shape in all pairs of types; each pair, over the shapes, in all turns.
-        a_dtype, b_dtype = PAIRS[(turn + SIZES.index((m, n, k))) % 4]
+        a_dtype, b_dtype = PAIRS[(turn + PRODUCTS.index((m, n, k))) % 4]
         a, b = random_float8(m, k, dtype=a_dtype), random_float8(n, k, dtype=b_dtype, seed=1)
         bias = (None, randn(n, dtype=torch.bfloat16), randn(n), randn(n, dtype=torch.float16))[turn]
         out_dtype = (torch.float32, torch.bfloat16)[turn % 2]

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_testing import FLOAT8, FLOATS, Call, assert_same_bits, randn, threads
-from single_experts import experts_one_by_one
 from torch import Tensor
 
 from smoothquant_ext import ops, reference
+from smoothquant_ext.ops.experts import experts_one_by_one
 
 on_every_isa = pytest.mark.usefixtures("isa")
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from smoothquant_ext import ops, reference
 
-MAX_K = 133144
+MAX_K = 131071
 ROWS = (0, 1, 2, 3, 5, 6, 7, 16, 17, 31, 32, 33, 100)
 SIZES = (1, 2, 3, 63, 64, 65, 127, 192, 577)
 
@@ -83,10 +83,14 @@ def test_sums_are_exact_at_their_largest(backend: str, k: int) -> None:
         assert_same_bits(y, expected[:rows])
 
 
-def test_minus_128_is_multiplied_too(backend: str) -> None:
-    a, b, one = torch.full((20, 300), -128).to(torch.int8), torch.full((70, 300), -128).to(torch.int8), torch.ones(1)
+@pytest.mark.parametrize("k", [300, MAX_K])
+def test_minus_128_is_multiplied_too(backend: str, k: int) -> None:
+    """Up to the largest K, of which 128 * 128 * K is less than 2^31."""
+    a, b, one = torch.full((20, k), -128).to(torch.int8), torch.full((7, k), -128).to(torch.int8), torch.ones(1)
+    b[1] = 127
     y = ops.w8a8_gemm(a.to(backend), b.to(backend), one.to(backend), one.to(backend), out_dtype=torch.float32)
-    assert torch.equal(y.cpu(), torch.full((20, 70), 128.0 * 128 * 300))
+    assert torch.equal(y.cpu(), reference.w8a8_gemm(a, b, one, one, out_dtype=torch.float32))
+    assert float(y[0, 0]) == float(torch.tensor(128 * 128 * k, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("out_dtype", FLOATS, ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sysconfig
 from collections import Counter
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -179,7 +181,12 @@ def test_tensor_cores_multiply_where_they_are_meant_to() -> None:
 
 # --- libraries -------------------------------------------------------------------------------------------------------
 
-LIBRARY = NVIDIA / "lib" / "libcublasLt.so.13"
+
+class Cuda(NamedTuple):
+    """What it takes to compile host code."""
+
+    includes: tuple[Path, ...]
+    libraries: Path
 
 
 def toolkit() -> Path | None:
@@ -189,44 +196,107 @@ def toolkit() -> Path | None:
     return Path(top[1]).resolve() if top else None
 
 
-def program_of(source: str, target: Path, cuda_home: Path, *more: str | Path) -> Path:
-    """Compiles one of tests/native/emulation/*.cpp against the toolkit's headers."""
+def find_cuda(name: str) -> Cuda:
+    if name == "newest":
+        cuda = Cuda(((toolkit() or Path("nowhere")) / "include", NVIDIA / "include"), NVIDIA / "lib")
+    else:
+        wheels = ROOT / "build" / "cuda-12.4" / "nvidia"
+        parts = ("cuda_runtime", "cuda_nvcc", "cuda_cccl", "cublas")
+        cuda = Cuda(tuple(wheels / part / "include" for part in parts), wheels / "cublas" / "lib")
+    if not all(folder.is_dir() for folder in cuda.includes):
+        pytest.skip(
+            "these headers are not here: 'make cuda-headers oldest-cuda' brings them, and nvcc comes with the rest"
+        )
+    return cuda
+
+
+@pytest.fixture(scope="session", params=["newest", "oldest"])
+def cuda(request: pytest.FixtureRequest) -> Cuda:
+    return find_cuda(request.param)
+
+
+def compile_host(cuda: Cuda, *arguments: str | Path) -> None:
     torch_dir = Path(torch.__file__).parent
-    command: list[str | Path] = ["c++", "-std=c++17", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    includes = (torch_dir / "include", cuda_home / "include", NVIDIA / "include")
-    command += [f"-I{ROOT / 'csrc'}", *(part for path in includes for part in ("-isystem", path))]
-    command += [
-        ROOT / "tests" / "native" / "emulation" / source,
-        "-o",
-        target,
-        f"-L{torch_dir / 'lib'}",
-        "-ltorch_cpu",
-        "-lc10",
-    ]
-    subprocess.run([*command, f"-Wl,-rpath,{torch_dir / 'lib'}", *more], check=True)
+    lines = (ROOT / "csrc" / "flags.txt").read_text().splitlines()
+    flags = [line.split(maxsplit=1)[1] for line in lines if line.startswith(("cxx", "torch"))]
+    flags += ["-O0", "-Werror", "-Wno-attributes", "-DUSE_CUDA", '-DSQ_CUDA_ARCHS="80"', f"-I{ROOT / 'csrc'}"]
+    flags += [part for path in (torch_dir / "include", *cuda.includes) for part in ("-isystem", str(path))]
+    subprocess.run(["c++", *flags, *arguments], check=True)
+
+
+def program_of(cuda: Cuda, target: Path, *sources: str) -> Path:
+    """Compiles one of tests/native/emulation/*.cpp with what it needs of csrc/."""
+    folder = Path(torch.__file__).parent / "lib"
+    libraries = (f"-L{folder}", "-ltorch_cpu", "-lc10", "-ldl", f"-Wl,-rpath,{folder}")
+    compile_host(cuda, *(ROOT / source for source in sources), "-o", target, *libraries)
     return target
 
 
-def needed_toolkit() -> Path:
-    cuda_home = toolkit()
-    if cuda_home is None or not (cuda_home / "include" / "cuda_runtime.h").is_file():
-        pytest.skip("there is no CUDA toolkit to compile with")
-    return cuda_home
-
-
-@pytest.mark.skipif(not LIBRARY.is_file(), reason="cuBLASLt is not installed ('make cuda-headers' brings it)")
-def test_cublaslt_accepts_every_description(tmp_path: Path) -> None:
-    cuda_home = needed_toolkit()
-    libraries = ("-l:libcublasLt.so.13", "-lcudart_static", "-ldl", "-lpthread", "-lrt")
-    places = (f"-L{NVIDIA / 'lib'}", f"-L{cuda_home / 'lib64'}", f"-Wl,-rpath,{NVIDIA / 'lib'}")
-    program = program_of("lt_descriptors.cpp", tmp_path / "lt_descriptors", cuda_home, *places, *libraries)
-    result = subprocess.run([program], capture_output=True, text=True, check=False)
+def run_with(libraries: Path | None, program: Path, *arguments: str | Path) -> str:
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(libraries or "")}
+    result = subprocess.run([program, *arguments], env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("cuBLASLt 13")
+    return result.stdout
 
 
-def test_tensor_maps_are_what_the_driver_asks_for(tmp_path: Path) -> None:
-    program = program_of("tensor_maps.cpp", tmp_path / "tensor_maps", needed_toolkit())
-    result = subprocess.run([program], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == "tensor maps are right\n"
+HOST_SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cuda").glob("*/*.cpp"))
+LIBRARY_SOURCE = "csrc/cuda/compute/cublaslt_library.cpp"
+
+
+@pytest.mark.parametrize("source", HOST_SOURCES)
+def test_host_code_compiles_with_the_oldest_headers(source: str) -> None:
+    compile_host(find_cuda("oldest"), "-fsyntax-only", ROOT / source)
+
+
+def test_cublaslt_accepts_every_description(tmp_path: Path, cuda: Cuda) -> None:
+    """Whichever version the headers are of, and whichever torch loads."""
+    program = program_of(cuda, tmp_path / "program", "tests/native/emulation/lt_descriptors.cpp", LIBRARY_SOURCE)
+    assert run_with(find_cuda("newest").libraries, program).startswith("cuBLASLt 13")
+    assert run_with(find_cuda("oldest").libraries, program).startswith("cuBLASLt 1204")
+
+
+def test_tensor_maps_are_what_the_driver_asks_for(tmp_path: Path, cuda: Cuda) -> None:
+    program = program_of(cuda, tmp_path / "program", "tests/native/emulation/tensor_maps.cpp")
+    assert run_with(None, program) == "tensor maps are right\n"
+
+
+def fake_library(path: Path, code: str, *arguments: str) -> Path:
+    """A shared object that has ``path``'s name for soname."""
+    path.parent.mkdir(exist_ok=True)
+    command = ["gcc", "-shared", "-fPIC", f"-Wl,-soname,{path.name}", "-o", path, "-x", "c", "-", "-x", "none"]
+    subprocess.run([*command, *arguments], input=code, text=True, check=True)
+    return path
+
+
+def fake_cublaslt(path: Path, version: int) -> Path:
+    return fake_library(
+        path, f"unsigned long cublasLtGetVersion(void) {{ return {version}; }} void cublasLtMatmul(void) {{}}"
+    )
+
+
+def test_cublaslt_is_the_one_that_torch_uses(tmp_path: Path) -> None:
+    program = program_of(
+        find_cuda("newest"), tmp_path / "program", "tests/native/emulation/lt_library.cpp", LIBRARY_SOURCE
+    )
+    none = run_with(None, program)
+    assert none.startswith("cuBLASLt is not there: torch has not loaded it, and neither libcublasLt.so.13 nor ")
+
+    installed = fake_cublaslt(tmp_path / "installed" / "libcublasLt.so.13", 130000)
+    assert run_with(installed.parent, program).splitlines() == [
+        "version 130000",
+        f"cuBLASLt: {installed} has no function cublasLtFrob; install the one that torch was released with",
+    ]
+    loaded = fake_cublaslt(tmp_path / "loaded" / "libcublasLt.so.12", 120400)
+    assert "version 120400" in run_with(installed.parent, program, loaded)
+
+    torchs = fake_cublaslt(tmp_path / "torch" / "libcublasLt.so.99", 990000)
+    between = fake_library(tmp_path / "torch" / "libbetween.so", "", "-Wl,--no-as-needed", str(torchs))
+    arguments = ("-Wl,--no-as-needed", str(between), f"-Wl,-rpath,{torchs.parent}")
+    torch_cuda = fake_library(
+        tmp_path / "torch" / "libtorch_cuda.so", "", *arguments, f"-Wl,-rpath-link,{torchs.parent}"
+    )
+    output = run_with(torchs.parent, program, loaded, installed, torch_cuda)
+    assert output.splitlines() == [
+        "version 990000",
+        f"cuBLASLt: {torchs} has no function cublasLtFrob; install the one that torch was released with",
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -33,3 +34,5 @@ def test_the_example_runs_from_an_installed_wheel(tmp_path: Path) -> None:
     shape, home = done.stdout.splitlines()
     assert shape.startswith("(4, 32), relative error 0.0")
     assert Path(home).is_relative_to(site)
+    record = json.loads(Path(home).with_name("_build.json").read_text())
+    assert record["sentence"] == "built without CUDA kernels: SMOOTHQUANT_CUDA=0."

@@ -29,10 +29,11 @@ for pair; do
   "$python" -m venv "$work/venv"
   "$work/venv/bin/python" -m pip install -qq --disable-pip-version-check --no-cache-dir "$torch" "$wheel[test]"
   "$work/venv/bin/python" - <<'PYTHON'
-import pathlib, sys, torch, smoothquant_ext.ops
+import json, pathlib, sys, torch, smoothquant_ext.ops
 
 folder = pathlib.Path(smoothquant_ext.__file__).parent
 print(f"torch {torch.__version__}, {folder.relative_to(sys.prefix)}")
+print(json.loads((folder / "_build.json").read_text())["sentence"])
 if torch.version.cuda and (folder / "_C_cuda.so").exists():
     for op in ("quantize_per_token", "quantize_static"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sq::{op}", "CUDA"), f"{op} has no CUDA kernel"

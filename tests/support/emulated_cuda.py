@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -16,7 +17,11 @@ from unittest.mock import patch
 import torch
 from emulation import emulated_library, torch_device
 
+from smoothquant_ext.ops import library as libraries
+from smoothquant_ext.ops.cuda import machine, settle
+
 NAME = "Emulated GPU"
+DEFAULT_WAYS = "8=skinny,library,torch;=library,skinny,torch"  # those of csrc/cuda/compute/ways.h
 _loaded: set[str] = set()
 
 
@@ -28,16 +33,35 @@ def load_once(library: Any) -> None:
 
 
 @contextlib.contextmanager
-def emulated_cuda(arch: int = 90, memory: int = 80 << 30) -> Iterator[None]:
-    """``torch.device("cuda")`` can be used: one GPU, of this architecture and so many bytes."""
+def emulated_cuda(arch: int = 90, memory: int = 80 << 30, settled: bool = True) -> Iterator[None]:
+    """``torch.device("cuda")`` can be used: one GPU, of this architecture and so many bytes.
+
+    Args:
+        arch: 90 for compute capability 9.0.
+        memory: bytes.
+        settled: whether our kernels run without a proof; otherwise the ops are as ``unsettled`` makes them.
+    """
     load_once(torch_device())
     load_once(emulated_library())
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(patch.dict("os.environ", {"SQ_EMULATED_ARCH": str(arch)}))
+        patches.enter_context(patch.object(torch.version, "cuda", "13.0"))
+        for name, value in functions_of(arch, memory).items():
+            patches.enter_context(patch.object(torch.cuda, name, value))
+        patches.enter_context(unsettled())
+        if settled:
+            settle.trust_all()
+        yield
+
+
+def functions_of(arch: int, memory: int) -> dict[str, Any]:
+    """What ``torch.cuda`` says of the device."""
     major, minor = divmod(arch, 10)
     properties = SimpleNamespace(
         name=NAME, major=major, minor=minor, total_memory=memory, multi_processor_count=3, L2_cache_size=32 << 20
     )
     nothing: Any = lambda *_args, **_kwargs: None  # noqa: E731
-    instead: dict[str, Any] = {
+    return {
         "_is_compiled": lambda: True,
         "_lazy_init": nothing,
         "current_device": lambda: 0,
@@ -59,9 +83,27 @@ def emulated_cuda(arch: int = 90, memory: int = 80 << 30) -> Iterator[None]:
         "set_device": nothing,
         "synchronize": nothing,
     }
-    with contextlib.ExitStack() as patches:
-        patches.enter_context(patch.dict("os.environ", {"SQ_EMULATED_ARCH": str(arch)}))
-        patches.enter_context(patch.object(torch.version, "cuda", "13.0"))
-        for name, value in instead.items():
-            patches.enter_context(patch.object(torch.cuda, name, value))
-        yield
+
+
+@contextlib.contextmanager
+def unsettled(library: Path | None = None) -> Iterator[settle._State]:
+    """On the emulated device, the ops as they are in a process that has not used a GPU yet.
+
+    Args:
+        library: the compiled CUDA library; a path that does not exist is a package without one.
+    """
+    state = settle._State()
+    with (
+        patch.object(settle, "_state", state),
+        patch.object(libraries, "CUDA", library or emulated_library()),
+        patch.object(machine, "driver_version", lambda: 13000),
+    ):
+        settle.start()
+        try:
+            yield state
+        finally:
+            for registered in (state.door, state.replacements):
+                if registered is not None:
+                    registered._destroy()
+            torch.ops.sq._set_cuda_ways("int8", DEFAULT_WAYS)
+            torch.ops.sq._set_cuda_ways("fp8", DEFAULT_WAYS)

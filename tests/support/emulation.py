@@ -13,13 +13,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [
-    *(f"csrc/cuda/ops/{name}.cpp" for name in ("quantize", "norm_activation", "gemm", "linear", "experts")),
-    *(f"csrc/cuda/compute/{name}.cpp" for name in ("product", "quantize", "tile_product", "experts")),
-    *(
-        f"csrc/cuda/kernels/{name}.cu"
-        for name in ("quantize", "norm", "activate", "gemm", "mma", "wgmma", "grouped", "grouped_mma")
-    ),
-    "tests/native/emulation/emulated_device.cpp",
+    *(f"csrc/cuda/ops/{name}.cpp" for name in ("quantize", "norm_activation", "gemm", "linear", "experts", "setup")),
+    *(f"csrc/cuda/compute/{name}.cpp" for name in ("product", "quantize", "experts", "ways", "context")),
+    *(f"csrc/cuda/compute/{name}_product.cpp" for name in ("library", "tile", "torch")),
+    *(f"csrc/cuda/kernels/{name}.cu" for name in ("quantize", "norm", "activate", "gemm", "mma", "wgmma")),
+    *(f"csrc/cuda/kernels/{name}.cu" for name in ("grouped", "grouped_mma")),
+    *(f"tests/native/emulation/emulated_{name}.cpp" for name in ("device", "runtime")),
 ]
 
 
@@ -27,15 +26,7 @@ def emulated_library() -> Path:
     """The CUDA library, compiled with the project's own flags; products in pieces of 256 rows."""
     lines = (ROOT / "csrc" / "flags.txt").read_text().splitlines()
     flags = [line.split(maxsplit=1)[1] for line in lines if line.startswith(("cxx", "torch"))]
-    flags += [
-        "-O1",
-        "-fPIC",
-        "-DUSE_CUDA",
-        "-DSQ_MOST_SUM_BYTES=1",
-        "-DSQ_MOST_EXPERT_BYTES=1",
-        "-include",
-        "tests/native/emulation/emulate.h",
-    ]
+    flags += ["-O1", "-fPIC", "-DUSE_CUDA", "-DSQ_MOST_SUM_BYTES=1", "-include", "tests/native/emulation/emulate.h"]
     flags += ["-Itests/native/emulation/stub", "-Itests", "-Icsrc"]
     return built("ops", SOURCES, flags, ("csrc/common", "csrc/cuda", "tests/native"))
 

@@ -6,7 +6,7 @@
 //      128 * (sum of the column of b) is subtracted afterwards. Bytes beyond K do not count.
 //      FP8: widened, by the kernel's own function, to fp32 or bf16, which hold every fp8 value; 0 beyond K.
 //   b  packed, see pack.h.
-// int32 sums wrap, so the result is exact as long as the true sum fits: |sum| <= K * 127 * 127 < 2^31 for K <= 133144.
+// int32 sums wrap, so the result is exact as long as the true sum fits: |sum| <= K * 128 * 128 < 2^31 for K <= 131071.
 #pragma once
 
 #include <cstdint>

@@ -17,7 +17,7 @@ void pack_panels(const uint8_t* b, int64_t n, int64_t k, DType dtype, uint8_t* p
       int64_t k4 = 0;
       for (; 4 * k4 + 4 <= k; ++k4) std::memcpy(target + k4 * 4 * kPanel, source + 4 * k4, 4);
       std::memcpy(target + k4 * 4 * kPanel, source + 4 * k4, k - 4 * k4);
-      // The sum of a column fits: 133144 * 128 < 2^31.
+      // The sum of a column fits: 131071 * 128 < 2^31.
       for (int64_t i = 0; i < k; ++i) sums[c] += static_cast<int8_t>(source[i]);
     }
     if (dtype == DType::kInt8) std::memcpy(panel + rows4 * 4 * kPanel, sums, sizeof sums);

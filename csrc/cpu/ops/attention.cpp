@@ -8,36 +8,6 @@
 namespace sq {
 namespace {
 
-constexpr const char* kOp = "attention";
-
-void check_heads(const char* name, const Tensor& x, const Tensor& q, bool has_scale) {
-  SQ_CHECK(x.dim() == 4, kOp, ": ", name, " has shape ", shape_text(x), ", expected [B, heads, length, D]");
-  check_key_dtype(kOp, name, x, has_scale, "q", q);
-  SQ_CHECK(x.size(0) == q.size(0), kOp, ": ", name, " has B=", x.size(0), ", but q has B=", q.size(0));
-}
-
-void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask, double scale,
-                     const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
-  const bool is_int8 = k_scale.has_value();
-  SQ_CHECK(v_scale.has_value() == is_int8, kOp, ": ", is_int8 ? "k" : "v", "_scale is given and ", is_int8 ? "v" : "k",
-           "_scale is not, expected both or neither");
-  check_float(kOp, "q", q.scalar_type());
-  check_heads("q", q, q, false);
-  check_heads("k", k, q, is_int8);
-  check_heads("v", v, q, is_int8);
-  SQ_CHECK(k.size(3) == q.size(3), kOp, ": k has D=", k.size(3), ", but q has D=", q.size(3));
-  SQ_CHECK(k.size(1) == v.size(1) && k.size(2) == v.size(2), kOp, ": k has shape ", shape_text(k), " and v ",
-           shape_text(v), ", expected the same heads and length");
-  SQ_CHECK(k.size(1) > 0 ? q.size(1) % k.size(1) == 0 : q.size(1) == 0, kOp, ": q has ", q.size(1), " heads and k ",
-           k.size(1), ", expected a multiple");
-  check_score_scale(kOp, scale);
-  if (is_int8) {
-    check_head_scale(kOp, "k_scale", *k_scale, k, "q", q);
-    check_head_scale(kOp, "v_scale", *v_scale, k, "q", q);
-  }
-  if (mask.has_value()) check_mask(kOp, *mask, {q.size(0), q.size(1), q.size(2), k.size(2)}, "q", q);
-}
-
 // The kernels want the elements of a row side by side; how rows lie does not matter.
 Tensor with_contiguous_rows(const Tensor& x) {
   const int64_t last = x.dim() - 1;

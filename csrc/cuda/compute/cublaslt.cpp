@@ -1,14 +1,15 @@
 // cuBLASLt's descriptors, its handles (one a device), and the algorithms that it chose, remembered by product.
 #include "cuda/compute/cublaslt.h"
 
-#include <cublasLt.h>
-
 #include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <type_traits>
+#include <utility>
 
+#include "cuda/compute/algorithm_cache.h"
+#include "cuda/compute/cublaslt_library.h"
 #include "cuda/compute/devices.h"
 
 namespace sq {
@@ -18,11 +19,19 @@ void check(const char* op, cublasStatus_t status) {
   SQ_CHECK(status == CUBLAS_STATUS_SUCCESS, op, ": cuBLASLt: ", cublasLtGetStatusString(status));
 }
 
+// The library cannot compute this, here or in this version; anything else that is not success is an error.
+bool is_refusal(cublasStatus_t status) {
+  return status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_ARCH_MISMATCH;
+}
+
+// The answer to a description that it does not know, too.
+bool is_unknown(cublasStatus_t status) { return is_refusal(status) || status == CUBLAS_STATUS_INVALID_VALUE; }
+
 template <auto kDestroy>
 struct Destroyer {
   template <class T>
   void operator()(T* object) const {
-    kDestroy(object);
+    (*kDestroy)(object);
   }
 };
 // Made by the library and not in place: their size may be another in the version that torch loads.
@@ -62,6 +71,17 @@ void set(const char* op, const Description& description, cublasLtMatmulDescAttri
   check(op, cublasLtMatmulDescSetAttribute(description.get(), attribute, &value, sizeof value));
 }
 
+// False if this version of the library knows no outer scales.
+bool set_outer_scales(const char* op, const Description& description, const LtOperands& operands) {
+  if (!lt_knows_outer_scales()) return false;
+  set(op, description, kLtAScaleMode, kLtOuterScales);
+  set(op, description, kLtBScaleMode, kLtOuterScales);
+  set(op, description, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, static_cast<const void*>(operands.a_scale));
+  set(op, description, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, static_cast<const void*>(operands.b_scale));
+  return true;
+}
+
+// Null if this version of the library knows no such products.
 Description describe(const char* op, const LtProduct& product, const LtOperands& operands) {
   const bool is_int8 = product.a == LtType::kInt8;
   cublasLtMatmulDesc_t made = nullptr;
@@ -70,13 +90,8 @@ Description describe(const char* op, const LtProduct& product, const LtOperands&
   Description description(made);
   set(op, description, CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T);
   set(op, description, CUBLASLT_MATMUL_DESC_TRANSB, CUBLAS_OP_N);
-  if (product.has_outer_scales) {
-    const auto mode = static_cast<int32_t>(CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F);
-    set(op, description, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, mode);
-    set(op, description, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, mode);
-    set(op, description, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, static_cast<const void*>(operands.a_scale));
-    set(op, description, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, static_cast<const void*>(operands.b_scale));
-  }
+  if (product.has_outer_scales && !set_outer_scales(op, description, operands)) return nullptr;
+  if (product.is_fast) set(op, description, CUBLASLT_MATMUL_DESC_FAST_ACCUM, int8_t{1});
   if (product.has_bias) {
     set(op, description, CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
     set(op, description, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, static_cast<int32_t>(data_type(product.d)));
@@ -125,46 +140,42 @@ std::optional<Algorithm> ask(const char* op, cublasLtHandle_t own, const Choice&
   const cublasStatus_t status =
       cublasLtMatmulAlgoGetHeuristic(own, choice.description.get(), choice.a.get(), choice.b.get(), choice.d.get(),
                                      choice.d.get(), preference.get(), 1, &result, &found);
-  if (status == CUBLAS_STATUS_NOT_SUPPORTED || found == 0) return std::nullopt;
+  if (is_unknown(status)) return std::nullopt;
   check(op, status);
+  if (found == 0 || result.state != CUBLAS_STATUS_SUCCESS) return std::nullopt;
   return Algorithm{result.algo, result.workspaceSize};
 }
 
-// The heuristic takes longer than a small product, so its answers are kept, up to a bound that only a stream of ever new
-// shapes reaches; then they are asked for anew.
-std::optional<Algorithm> choose(const char* op, cublasLtHandle_t own, const LtProduct& product, const Choice& choice,
-                                int device) {
-  constexpr size_t kMost = 4096;
-  static std::mutex mutex;
-  static std::map<std::pair<int, LtProduct>, std::optional<Algorithm>> known;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const std::pair<int, LtProduct> key(device, product);
-  if (const auto found = known.find(key); found != known.end()) return found->second;
-  if (known.size() >= kMost) known.clear();
-  return known[key] = ask(op, own, choice, device_arch(device));
-}
+using KnownAlgorithms = AlgorithmCache<std::pair<int, LtProduct>, Algorithm>;
 
 }  // namespace
 
 bool lt_multiply(const char* op, const LtProduct& product, const LtOperands& operands, const Tensor& like) {
+  static KnownAlgorithms known;
   const int device = like.get_device_index();
   const cublasLtHandle_t own = handle(op, device);
   const Choice choice{layout(op, product.a, product.depth, product.rows),
                       layout(op, product.b, product.depth, product.columns),
                       layout(op, product.d, product.rows, product.columns), describe(op, product, operands)};
-  const std::optional<Algorithm> algorithm = choose(op, own, product, choice, device);
-  if (!algorithm.has_value()) return false;
-  Tensor workspace = empty_like_device(like, {static_cast<int64_t>(algorithm->workspace_bytes)}, ScalarType::Byte);
+  if (choice.description == nullptr) return false;
   const int32_t one_int = 1, zero_int = 0;
   const float one = 1.0f, zero = 0.0f;
   const bool is_int8 = product.a == LtType::kInt8;
   const void* alpha = is_int8 ? static_cast<const void*>(&one_int) : &one;
   const void* beta = is_int8 ? static_cast<const void*>(&zero_int) : &zero;
-  check(op, cublasLtMatmul(own, choice.description.get(), alpha, operands.a, choice.a.get(), operands.b, choice.b.get(),
-                           beta, operands.d, choice.d.get(), operands.d, choice.d.get(), &algorithm->algorithm,
-                           workspace.mutable_data_ptr(), algorithm->workspace_bytes,
-                           static_cast<cudaStream_t>(current_stream(like))));
-  return true;
+  const auto multiply = [&](const Algorithm& algorithm) {
+    Tensor workspace = empty_like_device(like, {static_cast<int64_t>(algorithm.workspace_bytes)}, ScalarType::Byte);
+    const cublasStatus_t status = cublasLtMatmul(
+        own, choice.description.get(), alpha, operands.a, choice.a.get(), operands.b, choice.b.get(), beta, operands.d,
+        choice.d.get(), operands.d, choice.d.get(), &algorithm.algorithm, workspace.mutable_data_ptr(),
+        algorithm.workspace_bytes, static_cast<cudaStream_t>(current_stream(like)));
+    if (is_refusal(status)) return false;  // which the heuristic did not know
+    check(op, status);
+    return true;
+  };
+  return known.run({device, product}, [&] { return ask(op, own, choice, device_arch(device)); }, multiply);
 }
+
+void lt_warm_up(const char* op, int device) { handle(op, device); }
 
 }  // namespace sq

@@ -13,7 +13,10 @@ struct LtOperands {
   void* d;
 };
 
-// D = op(A)^T B on the current stream of the device of `like`; false if cuBLASLt has no algorithm for it.
+// D = op(A)^T B on the current stream of the device of `like`; false if cuBLASLt cannot compute it.
 bool lt_multiply(const char* op, const LtProduct& product, const LtOperands& operands, const Tensor& like);
+
+// Makes what the first product on a device would make, which is not allowed while a graph is captured.
+void lt_warm_up(const char* op, int device);
 
 }  // namespace sq

@@ -1,14 +1,17 @@
-// What the CUDA ops ask of a device, and which kernels were validated on which.
+// What the CUDA ops ask of a device.
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "cuda/kernels/code_arch.h"
 
 namespace sq {
 
-// Kernels that are validated together; their names are those of smoothquant_ext/validated_kernels.json.
-enum class Family { kQuantize, kNormActivation, kGemmInt8, kGemmFp8, kGemmMma, kGemmWgmma, kExpertsInt8, kExpertsFp8 };
+constexpr int kDeviceCount = 64;  // that are told apart
+
+// The architectures that this library has code for, as they were asked for when it was built.
+std::string cuda_archs();
 
 // Compute capability, 90 for 9.0.
 int device_arch(int device);
@@ -21,7 +24,6 @@ int multiprocessors(int device);
 // Shared memory that a block may ask for, in bytes, less what kernels have of fixed size.
 int64_t shared_bytes(int device);
 
-// Fails with a sentence unless the kernels were validated on a GPU of this architecture, or the user wants them anyway.
-void require_validated(const char* op, Family family, int device);
+int64_t l2_bytes(int device);
 
 }  // namespace sq

@@ -5,14 +5,12 @@
 // Rows between the products are those of slots, not sorted: only the products look at the order.
 #include "cuda/compute/experts.h"
 
-#include "cuda/compute/devices.h"
 #include "cuda/compute/experts_plan.h"
 #include "cuda/compute/quantize.h"
+#include "cuda/compute/tile_product.h"
 
 namespace sq {
 namespace {
-
-bool is_aligned(const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kChunk == 0; }
 
 // The slots of some tokens, sorted by expert.
 struct Routing {
@@ -22,8 +20,7 @@ struct Routing {
 
 class Experts {
  public:
-  Experts(const char* op, const ExpertsInputs& inputs)
-      : op_(op), in_(inputs), shapes_(inputs.shapes), device_(inputs.x.get_device_index()) {}
+  Experts(const char* op, const ExpertsInputs& inputs) : op_(op), in_(inputs), shapes_(inputs.shapes) {}
 
   Tensor run() const {
     const Tensor& x = in_.x;
@@ -82,18 +79,14 @@ class Experts {
   }
 
   ExpertsPlan plan_of(int64_t slots, const Tensor& q) const {
-    const CodeArch code = device_code(device_);
     ExpertsProblem problem{slots, shapes_.experts, {}};
     for (size_t i = 0; i < in_.layers.size(); ++i) {
       const Tensor& weight = in_.layers.weight[i];
-      TileProblem product{};
+      TileProblem product = problem_of_device(in_.x.get_device_index());
       product.n = shapes_.layers[i].n;
       product.k = shapes_.layers[i].k;
       product.a = product.b = kernel_dtype(weight.scalar_type());
-      product.is_aligned = is_aligned(weight) && is_aligned(q);
-      product.arch = device_arch(device_);
-      product.code_arch = code.arch;
-      product.is_arch_specific = code.is_specific;
+      product.is_aligned = is_aligned(weight.const_data_ptr()) && is_aligned(q.const_data_ptr());
       problem.products.push_back(product);
     }
     return plan_experts(problem);
@@ -163,7 +156,6 @@ class Experts {
   const char* op_;
   const ExpertsInputs& in_;
   const ExpertsShapes& shapes_;
-  int device_;
 };
 
 }  // namespace

@@ -9,7 +9,6 @@ namespace sq {
 
 Quantized quantize_rows_cuda(const char* op, const Tensor& x, const OptionalTensor& smooth, const float* static_scale,
                              ScalarType dtype) {
-  require_validated(op, Family::kQuantize, x.get_device_index());
   const OptionalTensor divisors = as_contiguous(smooth);
   QuantizeTarget target(x, dtype, static_scale);
   QuantizeRowsJob job{};
@@ -27,7 +26,6 @@ Quantized quantize_rows_cuda(const char* op, const Tensor& x, const OptionalTens
 
 Quantized activate_quantize_cuda(const char* op, Activation activation, const Tensor& gate, const OptionalTensor& up,
                                  ScalarType dtype, const float* static_scale) {
-  require_validated(op, Family::kNormActivation, gate.get_device_index());
   QuantizeTarget target(gate, dtype, static_scale);
   ActivateJob job{};
   job.activation = activation;

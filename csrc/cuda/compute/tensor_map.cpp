@@ -11,14 +11,18 @@
 namespace sq {
 namespace {
 
-static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) == alignof(CUtensorMap));
+static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) >= alignof(CUtensorMap));
 
 PFN_cuTensorMapEncodeTiled_v12000 find_encode(const char* op) {
-  constexpr unsigned kSince = 12000;  // CUDA 12.0 brought it
+  constexpr const char* kName = "cuTensorMapEncodeTiled";
   void* found = nullptr;
   cudaDriverEntryPointQueryResult result{};
-  const cudaError_t error =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, kSince, cudaEnableDefault, &result);
+#if CUDART_VERSION >= 12050
+  constexpr unsigned kSince = 12000;  // CUDA 12.0 brought it
+  const cudaError_t error = cudaGetDriverEntryPointByVersion(kName, &found, kSince, cudaEnableDefault, &result);
+#else  // this one takes what is as old as the toolkit, newer toolkits will not have it
+  const cudaError_t error = cudaGetDriverEntryPoint(kName, &found, cudaEnableDefault, &result);
+#endif
   SQ_CHECK(error == cudaSuccess && result == cudaDriverEntryPointSuccess && found != nullptr, op,
            ": the NVIDIA driver has no cuTensorMapEncodeTiled, which wgmma needs; update it");
   return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);

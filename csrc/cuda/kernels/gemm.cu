@@ -3,6 +3,7 @@
 
 #include "cuda/kernels/epilogue.cuh"
 #include "cuda/kernels/launch.cuh"
+#include "cuda/kernels/scales.cuh"
 #include "cuda/kernels/skinny.cuh"
 #include "cuda/kernels/widen.cuh"
 #include "cuda/kernels/with_type.h"
@@ -60,6 +61,14 @@ void launch_widen(const WidenJob& job, void* stream) {
   const int64_t blocks = needed < kMostBlocks ? needed : kMostBlocks;
   const bool is_aligned = is_group_aligned(job.q) && is_group_aligned(job.wide);
   launch(widen_kernel, blocks, kThreads, 0, stream, job.q, job.dtype, job.wide, job.count, is_aligned);
+}
+
+void launch_align_scales(const ScalesJob& job, void* stream) {
+  constexpr int64_t kMostBlocks = 1024;
+  const int64_t most = job.m > job.n ? job.m : job.n;
+  const int64_t needed = (most + kScalesThreads - 1) / kScalesThreads;
+  if (needed == 0) return;
+  launch(align_scales_kernel, needed < kMostBlocks ? needed : kMostBlocks, kScalesThreads, 0, stream, job);
 }
 
 }  // namespace sq

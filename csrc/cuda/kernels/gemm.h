@@ -41,9 +41,17 @@ struct WidenJob {
   int64_t count;
 };
 
+struct ScalesJob {
+  const float *a, *b;
+  int a_step, b_step;  // 0: one for all
+  int64_t m, n;
+  float *a_vector, *b_vector;  // [m] and [n]
+};
+
 void launch_skinny_gemm(const SkinnyJob& job, void* stream);
 void launch_epilogue(const EpilogueJob& job, void* stream);
 void launch_widen(const WidenJob& job, void* stream);
+void launch_align_scales(const ScalesJob& job, void* stream);
 
 // What the launches can index: blocks of 8 rows and 4 columns.
 constexpr int64_t kSkinnyRows = 8, kSkinnyColumns = 4;

@@ -8,7 +8,7 @@
 // Bytes moved: n * k of b from memory, kRows * k of a for every block from L1.
 //
 // INT8 sums are exact int32, so that bits are those of every other kernel. FP8 values are decoded to fp32, in which
-// products are exact and sums are rounded at every step.
+// products are exact and sums are rounded at every step: a fused multiply-add has the bits of two instructions.
 #pragma once
 
 #include <type_traits>
@@ -124,7 +124,10 @@ __device__ __forceinline__ void add_products(float (&sums)[kRows * kColumns], co
     SQ_UNROLL
     for (int c = 0; c < kColumns; ++c) {
       SQ_UNROLL
-      for (int i = 0; i < 4; ++i) sums[r * kColumns + c] += a_values[i] * b_values[c][i];
+      for (int i = 0; i < 4; ++i) {
+        float& sum = sums[r * kColumns + c];
+        sum = __fmaf_rn(a_values[i], b_values[c][i], sum);
+      }
     }
   }
 }

@@ -2,7 +2,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include "common/op_string.h"
-#include "cuda/compute/devices.h"
 #include "cuda/compute/experts.h"
 
 namespace sq {
@@ -27,11 +26,7 @@ Tensor w8a8_experts_cuda(const Tensor& x_in, const Tensor& index_in, const Tenso
   constexpr const char* kOp = "w8a8_experts";
   const ExpertsShapes shapes = check_experts(kOp, x_in, index_in, weights_in, {weight_in, weight_scale_in, bias_in});
   const Activation kind = activation_kind(kOp, activation);
-  const int device = x_in.get_device_index();
-  for (const Tensor& each : weight_in) {
-    require_validated(kOp, is_float8(each.scalar_type()) ? Family::kExpertsFp8 : Family::kExpertsInt8, device);
-  }
-  const DeviceGuard guard(device);
+  const DeviceGuard guard(x_in.get_device_index());
   const Tensor x = as_contiguous(x_in), index = as_contiguous(index_in), weights = as_contiguous(weights_in);
   const std::vector<Tensor> weight = all_contiguous(weight_in), weight_scale = all_contiguous(weight_scale_in);
   const OptionalTensors bias = all_contiguous(bias_in);

@@ -1,6 +1,5 @@
 // The ops between the products on CUDA devices: rms_norm, and norms and activations that quantize what they compute.
 #include "common/norm_activation_ops.h"
-#include "cuda/compute/devices.h"
 #include "cuda/compute/quantize.h"
 
 namespace sq {
@@ -29,7 +28,6 @@ void launch(const char* op, const NormJob& job, const Tensor& x) {
 Tensor rms_norm_cuda(const Tensor& x_in, const Tensor& weight_in, double eps, double offset) {
   constexpr const char* kOp = "rms_norm";
   check_norm(kOp, x_in, weight_in);
-  require_validated(kOp, Family::kNormActivation, x_in.get_device_index());
   const DeviceGuard guard(x_in.get_device_index());
   const Tensor x = as_contiguous(x_in), weight = as_contiguous(weight_in);
   Tensor y = empty_like_device(x, shape_of(x), x.scalar_type());
@@ -45,7 +43,6 @@ struct Cuda {
     const Tensor& x_in = inputs.x;
     check_norm_quantize(op, inputs);
     const float* static_scale = static_scale_pointer(op, "scale", inputs.scale, "x", x_in);
-    require_validated(op, Family::kNormActivation, x_in.get_device_index());
     const DeviceGuard guard(x_in.get_device_index());
     const Tensor x = as_contiguous(x_in), weight = as_contiguous(inputs.weight);
     const OptionalTensor bias = as_contiguous(inputs.bias), residual = as_contiguous(inputs.residual);

@@ -1,7 +1,6 @@
 // quantize_per_token and quantize_static on CUDA devices.
 #include <torch/csrc/stable/library.h>
 
-#include "cuda/compute/devices.h"
 #include "cuda/compute/quantize.h"
 #include "cuda/kernels/quantize.h"
 
@@ -23,7 +22,6 @@ Tensor quantize_static_cuda(const Tensor& x_in, const Tensor& scale, ScalarType 
   check_activation(kOp, x_in);
   check_8bit(kOp, "dtype", dtype);
   const float* static_scale = static_scale_pointer(kOp, "scale", scale, "x", x_in);
-  require_validated(kOp, Family::kQuantize, x_in.get_device_index());
   const DeviceGuard guard(x_in.get_device_index());
   const Tensor x = as_contiguous(x_in);
   Tensor q = empty_like_device(x, shape_of(x), dtype);

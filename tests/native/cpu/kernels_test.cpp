@@ -283,7 +283,7 @@ void test_kernels(const Isa& isa) {
     }
   }
   for (int64_t m : {1, 40, 600}) test_int8(kernels, {m, 3, 1300, true}, false);
-  for (int64_t m : {1, 7, 33}) test_int8(kernels, {m, 2, 133144, false}, true);
+  for (int64_t m : {1, 7, 33}) test_int8(kernels, {m, 2, 131071, false}, true);
   // Several chunks of the depth, groups of columns and blocks of rows in the same call.
   test_int8(kernels, {6, 2150, 4200, true}, false);
   test_int8(kernels, {300, 70, 4160, false}, false);

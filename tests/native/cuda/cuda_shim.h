@@ -157,6 +157,8 @@ inline int32_t __dp4a(int32_t a, int32_t b, int32_t sum) {
   return sum;
 }
 
+inline float __fmaf_rn(float a, float b, float sum) { return std::fmaf(a, b, sum); }
+
 inline uint32_t __ballot_sync(uint32_t /*mask*/, bool value) {
   const unsigned first = threadIdx.x / 32 * 32;
   shim::shuffled[threadIdx.x] = value ? 1 : 0;

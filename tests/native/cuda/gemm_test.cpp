@@ -128,17 +128,17 @@ void test_skinny(const Case& test) {
 }
 
 void test_largest_sum() {
-  constexpr int64_t kMost = 133144;
+  constexpr int64_t kMost = 131071;
   const Case test{3, 2, kMost, DType::kInt8, DType::kInt8, DType::kFloat32, DType::kFloat32, false, false, false, 0};
   const Buffer<uint8_t> a(test.m * kMost), b(test.n * kMost);
-  for (int64_t i = 0; i < a.size(); ++i) a[i] = 127;
-  for (int64_t i = 0; i < b.size(); ++i) b[i] = i < kMost ? 127 : static_cast<uint8_t>(-127);
+  for (int64_t i = 0; i < a.size(); ++i) a[i] = static_cast<uint8_t>(-128);
+  for (int64_t i = 0; i < b.size(); ++i) b[i] = i < kMost ? static_cast<uint8_t>(-128) : 127;
   Buffer<float> one(1);
   one[0] = 1.0f;
   const Output none(DType::kFloat32, 0), y(DType::kFloat32, test.m * test.n);
   run_skinny<int32_t>({a.data(), b.data(), test.a_dtype, test.b_dtype, kMost, epilogue_of(test, one, one, none, y)});
   for (int64_t i = 0; i < y.memory.size() / 4; ++i) {
-    const float expected = static_cast<float>((i % 2 == 0 ? 1 : -1) * 127 * 127 * kMost);
+    const float expected = static_cast<float>((i % 2 == 0 ? 128 : -127) * 128 * kMost);
     CHECK(y[i] == expected, "%g, expected %g", y[i], expected);
   }
 }

@@ -132,7 +132,7 @@ int main() {
     for (const auto& pair : kPairs) {
       for (int64_t m : {0, 1, 8, 9, 16, 17, 8192, 100000}) {
         for (int64_t n : {0, 1, 4, 8, 12, 16, 24, 576, 4095, 4096, 128256}) {
-          for (int64_t k : {0, 1, 4, 8, 16, 24, 32, 577, 4096, 133144}) {
+          for (int64_t k : {0, 1, 4, 8, 16, 24, 32, 577, 4096, 131071}) {
             for (int flags = 0; flags < 32; ++flags) {
               for (int types = 0; types < 9; ++types) {
                 check_plan({arch, m, n, k, pair[0], pair[1], kFloats[types % 3], (flags & 1) != 0, (flags & 2) != 0,

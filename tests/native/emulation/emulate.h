@@ -12,11 +12,14 @@
 
 #include <cuda_runtime.h>
 
-// As in cuda/kernels/launch.cuh.
+#include "native/emulation/emulated_runtime.h"
+
+// What launch.cuh starts.
 namespace sq {
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes, void* /*stream*/,
-            const Arguments&... arguments) {
+void start_emulated(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes, void* /*stream*/,
+                    const Arguments&... arguments) {
+  if (!emulated::can_start(reinterpret_cast<const void*>(kernel), shared_bytes)) return;
   shim::run_tensor_cores(kernel, static_cast<unsigned>(blocks), static_cast<unsigned>(threads),
                          static_cast<size_t>(shared_bytes), Parameters(arguments)...);
 }
@@ -30,4 +33,5 @@ struct NoGuard {
 #define DeviceGuard NoGuard
 
 #undef STD_CUDA_KERNEL_LAUNCH_CHECK
-#define STD_CUDA_KERNEL_LAUNCH_CHECK() static_cast<void>(0)
+#define STD_CUDA_KERNEL_LAUNCH_CHECK() \
+  SQ_CHECK(cudaGetLastError() == cudaSuccess, "emulated device: a kernel did not start")

@@ -1,11 +1,20 @@
 // A device that is none: an architecture from the environment, and products as cuBLASLt defines them, in plain loops that
 // insist on what cuBLASLt insists on. In the place of csrc/cuda/compute/devices.cpp, cublaslt.cpp and tensor_map.cpp.
-#include <torch/csrc/stable/library.h>
-
+//
+//   SQ_EMULATED_ARCH, SQ_EMULATED_ARCHS  the device's architecture, and those that the library has code for
+//   SQ_EMULATED_L2                       bytes of its cache
+//   SQ_EMULATED_DEVICE                   a name: with a new one, nothing was made for the device yet
+//   SQ_EMULATED_CAPTURES                 1: a graph is being captured, in which no handle can be made
+//   SQ_EMULATED_REFUSES                  what cuBLASLt has no algorithm for: all, sums (all but those with outer scales),
+//                                        outer, fast, M=12 (products of so many rows); matmul: it has one for all products
+//                                        but outer ones, and will run none
 #include <cstdlib>
+#include <set>
 #include <string>
+#include <utility>
 
 #include "common/dtypes.h"
+#include "cuda/compute/algorithm_cache.h"
 #include "cuda/compute/cublaslt.h"
 #include "cuda/compute/devices.h"
 #include "cuda/compute/tensor_map.h"
@@ -72,11 +81,38 @@ void insist_on_operands(const LtProduct& product, const LtOperands& operands) {
   insist(!product.has_outer_scales || (is_fp8 && device_arch(0) == 90), "outer scales are of sm_90");
   insist(!product.has_bias || product.d == LtType::kBFloat16 || product.d == LtType::kFloat16, "bias of 16 bits");
   insist(product.columns > 0, "rows to multiply");
+  insist(!product.is_fast || is_fp8, "only fp8 products are added fast");
+  insist(!product.has_outer_scales || (is_aligned(operands.a_scale) && is_aligned(operands.b_scale)), "scales at 16 bytes");
+  insist(!product.has_bias || is_aligned(operands.bias), "a bias at 16 bytes");
 }
 
-std::string cuda_archs() {
-  const std::string archs = environment("SQ_EMULATED_ARCHS");
-  return archs.empty() ? "80+PTX 89 90a 100a 120" : archs;
+void make_handle() {
+  static std::set<std::string> made;
+  if (made.count(environment("SQ_EMULATED_DEVICE")) != 0) return;
+  insist(environment("SQ_EMULATED_CAPTURES") != std::string("1"), "a handle is made while a graph is captured");
+  made.insert(environment("SQ_EMULATED_DEVICE"));
+}
+
+bool is_known(const std::string& refused, const LtProduct& product) {
+  if (refused == "sums") return product.has_outer_scales;
+  if (refused == "outer" || refused == "matmul") return !product.has_outer_scales;
+  if (refused == "fast") return !product.is_fast;
+  return refused != "all" && refused != "M=" + std::to_string(product.columns);
+}
+
+void multiply(const LtProduct& product, const LtOperands& operands) {
+  for (int64_t column = 0; column < product.columns; ++column) {
+    for (int64_t row = 0; row < product.rows; ++row) {
+      double sum = 0;
+      for (int64_t k = 0; k < product.depth; ++k) {
+        sum += load(operands.a, product.a, row * product.depth + k) *
+               load(operands.b, product.b, column * product.depth + k);
+      }
+      if (product.has_outer_scales) sum *= static_cast<double>(operands.a_scale[row]) * operands.b_scale[column];
+      if (product.has_bias) sum += load(operands.bias, product.d, row);
+      store(operands.d, product.d, column * product.rows + row, sum);
+    }
+  }
 }
 
 }  // namespace
@@ -90,9 +126,18 @@ CodeArch device_code(int device) { return code_arch(cuda_archs(), device_arch(de
 
 int multiprocessors(int) { return 3; }
 
+std::string cuda_archs() {
+  const std::string archs = environment("SQ_EMULATED_ARCHS");
+  return archs.empty() ? "80+PTX 89 90a 100a 120" : archs;
+}
+
+// Less than an H100 has, so that short rows are too long.
 int64_t shared_bytes(int) { return 98 * 1024; }
 
-void require_validated(const char*, Family, int) {}
+int64_t l2_bytes(int) {
+  const std::string bytes = environment("SQ_EMULATED_L2");
+  return bytes.empty() ? int64_t{50} << 20 : std::stoll(bytes);
+}
 
 TensorMap map_of_rows(const char*, const uint8_t* data, int64_t rows, int64_t k, int box_rows) {
   insist(is_aligned(data) && k % 16 == 0, "a tensor map of rows at multiples of 16 bytes");
@@ -100,24 +145,22 @@ TensorMap map_of_rows(const char*, const uint8_t* data, int64_t rows, int64_t k,
 }
 
 bool lt_multiply(const char*, const LtProduct& product, const LtOperands& operands, const Tensor&) {
+  static AlgorithmCache<std::pair<std::string, LtProduct>, bool> known;
+  insist(emulated::has_context(), "this thread has no context");
+  make_handle();
   const std::string refused = environment("SQ_EMULATED_REFUSES");
-  if (refused == "all" || (refused == "outer" && product.has_outer_scales)) return false;
-  insist_on_operands(product, operands);
-  for (int64_t column = 0; column < product.columns; ++column) {
-    for (int64_t row = 0; row < product.rows; ++row) {
-      double sum = 0;
-      for (int64_t k = 0; k < product.depth; ++k) {
-        sum += load(operands.a, product.a, row * product.depth + k) *
-               load(operands.b, product.b, column * product.depth + k);
-      }
-      if (product.has_outer_scales) sum *= static_cast<double>(operands.a_scale[row]) * operands.b_scale[column];
-      if (product.has_bias) sum += load(operands.bias, product.d, row);
-      store(operands.d, product.d, column * product.rows + row, sum);
-    }
-  }
-  return true;
+  const auto ask = [&] { return is_known(refused, product) ? std::optional<bool>(true) : std::nullopt; };
+  return known.run({refused, product}, ask, [&](bool) {
+    if (refused == "matmul") return false;
+    insist_on_operands(product, operands);
+    multiply(product, operands);
+    return true;
+  });
+}
+
+void lt_warm_up(const char*, int) {
+  insist(emulated::has_context(), "this thread has no context");
+  make_handle();
 }
 
 }  // namespace sq
-
-STABLE_TORCH_LIBRARY_IMPL(sq, CompositeExplicitAutograd, m) { m.impl("_cuda_archs", TORCH_BOX(&sq::cuda_archs)); }

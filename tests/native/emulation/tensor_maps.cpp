@@ -1,5 +1,5 @@
 // Hands csrc/cuda/compute/tensor_map.cpp a driver that insists on what the documents of cuTensorMapEncodeTiled ask for, and reads
-// what it was given. Compiled and run by tests/test_cuda_build.py, against the toolkit's own headers.
+// what it was given. Compiled and run by tests/packaging/test_cuda_build.py, against the toolkit's own headers.
 #include "cuda/compute/tensor_map.cpp"
 
 #include <cstdio>
@@ -59,9 +59,15 @@ std::string failure(const uint8_t* data) {
 
 }  // namespace
 
+#if CUDART_VERSION >= 12050
 extern "C" cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned version,
                                                         unsigned long long, cudaDriverEntryPointQueryResult* result) {
-  EXPECT(name == std::string("cuTensorMapEncodeTiled") && version == 12000);
+  EXPECT(version == 12000);
+#else
+extern "C" cudaError_t cudaGetDriverEntryPoint(const char* name, void** function, unsigned long long,
+                                               cudaDriverEntryPointQueryResult* result) {
+#endif
+  EXPECT(name == std::string("cuTensorMapEncodeTiled"));
   *function = has_entry_point ? reinterpret_cast<void*>(&encode) : nullptr;
   *result = has_entry_point ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return cudaSuccess;

@@ -1,0 +1,1 @@
+"""The ops on a GPU: our kernels where they were proven on the device, torch's own products elsewhere."""
