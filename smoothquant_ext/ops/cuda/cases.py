@@ -60,7 +60,7 @@ MIXTURES = (
     (0, 2, 4, 64, 32, 16),
     (5, 0, 4, 64, 32, 16),
 )
-"""Tokens, slots, experts, K, inner width and N: few rows an expert and many, sizes that tensor cores take and others."""
+"""Tokens, slots, experts, K, inner width and N: few rows an expert and many, sizes of tensor cores and others."""
 
 STATIC = 0.02
 """A static scale that saturates some values."""
