@@ -34,11 +34,8 @@ def gemm_bound(
     if bias is not None:
         exact = exact + bias.double()
         magnitude = magnitude + bias.double().abs()
-    bound = sums_error(a.shape[-1], on_tensor_cores) * magnitude
+    bound = (a.shape[-1] + 3) * EPS * magnitude
+    if on_tensor_cores:
+        bound += 132 * 2.0**-13 * magnitude
     out = torch.finfo(out_dtype)
     return exact, bound + out.eps / 2 * (exact.abs() + bound) + out.smallest_normal * out.eps
-
-
-def sums_error(k: int, on_tensor_cores: bool) -> float:
-    """Of sums of K products with scales and a bias, before the cast: relative to the sum of their magnitudes."""
-    return (k + 3) * EPS + (132 * 2.0**-13 if on_tensor_cores else 0)

@@ -256,7 +256,8 @@ def _difference(actual: Tensor, expected: Tensor, exact: Tensor, bound: Tensor) 
     """The first element that is too far from the exact one; ``expected`` has the dtype and the shape."""
     if (actual.dtype, actual.shape) != (expected.dtype, expected.shape):
         return f"{_brief(actual)} instead of {_brief(expected)}"
-    is_near = (actual.double() - exact).abs() <= bound
+    largest = torch.finfo(expected.dtype).max  # what is larger becomes infinite
+    is_near = (actual.double().clamp(-largest, largest) - exact.clamp(-largest, largest)).abs() <= bound
     return _first(~torch.where(exact.isnan(), actual.isnan(), is_near), actual, exact)
 
 
