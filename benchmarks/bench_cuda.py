@@ -1,6 +1,6 @@
 """Times the CUDA ops beside torch's products, on random data in cold caches; writes JSON lines as it measures.
 
-    SMOOTHQUANT_UNVALIDATED_CUDA=1 python benchmarks/bench_cuda.py OUT.jsonl [--seconds 240] [--own]
+    python benchmarks/bench_cuda.py OUT.jsonl [--seconds 240]
 
 Every case has several sets of buffers, together twice the L2 cache. A CUDA graph runs each set once. A time is the
 median of replays, measured by events, divided by the number of sets.
@@ -132,9 +132,9 @@ OWN_ENGINES: dict[str, Callable[[Gemm], Call]] = {
 }
 
 
-def time_gemm(case: Gemm, cache_bytes: int, has_own: bool) -> Iterator[Record]:
+def time_gemm(case: Gemm, cache_bytes: int) -> Iterator[Record]:
     """A record for each engine that can compute the case."""
-    for name, make in {**ENGINES, **(OWN_ENGINES if has_own else {})}.items():
+    for name, make in {**ENGINES, **OWN_ENGINES}.items():
         element = 2 if name == "bf16" else 1
         moved = element * (case.n * case.k + case.m * case.k) + 2 * case.m * case.n
         try:
@@ -188,14 +188,14 @@ def time_producer(name: str, columns: int, cache_bytes: int) -> Record:
 # --- everything -----------------------------------------------------------------------------------------------------
 
 
-def measure(cache_bytes: int, has_own: bool) -> Iterator[Record]:
+def measure(cache_bytes: int) -> Iterator[Record]:
     """Every record, the most important first."""
     yield time_copy()
     for columns in PRODUCER_COLUMNS:
         for name in PRODUCERS:
             yield time_producer(name, columns, cache_bytes)
     for case in gemms():
-        yield from time_gemm(case, cache_bytes, has_own)
+        yield from time_gemm(case, cache_bytes)
 
 
 def main() -> int:
@@ -203,7 +203,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--seconds", type=float, default=240.0, help="stop after this long")
-    parser.add_argument("--own", action="store_true", help="time this package's tensor-core kernels too")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench_cuda: torch sees no GPU here; 'smoothquant info' says why", file=sys.stderr)
@@ -213,7 +212,7 @@ def main() -> int:
     with arguments.output.open("w") as file:
         about = {"what": "machine", "device": properties.name, "torch": torch.__version__, "cuda": torch.version.cuda}
         print(json.dumps(about), file=file, flush=True)
-        for record in measure(properties.L2_cache_size, arguments.own):
+        for record in measure(properties.L2_cache_size):
             print(json.dumps(record), file=file, flush=True)
             if time.monotonic() - started > arguments.seconds:
                 print(f"bench_cuda: stopped after {arguments.seconds:.0f} s", file=sys.stderr)

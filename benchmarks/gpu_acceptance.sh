@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Everything that a GPU can say about the CUDA kernels, within ten minutes:
 #   benchmarks/gpu_acceptance.sh OUT_DIR
-# Builds the objects if there are none (CI's can be carried here as they are), runs the tests of the ops, the sanitizers
-# on a small set and the benchmarks, each with a limit of its own. Results appear in OUT_DIR as they come; the last lines
-# say what passed and how fast it was, also if a step was cut off. Environment:
+# Builds the objects if there are none (CI's can be carried here as they are), proves the kernels, runs the tests of the ops,
+# the sanitizers and the benchmarks, each with a limit of its own. Results appear in OUT_DIR as they come; the last lines say
+# what passed and how fast it was, also if a step was cut off. Environment:
 #   PYTHON      the interpreter, with torch for CUDA, pytest and hypothesis [python3]
 #   GPU_SITE    a folder with packages that the interpreter lacks, made by: pip install --target FOLDER pytest hypothesis
 #   SECONDS_ALL how long all of it may take [570]
+#   STEPS       a pattern of the steps to run, such as "prove|benchmarks" [all]
 set -uo pipefail
 
 if [ $# -ne 1 ]; then
@@ -19,7 +20,6 @@ cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
 limit=${SECONDS_ALL:-570}
 export PYTHONPATH="$PWD${GPU_SITE:+:$GPU_SITE}${PYTHONPATH:+:$PYTHONPATH}"
-export SMOOTHQUANT_UNVALIDATED_CUDA=1
 
 stop() { echo "gpu_acceptance: $1" >&2; exit 2; }
 
@@ -40,6 +40,7 @@ trap '[ -z "$child" ] || kill "$child" 2>/dev/null; exit 143' TERM INT
 step() {
   local name=$1 allowed=$2 began=$SECONDS result=passed status=0
   shift 2
+  [[ $name =~ ${STEPS:-.} ]] || return 0
   [ "$((limit - SECONDS))" -gt "$allowed" ] || allowed=$((limit - SECONDS))
   if [ "$allowed" -le 5 ]; then
     result=skipped
@@ -72,29 +73,24 @@ PYTHON
 cat "$out/machine.json"
 
 step "info" 30 "$python" -c 'from smoothquant_ext import ops; [print(*row, sep=" | ") for row in ops.info()]'
-# The oracle first, on a small set: if that is wrong, little else needs to be looked at.
-step "small set" 60 "$python" benchmarks/cuda_small_set.py
+# The oracle first: if that is wrong, little else needs to be looked at.
+step "prove" 150 env XDG_CACHE_HOME="$out/cache" "$python" -m smoothquant_ext.cli prove --again
+export XDG_CACHE_HOME="$out/cache"  # the other steps use what was proven
 # CPU instruction sets are CI's: one is enough here.
-step "tests" 210 env SMOOTHQUANT_CPU_ISA=portable "$python" -m pytest -q -p no:cacheprovider --maxfail 20 \
+step "tests" 180 env SMOOTHQUANT_CPU_ISA=portable "$python" -m pytest -q -p no:cacheprovider --maxfail 20 \
   -k "cuda or Cuda" --junitxml "$out/tests.xml" tests/ops/test_quantize.py \
   tests/ops/test_norm_activation.py tests/ops/test_gemm_int8.py tests/ops/test_gemm_fp8.py tests/ops/test_cuda_ops.py
-# Our own tensor-core products, apart from the rest and before the slow steps: nothing else waits for them or fails with
-# them, and they are timed only if they are right.
-own=
-if step "own small set" 45 "$python" benchmarks/cuda_small_set.py --own \
-  && step "own tests" 60 "$python" -m pytest -q -p no:cacheprovider --maxfail 20 -k "not cpu" tests/ops/test_cuda_tiles.py; then
-  own=--own
-fi
+# Our own tensor-core products, apart from the rest: nothing else waits for them.
+step "tile tests" 60 "$python" -m pytest -q -p no:cacheprovider --maxfail 20 -k "not cpu" tests/ops/test_cuda_tiles.py
 if command -v compute-sanitizer >/dev/null; then
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-  for tool in memcheck racecheck; do
-    step "$tool" 75 compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-name regex=sq "$python" \
-      benchmarks/cuda_small_set.py
+  for check in memcheck:{quantize,norm_activation,skinny_int8,library_int8,mma_int8,wgmma_int8,mma_fp8,wgmma_fp8} \
+    racecheck:{quantize,norm_activation,skinny_int8,mma_int8,wgmma_int8}; do
+    step "$check" 45 compute-sanitizer --tool "${check%:*}" --error-exitcode 9 --kernel-name regex=sq \
+      "$python" -m smoothquant_ext.ops.cuda.child "${check#*:}" cuda:0
   done
-  [ -z "$own" ] || step "own memcheck" 45 compute-sanitizer --tool memcheck --error-exitcode 9 --kernel-name regex=sq \
-    "$python" benchmarks/cuda_small_set.py --own || own=
   unset PYTORCH_NO_CUDA_MEMORY_CACHING
 else
   echo "compute-sanitizer is not installed: memcheck and racecheck are left out"
 fi
-step "benchmarks" 400 "$python" benchmarks/bench_cuda.py "$out/bench.jsonl" $own --seconds "$((limit - SECONDS - 15))"
+step "benchmarks" 400 "$python" benchmarks/bench_cuda.py "$out/bench.jsonl" --seconds "$((limit - SECONDS - 15))"

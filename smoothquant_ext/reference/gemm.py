@@ -44,7 +44,7 @@ def w8a8_gemm(
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """See ``ops.w8a8_gemm``. Products and sums are fp64: exact for INT8, as K * 127 * 127 < 2^53."""
+    """See ``ops.w8a8_gemm``. Products and sums are fp64: exact for INT8, as K * 128 * 128 < 2^53."""
     if b.dim() == 4:
         b = unpack_weight(b, b_scale.numel(), a.shape[-1])
     a_scale = a_scale.reshape(()) if a_scale.numel() == 1 else a_scale.reshape(*a.shape[:-1], 1)

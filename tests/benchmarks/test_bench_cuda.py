@@ -10,12 +10,9 @@ from pathlib import Path
 
 import bench_cuda
 import cuda_cases
-import cuda_small_set
 import pytest
 import torch
 from cuda_cases import Gemm, Record, summary, verdicts
-
-from smoothquant_ext.ops.cuda_kernels import FAMILIES, read_validations
 
 ROOT = Path(__file__).parents[2]
 
@@ -100,33 +97,6 @@ def test_the_summary_says_what_passed(tmp_path: Path, steps: list[Record], last:
     assert process.stdout.splitlines() == lines
 
 
-@pytest.mark.parametrize(
-    ("own", "arch", "kernels"),
-    [
-        ([], 90, FAMILIES[:4]),
-        ([step("own tests")], 90, FAMILIES),
-        ([step("own tests")], 80, FAMILIES[:5]),
-        ([step("own small set"), step("own tests", "FAILED")], 90, FAMILIES[:4]),
-        ([step("own small set", "cut off")], 90, FAMILIES[:4]),
-    ],
-)
-def test_what_passed_is_an_entry_of_the_table(
-    tmp_path: Path, own: list[Record], arch: int, kernels: tuple[str, ...]
-) -> None:
-    write_lines(tmp_path / "steps.jsonl", step("tests"), *own, step("benchmarks"))
-    write_lines(tmp_path / "machine.json", {"device": "NVIDIA H200", "arch": arch, "commit": "abc1234"})
-    lines, passed = summary(tmp_path)
-    assert passed
-    missed = [line for line in lines if line.startswith("Our own tensor-core products are not validated: own ")]
-    assert len(missed) == any(one["result"] != "passed" for one in own)
-    entry = json.loads(lines[-2])
-    table = tmp_path / "table.json"
-    table.write_text(json.dumps({"validated": [entry]}))
-    (validated,) = read_validations(table)
-    assert (validated.device, validated.arch, validated.kernels) == ("NVIDIA H200", arch, kernels)
-    assert ROOT.joinpath(cuda_cases.VALIDATIONS).is_file()
-
-
 def test_every_call_of_the_benchmark_works(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, where nothing is timed."""
     monkeypatch.setattr(bench_cuda, "DEVICE", "cpu")
@@ -138,28 +108,6 @@ def test_every_call_of_the_benchmark_works(monkeypatch: pytest.MonkeyPatch) -> N
         if name != "scaled_mm":
             assert engines[name](case)().shape == (17, 32)
     assert "SMOOTHQUANT_CUDA_GEMM" not in os.environ
-
-
-def test_the_small_set_is_right(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("SMOOTHQUANT_CUDA_GEMM", "")  # what it sets is taken back
-    monkeypatch.setattr(sys, "argv", ["cuda_small_set.py", "--device", "cpu"])
-    assert cuda_small_set.main() == 0
-    total = len(list(cuda_small_set.library()))
-    assert capsys.readouterr().out == f"{total} of {total} calls were right\n"
-    monkeypatch.setattr(cuda_small_set, "expected_of", lambda *_: [])
-    assert cuda_small_set.main() == 1
-    assert capsys.readouterr().err.startswith("WRONG: quantize_per_token {")
-
-
-def test_the_small_set_of_our_own_products_is_right(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("SMOOTHQUANT_CUDA_GEMM", "")
-    monkeypatch.setattr(sys, "argv", ["cuda_small_set.py", "--device", "cpu", "--own"])
-    assert cuda_small_set.main() == 0
-    assert capsys.readouterr().out == "50 of 50 calls were right\n"
-    families = [family for family, _ in cuda_small_set.own_products(80)]
-    assert families == ["mma"] * 5
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -8,47 +8,24 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from functools import partial
-from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
-from emulated_cuda import emulated_cuda
+from emulated_ops import ARCHS, OPS, check_fp8, lists, ops_there, same, weight
 from emulation import ROOT
 from op_cases import CASES, OpCase, Problem, call, expected_of
-from op_testing import EIGHT_BIT, FLOAT8, FLOATS, assert_same_bits, randn, random_float8, random_int8, scales, threads
-from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from op_testing import EIGHT_BIT, FLOAT8, FLOATS, randn, random_float8, random_int8, scales
 
 from smoothquant_ext import ops, reference
 from smoothquant_ext.ops.declare import DECLARED
-
-OPS = [name for name, declaration in DECLARED.items() if declaration.cuda]
-ARCHS = (80, 89, 90, 100)
-EPS = torch.finfo(torch.float32).eps
 
 pytestmark = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="the sources are not here")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _device() -> Iterator[None]:
-    """A CUDA device, and in ``ops`` functions that call the ops there with tensors of the CPU."""
-    with emulated_cuda(), ExitStack() as patches:
-        for op in OPS:
-            patches.enter_context(patch.object(ops, op, partial(run_there, getattr(ops, op))))
+    with ops_there():
         yield
-
-
-def run_there(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The op on tensors of the emulated device that have the same memory, with its offsets and strides."""
-    args, kwargs = moved(torch.ops.emulated_cuda.there, (args, kwargs))
-    return moved(torch.ops.emulated_cuda.back, op(*args, **kwargs))
-
-
-def moved(move: Callable[[Tensor], Tensor], values: Any) -> Any:
-    return tree_map_only(Tensor, move, values)
 
 
 @pytest.fixture(params=ARCHS)
@@ -65,25 +42,11 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SQ_EMULATED_ARCH", "90")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """The emulation has one, and threads of the oracle would only wait for one another."""
-    with threads(1):
-        yield
-
-
-def same(actual: Any, expected: Any, what: object = "") -> None:
-    if isinstance(expected, Tensor):
-        assert_same_bits(actual, expected, what)
-        return
-    for one, other in zip(actual, expected, strict=True):
-        assert_same_bits(one, other, what)
-
-
 # --- producers ------------------------------------------------------------------------------------------------------
 
 SHORT = [((0,), 8), ((1,), 1), ((3,), 15), ((2,), 16), ((3,), 64), ((2,), 577), ((2, 2), 100)]
 LONG = [((2,), 4096), ((1,), 8200), ((1,), 16392), ((1,), 26000)]  # the last one is too long for shared memory
+FILLING = [11528, 12032, 12040, 12152, 12288]  # fp32 rows about as long as a block's memory that need not be asked for
 PRODUCERS = [CASES[name] for name in OPS if DECLARED[name].cpu != "gemm"]
 LAYERS = [CASES[name] for name in OPS if DECLARED[name].cpu == "gemm"]
 
@@ -102,6 +65,16 @@ def test_producers_equal_the_oracle(case: OpCase) -> None:
             check(case, problem)
     for turn, shape in enumerate(LONG):
         check(case, Problem(*shape, dtype=FLOATS[turn % 3], packs=False))
+
+
+@pytest.mark.parametrize("columns", FILLING)
+@pytest.mark.parametrize("case", PRODUCERS, ids=lambda case: case.name)
+@pytest.mark.usefixtures("hopper")
+def test_rows_that_fill_shared_memory(case: OpCase, columns: int) -> None:
+    """What a kernel declares counts too: see emulated_runtime.cpp."""
+    for dtype in (torch.float32, torch.bfloat16):
+        arguments = next(iter(case.make(Problem((1,), columns, dtype=dtype, packs=False))))
+        case.check(call(case.op, arguments), expected_of(case, arguments), arguments, (columns, dtype))
 
 
 @pytest.mark.parametrize("case", PRODUCERS, ids=lambda case: case.name)
@@ -149,13 +122,6 @@ def test_int8_products_equal_the_oracle(arch: int, m: int, n: int, k: int) -> No
 PAIRS = list(itertools.product(FLOAT8, FLOAT8))
 
 
-def fp8_product(
-    m: int, n: int, k: int, a_dtype: torch.dtype, b_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    a, b = random_float8(m, k, dtype=a_dtype), random_float8(n, k, dtype=b_dtype, seed=1)
-    return a, b, scales(m), scales(n, seed=1), randn(n)
-
-
 @pytest.mark.parametrize(("m", "n", "k"), PRODUCTS)
 def test_fp8_products_are_within_the_bound(arch: int, m: int, n: int, k: int) -> None:
     for turn, (a_scale, b_scale) in enumerate(((m, n), (m, n), (1, n), (1, 1))):
@@ -169,19 +135,7 @@ def test_fp8_products_are_within_the_bound(arch: int, m: int, n: int, k: int) ->
         check_fp8(y, *arguments)
 
 
-def check_fp8(y: Tensor, a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None) -> None:
-    """K roundings of fp32 sums, four of single operations, and the cast: see test_ops_fp8."""
-    scale = a_scale.double().reshape(-1, 1) * b_scale.double().reshape(-1)
-    exact = (a.double() @ b.double().T) * scale
-    magnitude = (a.double().abs() @ b.double().abs().T) * scale
-    if bias is not None:
-        exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
-    bound = (a.shape[-1] + 4) * EPS * magnitude
-    bound += torch.finfo(y.dtype).eps / 2 * (exact.abs() + bound) + torch.finfo(y.dtype).tiny
-    assert bool(((y.double() - exact).abs() <= bound).all())
-
-
-@pytest.mark.parametrize("refused", ["outer", "all"])
+@pytest.mark.parametrize("refused", ["outer", "matmul", "all"])
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
 def test_without_an_algorithm_another_way_is_taken(
     arch: int, dtype: torch.dtype, refused: str, monkeypatch: pytest.MonkeyPatch
@@ -210,113 +164,7 @@ def test_memory_that_is_not_aligned(arch: int, dtype: torch.dtype, offset: int) 
         check_fp8(y, a, b, a_scale, b_scale, None)
 
 
-# --- our own tensor-core products -----------------------------------------------------------------------------------
-
-OWN = [*(("mma", arch) for arch in ARCHS), ("wgmma", 90), ("auto", 90)]
-TILES = [(0, 16, 16), (1, 33, 16), (9, 16, 32), (130, 17, 208), (20, 136, 1040), (300, 16, 16), (12, 0, 16)]
-ON_HOPPER = [own for own in OWN if own[1] == 90]
-
-
-def named(own: tuple[str, int]) -> str:
-    return f"{own[0]} on {own[1]}"
-
-
-@pytest.fixture(params=OWN, ids=named)
-def own(request: pytest.FixtureRequest, hopper: None, monkeypatch: pytest.MonkeyPatch) -> tuple[str, int]:
-    """Asks for one of them, on each architecture that has it."""
-    family, arch = request.param
-    monkeypatch.setenv("SMOOTHQUANT_CUDA_GEMM", family)
-    monkeypatch.setenv("SQ_EMULATED_ARCH", str(arch))
-    return family, arch
-
-
-@pytest.mark.parametrize(("m", "n", "k"), TILES)
-def test_own_int8_products_equal_the_oracle(own: tuple[str, int], m: int, n: int, k: int) -> None:
-    a, b = random_int8(m, k), random_int8(n, k, seed=1)
-    bias = (None, randn(n), randn(n, dtype=torch.bfloat16))[m % 3]
-    arguments = (a, b, scales(m if n % 2 else 1), scales(n), bias, FLOATS[(m + n) % 3])
-    same(ops.w8a8_gemm(*arguments), reference.w8a8_gemm(*arguments), (own, m, n, k))
-
-
-def test_own_fp8_products_are_within_the_bound(own: tuple[str, int]) -> None:
-    family, arch = own
-    for a_dtype, b_dtype in PAIRS:
-        arguments = fp8_product(20, 33, 208, a_dtype, b_dtype)
-        if arch < 89:
-            sentence = f"SMOOTHQUANT_CUDA_GEMM is {family}, but compute capability 8.0 has no"
-            with pytest.raises(RuntimeError, match=sentence):
-                ops.w8a8_gemm(*arguments, torch.bfloat16)
-        else:
-            check_fp8(ops.w8a8_gemm(*arguments, torch.bfloat16), *arguments)
-
-
-@pytest.mark.parametrize("own", ON_HOPPER, ids=named, indirect=True)
-@pytest.mark.usefixtures("own")
-def test_own_products_of_which_wgmma_splits_k() -> None:
-    """It swaps operands too, see gemm_config_test.cpp; mma's kernels are those of every architecture."""
-    m, n, k = 5, 40, 4096
-    arguments = (random_int8(m, k), random_int8(n, k, seed=1), scales(m), scales(n), randn(n), torch.float32)
-    same(ops.w8a8_gemm(*arguments), reference.w8a8_gemm(*arguments))
-    for a_dtype, b_dtype in (FLOAT8, FLOAT8[::-1]):
-        fp8 = fp8_product(m, n, k, a_dtype, b_dtype)
-        check_fp8(ops.w8a8_gemm(*fp8, torch.bfloat16), *fp8)
-
-
-@pytest.mark.usefixtures("own")
-def test_layers_on_our_own_products_equal_the_oracle() -> None:
-    x = randn(20, 64, dtype=torch.bfloat16)
-    x[2, 3], x[3], x[4, 5] = torch.nan, 0.0, torch.inf
-    single = (x, *weight(32, 64), randn(32), None, randn(64, seed=4).abs() + 0.2, torch.float16)
-    same(ops.w8a8_linear(*single), reference.w8a8_linear(*single))
-    layers = lists(weight(48, 64), weight(48, 64, seed=2), weight(32, 48, seed=3))
-    same(ops.w8a8_mlp(x, *layers), reference.w8a8_mlp(x, *layers))
-
-
-@pytest.mark.parametrize(
-    ("request_", "arch", "archs", "k", "sentence"),
-    [
-        ("mma", 90, "", 40, "is mma, but K is 40, expected a positive multiple of 16"),
-        ("mma", 90, "", 0, "is mma, but K is 0, expected"),
-        (
-            "wgmma",
-            80,
-            "",
-            64,
-            "is wgmma, but wgmma is an instruction of compute capability 9.0, and this GPU is of 8.0",
-        ),
-        ("wgmma", 90, "80 90", 64, "is wgmma, but wgmma needs code for 90a"),
-        ("auto", 90, "", 8, "is auto, but K is 8, expected a positive multiple of 16$"),
-        ("cutlass", 90, "", 64, "is 'cutlass', expected library, mma, wgmma or auto"),
-    ],
-)
-@pytest.mark.usefixtures("hopper")
-def test_what_our_own_products_refuse(
-    request_: str, arch: int, archs: str, k: int, sentence: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SMOOTHQUANT_CUDA_GEMM", request_)
-    monkeypatch.setenv("SQ_EMULATED_ARCH", str(arch))
-    monkeypatch.setenv("SQ_EMULATED_ARCHS", archs)
-    with pytest.raises(RuntimeError, match=f"w8a8_gemm: SMOOTHQUANT_CUDA_GEMM {sentence}"):
-        ops.w8a8_gemm(random_int8(20, k), random_int8(16, k), ONE, ONE)
-
-
-@pytest.mark.usefixtures("own")
-def test_our_own_products_refuse_memory_that_is_not_aligned() -> None:
-    a, b = random_int8(20 * 32 + 8)[8:].view(20, 32), random_int8(16, 32)
-    with pytest.raises(RuntimeError, match="an operand does not begin at a multiple of 16 bytes"):
-        ops.w8a8_gemm(a, b, ONE, ONE)
-
-
 # --- layers ---------------------------------------------------------------------------------------------------------
-
-
-def weight(n: int, k: int, seed: int = 1, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
-    return reference.quantize_per_token(randn(n, k, seed=seed), dtype)
-
-
-def lists(*layers: tuple[Tensor, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """``weight`` and ``weight_scale`` of several layers."""
-    return [w for w, _ in layers], [scale for _, scale in layers]
 
 
 @pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.name)

@@ -19,9 +19,10 @@ from op_testing import (
 )
 
 from smoothquant_ext import ops, reference
-from smoothquant_ext.ops.cuda_kernels import OWN_GEMMS, Gpu, own_gemms
+from smoothquant_ext.ops.cuda.families import families_of
+from smoothquant_ext.ops.library import built
 
-DEVICES = ["cpu", *([f"cuda {name}" for name in OWN_GEMMS] if torch.cuda.is_available() else [])]
+DEVICES = ["cpu", *(["cuda mma", "cuda wgmma"] if HAS_CUDA else [])]
 
 
 @pytest.fixture(params=DEVICES)
@@ -30,17 +31,16 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     name, _, family = request.param.partition(" ")
     if not family:
         return str(name)
-    if family not in own_gemms(gpu(), ("gemm_int8",)):
+    if f"{family}_int8" not in families():
         pytest.skip(f"this GPU has no {family}")
     monkeypatch.setenv("SMOOTHQUANT_CUDA_GEMM", family)
-    if not any(row.backend == "cuda" for row in ops.info() if row.op == "w8a8_gemm, int8"):
-        pytest.skip(f"{family} is not validated here; SMOOTHQUANT_UNVALIDATED_CUDA=1 runs it")
     return str(name)
 
 
-def gpu() -> Gpu:
+def families() -> tuple[str, ...]:
+    """Those that this GPU can run."""
     major, minor = torch.cuda.get_device_capability()
-    return Gpu(torch.cuda.get_device_name(), 10 * major + minor)
+    return families_of(10 * major + minor, built().archs)
 
 
 # More tiles than a GPU has multiprocessors among them: 8 x 33.
@@ -63,7 +63,7 @@ def test_int8_sums_of_the_largest_kind(device: str) -> None:
 def test_fp8_products_are_within_the_bound(
     device: str, m: int, n: int, k: int, a_dtype: torch.dtype, b_dtype: torch.dtype
 ) -> None:
-    if device == "cuda" and not own_gemms(gpu(), ("gemm_fp8",)):
+    if device == "cuda" and "mma_fp8" not in families():
         pytest.skip("this GPU has no fp8 tensor cores")
     a, b = random_float8(m, k, dtype=a_dtype), random_float8(n, k, dtype=b_dtype, seed=1)
     arguments = (a, b, scales(m), scales(n, seed=1), randn(n))

@@ -8,6 +8,7 @@ the CPU beside one of this device is an error, as on a GPU. It has no streams, g
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from smoothquant_ext.ops import library as libraries
 from smoothquant_ext.ops.cuda import machine, settle
 
 NAME = "Emulated GPU"
+ARCHS = "80+PTX 89 90a 100a 120"
 DEFAULT_WAYS = "8=skinny,library,torch;=library,skinny,torch"  # those of csrc/cuda/compute/ways.h
 _loaded: set[str] = set()
 
@@ -60,29 +62,35 @@ def functions_of(arch: int, memory: int) -> dict[str, Any]:
     properties = SimpleNamespace(
         name=NAME, major=major, minor=minor, total_memory=memory, multi_processor_count=3, L2_cache_size=32 << 20
     )
-    nothing: Any = lambda *_args, **_kwargs: None  # noqa: E731
-    return {
-        "_is_compiled": lambda: True,
-        "_lazy_init": nothing,
-        "current_device": lambda: 0,
-        "device_count": lambda: 1,
-        "empty_cache": nothing,
-        "get_device_capability": lambda _device=None: (major, minor),
-        "get_device_name": lambda _device=None: NAME,
-        "get_device_properties": lambda _device=None: properties,
-        "is_available": lambda: True,
-        "is_bf16_supported": lambda **_kwargs: True,
-        "is_current_stream_capturing": lambda: False,
-        "is_initialized": lambda: True,
-        "manual_seed_all": nothing,
-        "max_memory_allocated": lambda _device=None: 0,
-        "mem_get_info": lambda _device=None: (memory, memory),
-        "memory_allocated": lambda _device=None: 0,
-        "memory_reserved": lambda _device=None: 0,
-        "reset_peak_memory_stats": nothing,
-        "set_device": nothing,
-        "synchronize": nothing,
+    answers: dict[str, Any] = {
+        "current_device": 0,
+        "device_count": 1,
+        "empty_cache": None,
+        "get_device_capability": (major, minor),
+        "get_device_name": NAME,
+        "get_device_properties": properties,
+        "get_rng_state": torch.empty(0),
+        "is_available": True,
+        "is_bf16_supported": True,
+        "is_current_stream_capturing": False,
+        "is_initialized": True,
+        "manual_seed_all": None,
+        "max_memory_allocated": 0,
+        "mem_get_info": (memory, memory),
+        "memory_allocated": 0,
+        "memory_reserved": 0,
+        "reset_peak_memory_stats": None,
+        "set_device": None,
+        "set_rng_state": None,
+        "synchronize": None,
+        "_lazy_init": None,
     }
+    return {name: function_that_answers(answer) for name, answer in answers.items()}
+
+
+def function_that_answers(answer: Any) -> Any:
+    """A new function each time: torch.compile has a table of torch's by identity."""
+    return lambda *_args, **_kwargs: answer
 
 
 @contextlib.contextmanager
@@ -93,17 +101,30 @@ def unsettled(library: Path | None = None) -> Iterator[settle._State]:
         library: the compiled CUDA library; a path that does not exist is a package without one.
     """
     state = settle._State()
+    path = library or emulated_library()
+
+    def load(wanted: Path) -> None:
+        """The library is loaded already, below the doors: what they hide appears without them."""
+        if not wanted.is_file():
+            raise ImportError(f"there is no {wanted}")
+        for doors in state.registered:
+            doors._destroy()
+
+    archs = os.environ.get("SQ_EMULATED_ARCHS") or ARCHS
+    none = libraries.Built("", "", "built without CUDA kernels: no nvcc")
+    built = libraries.Built(archs, "13.0", "") if path.is_file() else none
     with (
         patch.object(settle, "_state", state),
-        patch.object(libraries, "CUDA", library or emulated_library()),
+        patch.object(libraries, "CUDA", path),
+        patch.object(libraries, "built", lambda: built),
+        patch.object(libraries, "load", load),
         patch.object(machine, "driver_version", lambda: 13000),
     ):
         settle.start()
         try:
             yield state
         finally:
-            for registered in (state.door, state.replacements):
-                if registered is not None:
-                    registered._destroy()
+            for registered in state.registered:
+                registered._destroy()
             torch.ops.sq._set_cuda_ways("int8", DEFAULT_WAYS)
             torch.ops.sq._set_cuda_ways("fp8", DEFAULT_WAYS)

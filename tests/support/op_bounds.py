@@ -39,13 +39,15 @@ def check_linear(y: Tensor, expected: Tensor, x: Tensor, weight: Tensor, bias: T
     assert bool(((y.double() - exact).abs() <= 1.01 * bound).all())
 
 
-def check_attention(y: Tensor, expected: Tensor, arguments: dict[str, Any]) -> None:
+def check_attention(y: Tensor, expected: Tensor, arguments: dict[str, Any], rounding: float = 0.0) -> None:
     """Roundings may move the result [B, T, H, Dv] of these arguments by as much as this.
 
     A score, a sum of D products, is off by at most (D + 3) eps times the sum of its magnitudes, its scales included,
     and its exponential by that relatively; fp32 exponentials, sums over S keys and the scales of values by a few eps
     more; a probability that is rounded to bf16, by 2^-9. Every one of these moves the weighted mean of v by its
-    relative size times at most 2 max|v|. Then one cast.
+    relative size times at most 2 max|v|. Then one cast. ``rounding`` is the relative error of a dtype that
+    dequantized keys and values and probabilities are rounded to: it moves scores by that share of their magnitudes,
+    and the mean by at most 4 of max|v|.
     """
     q, k, v, scale = arguments["q"], arguments["k"].double(), arguments["v"].double(), arguments["scale"]
     if arguments.get("k_scale") is not None:
@@ -56,8 +58,8 @@ def check_attention(y: Tensor, expected: Tensor, arguments: dict[str, Any]) -> N
         return
     group = q.shape[1] // k.shape[1]
     magnitudes = scale * q.double().abs() @ k.abs().repeat_interleave(group, 1).transpose(2, 3)
-    score = (q.shape[3] + 5) * EPS * magnitudes.amax((2, 3))  # [B, H]
-    relative = score + (k.shape[2] + 16) * EPS + (2**-9 if q.dtype == torch.bfloat16 else 0)
+    score = ((q.shape[3] + 5) * EPS + rounding) * magnitudes.amax((2, 3))  # [B, H]
+    relative = score + (k.shape[2] + 16) * EPS + (2**-9 if q.dtype == torch.bfloat16 else 0) + 2 * rounding
     largest = v.abs().amax((2, 3)).repeat_interleave(group, 1)
     bound = (2 * relative * largest)[:, None, :, None]
     bound = bound + torch.finfo(q.dtype).eps * expected.double().abs() + torch.finfo(q.dtype).tiny

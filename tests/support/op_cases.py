@@ -1,7 +1,7 @@
 """Every op of ``torch.ops.sq`` in a row: how its arguments are made, and what holds for it.
 
-The rows feed the tests of all ops (tests/ops/test_every_op.py, test_memory.py, test_cuda_emulated.py) and
-benchmarks/cuda_small_set.py: a new op is tested there once it has a row.
+The rows feed the tests of all ops (tests/ops/test_every_op.py, test_memory.py, test_cuda_emulated.py): a new op is
+tested there once it has a row.
 """
 
 from __future__ import annotations

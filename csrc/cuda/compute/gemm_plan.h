@@ -38,8 +38,8 @@ struct GemmProblem {
   bool is_bias_aligned;  // and so does the bias
   bool has_bias;
   DType bias;
-  bool is_fast;       // fp8 products are to be added with fewer bits
-  int64_t l2_bytes;   // the device's cache
+  bool is_fast;      // fp8 products are to be added with fewer bits
+  int64_t l2_bytes;  // the device's cache
 };
 
 enum class GemmPath { kNone, kInt8, kOuter, kFp8, kWide };
@@ -115,8 +115,8 @@ inline PathChoice choose_path(const GemmProblem& problem) {
   if (!problem.is_aligned) return {GemmPath::kNone, "an operand does not begin at a multiple of 16 bytes"};
   if (is_int8) return {GemmPath::kInt8, ""};
   // cuBLASLt adds a bias of the output's own 16-bit type only.
-  const bool takes_bias = !problem.has_bias || (problem.bias == problem.y && problem.y != DType::kFloat32 &&
-                                                problem.is_bias_aligned);
+  const bool takes_bias =
+      !problem.has_bias || (problem.bias == problem.y && problem.y != DType::kFloat32 && problem.is_bias_aligned);
   return {problem.arch == 90 && takes_bias ? GemmPath::kOuter : GemmPath::kFp8, ""};
 }
 
@@ -179,7 +179,9 @@ inline GemmPlan plan_path(const GemmProblem& problem, const PathChoice& choice) 
 inline GemmPlan plan_gemm(const GemmProblem& problem) { return plan_path(problem, choose_path(problem)); }
 
 // Where cuBLASLt has no algorithm for outer scales: scales and bias in a pass of their own.
-inline GemmPlan plan_without_outer_scales(const GemmProblem& problem) { return plan_path(problem, {GemmPath::kFp8, ""}); }
+inline GemmPlan plan_without_outer_scales(const GemmProblem& problem) {
+  return plan_path(problem, {GemmPath::kFp8, ""});
+}
 
 // The bytes that cuBLASLt may use beside its operands: what NVIDIA recommends for each architecture.
 inline int64_t lt_workspace_bytes(int arch) { return int64_t{arch >= 90 ? 32 : 4} << 20; }

@@ -12,6 +12,14 @@
 
 namespace sq {
 
+// The rows of `epilogue` that a product of some rows finishes.
+inline Epilogue epilogue_of_rows(Epilogue epilogue, const Rows& rows) {
+  epilogue.m = rows.end - rows.begin;
+  epilogue.a_scale += rows.begin * epilogue.a_scale_step;
+  epilogue.y = static_cast<uint8_t*>(epilogue.y) + rows.begin * epilogue.n * element_size(epilogue.y_dtype);
+  return epilogue;
+}
+
 // The tensors are contiguous, of checked shapes, and not empty.
 struct ProductJob {
   const char* op;
@@ -32,12 +40,9 @@ struct ProductJob {
   // The same product of some rows.
   TileJob of_rows(const Rows& rows) {
     TileJob part = pointers;
-    Epilogue& epilogue = part.epilogue;
     part.a += rows.begin * part.k;
-    epilogue.m = rows.end - rows.begin;
-    epilogue.a_scale += rows.begin * epilogue.a_scale_step;
-    epilogue.y = static_cast<uint8_t*>(result().mutable_data_ptr()) +
-                 rows.begin * epilogue.n * static_cast<int64_t>(element_size(epilogue.y_dtype));
+    part.epilogue.y = result().mutable_data_ptr();
+    part.epilogue = epilogue_of_rows(part.epilogue, rows);
     return part;
   }
 };

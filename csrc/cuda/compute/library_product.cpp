@@ -49,7 +49,8 @@ ScaleVectors scale_vectors(const Epilogue& epilogue, const Tensor& like) {
   const int64_t a_room = has_a ? 0 : (epilogue.m + 3) / 4 * 4, b_room = has_b ? 0 : epilogue.n;
   vectors.made = empty_like_device(like, {a_room + b_room}, ScalarType::Float);
   auto* room = static_cast<float*>(vectors.made->mutable_data_ptr());
-  ScalesJob job{epilogue.a_scale, epilogue.b_scale, epilogue.a_scale_step, epilogue.b_scale_step, 0, 0, nullptr, nullptr};
+  ScalesJob job{epilogue.a_scale, epilogue.b_scale, epilogue.a_scale_step, epilogue.b_scale_step, 0, 0,
+                nullptr,          nullptr};
   if (!has_a) {
     vectors.a = job.a_vector = room;
     job.m = epilogue.m;
@@ -86,8 +87,8 @@ std::vector<Rows> multiply_in_chunks(const char* op, const GemmPlan& plan, const
   }
   const int64_t row_bytes = part.k * (is_wide ? 2 : 1);
   const int64_t most_rows = (whole.m + plan.chunks - 1) / plan.chunks + kChunkRows;
-  Tensor sums = empty_like_device(like, {std::min(most_rows, whole.m), whole.n},
-                                  is_int32 ? ScalarType::Int : ScalarType::Float);
+  Tensor sums =
+      empty_like_device(like, {std::min(most_rows, whole.m), whole.n}, is_int32 ? ScalarType::Int : ScalarType::Float);
   operands.d = sums.mutable_data_ptr();
   std::vector<Rows> refused;
   for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
@@ -98,11 +99,7 @@ std::vector<Rows> multiply_in_chunks(const char* op, const GemmPlan& plan, const
       refused.push_back(rows);
       continue;
     }
-    Epilogue epilogue = whole;
-    epilogue.m = product.columns;
-    epilogue.a_scale += rows.begin * epilogue.a_scale_step;
-    epilogue.y = static_cast<uint8_t*>(epilogue.y) + rows.begin * epilogue.n * element_size(epilogue.y_dtype);
-    launch_epilogue({operands.d, 1, is_int32, epilogue}, current_stream(like));
+    launch_epilogue({operands.d, 1, is_int32, epilogue_of_rows(whole, rows)}, current_stream(like));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
   return refused;

@@ -13,8 +13,9 @@ namespace {
 Refusal multiply_by_few_rows(ProductJob& job, const Rows& rows) {
   const TileJob part = job.of_rows(rows);
   if (skinny_blocks(part.epilogue.m, part.epilogue.n) > kMaxBlocks) {
-    return {{rows}, "M=" + std::to_string(part.epilogue.m) + " and N=" + std::to_string(part.epilogue.n) +
-                        " are too many for one launch"};
+    return {{rows},
+            "M=" + std::to_string(part.epilogue.m) + " and N=" + std::to_string(part.epilogue.n) +
+                " are too many for one launch"};
   }
   launch_skinny_gemm({part.a, part.b, part.a_dtype, part.b_dtype, part.k, part.epilogue}, current_stream(job.a));
   STD_CUDA_KERNEL_LAUNCH_CHECK();

@@ -5,6 +5,10 @@
 #include <cudaTypedefs.h>
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
+#include <tuple>
+
 #include "common/checks.h"
 #include "cuda/kernels/tile_maps.h"
 
@@ -28,9 +32,7 @@ PFN_cuTensorMapEncodeTiled_v12000 find_encode(const char* op) {
   return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
 }
 
-}  // namespace
-
-TensorMap map_of_rows(const char* op, const uint8_t* data, int64_t rows, int64_t k, int box_rows) {
+TensorMap encode_rows(const char* op, const uint8_t* data, int64_t rows, int64_t k, int box_rows) {
   static const PFN_cuTensorMapEncodeTiled_v12000 encode = find_encode(op);
   static_assert(WgmmaTile::kK == SwapTile::kK);
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(k), static_cast<cuuint64_t>(rows)};  // the innermost comes first
@@ -44,6 +46,21 @@ TensorMap map_of_rows(const char* op, const uint8_t* data, int64_t rows, int64_t
   SQ_CHECK(result == CUDA_SUCCESS, op, ": the driver makes no tensor map of ", rows, " rows of ", k, " bytes (error ",
            static_cast<int>(result), ")");
   return map;
+}
+
+}  // namespace
+
+// A map says where a matrix is and not what is there: memory that was freed and holds another matrix of the same shape has
+// the same map. Those of a model's weights are all kept.
+TensorMap map_of_rows(const char* op, const uint8_t* data, int64_t rows, int64_t k, int box_rows) {
+  constexpr size_t kMost = 4096;
+  static std::mutex mutex;
+  static std::map<std::tuple<const uint8_t*, int64_t, int64_t, int>, TensorMap> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const std::tuple key(data, rows, k, box_rows);
+  if (const auto found = known.find(key); found != known.end()) return found->second;
+  if (known.size() >= kMost) known.clear();
+  return known[key] = encode_rows(op, data, rows, k, box_rows);
 }
 
 }  // namespace sq

@@ -114,7 +114,8 @@ inline std::string parse_way_table(const std::string& text, bool is_fp8, WayTabl
       const std::optional<int64_t> rows = parse_rows(bound);
       if (!rows.has_value()) return "'" + bound + "' is no positive number of rows";
       if (!table->classes.empty() && *rows <= table->classes.back().most_rows) {
-        return bound + " rows follow " + std::to_string(table->classes.back().most_rows) + ", expected ascending numbers";
+        return bound + " rows follow " + std::to_string(table->classes.back().most_rows) +
+               ", expected ascending numbers";
       }
       one.most_rows = *rows;
     } else if (!bound.empty()) {

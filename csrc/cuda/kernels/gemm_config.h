@@ -9,7 +9,7 @@
 //
 // The estimate: blocks run in waves, as many at a time as fit; a tile takes as long as its arithmetic or, if that is
 // longer, its bytes from L2; and no product is faster than its bytes from memory. Rates are of data sheets and shares of
-// them that others measured; none was measured with these kernels, which is why nothing is chosen by it unasked.
+// them that others measured; none was measured with these kernels, so it chooses among those of one way to multiply only.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +20,7 @@
 
 namespace sq {
 
-enum class GemmFamily { kMma, kWgmma };  // what is asked for and validated together
+enum class GemmFamily { kMma, kWgmma };  // ways to multiply, each proven and ranked as one
 enum class GemmKernel { kMma, kWgmma, kSwapped };
 
 struct GemmConfig {

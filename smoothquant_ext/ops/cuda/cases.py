@@ -168,24 +168,28 @@ ONE_PASS = (Kind(BF16, BF16), Kind(None, BF16), Kind(F16, F16), Kind(BF16, BF16,
 """Those of which a GPU with scales by row and column computes all in the product: a bias has the result's type."""
 
 
-def _scales_and_bias(m: int, n: int, kind: Kind) -> dict[str, Any]:
-    """The other arguments of a product; the scale of one row is NaN."""
-    a_scale, b_scale = _randn(m, seed=3).abs() * 0.01 + 1e-4, _randn(n, seed=4).abs() * 0.01 + 1e-4
+def _random_scale(count: int, seed: int) -> Tensor:
+    return _randn(count, seed=seed).abs() * 0.01 + 1e-4
+
+
+def _product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, kind: Kind) -> Case:
+    """A call with scales a row and a column, or the first of each; the scale of one row is NaN."""
     if kind.per_tensor:
         a_scale, b_scale = a_scale[:1], b_scale[:1]
-    elif m > 1:
+    elif len(a) > 1:
         a_scale[1] = torch.nan
-    bias = None if kind.bias is None else _randn(n, seed=5).to(kind.bias)
-    return {"a_scale": a_scale, "b_scale": b_scale, "bias": bias, "out_dtype": kind.out_dtype}
+    bias = None if kind.bias is None else _randn(len(b), seed=5).to(kind.bias)
+    arguments = {"a": a, "b": b, "a_scale": a_scale, "b_scale": b_scale, "bias": bias, "out_dtype": kind.out_dtype}
+    return Case("w8a8_gemm", arguments)
 
 
 def _products() -> Iterator[Case]:
     for turn, (m, n, k) in enumerate(SHAPES):
         generator = torch.Generator().manual_seed(turn)
         a, b = (torch.randint(-127, 128, shape, generator=generator).to(torch.int8) for shape in ((m, k), (n, k)))
-        yield Case("w8a8_gemm", {"a": a, "b": b} | _scales_and_bias(m, n, KINDS[turn % len(KINDS)]))
+        yield _product(a, b, _random_scale(m, 3), _random_scale(n, 4), KINDS[turn % len(KINDS)])
     largest = torch.full((20, 4096), -127, dtype=torch.int8)
-    yield Case("w8a8_gemm", {"a": largest, "b": largest[:16]} | _scales_and_bias(20, 16, KINDS[1]))
+    yield _product(largest, largest[:16], _random_scale(20, 3), _random_scale(16, 4), KINDS[1])
 
 
 def _fp8_products() -> Iterator[Case]:
@@ -194,14 +198,12 @@ def _fp8_products() -> Iterator[Case]:
         a, b = _randn(m, k), _randn(n, k, seed=1)
         both = ((E4M3, E4M3), ONE_PASS[turn % len(ONE_PASS)]), (next(others), KINDS[turn % len(KINDS)])
         for (a_type, b_type), kind in both:
-            operands = {
-                "a": reference.quantize_per_token(a, a_type)[0],
-                "b": reference.quantize_per_token(b, b_type)[0],
-            }
-            yield Case("w8a8_gemm", operands | _scales_and_bias(m, n, kind))
+            q, a_scale = reference.quantize_per_token(a, a_type)
+            w, b_scale = reference.quantize_per_token(b, b_type)
+            yield _product(q, w, a_scale, b_scale, kind)
     # Sums of one sign, in which the small addends of fast accumulation are lost.
     ones = torch.ones(20, 4096).to(E4M3)
-    yield Case("w8a8_gemm", {"a": ones, "b": ones[:16]} | _scales_and_bias(20, 16, ONE_PASS[1]))
+    yield _product(ones, ones[:16], _random_scale(20, 3), _random_scale(16, 4), ONE_PASS[1])
 
 
 def _experts(dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:

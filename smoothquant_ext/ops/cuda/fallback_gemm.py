@@ -102,8 +102,10 @@ class Operands(NamedTuple):
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """``x``, contiguous, at an address that 16 bytes can be read from at once."""
+    """``x``, contiguous, at an address that 16 bytes can be read from at once; a compiler sees to that itself."""
     x = x.contiguous()
+    if torch.compiler.is_compiling():
+        return x
     return x.clone() if x.storage_offset() * x.element_size() % 16 else x
 
 
@@ -117,7 +119,7 @@ def _padded(x: Tensor, rows: int, columns: int) -> Tensor:
     return pad(x.view(torch.int8), (0, columns, 0, rows)).view(x.dtype) if rows or columns else x
 
 
-def _scaled(sums: Tensor, operands: Operands) -> Tensor:
+def scaled(sums: Tensor, operands: Operands) -> Tensor:
     """Scales, bias and cast of sums [M or more, N or more]; the product of the scales, each step rounds once."""
     y = sums[: operands.a.shape[0], : operands.b.shape[0]].float().contiguous()
     y = y.mul_(operands.a_scale * operands.b_scale)
@@ -131,7 +133,7 @@ def _multiply_int8(operands: Operands) -> Tensor:
     more_rows = 32 - a.shape[0] if a.shape[0] <= 16 else 0
     more_k = _to_multiple(k, 8)
     sums = torch._int_mm(_padded(a, more_rows, more_k), _padded(b, _to_multiple(n, 8), more_k).t())
-    return _scaled(sums, operands)
+    return scaled(sums, operands)
 
 
 def _multiply_fp8_rows(operands: Operands) -> Tensor:
@@ -146,14 +148,19 @@ def _multiply_fp8(operands: Operands) -> Tensor:
     one = a.new_ones((), dtype=torch.float32)
     more_k = _to_multiple(k, 16)
     a, b = _padded(a, 0, more_k), _padded(b, _to_multiple(n, 16), more_k)
-    return _scaled(torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.float32), operands)
+    return scaled(torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.float32), operands)
+
+
+def wide_sums(a: Tensor, b: Tensor) -> Tensor:
+    """fp32 ``a @ b.T`` of values that a 16-bit dtype holds exactly."""
+    if not a.is_cuda:
+        return a.float() @ b.float().t()  # elsewhere torch's mm has no out_dtype
+    dtype = torch.bfloat16 if arch_of(a.device) >= BF16_ARCH else torch.float16
+    return torch.mm(a.to(dtype), b.to(dtype).t(), out_dtype=torch.float32)
 
 
 def _multiply_wide(operands: Operands) -> Tensor:
-    if operands.a.is_cuda:
-        dtype = torch.bfloat16 if arch_of(operands.a.device) >= BF16_ARCH else torch.float16
-        return _scaled(torch.mm(operands.a.to(dtype), operands.b.to(dtype).t(), out_dtype=torch.float32), operands)
-    return _scaled(operands.a.float() @ operands.b.float().t(), operands)  # elsewhere torch's mm has no out_dtype
+    return scaled(wide_sums(operands.a, operands.b), operands)
 
 
 PRODUCTS: Mapping[str, Callable[[Operands], Tensor]] = {

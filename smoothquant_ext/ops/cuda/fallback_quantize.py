@@ -35,7 +35,7 @@ def cast(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 def row_absmax(values: Tensor) -> Tensor:
     """fp32 [..., 1]; NaN or infinite for a row that has such a value, 0 for one without values."""
-    if values.shape[-1] == 0:
+    if values.numel() == 0:
         return values.new_zeros((*values.shape[:-1], 1), dtype=torch.float32)
     low, high = values.aminmax(dim=-1, keepdim=True)
     return torch.maximum(-low, high).float()

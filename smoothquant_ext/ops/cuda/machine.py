@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from .. import library
+
 
 class Gpu(NamedTuple):
     """A device of this machine; ``arch`` is 90 for compute capability 9.0."""
@@ -27,12 +29,14 @@ class Facts(NamedTuple):
     torch_cuda: str | None
     """The CUDA version that torch was built with."""
     library_error: str
-    """Why our library is not loaded, or nothing."""
+    """Why our library is missing or cannot be loaded, or nothing."""
     driver: int
     """The CUDA version that the driver is for, as 12040 for 12.4; 0 without a driver."""
     gpus: tuple[Gpu, ...]
     archs: str
-    """The architectures that our library was built for, such as ``"80+PTX 90a"``."""
+    """The architectures that our library was built for, such as ``"80+PTX 90a"``; empty if that is not known."""
+    nvcc: str = ""
+    """The version of the nvcc that compiled our library, likewise."""
 
 
 def driver_version() -> int:
@@ -60,17 +64,21 @@ def is_enough(driver: int, torch_cuda: str) -> bool:
     return driver // 1000 >= int(torch_cuda.partition(".")[0])
 
 
-def gather(library_error: str) -> Facts:
-    """The facts of this machine and process."""
+def gather(library_error: str = "") -> Facts:
+    """The facts of this machine and process.
+
+    Args:
+        library_error: why our library could not be loaded, where that was tried.
+    """
     if torch.version.cuda is None:
-        return Facts(None, library_error, 0, (), "")
+        return Facts(None, "", 0, (), "")
+    built = library.built()
     driver = driver_version()
     gpus: tuple[Gpu, ...] = ()
     if is_enough(driver, torch.version.cuda):
         properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
         gpus = tuple(Gpu(found.name, 10 * found.major + found.minor) for found in properties)
-    archs = torch.ops.sq._cuda_archs() if gpus and not library_error else ""
-    return Facts(torch.version.cuda, library_error, driver, gpus, archs)
+    return Facts(torch.version.cuda, library_error or built.why_missing, driver, gpus, built.archs, built.nvcc)
 
 
 def has_code_for(archs: str, arch: int) -> bool:
@@ -88,6 +96,10 @@ def has_code_for(archs: str, arch: int) -> bool:
     return False
 
 
+def _version(facts: Facts) -> str:
+    return f"{facts.driver // 1000}.{facts.driver % 1000 // 10}"
+
+
 def why_no_gpu(facts: Facts) -> str:
     """Why nothing can run on a GPU here; empty if there is one."""
     if facts.torch_cuda is None:
@@ -95,8 +107,7 @@ def why_no_gpu(facts: Facts) -> str:
     if facts.driver == 0:
         return "there is no NVIDIA driver"
     if not is_enough(facts.driver, facts.torch_cuda):
-        version = f"{facts.driver // 1000}.{facts.driver % 1000 // 10}"
-        return f"the NVIDIA driver is for CUDA {version}, and torch needs {facts.torch_cuda}: update it"
+        return f"the NVIDIA driver is for CUDA {_version(facts)}, and torch needs {facts.torch_cuda}: update it"
     return "" if facts.gpus else "the driver shows no GPU (is CUDA_VISIBLE_DEVICES set?)"
 
 
@@ -104,8 +115,13 @@ def why_no_kernels(facts: Facts) -> str:
     """Why our CUDA kernels cannot run on the GPUs of this machine; empty if they can."""
     if facts.library_error:
         return facts.library_error
+    if facts.nvcc and not is_enough(facts.driver, facts.nvcc):
+        return (
+            f"the NVIDIA driver is for CUDA {_version(facts)}, and the kernels were compiled by nvcc {facts.nvcc}: "
+            "update the driver, or compile with an older nvcc"
+        )
     lacking = [gpu for gpu in facts.gpus if not has_code_for(facts.archs, gpu.arch)]
-    if not lacking:
+    if not lacking or not facts.archs:
         return ""
     gpu = lacking[0]
     return f"{gpu.name} has compute capability {gpu.capability}, and the kernels are built for {facts.archs}"

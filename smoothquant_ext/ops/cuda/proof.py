@@ -45,12 +45,13 @@ def key_of(gpu: Gpu) -> Key:
 
 def cublaslt_version() -> str:
     """The version of the cuBLASLt that torch has loaded, such as "130100"; empty if it has none."""
-    for major in (torch.version.cuda or "").split(".")[:1]:
-        with contextlib.suppress(OSError, AttributeError):
-            lt = ctypes.CDLL(f"libcublasLt.so.{major}", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
-            lt.cublasLtGetVersion.restype = ctypes.c_size_t
-            return str(lt.cublasLtGetVersion())
-    return ""
+    try:
+        torch_cuda = ctypes.CDLL("libtorch_cuda.so", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+        function = torch_cuda.cublasLtGetVersion  # of torch's own dependencies, whatever their names
+    except (OSError, AttributeError):
+        return ""
+    function.restype = ctypes.c_size_t
+    return str(function())
 
 
 def prove(gpu: Gpu, index: int, archs: str, report: Report = lambda _family, _verdict: None) -> Record:

@@ -80,6 +80,11 @@ def _door(name: str) -> Callable[..., Any]:
     return through
 
 
+def library_error() -> str:
+    """Why the library could not be loaded; empty before that was tried."""
+    return _state.library_error
+
+
 def settled() -> Settled | None:
     """How the ops run on GPUs, or ``None`` before the first use of one."""
     return _state.settled
@@ -112,39 +117,58 @@ def settle(device: int | None = None) -> Settled:
 
 
 def _settle() -> None:
-    _load()
-    facts = machine.gather(_state.library_error)
+    facts = machine.gather()
     why = machine.why_no_gpu(facts) or machine.why_no_kernels(facts)
-    kinds = {} if why else {gpu: facts.gpus.index(gpu) for gpu in facts.gpus}
-    found = tuple(proof.proven(gpu, index, facts.archs, logger.warning) for gpu, index in kinds.items())
-    replaced = {name: reason for name in DECLARED if name in FALLBACKS and (reason := why or why_replaced(name, found))}
-    if not _state.library_error:
+    found: tuple[Record, ...] = ()
+    if not why:
+        kinds = dict.fromkeys(facts.gpus)
+        found = tuple(proof.proven(gpu, facts.gpus.index(gpu), facts.archs, logger.warning) for gpu in kinds)
+        why = _load()  # only now: with it, its kernels run
+    if not why:
         for dtype in DTYPES:
             torch.ops.sq._set_cuda_ways(dtype, ranking(found, dtype))
-    _use(Settled(facts, found, replaced))
+    replaced = {name: reason for name in DECLARED if name in FALLBACKS and (reason := why or why_replaced(name, found))}
+    _use(Settled(facts, () if why else found, replaced))
     if why or (failed := refused(found)):
         logger.warning(why_torch(facts, why) if why else why_refused(failed))
 
 
-def _load() -> None:
+def _load() -> str:
+    """Loads our kernels; why it cannot, or nothing."""
     try:
         library.load(library.CUDA)
     except ImportError as error:
         _state.library_error = str(error)
+    return _state.library_error
 
 
 def _use(settled: Settled) -> None:
-    names = (*settled.replaced, "_gemm_by_torch")
-    _register({name: FALLBACKS[name] for name in names})
+    functions = {name: FALLBACKS[name] for name in settled.replaced}
+    _register(functions | {"_gemm_by_torch": _gemm_by_torch})
     _state.settled = settled
 
 
+def _gemm_by_torch(*args: Any) -> torch.Tensor:
+    """The way "torch"; tells what went wrong, since errors lose their text on the way through C++."""
+    try:
+        product: torch.Tensor = FALLBACKS["_gemm_by_torch"](*args)
+    except Exception as error:
+        logger.error("w8a8_gemm by torch: %s", error)
+        raise
+    return product
+
+
 def trust_all() -> None:
-    """Lets every kernel run, proven or not: for the process that proves them."""
+    """Lets every kernel run, proven or not: for the process that proves them.
+
+    Raises:
+        ImportError: they cannot be loaded.
+    """
     with _state.lock:
-        _load()
+        if why := _load():
+            raise ImportError(why)
         replaced = {name: "it has no kernel" for name in FALLBACKS if name in DECLARED and not DECLARED[name].cuda}
-        _use(Settled(machine.gather(_state.library_error), (), replaced))
+        _use(Settled(machine.gather(), (), replaced))
 
 
 def why_replaced(op: str, found: tuple[Record, ...]) -> str:

@@ -38,9 +38,7 @@ def time_ways(families: Sequence[str], device: str) -> Iterator[Timing]:
                     os.environ["SMOOTHQUANT_CUDA_GEMM"] = way
                     try:
                         microseconds = time_us(calls)
-                    except RuntimeError as error:
-                        if "SMOOTHQUANT_CUDA_GEMM is " not in str(error):
-                            raise
+                    except RuntimeError:  # it cannot compute this, or has no memory for it
                         continue
                     yield Timing(dtype, way, rows, n, k, round(microseconds, 3))
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cuda/kernels/epilogue.cuh"
+#include "cuda/kernels/scales.cuh"
 #include "cuda/kernels/skinny.cuh"
 #include "cuda/kernels/widen.cuh"
 #include "native/cpu/codes.h"
@@ -208,6 +209,29 @@ void test_widen(DType dtype, int64_t count, int64_t offset) {
   }
 }
 
+// Products of fp8 values are exact in fp32, so that a fused multiply-add and two instructions have the same bits; also for
+// NaN, infinities, zeros and sums near the largest.
+void test_fused_sums(DType a_dtype, DType b_dtype) {
+  for (int pair = 0; pair < 1 << 16; ++pair) {
+    const auto a = static_cast<uint8_t>(pair), b = static_cast<uint8_t>(pair >> 8);
+    const float x = decode(a, a_dtype), y = decode(b, b_dtype);
+    const float sums[] = {0.0f, -0.0f, random_float(), -x * y, random_float() * 1e9f, 3.4e38f, 1e-45f, INFINITY, NAN};
+    for (float sum : sums) {
+      const float product = x * y, separate = sum + product;
+      CHECK(same(__fmaf_rn(x, y, sum), separate), "%d * %d + %g", a, b, sum);
+    }
+  }
+}
+
+void test_scales(int a_step, int b_step, int64_t m, int64_t n) {
+  const Buffer<float> a = random_scales(a_step == 0 ? 1 : m), b = random_scales(b_step == 0 ? 1 : n);
+  const Buffer<float> a_vector(m), b_vector(n);
+  const ScalesJob job{a.data(), b.data(), a_step, b_step, m, n, a_vector.data(), b_vector.data()};
+  shim::run_grid(align_scales_kernel, 2u, unsigned{kScalesThreads}, size_t{0}, job);
+  for (int64_t i = 0; i < m; ++i) CHECK(same(a_vector[i], a[i * a_step]), "a %" PRId64, i);
+  for (int64_t i = 0; i < n; ++i) CHECK(same(b_vector[i], b[i * b_step]), "b %" PRId64, i);
+}
+
 static_assert(skinny_threads(0) == 32 && skinny_threads(512) == 32 && skinny_threads(513) == 64);
 static_assert(skinny_threads(4096) == 256 && skinny_threads(100000) == 256);
 static_assert(skinny_blocks(1, 1) == 1 && skinny_blocks(9, 5) == 4 && epilogue_blocks(1025) == 2);
@@ -249,7 +273,11 @@ int main() {
       }
     }
   }
+  for (int steps = 0; steps < 4; ++steps) {
+    for (int64_t m : {0, 1, 255, 1500}) test_scales(steps % 2, steps / 2, m, 513);
+  }
   for (DType dtype : {DType::kFloat8E4M3, DType::kFloat8E5M2}) {
+    for (DType other : {DType::kFloat8E4M3, DType::kFloat8E5M2}) test_fused_sums(dtype, other);
     for (int64_t count : {1, 8, 256, 3001}) {
       test_widen(dtype, count, 0);
       test_widen(dtype, count, 3);

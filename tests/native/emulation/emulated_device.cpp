@@ -82,7 +82,8 @@ void insist_on_operands(const LtProduct& product, const LtOperands& operands) {
   insist(!product.has_bias || product.d == LtType::kBFloat16 || product.d == LtType::kFloat16, "bias of 16 bits");
   insist(product.columns > 0, "rows to multiply");
   insist(!product.is_fast || is_fp8, "only fp8 products are added fast");
-  insist(!product.has_outer_scales || (is_aligned(operands.a_scale) && is_aligned(operands.b_scale)), "scales at 16 bytes");
+  insist(!product.has_outer_scales || (is_aligned(operands.a_scale) && is_aligned(operands.b_scale)),
+         "scales at 16 bytes");
   insist(!product.has_bias || is_aligned(operands.bias), "a bias at 16 bytes");
 }
 

@@ -17,6 +17,7 @@ namespace {
   } while (false)
 
 bool has_entry_point = false;
+int encoded = 0;
 CUresult answer = CUDA_SUCCESS;
 struct {
   const void* data;
@@ -44,6 +45,7 @@ CUresult encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, voi
     EXPECT(box[i] > 0 && box[i] <= 256 && steps[i] == 1);
   }
   EXPECT(box[0] % 16 == 0 && box[0] <= 128);  // the span of the swizzle
+  ++encoded;
   seen = {data, sizes[0], sizes[1], strides[0], box[0], box[1]};
   return answer;
 }
@@ -74,7 +76,7 @@ extern "C" cudaError_t cudaGetDriverEntryPoint(const char* name, void** function
 }
 
 int main() {
-  alignas(16) static uint8_t data[16];
+  alignas(16) static uint8_t data[32];
   EXPECT(failure(data) == "w8a8_gemm: the NVIDIA driver has no cuTensorMapEncodeTiled, which wgmma needs; update it");
   has_entry_point = true;
   for (int64_t rows : {int64_t{1}, int64_t{100}, (int64_t{1} << 31) - 1}) {
@@ -87,6 +89,12 @@ int main() {
       }
     }
   }
+  // Every one was made once; of another place, another is made.
+  EXPECT(encoded == 3 * 4 * 2);
+  sq::map_of_rows("w8a8_gemm", data, 100, 48, sq::SwapTile::kM);
+  EXPECT(encoded == 3 * 4 * 2);
+  sq::map_of_rows("w8a8_gemm", data + 16, 100, 48, sq::SwapTile::kM);
+  EXPECT(encoded == 3 * 4 * 2 + 1 && seen.data == data + 16);
   answer = CUDA_ERROR_INVALID_VALUE;
   EXPECT(failure(data) == "w8a8_gemm: the driver makes no tensor map of 5 rows of 48 bytes (error 1)");
   std::printf("tensor maps are right\n");

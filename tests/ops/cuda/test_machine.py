@@ -12,11 +12,13 @@ from emulated_cuda import NAME, emulated_cuda, unsettled
 
 import smoothquant_ext
 from smoothquant_ext import ops
+from smoothquant_ext.ops import library
 from smoothquant_ext.ops.cuda import machine, proof, records, settle, status
 from smoothquant_ext.ops.cuda.families import families_of
 from smoothquant_ext.ops.cuda.machine import Facts, Gpu, has_code_for, why_no_gpu, why_no_kernels
 from smoothquant_ext.ops.cuda.records import Record, Timing, Verdict
 from smoothquant_ext.ops.declare import DECLARED
+from smoothquant_ext.ops.library import Built
 
 H100, B200, T4 = Gpu("NVIDIA H100", 90), Gpu("NVIDIA B200", 100), Gpu("Tesla T4", 75)
 RELEASE = "80+PTX 89 90a 100a 120"
@@ -41,6 +43,16 @@ GOOD = Facts("13.0", "", 13000, (H100,), RELEASE)
             GOOD._replace(gpus=(B200,), archs="80 90a"),
             "",
             "NVIDIA B200 has compute capability 10.0, and the kernels are built for 80 90a",
+        ),
+        (GOOD._replace(archs=""), "", ""),  # nothing is known of the library: the proof will show
+        (GOOD._replace(nvcc="13.2"), "", ""),
+        (
+            GOOD._replace(torch_cuda="12.8", driver=12080, nvcc="13.0"),
+            "",
+            (
+                "the NVIDIA driver is for CUDA 12.8, and the kernels were compiled by nvcc 13.0: update the driver, or "
+                "compile with an older nvcc"
+            ),
         ),
     ],
 )
@@ -91,6 +103,33 @@ def test_the_driver_says_its_release(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.driver_release() == ""
 
 
+@pytest.mark.parametrize(
+    ("record", "has_library", "expected"),
+    [
+        ('{"archs": "80", "nvcc": "13.0", "sentence": "CUDA kernels for 80."}', True, Built("80", "13.0", "")),
+        (
+            '{"archs": "", "nvcc": "", "sentence": "built without: no nvcc."}',
+            False,
+            Built("", "", "built without: no nvcc."),
+        ),
+        ("{", True, Built("", "", "")),
+        ("[]", False, None),
+        (None, False, None),
+    ],
+)
+def test_the_build_says_what_it_made(
+    record: str | None, has_library: bool, expected: Built | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "BUILT", tmp_path / "_build.json")
+    monkeypatch.setattr(library, "CUDA", tmp_path / "_C_cuda.so")
+    if record is not None:
+        library.BUILT.write_text(record)
+    if has_library:
+        library.CUDA.touch()
+    missing = "smoothquant_ext is not compiled: _C_cuda.so is missing; run 'pip install .' in its source folder"
+    assert library.built() == (expected or Built("", "", missing))
+
+
 def test_declarations_name_the_ops_that_have_cuda_kernels() -> None:
     root = Path(smoothquant_ext.__file__).parents[1]
     paths = [*(root / "csrc" / "cuda" / "ops").glob("*.cpp"), *(root / "csrc" / "common").glob("*_ops.h")]
@@ -130,7 +169,7 @@ def test_info_without_a_library() -> None:
     with emulated_cuda(), unsettled(library=Path("/nowhere/_C_cuda.so")):
         rows = rows_of_info()
         assert rows["w8a8_gemm, fp8"].backend == "torch"
-        assert rows["w8a8_gemm, fp8"].reason.startswith("smoothquant_ext is not compiled: _C_cuda.so is missing")
+        assert rows["w8a8_gemm, fp8"].reason == "built without CUDA kernels: no nvcc"
         assert rows["prepack_weight"].backend == "none"
 
 
