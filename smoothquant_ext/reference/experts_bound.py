@@ -88,8 +88,8 @@ def _product(a: Interval, weight: Tensor, scale: Tensor, bias: Tensor | None, on
 def _cut(a: Interval, weight: Tensor) -> Tensor:
     """What sums of 64 products [M, N, K / 64] lose on tensor cores.
 
-    An instruction cuts 32 products and the sum so far, 33 terms, to 13 bits behind the largest of them; the kernels begin
-    anew, in fp32, after two.
+    An instruction cuts 32 products and the sum so far, 33 terms, to 13 bits behind the largest of them; the kernels
+    begin anew, in fp32, after two.
     """
     k = weight.shape[-1]
     shape = (-1, (k + 63) // 64, 2, 32)
