@@ -2,7 +2,8 @@
 //   sort their slots by expert; gate and up of all experts in one launch; activate and quantize; down; each token's weighted
 //   sum in the order of its slots.
 // That is six launches. Nothing waits for the device, and no size depends on its values, so that a graph can capture it.
-// Rows between the products are those of slots, not sorted: only the products look at the order.
+// Rows between the products are those of slots, not sorted: only the products look at the order. Slots without an expert have
+// rows too, of whatever was there; nobody reads what the activation makes of them.
 #include "cuda/compute/experts.h"
 
 #include "cuda/compute/experts_plan.h"

@@ -78,8 +78,8 @@ void launch_grouped_skinny(const GroupedJob& job, int tile_rows, void* stream);
 // In tiles of kFewMmaRows or many_mma_rows; a and b begin at multiples of 16 bytes, k is a multiple of 16.
 void launch_grouped_mma(const GroupedJob& job, int tile_rows, void* stream);
 
-// Rows of the tiles on tensor cores. With 128 rows the second sums of fp8 and what a block knows of its expert are more than
-// the registers of a thread.
+// Rows of the tiles on tensor cores. With 128 the second sums of fp8 and what a block knows of its expert take more registers
+// than there are. A tile may have fewer rows than its kernel computes.
 constexpr int kFewMmaRows = 32;
 constexpr int many_mma_rows(bool is_fp8) { return is_fp8 ? 64 : 128; }
 

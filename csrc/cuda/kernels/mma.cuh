@@ -3,8 +3,8 @@
 //
 // A block computes a tile of y, MmaShape. Its operands come by cp.async, two tiles of k ahead of the one that is being
 // multiplied, into rows of 64 bytes whose 16-byte chunks are swizzled (swizzle_64): ldmatrix reads them without bank
-// conflicts. Bytes past the last row or the end of k are zeros, which add nothing. Each warp keeps 64 x 32 sums (32 x
-// 16 of a low tile) in registers and finishes them there.
+// conflicts. Bytes past the end of k are zeros, which add nothing. Each warp keeps 64 x 32 sums (64 x 16 or 32 x 16 of
+// lower tiles) in registers and finishes them there.
 // Bytes moved: n * k once for every 128 rows of a and m * k once for every 128 rows of b, through L2; m * n * sizeof(Y).
 //
 // INT8 sums are exact int32. Tensor cores keep about 14 bits of sums of fp8 products (DeepSeek-V3's report, 3.3.2), so sums
@@ -18,12 +18,12 @@
 
 namespace sq {
 
-// Where the chunks of kRows rows come from that a thread copies, turn by turn.
+// The rows that a thread copies chunks of, turn by turn. Those past the last repeat it, and their sums are not stored.
 template <int kRows>
 struct TileSource {
   static constexpr int kPerTurn = MmaTile::kThreads * kChunk / MmaTile::kK;  // rows that all threads copy together
   static constexpr int kTurns = (kRows + kPerTurn - 1) / kPerTurn;
-  const uint8_t* rows[kTurns];  // null past the last row
+  const uint8_t* rows[kTurns];
 };
 
 // Of rows `first` to first + kRows of `count`; row_of: the row of the matrix that each of them is.
@@ -34,7 +34,7 @@ __device__ __forceinline__ TileSource<kRows> tile_source(const uint8_t* matrix, 
   SQ_UNROLL
   for (int turn = 0; turn < source.kTurns; ++turn) {
     const int64_t row = first + copied_chunk(static_cast<int>(threadIdx.x), turn).row;
-    source.rows[turn] = row < count ? matrix + row_of(row) * k : nullptr;
+    source.rows[turn] = matrix + row_of(row < count ? row : count - 1) * k;
   }
   return source;
 }
@@ -48,9 +48,8 @@ __device__ __forceinline__ void copy_tile(uint32_t target, const TileSource<kRow
     const ChunkPlace place = copied_chunk(static_cast<int>(threadIdx.x), turn);
     if (kRows % source.kPerTurn != 0 && place.row >= kRows) break;
     const int64_t byte = first_k + place.chunk * kChunk;
-    const bool is_there = source.rows[turn] != nullptr && byte < k;
-    copy_async(target + swizzle_64(place.row, place.chunk), is_there ? source.rows[turn] + byte : source.rows[turn],
-               is_there);
+    const bool is_there = byte < k;
+    copy_async(target + swizzle_64(place.row, place.chunk), source.rows[turn] + (is_there ? byte : 0), is_there);
   }
 }
 

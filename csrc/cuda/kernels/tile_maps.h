@@ -23,7 +23,7 @@ struct MmaShape {
   static constexpr int kStageBytes = (kM + kN) * kK;
   static constexpr int kSharedBytes = kStages * kStageBytes;
   // Blocks that a multiprocessor holds: the registers of a second set of sums, of fp8, leave room for one.
-  static constexpr int blocks_together(bool is_fp8) { return is_fp8 && kM == 128 ? 1 : 2; }
+  static constexpr int blocks_together(bool is_fp8) { return is_fp8 && kM > 32 ? 1 : 2; }
 };
 using MmaTile = MmaShape<128>;  // warps 2 x 4, with 64 x 32 of y each
 
@@ -86,7 +86,7 @@ struct ChunkPlace {
   int row, chunk;
 };
 
-// What thread `thread` copies in turn `turn` of a tile with rows of MmaTile::kK bytes; rows of a low tile may end before.
+// What thread `thread` copies in turn `turn` of a tile with rows of MmaTile::kK bytes; those past the rows of a lower tile are nothing.
 SQ_HOST_DEVICE constexpr ChunkPlace copied_chunk(int thread, int turn) {
   constexpr int kChunks = MmaTile::kK / kChunk;
   return {thread / kChunks + turn * (MmaTile::kThreads / kChunks), thread % kChunks};

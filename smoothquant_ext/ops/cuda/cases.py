@@ -213,9 +213,10 @@ def _experts(dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
         shapes = [(inner, k)] * (1 + turn % 2) + [(n, inner)]
         layers = [reference.quantize_per_token(_randn(experts, *each, seed=i), dtype) for i, each in enumerate(shapes)]
         generator = torch.Generator().manual_seed(turn)
+        index = torch.randint(0, experts + 1, (tokens, top_k), generator=generator)
         arguments = {
             "x": _activation(tokens, k, x_dtype),
-            "top_k_index": torch.randint(0, experts + 1, (tokens, top_k), generator=generator),
+            "top_k_index": index,
             "top_k_weights": _randn(tokens, top_k, seed=3),
             "weight": [weight for weight, _ in layers],
             "weight_scale": [scale for _, scale in layers],
@@ -225,8 +226,7 @@ def _experts(dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
         yield Case("w8a8_experts", arguments)
         if turn in (1, 3):
             for expert in (experts - 1, experts):
-                same = torch.full_like(arguments["top_k_index"], expert)
-                yield Case("w8a8_experts", arguments | {"top_k_index": same})
+                yield Case("w8a8_experts", arguments | {"top_k_index": torch.full_like(index, expert)})
 
 
 # --- what is right --------------------------------------------------------------------------------------------------
