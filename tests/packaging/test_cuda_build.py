@@ -134,7 +134,7 @@ def test_registers_leave_room_for_the_blocks_that_are_meant_to_run_together() ->
             assert usage["REG"] <= (255 if "IfLi8" in kernel else 128), (arch, kernel)
         elif own_types(kernel):
             is_int8, is_mma = "S8" in own_types(kernel), "wgmma" not in kernel
-            # 256 threads: two blocks of mma, but one of fp8 in tiles of more than 32 rows; 288 threads: one block of wgmma.
+            # 256 threads: two blocks of mma, but one of fp8 above 32 rows; 288 threads: one of wgmma.
             two = is_int8 or own_tile(kernel)[0] == 32
             assert usage["REG"] <= (128 if two and is_mma else 255 if is_mma else 224), (arch, kernel, usage)
         elif "norm_rows" in kernel or "activate_rows" in kernel or "quantize_rows" in kernel:  # up to 512 threads
