@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "common/attention_checks.h"
+#include "common/decoder_layer_checks.h"
 #include "common/experts_checks.h"
 #include "common/gemm_checks.h"
 #include "common/linear_checks.h"
@@ -76,6 +77,25 @@ void check_experts_op(const Tensor& x, const Tensor& index, const Tensor& weight
   activation_kind(kOp, activation);
 }
 
+// All but the values of positions.
+void check_decoder_layer_op(const Tensor& x, const Tensor& norm, const Tensor& post_norm,
+                            const std::vector<Tensor>& weight, const std::vector<Tensor>& weight_scale,
+                            const OptionalTensors& bias, const OptionalTensors& input_scale, const Tensor& cos,
+                            const Tensor& sin, const Tensor& keys, const Tensor& values, int64_t past,
+                            const OptionalTensor& mask, double scale, bool causal, const OpString& activation,
+                            const OptionalTensor& keys_scale, const OptionalTensor& values_scale,
+                            const OptionalTensor& q_norm, const OptionalTensor& k_norm,
+                            const OptionalTensor& positions) {
+  constexpr const char* kOp = "w8a8_decoder_layer_";
+  const LayerLists layers{weight, weight_scale, bias};
+  check_decoder_layer(kOp, {x, norm, post_norm, layers, input_scale, cos, sin, keys, values, past, mask, scale, causal,
+                            keys_scale, values_scale, q_norm, k_norm, positions});
+  activation_kind(kOp, activation);
+  for (size_t i = 0; i < 4; ++i) {
+    check_static_scale(kOp, decoder_input_scale_name(i), element_of(input_scale, i), "x", x);
+  }
+}
+
 void check_norm_op(const OpString& op, const Tensor& x, const Tensor& weight) {
   check_norm(op.value.c_str(), x, weight);
 }
@@ -95,6 +115,7 @@ STABLE_TORCH_LIBRARY_IMPL(sq, CompositeExplicitAutograd, m) {
   m.impl("_check_linear_group", TORCH_BOX(&check_linear_group_op));
   m.impl("_check_mlp", TORCH_BOX(&check_mlp_op));
   m.impl("_check_experts", TORCH_BOX(&check_experts_op));
+  m.impl("_check_decoder_layer", TORCH_BOX(&check_decoder_layer_op));
   m.impl("_check_norm", TORCH_BOX(&check_norm_op));
   m.impl("_check_linear", TORCH_BOX(&check_linear_op));
   m.impl("_check_attention", TORCH_BOX(&check_attention));

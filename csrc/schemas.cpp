@@ -46,13 +46,14 @@ STABLE_TORCH_LIBRARY(sq, m) {
       "Tensor?[]? bias=None, str activation=\"silu\") -> Tensor");
 
   // A whole layer of a Llama-like decoder: q, k, v, o, gate, up, down; input_scale of what q, o, gate and down read.
-  // Appends to keys and values [B, H, room, D], quantized where these have scales [B, H, room].
+  // Writes to keys and values [B, H, room, D], quantized where these have scales [B, H, room], behind `past` or at
+  // `positions`.
   m.def(
       "w8a8_decoder_layer_(Tensor x, Tensor norm, Tensor post_norm, float eps, float post_eps, float offset, "
       "Tensor[] weight, Tensor[] weight_scale, Tensor?[]? bias, Tensor?[]? input_scale, Tensor cos, Tensor sin, "
       "Tensor(a!) keys, Tensor(b!) values, int past, Tensor? mask, float scale, bool causal, "
       "str activation=\"silu\", Tensor(c!)? keys_scale=None, Tensor(d!)? values_scale=None, Tensor? q_norm=None, "
-      "Tensor? k_norm=None, float head_eps=0.0) -> Tensor");
+      "Tensor? k_norm=None, float head_eps=0.0, Tensor? positions=None) -> Tensor");
 
   // What stays in floating point between the products.
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float offset=0.0) -> Tensor");
@@ -83,6 +84,11 @@ STABLE_TORCH_LIBRARY(sq, m) {
   m.def(
       "_check_experts(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor[] weight, Tensor[] weight_scale, "
       "Tensor?[]? bias, str activation) -> ()");
+  m.def(
+      "_check_decoder_layer(Tensor x, Tensor norm, Tensor post_norm, Tensor[] weight, Tensor[] weight_scale, "
+      "Tensor?[]? bias, Tensor?[]? input_scale, Tensor cos, Tensor sin, Tensor keys, Tensor values, int past, "
+      "Tensor? mask, float scale, bool causal, str activation, Tensor? keys_scale, Tensor? values_scale, "
+      "Tensor? q_norm, Tensor? k_norm, Tensor? positions) -> ()");
   m.def("_check_norm(str op, Tensor x, Tensor weight) -> ()");
   m.def("_check_linear(Tensor x, Tensor weight, Tensor? bias) -> ()");
   m.def(

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .integrations.from_pretrained import disable, enable
     from .nn.int8_kv_cache import Int8Cache, use_int8_cache_
     from .nn.linear import W8A8Linear
+    from .nn.static_cache import use_static_cache_
     from .ops import info
     from .quantization.pipeline import quantize
     from .quantization.recipe import Recipe
@@ -34,6 +35,7 @@ _HOME = {
     "quantize": "quantization.pipeline",
     "save": "checkpoint.saving",
     "use_int8_cache_": "nn.int8_kv_cache",
+    "use_static_cache_": "nn.static_cache",
 }
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "quantize",
     "save",
     "use_int8_cache_",
+    "use_static_cache_",
 ]
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,6 +21,7 @@ from .checkpoint import loading
 from .checkpoint.formats.registry import config_files
 from .checkpoint.reading import find_quantization
 from .compat import first_line, quiet_transformers
+from .devices import loaded_on, move_
 from .errors import SmoothQuantError
 
 CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
@@ -36,7 +38,8 @@ def load_model(
         source: a directory written by ``save_pretrained`` or ``smoothquant_ext.save``, the path of a .gguf file (which
             is dequantized), or the id of a model on the Hugging Face hub.
         dtype: dtype of the floating-point weights; ``None`` takes the checkpoint's, for GGUF float32.
-        device: the device to load to, by default the CPU.
+        device: the device to load to, by default the CPU. With accelerate installed the weights are read straight to a
+            GPU, and a model that is too large for it is spread over main memory too.
 
     Returns:
         The model in evaluation mode, with ``W8A8Linear`` layers if the source is a W8A8 checkpoint, and the tokenizer.
@@ -72,8 +75,16 @@ def _load(
     tokenizer = _call(no_tokenizer, AutoTokenizer, source, config=config, **kwargs)
     if quantized:
         return loading.load(source, device, dtype), tokenizer
-    model = _call(unloadable, AutoModelForCausalLM, source, config=config, dtype=dtype or "auto", **kwargs)
-    return model.eval().to(device), tokenizer
+
+    def load(options: Mapping[str, Any]) -> PreTrainedModel:
+        model: PreTrainedModel = _call(
+            unloadable, AutoModelForCausalLM, source, config=config, dtype=dtype or "auto", **options, **kwargs
+        )
+        return model.eval()
+
+    model = load({}) if "gguf_file" in kwargs else loaded_on(device, load)
+    move_(model, device)
+    return model, tokenizer
 
 
 def _load_gguf(
@@ -138,5 +149,7 @@ def _call(problem: str, auto_class: Any, source: Path | str, **kwargs: Any) -> A
     """Calls ``auto_class.from_pretrained``; any exception becomes a ``SmoothQuantError`` of one sentence."""
     try:
         return auto_class.from_pretrained(source, trust_remote_code=False, **kwargs)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         raise SmoothQuantError(f"{problem} ({first_line(error)})") from error

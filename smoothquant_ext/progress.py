@@ -14,3 +14,9 @@ Item = TypeVar("Item")
 def track(items: Iterable[Item], what: str, show: bool = True) -> Iterable[Item]:
     """Yields the items and shows a progress bar with the text ``what``."""
     return rich.progress.track(items, what.ljust(24), console=Console(stderr=True), disable=not show)
+
+
+def say(sentence: str, show: bool = True) -> None:
+    """Prints a line between progress bars."""
+    if show:
+        Console(stderr=True).print(sentence, soft_wrap=True, highlight=False, markup=False)

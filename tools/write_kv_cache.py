@@ -43,7 +43,7 @@ Older versions of transformers call the argument `cache` by its former name, `pa
   products for prompts), AVX2, portable.
 - Attention reads new tokens from the cache too. The result therefore does not depend on how a text is split into calls.
 - Supported: fused decoder layers and separate modules; sampling, beam search, assistants, prompt lookup and padded
-  batches; quantized and floating-point models on the CPU that use this package's attention.
+  batches; quantized and floating-point models that use this package's attention.
 - Layers with a sliding window keep their few tokens in floating point.
 - These raise an error: soft caps, models that cache something other than keys and values (DeepSeek's latent attention),
   other attention implementations, gradients.

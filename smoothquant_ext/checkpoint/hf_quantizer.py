@@ -41,7 +41,7 @@ class W8A8Config(QuantizationConfigMixin):
     Attributes:
         directory: the directory of the checkpoint; ``None`` if transformers finds the files.
         infer_dtype: whether neither the caller nor the configuration names a dtype for what is not quantized.
-        ready: whether to pack and fuse the loaded layers, for the CPU.
+        ready: whether to pack and fuse the loaded layers where they are.
     """
 
     def __init__(
@@ -223,11 +223,8 @@ class W8A8Quantizer(HfQuantizer):
 def make_ready_(model: PreTrainedModel) -> None:
     """Packs the 8-bit layers that are on the CPU for its kernels, and replaces modules by fused ones.
 
-    Where hooks move parts of the model between devices, the modules stay as they are: fused ones keep references to
-    tensors, which would not move along.
+    Layers that hooks bring to a GPU for each call only, as those of an offloaded model, stay as they are.
     """
-    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
-        return
     for module in model.modules():
         if isinstance(module, W8A8Linear | W8A8Experts):
             module.prepack_()  # one at a time: each frees its plain weight

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..compat import first_line, quiet_transformers
+from ..devices import loaded_on, move_
 from ..errors import SmoothQuantError
-from .hf_quantizer import METHOD
+from .hf_quantizer import METHOD, make_ready_
 from .reading import COPY_AGAIN, read_config
 from .record import RECORD, read_record
 
@@ -32,7 +34,8 @@ def load(
 
     Args:
         directory: a Hugging Face directory in one of ``formats.registry.FORMATS``, safetensors only.
-        device: the device to load to, the CPU by default.
+        device: the device to load to, the CPU by default. With accelerate installed the weights are read straight to a
+            GPU, and a model that is too large for it is spread over main memory too.
         dtype: the dtype of everything that is not quantized; ``None`` takes that of the checkpoint.
 
     Returns:
@@ -45,30 +48,41 @@ def load(
     read_config(path)  # says what is missing before transformers does
     on_cpu = device is None or torch.device(device).type == "cpu"
     with quiet_transformers():
-        try:
-            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-            config.quantization_config = {
-                "quant_method": METHOD,
-                "directory": str(path),
-                "infer_dtype": dtype is None and getattr(config, "dtype", None) is None,
-                "ready": on_cpu,
-            }
-            model, info = AutoModelForCausalLM.from_pretrained(
-                path,
-                config=config,
-                dtype=dtype or "auto",
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        except SmoothQuantError:
-            raise
-        except Exception as error:  # whatever transformers raises for a configuration it cannot build
-            raise SmoothQuantError(f"{path}: transformers cannot load this model ({first_line(error)})") from error
+        model, info = loaded_on(device, partial(_load, path, dtype, on_cpu))
     _check_loaded(path, info)
     _attach_record(model, path)
     model.eval()
-    return model if on_cpu else model.to(device)
+    if move_(model, device):
+        make_ready_(model)
+    return model
+
+
+def _load(
+    path: Path, dtype: torch.dtype | None, on_cpu: bool, options: Mapping[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and transformers' information about its loading; ``options`` are for ``from_pretrained``."""
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config.quantization_config = {
+            "quant_method": METHOD,
+            "directory": str(path),
+            "infer_dtype": dtype is None and getattr(config, "dtype", None) is None,
+            "ready": on_cpu or bool(options),  # else it has yet to move
+        }
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype or "auto",
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    except (SmoothQuantError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever transformers raises for a configuration it cannot build
+        raise SmoothQuantError(f"{path}: transformers cannot load this model ({first_line(error)})") from error
+    return model, info
 
 
 def _attach_record(model: PreTrainedModel, path: Path) -> None:

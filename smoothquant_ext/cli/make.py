@@ -15,6 +15,7 @@ from .options import (
     AutoSkip,
     Calib,
     Clipping,
+    Device,
     Explicit,
     MaxPplIncrease,
     Model,
@@ -38,6 +39,7 @@ from .support import (
     measure,
     name_of_text,
     parse_count_or_share,
+    parse_device,
     parse_dtype,
     parse_number,
     quoted,
@@ -65,6 +67,7 @@ def quantize(
     seqlen: Seqlen = 512,
     skip: Skip = None,
     only: Only = None,
+    device: Device = "auto",
     dtype: StoredDtype = "auto",
     format: StoredFormat = "auto",  # noqa: A002
     test: Annotated[
@@ -104,14 +107,14 @@ def quantize(
         tuple(only or ()),
     )
     chosen = choose_format(choose("format", format, ("auto", *written_formats())), [recipe.resolved_scheme], explicit)
-    stored = parse_dtype(dtype)
+    stored, where = parse_dtype(dtype), parse_device(device)
     target = saving.check_destination(output)
 
     start = time.perf_counter()
     network, tokenizer = load(model)
     windows = read_windows(tokenizer, calib, samples, seqlen, seed)
     tests = None if test is None else read_windows(tokenizer, test, TEST_SAMPLES, seqlen, seed)
-    quantize_(network, windows, recipe, journal=target.with_name(f".{target.name}.search"))
+    quantize_(network, windows, recipe, journal=target.with_name(f".{target.name}.search"), device=where)
     network.to(stored_dtype(network.dtype, stored))
     network.smoothquant_record["calibration"]["text"] = name_of_text(calib)
     with step(f"Saving to {output}"):

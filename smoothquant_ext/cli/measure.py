@@ -9,8 +9,8 @@ import typer
 
 from ..errors import SmoothQuantError
 from .console import out
-from .options import Alpha, Calib, Dtype, Json, Model, Samples, Seed, Seqlen, Text
-from .support import CALIBRATION_TEXT, TEST_TEXT, add_to_card, load, parse_dtype, read_windows, show
+from .options import Alpha, Calib, Device, Dtype, Json, Model, Samples, Seed, Seqlen, Text
+from .support import CALIBRATION_TEXT, TEST_TEXT, add_to_card, load, parse_device, parse_dtype, read_windows, show
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,6 +24,7 @@ def eval(  # noqa: A001
     ] = None,
     samples: Samples = 64,
     seqlen: Seqlen = 512,
+    device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
     json_: Json = False,
@@ -36,12 +37,12 @@ def eval(  # noqa: A001
     from ..evaluation.size import model_bytes
     from ..reporting.tables import Measured
 
-    wanted = parse_dtype(dtype)
-    network, tokenizer = load(model, wanted)
+    wanted, where = parse_dtype(dtype), parse_device(device)
+    network, tokenizer = load(model, wanted, where)
     windows = read_windows(tokenizer, text, samples, seqlen, seed)
     models, base = {model: network}, None
     if reference is not None:
-        base, _ = load(reference, wanted)
+        base, _ = load(reference, wanted, where)
         models = {reference: base} | models
     results = evaluate_all(models, windows, base, progress=True)
     show([Measured(name, results[name], model_bytes(models[name])) for name in models], json_)
@@ -59,6 +60,7 @@ def compare(
     decode: Annotated[int, typer.Option(help="Tokens generated after it in the speed measurement.", min=1)] = 32,
     rounds: Annotated[int, typer.Option(help="Rounds of the speed measurement (median); 0: none.", min=0)] = 5,
     batch: Annotated[int, typer.Option(help="Prompts answered together in the speed measurement.", min=1)] = 1,
+    device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
     card: Annotated[
@@ -78,10 +80,10 @@ def compare(
     from ..evaluation.speed import measure_speed
     from ..reporting.tables import Measured
 
-    wanted = parse_dtype(dtype)
+    wanted, where = parse_dtype(dtype), parse_device(device)
     models: dict[str, nn.Module] = {}
     for name in dict.fromkeys([base, *quantized]):
-        models[name], tokenizer = load(name, wanted)
+        models[name], tokenizer = load(name, wanted, where)
         if name == base:
             windows = read_windows(tokenizer, text, samples, seqlen, seed)
     results = evaluate_all(models, windows, models[base], progress=True)
@@ -102,6 +104,7 @@ def inspect(
     plot: Annotated[
         Path | None, typer.Option(help="Also draw the outliers into this .png, .svg or .pdf file (needs matplotlib).")
     ] = None,
+    device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
 ) -> None:
@@ -114,12 +117,12 @@ def inspect(
     from ..quantization.recipe import Recipe
     from ..reporting.outliers import measure_outliers, outlier_table, plot_outliers
 
-    recipe = Recipe(scheme, alpha)
+    recipe, where = Recipe(scheme, alpha), parse_device(device)
     if plot is not None and not plot.absolute().parent.is_dir():
         raise SmoothQuantError(f"{plot} cannot be written: {plot.absolute().parent} does not exist, make it first")
     network, tokenizer = load(model, parse_dtype(dtype))
     windows = read_windows(tokenizer, calib, samples, seqlen, seed)
-    inputs = measure_outliers(network, windows, recipe, progress=True)
+    inputs = measure_outliers(network, windows, recipe, progress=True, device=where)
     out.print(outlier_table(inputs))
     if plot is not None:
         plot_outliers(inputs, plot, f"{Path(model).name}, alpha {recipe.migration:g}")
@@ -142,6 +145,7 @@ def report(
     samples: Samples = 64,
     seqlen: Seqlen = 512,
     rounds: Annotated[int, typer.Option(help="Rounds of the speed measurement (median); 0: none.", min=0)] = 5,
+    device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
 ) -> None:
@@ -160,7 +164,7 @@ def report(
     from ..reporting.page import write_page
     from ..reporting.tables import Measured
 
-    wanted = parse_dtype(dtype)
+    wanted, where = parse_dtype(dtype), parse_device(device)
     record = read_record(directory)
     path = output or Path(f"{directory.resolve().name}-report.html")
     if not path.absolute().parent.is_dir():
@@ -169,9 +173,9 @@ def report(
     measured: list[Measured] = []
     if base is not None:
         models: dict[str, nn.Module] = {}
-        models[base], tokenizer = load(base, wanted)
+        models[base], tokenizer = load(base, wanted, where)
         windows = read_windows(tokenizer, text, samples, seqlen, seed)
-        models[str(directory)], _ = load(str(directory), wanted)
+        models[str(directory)], _ = load(str(directory), wanted, where)
         results = evaluate_all(models, windows, models[base], progress=True)
         speeds = measure_speed(models, rounds=rounds, progress=True) if rounds else {}
         measured = [Measured(name, results[name], model_bytes(models[name]), speeds.get(name)) for name in models]

@@ -22,7 +22,13 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="The model: a direct
 Served = Annotated[
     str, typer.Argument(metavar="MODEL", help="The model: a directory or a hub id; W8A8 runs on 8-bit kernels.")
 ]
-Device = Annotated[str, typer.Option(help="The device: cpu, or a GPU such as cuda:0.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Where the model runs: cpu, cuda, or one GPU of several as in cuda:1. auto: a GPU if torch sees one.",
+    ),
+]
 Text = Annotated[
     str,
     typer.Option(

@@ -10,7 +10,7 @@ import typer
 from ..errors import SmoothQuantError
 from .console import err
 from .options import Device, Dtype, Model, Seed, Served
-from .support import KV_CACHES, choose, load, parse_dtype
+from .support import KV_CACHES, choose, load, parse_device, parse_dtype
 
 
 def generate(
@@ -27,6 +27,7 @@ def generate(
         str,
         typer.Option(help="int8: cache keys and values in INT8, in about half the memory of auto."),
     ] = "auto",
+    device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
 ) -> None:
@@ -38,7 +39,7 @@ def generate(
     from transformers import TextStreamer
 
     wants_int8_cache = choose("kv-cache", kv_cache, KV_CACHES) == "int8"
-    network, tokenizer = load(model, parse_dtype(dtype))
+    network, tokenizer = load(model, parse_dtype(dtype), parse_device(device))
     if wants_int8_cache:
         from ..nn.int8_kv_cache import use_int8_cache_
 
@@ -55,8 +56,8 @@ def generate(
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     start = time.perf_counter()
     tokens = cast(Any, network).generate(
-        inputs.input_ids,
-        attention_mask=inputs.attention_mask,
+        inputs.input_ids.to(network.device),
+        attention_mask=inputs.attention_mask.to(network.device),
         max_new_tokens=max_new_tokens,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
@@ -86,7 +87,15 @@ def serve(
             help="With --continuous-batching: tokens in the cache for all requests together. Default: 16384.", min=256
         ),
     ] = None,
-    device: Device = "cpu",
+    compile_: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="On a GPU: answer from CUDA graphs and a static cache. The first answers take a minute or more, later "
+            "ones a fraction of the time.",
+        ),
+    ] = False,
+    device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
     """Starts an OpenAI-compatible HTTP server: chat, completions, streaming. Ctrl-C or SIGTERM ends it.
@@ -101,8 +110,10 @@ def serve(
     parse_dtype(dtype)
     if cache_tokens is not None and not continuous_batching:
         raise SmoothQuantError("--cache-tokens needs --continuous-batching: give both or neither")
+    if compile_ and continuous_batching:
+        raise SmoothQuantError("--compile has no effect on --continuous-batching, which has CUDA graphs of its own")
     room = (cache_tokens or serving.CACHE_TOKENS) if continuous_batching else None
-    serving.serve(model, host, port, dtype, device, room)
+    serving.serve(model, host, port, dtype, str(parse_device(device)), room, compile_)
 
 
 def chat(
@@ -112,7 +123,7 @@ def chat(
     temperature: Annotated[
         float, typer.Option(help="0 always takes the likeliest token; higher values are more random.", min=0.0)
     ] = 0.0,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
     """Starts a chat with an instruction-tuned model in the terminal. Type !help for the chat's commands.
@@ -124,4 +135,4 @@ def chat(
     from ..integrations import serving
 
     parse_dtype(dtype)
-    serving.chat(model, dtype, device, system, max_new_tokens, temperature)
+    serving.chat(model, dtype, str(parse_device(device)), system, max_new_tokens, temperature)

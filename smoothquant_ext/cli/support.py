@@ -25,13 +25,13 @@ KV_CACHES = ("auto", "int8")
 TEST_SAMPLES = 64  # windows
 
 
-def load(source: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
-    """Loads a model, ready to run, and its tokenizer."""
+def load(source: str, dtype: torch.dtype | None = None, device: torch.device | None = None) -> tuple[Any, Any]:
+    """Loads a model, ready to run, by default on the CPU, and its tokenizer."""
     # While it downloads or dequantizes, transformers draws progress bars.
     with step(f"Loading {source}", spinner=Path(source).is_dir()):
         from ..models import load_model
 
-        return load_model(source, dtype)
+        return load_model(source, dtype, device)
 
 
 def read_windows(tokenizer: Any, text: str, samples: int, seqlen: int, seed: int) -> Tensor:
@@ -60,7 +60,7 @@ def measure(base: str, quantized: Any, name: str, windows: Tensor) -> list[Measu
     from ..evaluation.size import model_bytes
     from ..reporting.tables import Measured
 
-    original, _ = load(base, quantized.dtype)
+    original, _ = load(base, quantized.dtype, quantized.device)
     models = {base: original, name: quantized}
     results = evaluate_all(models, windows, original, progress=True)
     return [Measured(name, results[name], model_bytes(model)) for name, model in models.items()]
@@ -96,6 +96,13 @@ def parse_dtype(name: str) -> torch.dtype | None:
     import torch
 
     return None if choose("dtype", name, DTYPES) is None else cast(torch.dtype, getattr(torch, name))
+
+
+def parse_device(name: str) -> torch.device:
+    """The device of that name."""
+    from ..devices import named_device
+
+    return named_device(name)
 
 
 def choose(option: str, value: str, allowed: tuple[str, ...]) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..devices import memory_explained
 from ..errors import SmoothQuantError
 from ..probing.blocks import Batch, run_model, token_ids
 from ..progress import track
@@ -71,8 +72,9 @@ def evaluate_all(
     """
     _check_windows(models if reference is None else {"the reference": reference, **models}, windows)
     tallies = {name: Tally() for name in models}
-    for window in track(windows.split(1), "Evaluating", progress):
-        _evaluate_window(models, window, reference, tallies)
+    with memory_explained("give shorter windows (--seqlen), or the device cpu"):
+        for window in track(windows.split(1), "Evaluating", progress):
+            _evaluate_window(models, window, reference, tallies)
     positions = windows.shape[1] - 1
     return {name: tally.result(positions) for name, tally in tallies.items()}
 

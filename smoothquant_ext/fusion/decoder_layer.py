@@ -7,14 +7,16 @@ adapters, or caches keys and values in another way runs module by module as befo
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from .. import ops
 from ..nn.attention import IMPLEMENTATION, is_causal, takes_mask
@@ -22,8 +24,9 @@ from ..nn.grad import needs_grad
 from ..nn.int8_kv_cache import Int8Layer
 from ..nn.kv_cache import Buffers, GrowingLayer
 from ..nn.linear import W8A8Linear
-from ..probing.hooks import hooked
-from .mixin import fused_class
+from ..nn.placement import has_ops
+from ..probing.hooks import hooked, is_watched
+from .mixin import fuse_as_, unfuse_
 from .mlp import FusedMLP
 from .rms_norm import FusedRMSNorm
 from .shared_input import SharedInput
@@ -67,9 +70,7 @@ class FusedDecoderLayer:
         return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc, no-any-return]
 
     def _is_understood(self, x: Tensor, kwargs: dict[str, Any]) -> bool:
-        if not x.is_cpu or x.dim() != 3 or x.shape[0] * x.shape[1] > MOST_ROWS or torch.compiler.is_compiling():
-            return False
-        if needs_grad(x):
+        if not has_ops(x) or x.dim() != 3 or x.shape[0] * x.shape[1] > MOST_ROWS or needs_grad(x):
             return False
         for name, value in kwargs.items():
             if name not in UNDERSTOOD and (isinstance(value, Tensor) or value):
@@ -86,13 +87,13 @@ class FusedDecoderLayer:
         roles, projections = mlp.fused_roles, attention._modules
         layers = [projections[name] for name in parts.qkvo]
         layers += [mlp._modules[name] for name in (roles.gate, roles.up, roles.down)]
-        if any(type(layer) is not W8A8Linear or not layer.is_plain for layer in layers):
+        if any(type(layer) is not W8A8Linear or not layer.is_plain or not layer.is_with(x) for layer in layers):
             return None
         head_norms = [projections[name] for name in parts.head_norms]
         norms = (norm, post_norm, *head_norms)
         if not all(isinstance(each, FusedRMSNorm) and not needs_grad(each.weight) for each in norms):
             return None
-        if any(child._forward_hooks or child._forward_pre_hooks for child in (attention, mlp, *norms, *layers)):
+        if any(is_watched(child) for child in (attention, mlp, *norms, *layers)):
             return None
         if attention.config._attn_implementation != IMPLEMENTATION:
             return None
@@ -103,22 +104,16 @@ class FusedDecoderLayer:
         cache = kwargs.get("cache")
         if cache is None:
             cache = kwargs.get("past_key_values")  # the older name
-        shape = (x.shape[0], heads, x.shape[1], d)
-        if cache is None:
-            stored, past = None, 0
-            buffers = Buffers(x.new_empty(shape), x.new_empty(shape))
-        else:
-            stored = cache.layers[attention.layer_idx] if attention.layer_idx < len(cache.layers) else None
-            if type(stored) is DynamicLayer:  # of a cache that the model has just made
-                stored.__class__ = GrowingLayer
-            if type(stored) is not GrowingLayer and type(stored) is not Int8Layer:
-                return None
-            if getattr(cache, "offloading", False) or (stored.is_initialized and needs_grad(stored.keys)):
-                return None
-            buffers, past = stored.reserve(x, shape)
-        total, mask = past + x.shape[1], kwargs.get("attention_mask")
-        if not takes_mask(mask, x.shape[0], layers[0].out_features // d, x.shape[1], total):
+        mask, causal = kwargs.get("attention_mask"), is_causal(attention, x.shape[1], kwargs.get("attention_mask"))
+        place = find_place(cache, attention.layer_idx, x, (x.shape[0], heads, x.shape[1], d), causal)
+        if place is None:
             return None
+        if not takes_mask(mask, x.shape[0], layers[0].out_features // d, x.shape[1], place.total):
+            return None
+        if place.positions is not None and mask is None:  # nothing hides what is not filled yet
+            return None
+        buffers = place.buffers
+        q_norm, k_norm = [each.weight for each in head_norms] or (None, None)
         output = ops.w8a8_decoder_layer_(
             x,
             norm.weight,
@@ -132,18 +127,73 @@ class FusedDecoderLayer:
             sin,
             buffers.keys,
             buffers.values,
-            past,
+            place.past,
             mask,
             attention.scaling,
-            is_causal(attention, x.shape[1], mask),
+            causal,
             roles.activation,
             buffers.keys_scale,
             buffers.values_scale,
-            *([each.weight for each in head_norms] + [head_norms[0].fused_eps] if head_norms else []),
+            q_norm,
+            k_norm,
+            head_norms[0].fused_eps if head_norms else 0.0,
+            place.positions,
         )
-        if stored is not None:
-            stored.fill(total)
+        place.fill()
         return output
+
+
+class Place(NamedTuple):
+    """Where a call's keys and values go, and how many tokens then lie there to be attended to.
+
+    Those of a static cache go to ``positions`` [T], which are on its device, and attention reads the whole room. Only
+    the first ones come without a mask, and are known by that.
+    """
+
+    stored: GrowingLayer | Int8Layer | StaticLayer | None
+    buffers: Buffers
+    tokens: int
+    past: int
+    total: int
+    positions: Tensor | None = None
+
+    def fill(self) -> None:
+        """Tells the cache that the tokens are there."""
+        if isinstance(self.stored, StaticLayer):
+            self.stored.cumulative_length.add_(self.tokens)
+        elif self.stored is not None:
+            self.stored.fill(self.total)
+
+
+def find_place(cache: Any, index: int, x: Tensor, shape: tuple[int, int, int, int], is_first: bool) -> Place | None:
+    """A place for keys and values of ``shape`` like x; ``None`` in a cache that the op cannot write to."""
+    tokens = shape[2]
+    if cache is None:
+        if torch.compiler.is_compiling():
+            return None
+        return Place(None, Buffers(x.new_empty(shape), x.new_empty(shape)), tokens, 0, tokens)
+    stored: Any = cache.layers[index] if index < len(cache.layers) else None
+    if getattr(cache, "offloading", False):
+        return None
+    # Versions of transformers before this attribute count a static cache's tokens in another way.
+    if type(stored) is StaticLayer and isinstance(getattr(stored, "cumulative_length", None), Tensor):
+        if not stored.is_initialized:
+            stored.lazy_initialization(*[x.new_empty((shape[0], shape[1], 0, shape[3]))] * 2)
+        buffers = Buffers(stored.keys, stored.values)
+        if is_first:
+            return Place(stored, buffers, tokens, 0, tokens)
+        positions = torch.arange(tokens, device=x.device) + stored.cumulative_length
+        return Place(stored, buffers, tokens, 0, stored.max_cache_len, positions)
+    if torch.compiler.is_compiling():  # a cache that grows would be another graph for every token
+        return None
+    if type(stored) is DynamicLayer:  # of a cache that the model has just made
+        stored.__class__ = GrowingLayer
+    if type(stored) is not GrowingLayer and type(stored) is not Int8Layer:
+        return None
+    if stored.is_initialized and needs_grad(stored.keys):
+        return None
+    buffers, past = stored.reserve(x, shape)
+    return Place(stored, buffers, tokens, past, past + tokens)
 
 
 def fuse_layers_(model: PreTrainedModel) -> list[str]:
@@ -154,18 +204,31 @@ def fuse_layers_(model: PreTrainedModel) -> list[str]:
     fused = []
     for name, (args, kwargs, expected) in calls.items():
         layer = model.get_submodule(name)
-        plain = type(layer)
         for parts in candidates[name]:
-            layer.__class__ = fused_class(FusedDecoderLayer, plain)  # type: ignore[arg-type]
-            vars(layer)["parts"] = parts
+            fuse_as_(layer, FusedDecoderLayer, {"parts": parts})
             with torch.no_grad():
                 output = _own_output(layer, args, kwargs)
-            if output is not None and torch.equal(output, expected):
-                fused.append(name)
-                break
-            layer.__class__ = plain
-            del vars(layer)["parts"]
+                if (output is not None and torch.equal(output, expected)) or _is_the_same_on_cpu(layer, args, kwargs):
+                    fused.append(name)
+                    break
+            unfuse_(layer, {"parts": parts})
     return fused
+
+
+def _is_the_same_on_cpu(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a copy of a GPU's layer has the bits of the op on the CPU.
+
+    On a GPU a library may sum FP8 products in an order that depends on how many columns it multiplies at once.
+    """
+    if args[0].is_cpu:
+        return False
+    tensors = {id(each): nn.Parameter(each.cpu(), requires_grad=False) for each in layer.parameters()}
+    tensors |= {id(each): each.cpu() for each in layer.buffers()}  # type: ignore[misc]
+    twin = copy.deepcopy(layer, tensors)
+    args, kwargs = tree_map_only(Tensor, Tensor.cpu, (args, kwargs))
+    output = _own_output(twin, args, kwargs)
+    plain: Any = type(twin).__bases__[1]
+    return output is not None and torch.equal(output, plain.forward(twin, *args, **kwargs))
 
 
 def _own_output(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -216,7 +279,7 @@ def _capture_calls(model: PreTrainedModel, names: Any) -> dict[str, tuple[tuple[
 
     try:
         with hooked({name: model.get_submodule(name) for name in names}, after=capture), torch.no_grad():
-            model(input_ids=torch.arange(3).unsqueeze(0), use_cache=False)
+            model(input_ids=torch.arange(3, device=model.device).unsqueeze(0), use_cache=False)
     except Exception:  # a model that wants other inputs runs module by module
         return {}
     return calls

@@ -21,24 +21,25 @@ from ..nn.attention import use_attention_
 from ..nn.kv_cache import use_growing_cache_
 from .decoder_layer import fuse_layers_
 from .linear import FusedLinear
-from .mixin import fused_class
+from .mixin import fuse_as_
 from .mlp import FusedMLP, mlp_attributes
 from .rms_norm import FusedRMSNorm, rms_norm_attributes
 from .shared_input import share_inputs_
 
 
 def fuse_(model: nn.Module) -> list[str]:
-    """Fuses what can be fused in a quantized model on the CPU, in place; the names of what changed.
+    """Fuses what can be fused in a quantized model, where it is, in place; the names of what changed.
 
-    The result stays what it was, up to the rounding of intermediate values that fused kernels keep in fp32. For a
-    model of transformers the list also has the groups of layers that share an input, as ``"q_proj+k_proj+v_proj"`` with
-    their parent's name in front, and ``"attention"`` and ``"cache"``.
+    It may be moved to another device afterwards: a fused module asks at every call where its input is. The result stays
+    what it was, up to the rounding of intermediate values that fused kernels keep in fp32. For a model of transformers
+    the list also has the groups of layers that share an input, as ``"q_proj+k_proj+v_proj"`` with their parent's name
+    in front, and ``"attention"`` and ``"cache"``.
     """
     fused = [name for name, module in list(model.named_modules()) if _fuse_module_(module)]
     fused += share_inputs_(model)
     if use_attention_(model):
         fused.append("attention")
-    if isinstance(model, PreTrainedModel) and model.device.type == "cpu":
+    if isinstance(model, PreTrainedModel) and model.device.type != "meta":
         if use_growing_cache_(model):
             fused.append("cache")
         fused += fuse_layers_(model)
@@ -52,10 +53,9 @@ def _fuse_module_(module: nn.Module) -> bool:
         mixin = FusedRMSNorm
     elif (attributes := mlp_attributes(module)) is not None:
         mixin = FusedMLP
-    elif type(module) is nn.Linear and module.weight.is_cpu and (rows := ops.fast_linear_rows()) > 0:
+    elif type(module) is nn.Linear and (rows := ops.fast_linear_rows()) > 0:
         mixin, attributes = FusedLinear, {"most_rows": rows}
     else:
         return False
-    module.__class__ = fused_class(mixin, type(module))  # type: ignore[arg-type]
-    vars(module).update(attributes)
+    fuse_as_(module, mixin, attributes)
     return True

@@ -9,7 +9,7 @@ from .. import ops
 
 
 class FusedLinear:
-    """Mixed into the class of a linear layer in floating point: our op for a few bf16 rows, its own forward else."""
+    """Mixed into the class of a linear layer in floating point: our op for a few bf16 rows on the CPU, its own else."""
 
     weight: Tensor
     bias: Tensor | None
@@ -19,7 +19,7 @@ class FusedLinear:
         """[..., K] -> [..., N]"""
         weight = self.weight
         is_few = x.numel() <= self.most_rows * x.shape[-1]
-        is_ours = weight.dtype == x.dtype == torch.bfloat16 and x.is_cpu and is_few
+        is_ours = x.is_cpu and weight.dtype == x.dtype == torch.bfloat16 and is_few
         if is_ours and not torch.is_grad_enabled():
             return ops.linear(x, weight, self.bias)
         return super().forward(x)  # type: ignore[misc, no-any-return]

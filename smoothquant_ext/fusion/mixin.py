@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -13,6 +15,27 @@ def fused_class(mixin: type, base: type[nn.Module]) -> type[nn.Module]:
     """The subclass of ``base`` whose forward is the mixin's."""
     members: dict[str, Any] = {"__module__": __name__, "__reduce_ex__": _reduce}
     return type(f"Fused{base.__name__}", (mixin, base), members)
+
+
+def fuse_as_(module: nn.Module, mixin: type, attributes: Mapping[str, Any]) -> None:
+    """Makes a module an instance of its fused class, with the mixin's attributes."""
+    module.__class__ = fused_class(mixin, type(module))  # type: ignore[arg-type]
+    vars(module).update(attributes)
+    _tell_accelerate(module)
+
+
+def unfuse_(module: nn.Module, attributes: Mapping[str, Any]) -> None:
+    """Undoes the last ``fuse_as_``."""
+    module.__class__ = type(module).__bases__[1]
+    for name in attributes:
+        del vars(module)[name]
+    _tell_accelerate(module)
+
+
+def _tell_accelerate(module: nn.Module) -> None:
+    """Its hooks call the forward pass that a module had when they came, and so would miss the new one."""
+    if "_old_forward" in vars(module):
+        vars(module)["_old_forward"] = MethodType(type(module).forward, module)
 
 
 def _reduce(module: nn.Module, _protocol: int) -> tuple[Any, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +12,9 @@ from .. import ops
 from ..activations import ACTIVATIONS
 from ..nn.grad import needs_grad
 from ..nn.linear import W8A8Linear, have_one_input_scale
+from ..nn.placement import has_ops
 from ..packing import PANEL
-from ..probing.hooks import hooked, output_of
+from ..probing.hooks import hooked, is_watched, output_of
 from ..probing.numerics import same_elements
 
 # Of the last layer's input, in the dtype of the activations: the activation, a cast, a product and another cast.
@@ -39,7 +40,7 @@ class Roles(NamedTuple):
 
 
 class FusedMLP:
-    """Mixed into the class of an MLP: one op on the CPU, the class's own forward elsewhere."""
+    """Mixed into the class of an MLP: one op where our ops run, the class's own forward elsewhere."""
 
     fused_roles: Roles
     fused_halves: tuple[Tensor, ops.Layer, ops.Layer] | None
@@ -49,8 +50,8 @@ class FusedMLP:
         roles, modules = self.fused_roles, self._modules  # type: ignore[attr-defined]
         gate, down = modules[roles.gate], modules[roles.down]
         up = None if roles.up is None else modules[roles.up]
-        is_ours = _is_plain(gate) and _is_plain(down) and (up is None or up is gate or _is_plain(up))
-        if not is_ours or not hidden_states.is_cpu or needs_grad(hidden_states):
+        is_ours = all(_is_plain(layer, hidden_states) for layer in (gate, up, down) if layer is not None)
+        if not is_ours or not has_ops(hidden_states) or needs_grad(hidden_states):
             return super().forward(hidden_states)  # type: ignore[misc, no-any-return]
         if roles.is_packed:
             layers = [*self._halves(gate), down.tensors]
@@ -58,6 +59,10 @@ class FusedMLP:
             layers = [layer.tensors for layer in (gate, up, down) if layer is not None]
         input_scale = [gate.input_scale, down.input_scale]
         return ops.w8a8_mlp(hidden_states, *ops.as_lists(layers), input_scale, roles.activation)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self.fused_halves = None  # they would keep a weight where it was
+        return super()._apply(fn, recurse)  # type: ignore[misc, no-any-return]
 
     def _halves(self, layer: W8A8Linear) -> tuple[ops.Layer, ops.Layer]:
         """Gate and up of a layer that computes both: views, kept until the layer has another weight."""
@@ -74,7 +79,7 @@ def mlp_attributes(module: nn.Module) -> dict[str, Any] | None:
     others = [child for child in module.modules() if not isinstance(child, W8A8Linear)]
     if isinstance(module, FusedMLP) or len(linears) not in (2, 3) or any(_has_parameters(child) for child in others):
         return None
-    if any(linear.weight.device.type != "cpu" for linear in module.modules() if isinstance(linear, W8A8Linear)):
+    if not all(has_ops(linear.weight) for linear in module.modules() if isinstance(linear, W8A8Linear)):
         return None
     if not all(linear.is_plain for linear in linears.values()):
         return None
@@ -95,7 +100,7 @@ def _find_roles(module: nn.Module, linears: dict[str, W8A8Linear], width: int) -
 
     noise = torch.randn(3, width, generator=torch.Generator().manual_seed(0)) * 2
     with hooked(linears, after=capture):
-        result = output_of(module, noise.to(_float_dtype(module)))
+        result = output_of(module, noise.to(next(iter(linears.values())).weight.device, _float_dtype(module)))
     if result is None or set(outputs) != set(linears):
         return None
     *first, down = outputs  # in the order in which they ran
@@ -134,9 +139,9 @@ def _share_of_equal(actual: Tensor, expected: Tensor) -> float:
     return float((actual == expected.to(actual.dtype)).float().mean())
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """An adapter in the place of a layer, or a hook on it, expects to be called."""
-    return type(module) is W8A8Linear and not module._forward_pre_hooks and not module._forward_hooks
+def _is_plain(module: nn.Module, x: Tensor) -> bool:
+    """An adapter in the place of a layer, or a hook on it, expects to be called; it may move x to the layer."""
+    return type(module) is W8A8Linear and module.is_with(x) and not is_watched(module)
 
 
 def _split(layer: W8A8Linear) -> tuple[ops.Layer, ops.Layer]:
@@ -144,7 +149,7 @@ def _split(layer: W8A8Linear) -> tuple[ops.Layer, ops.Layer]:
     weight, scale, bias = layer.tensors
     inner = layer.out_features // 2
     middle = inner // PANEL if layer.is_packed else inner
-    scale = scale.reshape(-1).expand(layer.out_features)
+    scale = scale.reshape(-1).expand(layer.out_features).contiguous()
     first = ops.Layer(weight[:middle], scale[:inner], None if bias is None else bias[:inner])
     return first, ops.Layer(weight[middle:], scale[inner:], None if bias is None else bias[inner:])
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..nn.grad import needs_grad
+from ..nn.placement import has_ops
 from ..probing.hooks import output_of
 from ..probing.linears import values_of
 from ..probing.numerics import same_elements
@@ -17,7 +18,7 @@ ROUNDINGS = 4  # of the row in the dtype of the activations: the division, a cas
 
 
 class FusedRMSNorm:
-    """Mixed into the class of an RMS norm: one pass over the row on the CPU, the class's own forward elsewhere."""
+    """Mixed into the class of an RMS norm: one pass over the row where our ops run, the class's own elsewhere."""
 
     weight: Tensor
     fused_eps: float
@@ -25,7 +26,7 @@ class FusedRMSNorm:
 
     def forward(self, hidden_states: Tensor, *gate: Tensor | None) -> Tensor:
         """[..., K] -> [..., K]; called with a gate too, as some norms may be, it is computed by its own class."""
-        is_ours = hidden_states.is_cpu and not gate and not needs_grad(hidden_states)
+        is_ours = has_ops(hidden_states) and not gate and not needs_grad(hidden_states)
         if is_ours and not needs_grad(self.weight):
             return ops.rms_norm(hidden_states, self.weight, self.fused_eps, self.fused_offset)
         return super().forward(hidden_states, *gate)  # type: ignore[misc, no-any-return]
@@ -35,18 +36,18 @@ def rms_norm_attributes(module: nn.Module) -> dict[str, Any] | None:
     """eps and offset, if the module computes ``x / sqrt(mean(x * x) + eps) * (offset + weight)``; else ``None``."""
     weight = values_of(module, "weight")
     parameters = [name for name, _ in module.named_parameters()]
-    if isinstance(module, FusedRMSNorm) or parameters != ["weight"] or weight is None or not _is_cpu_vector(weight):
+    if isinstance(module, FusedRMSNorm) or parameters != ["weight"] or weight is None or not _is_vector(weight):
         return None
     generator = torch.Generator().manual_seed(0)
     for eps in {value for value in vars(module).values() if isinstance(value, float) and 0 < value < 1}:
         # Rows so small that eps decides, rows of usual size, and a mean that a layer norm would take away.
         size = torch.tensor([[eps**0.5], [1.0], [30.0]])
-        x = ((torch.randn(3, weight.numel(), generator=generator) + 0.5) * size).to(weight.dtype)
+        x = ((torch.randn(3, weight.numel(), generator=generator) + 0.5) * size).to(weight)
         for offset in (0.0, 1.0):
             if same_elements(output_of(module, x), ops.rms_norm(x, weight, eps, offset), ROUNDINGS):
                 return {"fused_eps": eps, "fused_offset": offset}
     return None
 
 
-def _is_cpu_vector(weight: Tensor) -> bool:
-    return weight.dim() == 1 and weight.is_cpu and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+def _is_vector(weight: Tensor) -> bool:
+    return weight.dim() == 1 and has_ops(weight) and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)

@@ -3,7 +3,8 @@
 The layers stay where they are and are called one by one, as their model does. The first call of a group quantizes the
 input once, multiplies it with all the weights in one op and keeps the other results; a call of another layer with the
 very same tensor takes its own. A call with any other tensor computes its layer alone, so that the result never depends
-on who calls what: only the speed does.
+on who calls what: only the speed does. On a GPU the weights of a group lie one after the other in memory, and the op
+multiplies them as one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .. import ops
-from ..nn.linear import W8A8Linear, have_one_input_scale
+from ..nn.linear import W8A8Linear, have_one_input_scale, join_
+from ..nn.placement import has_ops
 from ..probing.hooks import hooked
 
 
@@ -28,6 +30,8 @@ class SharedInput:
 
     def __call__(self, layer: W8A8Linear, x: Tensor) -> Tensor | None:
         """The layer's output for x; ``None`` where the layer has to compute it by itself."""
+        if torch.compiler.is_compiling():  # no graph can ask whether x has changed
+            return None
         waiting = self._waiting  # read once: another thread may exchange it
         if waiting is not None and waiting[0] is x and waiting[1] == _version(x):
             result = waiting[2].pop(layer, None)
@@ -35,12 +39,20 @@ class SharedInput:
                 self._waiting = None
             if result is not None:
                 return result
-        if layer is not self.layers[0] or not x.is_cpu or torch.compiler.is_compiling():
+        if layer is not self.layers[0] or not self._is_here(x):
             return None
         layers = ops.as_lists(member.tensors for member in self.layers)
         first, *others = ops.w8a8_linear_group(x, *layers, layer.input_scale)
         self._waiting = (x, _version(x), dict(zip(self.layers[1:], others, strict=True)))
         return first
+
+    def _is_here(self, x: Tensor) -> bool:
+        """Whether all layers are where x is; accelerate may have taken some away until they are called."""
+        return has_ops(x) and all(layer.is_with(x) for layer in self.layers)
+
+    def join_(self) -> None:
+        """Joins the layers if they are together on a GPU."""
+        join_(self.layers)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"layers": self.layers, "_waiting": None}
@@ -52,15 +64,16 @@ def _version(x: Tensor) -> int:
 
 
 def share_inputs_(model: nn.Module) -> list[str]:
-    """Forms the groups of a model of transformers on the CPU, seen in one pass over two tokens; their names."""
+    """Forms the groups of a model of transformers, seen in one pass over two tokens; their names."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, W8A8Linear)}
-    if not isinstance(model, PreTrainedModel) or not layers or model.device.type != "cpu":
+    if not isinstance(model, PreTrainedModel) or not layers:
         return []
     names = []
     for group in _same_inputs(model, layers):
         shared = SharedInput([layers[name] for name in group])
         for layer in shared.layers:
             layer.shared = shared
+        shared.join_()
         parent = group[0].rpartition(".")[0]
         names.append(f"{parent}.{'+'.join(name.rpartition('.')[2] for name in group)}")
     return names
@@ -78,7 +91,7 @@ def _same_inputs(model: PreTrainedModel, layers: dict[str, W8A8Linear]) -> list[
 
     try:
         with hooked(layers, before=note), torch.no_grad():
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
     except Exception:  # a model that wants other inputs runs its layers one by one
         return []
     calls = [name for _, names in inputs for name in names]
@@ -87,7 +100,8 @@ def _same_inputs(model: PreTrainedModel, layers: dict[str, W8A8Linear]) -> list[
 
 
 def _fit_together(layers: list[W8A8Linear]) -> bool:
-    """One scheme, all with a bias or none, and one scale of the input."""
+    """On one device for good, of one scheme, all with a bias or none, and with one scale of the input."""
     first = layers[0]
     is_alike = all(layer.scheme == first.scheme and (layer.bias is None) == (first.bias is None) for layer in layers)
-    return is_alike and have_one_input_scale(layers)
+    is_here = all(has_ops(layer.weight) and layer.weight.device == first.weight.device for layer in layers)
+    return is_here and is_alike and have_one_input_scale(layers)

@@ -23,7 +23,13 @@ PACKAGES = ("accelerate", "fastapi", "openai", "uvicorn")
 
 
 def serve(
-    model: str, host: str, port: int, dtype: str = "auto", device: str = "cpu", cache_tokens: int | None = None
+    model: str,
+    host: str,
+    port: int,
+    dtype: str = "auto",
+    device: str = "cpu",
+    cache_tokens: int | None = None,
+    compiled: bool = False,
 ) -> None:
     """Serves a model until SIGINT or SIGTERM, then finishes the running requests and returns.
 
@@ -34,21 +40,22 @@ def serve(
         dtype: dtype of the parts in floating point; ``"auto"`` is the checkpoint's.
         device: a torch device.
         cache_tokens: tokens in the cache of continuous batching; ``None`` answers requests one by one.
+        compiled: whether to answer from a static cache, which on a GPU also compiles; see ``use_static_cache_``.
 
     Raises:
         SmoothQuantError: a package is missing, the port is taken, or the model cannot be loaded.
     """
     _check_packages()
     _check_port(host, port)
-    batching: dict[str, Any] = {}
+    options: dict[str, Any] = {"compile": True} if compiled else {}
     if cache_tokens is not None:
-        batching = {
+        options |= {
             "continuous_batching": True,
             "cb_block_size": BLOCK,
             "cb_num_blocks": -(-cache_tokens // BLOCK),
             "cb_max_batch_tokens": STEP_TOKENS,
         }
-    server = _start(model, host, port, dtype, device, **batching)
+    server = _start(model, host, port, dtype, device, **options)
     stopped = threading.Event()
     before = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -1,7 +1,8 @@
-"""Attention on the CPU through ``torch.ops.sq.attention``, as an attention implementation of transformers.
+"""Attention through ``torch.ops.sq.attention``, as an attention implementation of transformers.
 
 A model of transformers attends through the function that its configuration names, and ``set_attn_implementation``
-changes the name: ``"smoothquant"`` is ours. What our kernel does not compute goes to transformers' own ``"sdpa"``.
+changes the name: ``"smoothquant"`` is ours. What our kernel does not compute goes to transformers' own ``"sdpa"``: all
+on a GPU, except for keys and values in INT8.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from transformers.masking_utils import sdpa_mask
 
 from .. import ops
 from ..errors import SmoothQuantError
+from .placement import has_ops
 
 IMPLEMENTATION = "smoothquant"
 
@@ -51,17 +53,17 @@ class Int8Heads(Tensor):
 
 _QUESTIONS = {
     *(Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.ndim.__get__),  # type: ignore[attr-defined]
-    *(Tensor.is_cpu.__get__, Tensor.requires_grad.__get__, Tensor.dim, Tensor.size),  # type: ignore[attr-defined]
+    *(Tensor.is_cpu.__get__, Tensor.is_cuda.__get__, Tensor.requires_grad.__get__, Tensor.dim, Tensor.size),  # type: ignore[attr-defined]
 }
 
 
 def use_attention_(model: nn.Module) -> bool:
-    """Makes a transformers model on the CPU that uses ``"sdpa"`` attend through our kernel, in place.
+    """Makes a transformers model that uses ``"sdpa"`` attend through ``attention_forward``, in place.
 
     Returns:
         Whether it does now.
     """
-    if not isinstance(model, PreTrainedModel) or model.device.type != "cpu":
+    if not isinstance(model, PreTrainedModel) or model.device.type == "meta":
         return False
     if model.config._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
         return False
@@ -108,16 +110,16 @@ def attention_forward(
         causal = is_causal(module, query.shape[2], attention_mask, wanted)
         scales = {"k_scale": key.scale, "v_scale": value.scale}
         return ops.attention(query, key.q, value.q, attention_mask, scale=scale, causal=causal, **scales), None
-    if not is_supported:
-        output: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
-        return output
     queries = query.shape[2]
     causal = is_causal(module, queries, attention_mask, wanted)
     if causal and key.shape[2] > queries:
         # The first tokens in a static cache: what lies behind them is not filled yet.
         key, value = key[:, :, :queries], value[:, :, :queries]
+    if not is_supported:
+        output: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+        return output
     return ops.attention(query, key, value, attention_mask, scale=scale, causal=causal), None
 
 
@@ -145,7 +147,7 @@ def _is_supported(
     kwargs: dict[str, Any],
 ) -> bool:
     is_int8 = isinstance(key, Int8Heads)
-    if not query.is_cpu or not (is_int8 or query.dtype == key.dtype == value.dtype) or scale <= 0:
+    if not (has_ops(query) if is_int8 else query.is_cpu and query.dtype == key.dtype == value.dtype) or scale <= 0:
         return False
     if kwargs.get("dropout") or kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None:
         return False

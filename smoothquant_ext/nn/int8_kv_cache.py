@@ -99,7 +99,7 @@ class Int8Layer(DynamicLayer):
 
 
 class Int8Cache(DynamicCache):
-    """An INT8 cache to pass to a model on the CPU that attends through our kernel, as quantized ones do.
+    """An INT8 cache to pass to a model that attends through our implementation, as quantized ones do.
 
     ``model.generate(ids, past_key_values=Int8Cache(model.config))``. Layers with a sliding window keep their few tokens
     in floating point.
@@ -126,11 +126,11 @@ def make_int8_(cache: DynamicCache) -> None:
 def use_int8_cache_(model: PreTrainedModel) -> RemovableHandle:
     """Makes the caches that a model starts INT8 ones: in ``generate``, and in calls without gradients.
 
-    The model attends through our kernel then, as quantized models do anyway. Kinds of cache that are asked for by name
-    (``cache_implementation="static"``) stay what they are.
+    The model attends through our implementation then, as quantized models do anyway. Kinds of cache that are asked for
+    by name (``cache_implementation="static"``) stay what they are.
 
     Returns:
-        A handle whose ``remove()`` undoes it; the model goes on attending through our kernel.
+        A handle whose ``remove()`` undoes it; the model goes on attending through our implementation.
 
     Raises:
         SmoothQuantError: the model cannot use our attention, or all its layers have sliding windows.
@@ -139,7 +139,7 @@ def use_int8_cache_(model: PreTrainedModel) -> RemovableHandle:
     is_causal_lm = isinstance(model, PreTrainedModel) and not model.config.is_encoder_decoder
     if not is_causal_lm or model.config._attn_implementation != IMPLEMENTATION:
         raise SmoothQuantError(
-            f"{type(model).__name__} cannot have an INT8 cache: it needs a causal LM of transformers on the CPU whose "
+            f"{type(model).__name__} cannot have an INT8 cache: it needs a causal LM of transformers whose "
             'attention is exchangeable and was "sdpa", the default'
         )
     if not any(type(layer) is Int8Layer for layer in Int8Cache(model.config).layers):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,17 @@ from torch import Tensor, nn
 from .. import ops
 from ..scheme import Scheme
 from .grad import needs_grad
+from .placement import ALIGNED_ROWS, joined
+
+
+class Group(Protocol):
+    """Layers that read the same input, see ``fusion.shared_input``."""
+
+    def __call__(self, layer: W8A8Linear, x: Tensor) -> Tensor | None:
+        """The layer's output for x; ``None`` where the layer has to compute it by itself."""
+
+    def join_(self) -> None:
+        """Joins the layers if they are together on a GPU, see ``join_``."""
 
 
 class W8A8Linear(nn.Module):
@@ -21,17 +32,16 @@ class W8A8Linear(nn.Module):
 
     Attributes:
         weight: 8-bit [N, K], or packed (see ``torch.ops.sq.prepack_weight``).
-        weight_scale: fp32 [N, 1] (per channel) or [1] (per tensor).
+        weight_scale: fp32 [N, 1] (per channel) or [1] (per tensor); packed or joined always [N, 1].
         input_scale: fp32 [1] with static activations, else ``None`` (a scale per token, measured at run time).
         input_zero_point: fp32 [1], a whole number, with static asymmetric activations, else ``None``.
         smooth: fp32 [K] that the input is divided by before it is quantized, or ``None``; then ``weight`` is that of a
             layer whose columns were multiplied by it.
         bias: floating point [N], or ``None``.
-        shared: gives this layer's output for an input where layers that read the same input are computed together
-            (see ``fusion.shared_input``), or ``None``.
+        shared: the group of layers that this one is computed together with, or ``None``.
     """
 
-    shared: Callable[[W8A8Linear, Tensor], Tensor | None] | None
+    shared: Group | None
     weight: Tensor
     weight_scale: Tensor
     input_scale: Tensor | None
@@ -99,6 +109,10 @@ class W8A8Linear(nn.Module):
         """Whether its input is quantized as it comes, so that fused ops can do it: not smoothed, and symmetric."""
         return self.smooth is None and self.scheme.symmetric
 
+    def is_with(self, x: Tensor) -> bool:
+        """Whether the layer is on x's device."""
+        return self._buffers["weight"].device == x.device  # type: ignore[union-attr]
+
     @property
     def is_packed(self) -> bool:
         return self.weight.dim() != 2
@@ -135,22 +149,34 @@ class W8A8Linear(nn.Module):
                 moved = fn(buffer)
                 keeps_dtype = name != "bias" and moved.dtype != buffer.dtype
                 self._buffers[name] = buffer.to(moved.device) if keeps_dtype else moved
+        self._summed = None  # it would keep a weight where it was
         if source.type not in ("cpu", "meta"):
             self.prepack_()
+        if self.shared is not None:
+            self.shared.join_()
         return self
 
     def _unpack_(self) -> None:
+        """Undoes ``prepack_``, and what ``join_`` did to the scale."""
+        if self._has_spread_scale:
+            self.weight_scale = self._plain_scale()
         if self.is_packed:
-            self.weight, self.weight_scale = self.plain_weight(), self._plain_scale()
+            self.weight = self.plain_weight()
 
     def _plain_scale(self) -> Tensor:
-        """The weight's scale as checkpoints store it; packing spreads a per-tensor scale over the channels."""
-        return self.weight_scale[0].clone() if self.is_packed and self.scheme.weight == "tensor" else self.weight_scale
+        """The weight's scale as checkpoints store it; packing and joining spread that of a tensor over the channels."""
+        return self.weight_scale[0].clone() if self._has_spread_scale else self.weight_scale
+
+    @property
+    def _has_spread_scale(self) -> bool:
+        scale = self._buffers.get("weight_scale")  # under another name while a checkpoint is loaded
+        return self.scheme.weight == "tensor" and scale is not None and scale.dim() == 2
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.is_packed:
             destination[prefix + "weight"] = self.plain_weight()
+        if self._has_spread_scale:
             destination[prefix + "weight_scale"] = self._plain_scale()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -160,6 +186,8 @@ class W8A8Linear(nn.Module):
         self._summed = None
         if was_packed:
             self.prepack_()
+        if self.shared is not None:
+            self.shared.join_()
 
     def extra_repr(self) -> str:
         return (
@@ -220,3 +248,23 @@ def have_one_input_scale(layers: Sequence[W8A8Linear]) -> bool:
     if scales[0] is None:
         return all(scale is None for scale in scales)
     return all(scale is not None and torch.equal(scale, scales[0]) for scale in scales)
+
+
+def join_(layers: Sequence[W8A8Linear]) -> None:
+    """Lays the tensors of layers on one GPU one after the other in memory, so that one product can compute them all.
+
+    Each layer's tensors become slices of those of all; what they held before is freed. Does nothing on other devices,
+    where that is so already, and where a layer's end would not be aligned as the next one's start has to be.
+    """
+    device = layers[0].weight.device
+    if device.type != "cuda" or any(layer.weight.device != device for layer in layers):
+        return
+    if any(layer.out_features % ALIGNED_ROWS or layer.in_features % ALIGNED_ROWS for layer in layers):
+        return
+    for layer in layers:
+        layer.weight_scale = layer.weight_scale.expand(layer.out_features, 1)
+    for name in ("weight", "weight_scale", "bias"):
+        parts = [part for layer in layers if (part := layer._buffers[name]) is not None]
+        if len(parts) == len(layers) and len({part.dtype for part in parts}) == 1:  # biases are cast one by one
+            for layer, part in zip(layers, joined(parts), strict=True):
+                layer._buffers[name] = part

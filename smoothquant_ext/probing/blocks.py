@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,11 @@ def run_model(model: nn.Module, batch: Batch) -> Any:
         return model(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False)
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """The device of a module that is on one device."""
+    return next(itertools.chain(module.parameters(), module.buffers())).device
+
+
 def token_ids(batch: Batch) -> Tensor:
     """The token ids [B, T] of a batch; of forward arguments without any, the first tensor among these."""
     return batch if isinstance(batch, Tensor) else batch.get("input_ids", next(iter(batch.values())))
@@ -53,12 +59,16 @@ class BlockCall:
     kwargs: dict[str, Any]
 
     def replay(self, block: nn.Module, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """Runs ``block`` on copies of the captured arguments, floating-point ones as ``dtype``; its output tensors."""
+        """Runs ``block`` on copies of the captured arguments, floating-point ones as ``dtype``; its output tensors.
+
+        The copies are on the device of the block, wherever the arguments were captured.
+        """
+        device = device_of(block)
 
         def fresh(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
-            return value.to(dtype, copy=True) if dtype and value.is_floating_point() else value.clone()
+            return value.to(device, dtype if dtype and value.is_floating_point() else value.dtype, copy=True)
 
         with torch.no_grad():
             output = block(*tree_map(fresh, self.args), **tree_map(fresh, self.kwargs))

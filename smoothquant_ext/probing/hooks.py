@@ -60,5 +60,19 @@ def swapped(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None
             model.set_submodule(name, module)
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether someone waits for this module's call: hooks, or accelerate, which puts a ``forward`` in its place.
+
+    accelerate's hooks may bring the module's tensors to a GPU before the call and take them away after it. Those that
+    do not only bring the input to the module's device, where a fused module finds it anyway.
+    """
+    own = module.__dict__
+    if own["_forward_pre_hooks"] or own["_forward_hooks"]:
+        return True
+    if "forward" not in own or getattr(own["forward"], "__func__", None) is type(module).forward:
+        return False
+    return getattr(own.get("_hf_hook"), "offload", True) is not False
+
+
 def _without_module(hook: Callable[..., Any], name: str) -> Callable[..., Any]:
     return lambda _module, *arguments: hook(name, *arguments)

@@ -45,7 +45,8 @@ def block_error(outputs: Sequence[Sequence[Tensor]], expected: Sequence[Sequence
     """
     tokens, whole = 0.0, 0.0
     for window, reference in zip(outputs, expected, strict=True):
-        actual, wanted = (_hidden(tensors).double() for tensors in (window, reference))
+        actual = _hidden(window).double()
+        wanted = _hidden(reference).to(actual)
         error, size = (actual - wanted).square().sum(-1), wanted.square().sum(-1)
         tiny = torch.finfo(torch.float32).tiny
         tokens += float((error / size.clamp(min=tiny)).mean())

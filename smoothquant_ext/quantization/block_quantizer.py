@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..nn.experts import W8A8Experts
 from ..nn.linear import W8A8Linear
-from ..probing.blocks import BlockCall
+from ..probing.blocks import BlockCall, device_of
 from ..probing.hooks import swapped
 from ..probing.linears import Linear, as_linear, weight_nk
 from ..probing.smoothing_groups import Group, explicit_groups
@@ -23,6 +23,7 @@ from .calibration import Calibration
 from .clipping import choose_clips_
 from .convert import quantize_experts, quantize_linear
 from .expert_smoothing import smooth_experts_
+from .placement import Placement
 from .recipe import AUTO, Recipe
 from .report import BlockReport, Report
 from .resume import SearchState
@@ -43,6 +44,7 @@ class Run:
         recipe: the settings.
         structure: of the model in floating point.
         calibration: the measurements; its ``absmax`` names the layers and experts to quantize.
+        placement: where the blocks run.
         state: keeps the results of the search.
         report: takes the facts about layers and blocks, which has an entry for each layer of ``absmax``.
     """
@@ -50,6 +52,7 @@ class Run:
     recipe: Recipe
     structure: Structure
     calibration: Calibration
+    placement: Placement
     state: SearchState
     report: Report
 
@@ -68,41 +71,65 @@ class Decision:
     limits: dict[str, float]
 
 
+@dataclass
+class QuantizedBlocks:
+    """What takes the places of modules in the blocks of a model, and what has to change in those that stay.
+
+    Attributes:
+        linears: the 8-bit layers by name.
+        experts: the 8-bit experts by name.
+        folds: by the name of each block the scales that were folded, in that order; the layers are made for them.
+    """
+
+    linears: dict[str, W8A8Linear] = field(default_factory=dict)
+    experts: dict[str, W8A8Experts] = field(default_factory=dict)
+    folds: dict[str, list[Choice]] = field(default_factory=dict)
+
+
 def quantize_blocks(
     run: Run, groups: Sequence[Group], progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
-) -> tuple[dict[str, W8A8Linear], dict[str, W8A8Experts]]:
-    """Folds smoothing into the model in place, whose function is preserved, and makes the 8-bit layers of its blocks.
+) -> QuantizedBlocks:
+    """Smooths copies of the blocks and makes 8-bit layers of them; the model is left as it is.
 
     Args:
         run: settings and measurements; its report is filled.
         groups: the smoothing groups; empty for no smoothing.
         progress: wraps the iterable of blocks.
-
-    Returns:
-        The 8-bit layers and the 8-bit experts by name. They are not in the model yet.
     """
-    linears: dict[str, W8A8Linear] = {}
-    experts: dict[str, W8A8Experts] = {}
+    quantized = QuantizedBlocks()
     recorder = run.calibration.recorder
     groups_of = by_block(groups, run.calibration.absmax)
     previous: Sequence[list[Tensor]] = ()
     for name in progress(recorder.names):
-        quantizer = BlockQuantizer(run, run.structure.blocks[name], recorder.calls(name, previous))
-        quantizer.apply_(quantizer.decide(groups_of.get(name, [])))
-        linears |= quantizer.linears
-        experts |= quantizer.experts
-        previous = quantizer.statistics.outputs
-    return linears, experts
+        # A function, so that of one block nothing but this is left when the next one begins.
+        previous = _quantize_block(run, name, recorder.calls(name, previous), groups_of.get(name, []), quantized)
+    return quantized
+
+
+def _quantize_block(
+    run: Run, name: str, calls: Sequence[BlockCall], groups: Sequence[Group], quantized: QuantizedBlocks
+) -> Sequence[list[Tensor]]:
+    """Adds the 8-bit layers of a block; the tensors that it returns in floating point, for each window."""
+    home = device_of(run.structure.blocks[name].module)
+    quantizer = BlockQuantizer(run, run.placement.copy(run.structure.blocks[name]), calls)
+    quantizer.apply_(quantizer.decide(groups))
+    quantized.linears |= run.placement.sent_home(quantizer.linears, home)
+    quantized.experts |= run.placement.sent_home(quantizer.experts, home)
+    quantized.folds[name] = quantizer.folds
+    return quantizer.statistics.outputs
 
 
 class BlockQuantizer:
     """Quantizes one block: collects its statistics in floating point, decides, and makes its 8-bit layers.
+
+    Smoothing changes the block, which therefore is a copy.
 
     Attributes:
         statistics: of the block in floating point.
         inputs: the layers that share each input, by the first of them; model-wide names.
         linears: the 8-bit layers by model-wide name, after ``apply_``.
         experts: the 8-bit experts by model-wide name, after ``apply_``.
+        folds: the scales that were folded, after ``apply_``.
     """
 
     def __init__(self, run: Run, block: Block, calls: Sequence[BlockCall]) -> None:
@@ -113,15 +140,15 @@ class BlockQuantizer:
         self.clips = run.recipe.clips and block.name not in run.calibration.recorder.repeated
         self.linears: dict[str, W8A8Linear] = {}
         self.experts: dict[str, W8A8Experts] = {}
+        self.folds: list[Choice] = []
         held_out = set(run.calibration.held_out)
         train = set(range(len(calls))) - held_out or held_out  # one window has to do for both
         self.calls = [calls[window] for window in sorted(train)]
         self.test_calls = [calls[window] for window in sorted(held_out)]
         self.proof_call = block.call or calls[0]
         layers = {local: self._linear(block.full_name(local)) for local in self._quantized(block.linears)}
-        self.statistics = collect_statistics(
-            block.module, layers, calls, held_out, train, hessians=run.recipe.rounding != "nearest"
-        )
+        hessians = run.recipe.rounding != "nearest"
+        self.statistics = collect_statistics(block.module, layers, calls, held_out, train, hessians, run.placement.keep)
         self.expected = [self.statistics.outputs[window] for window in sorted(held_out)]
         shared = [tuple(map(block.full_name, each.consumers)) for each in self.statistics.inputs.values()]
         self.inputs = {names[0]: names for names in shared}
@@ -244,6 +271,8 @@ class BlockQuantizer:
                 report.failed[choice.group.producer] = outcome
                 continue
             report.groups.append(outcome)
+            if choice.group.producer:
+                self.folds.append(choice)
             for name in choice.group.consumers:
                 smoothed[name] = choice
                 if name in report.layers:

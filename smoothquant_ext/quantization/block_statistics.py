@@ -6,7 +6,7 @@ and belong to all of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,6 +81,7 @@ def collect_statistics(
     held_out: set[int],
     train: set[int],
     hessians: bool,
+    keep: Callable[[Tensor], Tensor] = lambda output: output,
 ) -> BlockStatistics:
     """Runs a block in floating point on all windows.
 
@@ -91,6 +92,7 @@ def collect_statistics(
         held_out: the windows that rows are kept of.
         train: the windows that absmax and Hessians are of.
         hessians: whether to sum these up.
+        keep: moves an output to where it is to wait.
     """
     statistics = BlockStatistics()
     first_consumer: dict[str, str] = {}  # of each layer's input, decided in the layer's first run
@@ -120,5 +122,5 @@ def collect_statistics(
         for window in range(len(calls)):
             handed.clear()
             counted.clear()
-            statistics.outputs.append(calls[window].replay(block))
+            statistics.outputs.append([keep(output) for output in calls[window].replay(block)])
     return statistics

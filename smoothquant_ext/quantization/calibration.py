@@ -70,6 +70,11 @@ def calibrate(
 
 def check_finite(absmax: Mapping[str, Tensor], batch: int) -> None:
     """Raises SmoothQuantError naming the first layer, in running order, that was fed a NaN or an infinity."""
+    flags = [channels.isfinite().all() for channels in absmax.values()]
+    if not flags or bool(
+        torch.stack([flag.to(flags[0].device) for flag in flags]).all()
+    ):  # one wait for a GPU, not many
+        return
     for name, channels in absmax.items():
         bad = (~torch.isfinite(channels)).nonzero().flatten().tolist()
         if bad:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from .. import ops, reference
+from .. import ops
 from ..nn.experts import W8A8Experts
 from ..nn.linear import W8A8Linear
 from ..probing.experts import ExpertsLayout
@@ -83,13 +83,11 @@ def quantize_experts(module: nn.Module, layout: ExpertsLayout, scheme: Scheme) -
 
 def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Rounds a weight [N, K] to nearest: 8-bit [N, K] and its fp32 scale, [N, 1] per channel or [1] per tensor."""
-    # Off the CPU torch's operators give the same bits, and need no kernel that was validated there.
-    quantizers = ops if weight.is_cpu else reference
     if scheme.weight == "channel":
-        quantized, scale = quantizers.quantize_per_token(weight.contiguous(), scheme.dtype)
+        quantized, scale = ops.quantize_per_token(weight.contiguous(), scheme.dtype)
         return quantized, scale[:, None]
     scale = static_scale(weight.abs().amax().float(), scheme.dtype)
-    return quantizers.quantize_static(weight.contiguous(), scale, scheme.dtype), scale
+    return ops.quantize_static(weight.contiguous(), scale, scheme.dtype), scale
 
 
 def static_scale(absmax: Tensor, dtype: torch.dtype) -> Tensor:

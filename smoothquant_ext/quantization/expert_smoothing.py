@@ -52,6 +52,7 @@ class HiddenRanges:
     def _measure(self, name: str, args: Any, _kwargs: Any) -> None:
         layout, parameters, experts = self._layouts[name], _parameters(self._modules[name]), len(self.tokens[name])
         x = args[0].detach()
+        parameters = {kind: values.to(x.device) for kind, values in parameters.items()}  # a copy may run, elsewhere
         index = sorted_routing(x, experts, skips_zeros=True)[0] if layout.is_sorted else args[1]
         for expert in index.unique().tolist():
             if expert < experts:

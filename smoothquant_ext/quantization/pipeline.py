@@ -8,31 +8,35 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..checkpoint.hf_names import expert_names
 from ..checkpoint.naming import set_quantization_config_
+from ..devices import full_float32, memory_explained
 from ..fusion.fuse import fuse_
 from ..nn.experts import as_experts
 from ..nn.finalize import finalize_
-from ..nn.linear import W8A8Linear
 from ..probing.blocks import Batch, token_ids
 from ..probing.smoothing_groups import Discovery, discover
 from ..probing.structure import Structure, find_structure
 from ..progress import track
 from ..scheme import Scheme
 from .block_inputs import BlockInputRecorder
-from .block_quantizer import Run, quantize_blocks
+from .block_quantizer import QuantizedBlocks, Run, quantize_blocks
 from .calibration import Calibration, CalibrationData, calibrate
 from .convert import convert_, convert_experts_
 from .expert_smoothing import HiddenRanges
+from .folds import fold_rest_, for_unsmoothed
+from .placement import place_
 from .recipe import Recipe
 from .report import LayerReport, Report, UnitReport
+from .restoring import unchanged_on_error
 from .resume import SearchState, fingerprint
 from .selection import Selection, check_finite_weights, select_linears
 from .sensitivity import Unit
-from .skipping import choose_skips
+from .skipping import choose_skips, with_dynamic_scale
 
 Model = TypeVar("Model", bound=nn.Module)
 Progress: TypeAlias = Callable[[Iterable[Any]], Iterable[Any]]
@@ -44,6 +48,7 @@ def quantize(
     recipe: Recipe | None = None,
     progress: bool = True,
     journal: str | os.PathLike[str] | None = None,
+    device: torch.device | str | None = None,
 ) -> Model:
     """Smooths and quantizes a causal LM in place, and returns it ready to run on 8-bit kernels.
 
@@ -56,6 +61,9 @@ def quantize(
         progress: whether to show progress bars.
         journal: a folder that keeps the results of a search while it runs; the same call resumes there if it was cut
             off. Removed at the end.
+        device: where to compute: ``"cpu"``, ``"cuda"``, ``"cuda:N"``, ``"auto"``, or ``None``, where the model is. The
+            model moves there if it fits with what quantization needs. Otherwise it stays, and its blocks go there one
+            after the other, as copies; then the result is where the model was.
 
     Returns:
         The same object. Its ``smoothquant_report`` is a ``Report``; its ``smoothquant_record``, the same in plain
@@ -63,19 +71,33 @@ def quantize(
 
     Raises:
         SmoothQuantError: nothing to quantize, a pattern that matches nothing, no calibration data, a non-finite weight
-            or activation. The model is unchanged then. Or the journal cannot be written: the model is still in floating
-            point then, but some blocks are smoothed.
+            or activation, a journal that cannot be written, a GPU that is absent or too small. After these, as after
+            any other exception, the model is what it was, where it was.
     """
-    recipe = recipe or Recipe()
+    remedy = "give shorter windows (--seqlen), fewer of them in a batch, or the device cpu"
+    with unchanged_on_error(model), memory_explained(remedy), full_float32():
+        _quantize(model, CalibrationData(batches), recipe or Recipe(), progress, journal, device)
+    return model
+
+
+def _quantize(
+    model: nn.Module,
+    data: CalibrationData,
+    recipe: Recipe,
+    progress: bool,
+    journal: str | os.PathLike[str] | None,
+    device: torch.device | str | None,
+) -> None:
     report = Report(recipe, base=_name_of(model))
     bar = _progress_bars(report, progress)
     model.eval()
-    data = CalibrationData(batches)
+    placement = place_(model, device, progress)
     structure = find_structure(model, data.first)
     selection = select_linears(structure, recipe)
     check_finite_weights(selection.modules(model))
 
-    calibration = _calibrate(structure, selection, data, recipe, bar("Calibrating"))
+    with placement.running(structure, unchanged=True):
+        calibration = _calibrate(structure, selection, data, recipe, bar("Calibrating"))
     report.calibration = {"windows": data.windows, "tokens": data.tokens}
     report.layers = {name: LayerReport(absmax, absmax) for name, absmax in calibration.absmax.items()}
     for name in selection.names:
@@ -83,17 +105,18 @@ def quantize(
             selection.skip(name, "never ran during calibration")
     measured = calibration.absmax | {f"held out {index}": token_ids(batch) for index, batch in data.held_out.items()}
     state = SearchState(Path(journal) / fingerprint(model, measured, repr(recipe)) if journal is not None else None)
-    run = Run(recipe, structure, calibration, state, report)
+    run = Run(recipe, structure, calibration, placement, state, report)
 
     discovery = Discovery()
     if recipe.smooth:
-        discovery = discover(structure, bar("Finding smoothing groups"), calibration.absmax)
+        discovery = discover(placement.blocks_of(structure), bar("Finding smoothing groups"), calibration.absmax)
     report.failed |= discovery.rejected
-    linears, experts = quantize_blocks(run, discovery.groups, bar("Quantizing blocks"))
+    quantized = quantize_blocks(run, discovery.groups, bar("Quantizing blocks"))
     if recipe.skips:
-        _leave_out_worst(run, selection, linears, list(data.held_out.values()), bar("Measuring each layer"))
+        with placement.running(structure):
+            _leave_out_worst(run, selection, quantized, list(data.held_out.values()), bar("Measuring each layer"))
 
-    _install_(model, selection, {**linears, **experts}, calibration.absmax, recipe.resolved_scheme)
+    _install_(structure, selection, quantized, calibration.absmax, recipe.resolved_scheme)
     report.fused = fuse_(model)
     if isinstance(model, PreTrainedModel):
         finalize_(model, refused=set_quantization_config_(model))
@@ -104,7 +127,6 @@ def quantize(
         report.layers[name].per_token = recipe.resolved_scheme.is_static
     model.smoothquant_report = report  # type: ignore[assignment]
     model.smoothquant_record = report.to_record()  # type: ignore[assignment]
-    return model
 
 
 def _calibrate(
@@ -117,18 +139,20 @@ def _calibrate(
     records = (lambda _: True) if recipe.is_tuned else data.is_held_out
     absmax = calibrate(structure.model, layers, progress(data), recorder, records, hidden)
     held_out = data.held_out if recipe.is_tuned else range(recorder.windows)  # numbers of recorded windows
+    absmax = {name: channels.cpu() for name, channels in absmax.items()}  # outlives the run, in the report
     return Calibration(absmax, recorder, frozenset(held_out), hidden)
 
 
 def _leave_out_worst(
-    run: Run, selection: Selection, linears: dict[str, W8A8Linear], batches: Sequence[Batch], progress: Progress
+    run: Run, selection: Selection, quantized: QuantizedBlocks, batches: Sequence[Batch], progress: Progress
 ) -> None:
-    """Leaves the layers out that the recipe's limits ask for, or gives them dynamic scales, in ``linears`` too."""
-    report = run.report
+    """Leaves the layers out that the recipe's limits ask for, or gives them dynamic scales, in ``quantized`` too."""
+    report, linears = run.report, quantized.linears
+    fitting = for_unsmoothed(run.structure, quantized.folds, linears)
     units = [Unit(name, layers) for name, block in report.blocks.items() for layers in block.inputs]
-    skips = choose_skips(run.structure, linears, units, batches, run.recipe, run.state, progress)
+    skips = choose_skips(run.structure, fitting, units, batches, run.recipe, run.state, progress)
     report.sensitivity = [UnitReport(unit.layers, kl) for unit, kl in skips.sensitivity.items()]
-    linears |= skips.dynamic
+    linears |= {name: with_dynamic_scale(linears[name]) for name in skips.dynamic}
     for name in skips.dynamic:
         report.layers[name].per_token = True
     for name, reason in skips.reasons.items():
@@ -137,14 +161,19 @@ def _leave_out_worst(
 
 
 def _install_(
-    model: nn.Module,
+    structure: Structure,
     selection: Selection,
-    int8_modules: Mapping[str, nn.Module],
+    quantized: QuantizedBlocks,
     absmax: Mapping[str, Tensor],
     scheme: Scheme,
 ) -> None:
-    """Puts the 8-bit modules in their places, and converts the selected layers that are outside of all blocks."""
+    """Puts the 8-bit modules in their places, smooths what stays in floating point, and converts the selected layers
+    that are outside of all blocks.
+    """
+    model = structure.model
+    int8_modules: dict[str, nn.Module] = {**quantized.linears, **quantized.experts}
     names = {name: expert_names(model, name, layout) for name, layout in selection.experts.items()}
+    fold_rest_(structure, quantized.folds, int8_modules)
     for name, module in int8_modules.items():
         model.set_submodule(name, module)
     convert_(model, [name for name in selection.linears if name not in int8_modules], absmax, scheme)

@@ -87,7 +87,8 @@ def choose_skips(
         chosen = list(dict.fromkeys([*chosen, *order[:needed]]))
     recovered_by_dynamic: list[Unit] = []
     for unit in chosen:
-        dynamic = {name: _per_token(layers[name]) for name in unit.layers} if recipe.resolved_scheme.is_static else {}
+        static = unit.layers if recipe.resolved_scheme.is_static else ()
+        dynamic = {name: with_dynamic_scale(layers[name]) for name in static}
         if dynamic and sensitivity.kl(unit, dynamic) <= LEFT_BY_DYNAMIC * skips.sensitivity[unit]:
             skips.dynamic |= dynamic
             recovered_by_dynamic.append(unit)
@@ -118,7 +119,7 @@ def _enough_for_perplexity(
     return fewest(len(order), is_enough)
 
 
-def _per_token(layer: W8A8Linear) -> W8A8Linear:
+def with_dynamic_scale(layer: W8A8Linear) -> W8A8Linear:
     """The same layer with a scale per token; it shares the weight."""
     other = copy.copy(layer)
     other._buffers = dict(layer._buffers, input_scale=None)

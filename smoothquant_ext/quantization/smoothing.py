@@ -124,7 +124,7 @@ class Proof:
         modules = [module for module in (producer, *consumers.values()) if module is not None]
         return self.attempt(modules, lambda: fold_(producer, consumers, group, s))
 
-    def attempt(self, modules: Iterable[nn.Module], change: Callable[[], None]) -> str:
+    def attempt(self, modules: Iterable[nn.Module], change: Callable[[], object]) -> str:
         """Changes parameters of the copy's ``modules``; as ``try_fold``."""
         parameters = [parameter for module in modules for parameter in module.parameters(recurse=False)]
         before = {parameter: parameter.detach().clone() for parameter in parameters}
@@ -141,11 +141,14 @@ class Proof:
         return self._call.replay(self.module, self.dtype)
 
 
-def fold_(producer: nn.Module | None, consumers: Mapping[str, nn.Module], group: Group, s: Tensor) -> None:
+def fold_(producer: nn.Module | None, consumers: Mapping[str, nn.Module], group: Group, s: Tensor) -> Tensor:
     """Divides the producer's output channels by s [C] and multiplies the consumers' columns by it, in place.
 
     Without a producer the columns alone are multiplied. A norm's weight is rounded to its dtype, and in 16 bits that
     changes a whole channel: the consumers are multiplied by what the norm was really divided by.
+
+    Returns:
+        What the consumers were multiplied by: s, or what came of it.
     """
     if producer is None:
         pass
@@ -165,6 +168,7 @@ def fold_(producer: nn.Module | None, consumers: Mapping[str, nn.Module], group:
     for name, module in consumers.items():
         for columns in columns_of(module, group.layouts.get(name)):
             columns.copy_(_wide(columns) * gather_scale(s, group.consumers[name]).to(columns.device))
+    return s
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ def w8a8_decoder_layer_(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     head_eps: float = 0.0,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """See ``ops.w8a8_decoder_layer_``."""
     biases = bias or [None] * 7
@@ -57,13 +58,19 @@ def w8a8_decoder_layer_(
     )
     if q_norm is not None and k_norm is not None:
         q, k = rms_norm(q, q_norm, head_eps, offset), rms_norm(k, k_norm, head_eps, offset)
-    total = past + x.shape[1]
-    k, cache_scales = rotate(k, cos, sin), dict[str, Tensor]()
+    k = rotate(k, cos, sin)
+    total, at = past + x.shape[1], torch.arange(past, past + x.shape[1], device=x.device)
+    if positions is not None:
+        total, at = keys.shape[2], positions
+        if causal:
+            seen = torch.arange(total, device=x.device) <= positions[:, None]
+            mask, causal = seen[None, None] if mask is None else mask & seen, False
+    cache_scales: dict[str, Tensor] = {}
     if keys_scale is not None and values_scale is not None:
-        k, keys_scale[:, :, past:total] = quantize_per_token(k, torch.int8)
-        v, values_scale[:, :, past:total] = quantize_per_token(v, torch.int8)
+        k, keys_scale[:, :, at] = quantize_per_token(k, torch.int8)
+        v, values_scale[:, :, at] = quantize_per_token(v, torch.int8)
         cache_scales = {"k_scale": keys_scale[:, :, :total], "v_scale": values_scale[:, :, :total]}
-    keys[:, :, past:total], values[:, :, past:total] = k, v
+    keys[:, :, at], values[:, :, at] = k, v
     visible = keys[:, :, :total], values[:, :, :total]
     attended = attention(rotate(q, cos, sin), *visible, mask, scale=scale, causal=causal, **cache_scales)
     h = x + w8a8_linear(attended.flatten(2), *o, o_scale)

@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 from torch import Tensor, nn
 
+from ..devices import full_float32, memory_explained
 from ..errors import SmoothQuantError
 from ..layer_names import name_pattern
 from ..probing.blocks import Batch
@@ -20,6 +21,7 @@ from ..probing.smoothing_groups import Group, discover
 from ..probing.structure import Structure, find_structure
 from ..progress import track
 from ..quantization.calibration import CalibrationData, calibrate
+from ..quantization.placement import place_
 from ..quantization.recipe import Recipe
 from ..quantization.report import SmoothedGroup
 from ..quantization.selection import select_linears
@@ -64,33 +66,47 @@ class LayerInput:
 
 
 def measure_outliers(
-    model: nn.Module, batches: Tensor | Iterable[Batch], recipe: Recipe | None = None, progress: bool = False
+    model: nn.Module,
+    batches: Tensor | Iterable[Batch],
+    recipe: Recipe | None = None,
+    progress: bool = False,
+    device: torch.device | str | None = None,
 ) -> list[LayerInput]:
     """Calibrates a causal LM, smooths it in place, and measures the inputs of its linear layers before and after.
 
     Args:
-        model: a transformers causal LM in floating point; smoothed afterwards (its function stays the same).
+        model: a transformers causal LM in floating point; its function stays the same.
         batches: token windows [samples, T], or any iterable of token ids [B, T] or of dicts of forward arguments.
         recipe: which layers and which alpha; ``Recipe()`` by default.
         progress: whether to show progress bars on stderr.
+        device: where to compute, as in ``quantize``.
 
     Raises:
         SmoothQuantError: as ``quantize`` does.
     """
-    recipe = recipe or Recipe()
+    with memory_explained("give shorter windows (--seqlen), or the device cpu"), full_float32():
+        return _measure_outliers(model, CalibrationData(batches), recipe or Recipe(), progress, device)
+
+
+def _measure_outliers(
+    model: nn.Module, data: CalibrationData, recipe: Recipe, progress: bool, device: torch.device | str | None
+) -> list[LayerInput]:
 
     def bar(items: Iterable[Any], what: str) -> Iterable[Any]:
         return track(items, what, progress)
 
     model.eval()
-    data = CalibrationData(batches)
+    placement = place_(model, device, progress)
     structure = find_structure(model, data.first)
     selection = select_linears(structure, recipe)
-    absmax = calibrate(model, selection.modules(model), bar(data, "Calibrating"))
+    with placement.running(structure, unchanged=True):
+        measured = calibrate(model, selection.modules(model), bar(data, "Calibrating"))
+    absmax = {name: channels.cpu() for name, channels in measured.items()}
+    there = placement.blocks_of(structure)
     before = dict(absmax)
     if recipe.smooth:
-        groups = discover(structure, lambda blocks: bar(blocks, "Finding smoothing groups")).groups
-        smooth_(structure, groups, absmax, recipe, lambda blocks: bar(blocks, "Smoothing"))
+        groups = discover(there, lambda blocks: bar(blocks, "Finding smoothing groups")).groups
+        smooth_(there, groups, absmax, recipe, lambda blocks: bar(blocks, "Smoothing"))
     return _layer_inputs(structure, before, absmax)
 
 

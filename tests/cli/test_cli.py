@@ -7,9 +7,12 @@ import re
 import subprocess
 import sys
 
+import pytest
 import torch
 from command_line import SMALL, complaint, smoothquant
 from command_line import work as work  # the fixture
+from emulated_cuda import emulated_cuda
+from emulation import ROOT
 from safetensors.torch import load_file
 from tiny_text import write_tiny_model
 from typer.testing import CliRunner
@@ -175,6 +178,44 @@ def test_generate_keeps_its_cache_in_8_bits_if_told_to(work, monkeypatch):
         assert len(seen) == 2 * 3
         seen.clear()
     assert complaint(*arguments, "--kv-cache", "int4") == "--kv-cache is 'int4', expected one of auto, int8"
+
+
+@pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="the sources are not here")
+def test_generate_runs_where_it_is_told_to(work, monkeypatch):
+    from smoothquant_ext import models
+
+    seen = []
+    load = models.load_model
+    monkeypatch.setattr(models, "load_model", lambda *a: seen.append(load(*a)) or seen[-1])
+    for model in ("model", "w8a8"):
+        arguments = ("generate", work / model, "once upon", "--max-new-tokens", 4)
+        expected = smoothquant(*arguments).stdout
+        with emulated_cuda():
+            for device in ("auto", "cuda"):
+                assert smoothquant(*arguments, "--device", device).stdout == expected
+            assert smoothquant(*arguments, "--device", "cpu").stdout == expected
+            assert "the last of the GPUs here is cuda:0" in complaint(*arguments, "--device", "cuda:7")
+    assert [network.device.type for network, _ in seen] == ["cpu", "cuda", "cuda", "cpu"] * 2
+
+
+def test_servers_and_chats_run_where_they_are_told_to(monkeypatch):
+    from smoothquant_ext.integrations import serving
+
+    seen = []
+    monkeypatch.setattr(serving, "serve", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr(serving, "chat", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for command in ("serve", "chat"):
+        smoothquant(command, "a model")
+        smoothquant(command, "a model", "--device", "cpu")
+        assert "cuda" in complaint(command, "a model", "--device", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    smoothquant("serve", "a model", "--compile")
+    smoothquant("chat", "a model")
+    devices = [next(name for name in arguments if name in ("cpu", "cuda")) for arguments in seen]
+    assert devices == ["cpu", "cpu", "cpu", "cpu", "cuda", "cuda"]
+    assert seen[4] == ("a model", "127.0.0.1", 8000, "auto", "cuda", None, True)
+    assert "CUDA graphs of its own" in complaint("serve", "a model", "--compile", "--continuous-batching")
 
 
 def test_generate_answers_with_the_chat_template_of_the_model(work, tmp_path):

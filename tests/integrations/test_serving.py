@@ -127,6 +127,23 @@ def test_a_server_that_ends_by_itself_is_an_error(model: Path, monkeypatch: pyte
         serving.serve(str(model), "127.0.0.1", free_port())
 
 
+def test_options_reach_the_server(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+
+    class Server:
+        def __init__(self, **options: Any) -> None:
+            given.append(options)
+            raise ValueError("enough")
+
+    monkeypatch.setattr("transformers.cli.serve.Serve", Server)
+    for options in ({"compiled": True}, {"cache_tokens": 64}, {}):
+        with pytest.raises(SmoothQuantError, match="enough"):
+            serving.serve(str(model), "127.0.0.1", free_port(), device="cuda:0", **options)
+    assert [options["device"] for options in given] == ["cuda:0"] * 3
+    assert [options.get("compile", False) for options in given] == [True, False, False]
+    assert [options.get("cb_num_blocks") for options in given] == [None, 2, None]
+
+
 def test_modelopts_own_file_is_not_overlooked(tmp_path: Path) -> None:
     tiny.build("llama").save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')

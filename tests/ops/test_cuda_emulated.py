@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
-from emulated_ops import ARCHS, OPS, check_fp8, lists, ops_there, same, weight
+from emulated_ops import ARCHS, OPS, check_fp8, lists, ops_there, run_there, same, weight
 from emulation import ROOT
 from op_cases import CASES, OpCase, Problem, call, expected_of
 from op_testing import EIGHT_BIT, FLOAT8, FLOATS, randn, random_float8, random_int8, scales
+from torch_attention import torch_attention
 
 from smoothquant_ext import ops, reference
 from smoothquant_ext.ops.declare import DECLARED
@@ -54,7 +56,8 @@ LAYERS = [CASES[name] for name in OPS if DECLARED[name].cpu == "gemm"]
 def check(case: OpCase, problem: Problem) -> None:
     """Every way to call an op, against the oracle."""
     for arguments in case.make(problem):
-        case.check(call(case.op, arguments), expected_of(case, arguments), arguments, (problem, list(arguments)))
+        expected = expected_of(case, arguments, attend=partial(run_there, torch_attention))
+        case.check(call(case.op, arguments), expected, arguments, (problem, list(arguments)))
 
 
 @pytest.mark.parametrize("case", PRODUCERS, ids=lambda case: case.name)

@@ -6,57 +6,25 @@ from typing import Any
 
 import pytest
 import torch
+from decoder_layer_cases import (
+    Arguments,
+    operands,
+    with_biases,
+    with_head_norms,
+    with_int8_cache,
+    with_mask,
+    with_positions,
+    with_static_scales,
+)
 from op_cases import CASES, call, expected_of
-from op_testing import ISAS, assert_same_bits, cpu_isa, randn
+from op_testing import ISAS, assert_same_bits, cpu_isa
 
-from smoothquant_ext import ops, reference
-
-
-def operands(
-    batch: int, time: int, past: int, dtype: torch.dtype, has_bias: bool, is_static: bool, eight_bit: torch.dtype
-) -> dict[str, Any]:
-    k, d, heads, kv_heads, inner = 40, 10, 4, 2, 70
-    shapes = [(heads * d, k), (kv_heads * d, k), (kv_heads * d, k), (k, heads * d), (inner, k), (inner, k), (k, inner)]
-    weights = [reference.quantize_per_token(randn(*shape, seed=i), eight_bit) for i, shape in enumerate(shapes)]
-    angles = randn(1 if batch == 1 else batch, time, d, seed=20)
-    biases = [randn(shape[0], seed=30 + i) if i % 2 == 0 else None for i, shape in enumerate(shapes)]
-    cache = randn(2, batch, kv_heads, past + time + 5, d, seed=21, dtype=dtype)
-    return {
-        "x": randn(batch, time, k, dtype=dtype),
-        "norm": randn(k, seed=22, dtype=dtype),
-        "post_norm": randn(k, seed=23),
-        "eps": 1e-5,
-        "post_eps": 1e-6,
-        "offset": 1.0 if has_bias else 0.0,
-        "weight": [ops.prepack_weight(weight) for weight, _ in weights],
-        "weight_scale": [scale for _, scale in weights],
-        "bias": biases if has_bias else None,
-        "input_scale": [torch.tensor([value]) for value in (0.02, 0.03, 0.04, 0.05)] if is_static else None,
-        "cos": angles.cos().to(dtype),
-        "sin": angles.sin().to(dtype),
-        "keys": cache[0].contiguous(),
-        "values": cache[1].contiguous(),
-        "past": past,
-        "mask": None,
-        "scale": 0.3,
-        "causal": time > 1,
-    }
+from smoothquant_ext import ops
 
 
-def with_int8_cache(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same with the cache quantized."""
-    keys, keys_scale = reference.quantize_per_token(arguments["keys"], torch.int8)
-    values, values_scale = reference.quantize_per_token(arguments["values"], torch.int8)
-    cache = {"keys": keys, "values": values, "keys_scale": keys_scale, "values_scale": values_scale}
-    return arguments | {"activation": "silu"} | cache
-
-
-def with_head_norms(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same with norms of the heads of q and k."""
-    defaults = {"activation": "silu", "keys_scale": None, "values_scale": None}
-    dtype = arguments["x"].dtype
-    norms = {"q_norm": randn(10, seed=24, dtype=dtype), "k_norm": randn(20, seed=25)[::2], "head_eps": 1e-3}
-    return arguments | {name: value for name, value in defaults.items() if name not in arguments} | norms
+def packed(arguments: Arguments) -> Arguments:
+    """The same with the weights as the CPU reads them fastest."""
+    return arguments | {"weight": [ops.prepack_weight(weight) for weight in arguments["weight"]]}
 
 
 def check_op(arguments: dict[str, Any]) -> None:
@@ -73,35 +41,52 @@ def check_op(arguments: dict[str, Any]) -> None:
 )
 def test_the_op_equals_the_oracle(batch: int, time: int, past: int, dtype: torch.dtype, isa: str) -> None:
     with cpu_isa(isa):
-        for has_bias, is_static in ((False, False), (True, False), (False, True)):
-            check_op(operands(batch, time, past, dtype, has_bias, is_static, torch.int8))
-            for dynamic in ((3,), (0, 2), (1,)) if is_static else ():
-                mixed = operands(batch, time, past, dtype, has_bias, is_static, torch.int8)
-                mixed["input_scale"] = [None if i in dynamic else s for i, s in enumerate(mixed["input_scale"])]
-                check_op(mixed)
-            check_op(with_int8_cache(operands(batch, time, past, dtype, has_bias, is_static, torch.int8)))
-            check_op(with_head_norms(operands(batch, time, past, dtype, has_bias, is_static, torch.int8)))
-            cached = with_int8_cache(operands(batch, time, past, dtype, has_bias, is_static, torch.int8))
-            check_op(with_head_norms(cached))
+        plain = packed(operands(batch, time, past, dtype))
+        for arguments in (plain, with_biases(plain), with_static_scales(plain)):
+            check_op(arguments)
+            check_op(with_int8_cache(arguments))
+            check_op(with_head_norms(arguments))
+            check_op(with_head_norms(with_int8_cache(arguments)))
+        for dynamic in ((3,), (0, 2), (1,)):
+            check_op(with_static_scales(plain, dynamic))
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_the_op_with_a_mask_and_with_weights_that_are_not_packed(isa: str) -> None:
     with cpu_isa(isa):
-        arguments = operands(2, 5, 9, torch.float32, False, False, torch.int8)
-        arguments["mask"] = torch.rand(2, 1, 5, 14, generator=torch.Generator().manual_seed(0)) > 0.3
-        arguments["causal"] = False
+        arguments = with_mask(operands(2, 5, 9))
         check_op(arguments)
-        check_op(with_int8_cache(arguments))
-        arguments["weight"] = [
-            ops.unpack_weight(weight, scale.numel(), 70 if i == 6 else 40)
-            for i, (weight, scale) in enumerate(zip(arguments["weight"], arguments["weight_scale"], strict=True))
-        ]
-        check_op(arguments)
+        check_op(packed(arguments))
+        check_op(packed(with_int8_cache(arguments)))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("batch", "time", "past"), [(1, 1, 0), (2, 1, 17), (2, 5, 9), (1, 8, 0)])
+def test_new_tokens_go_where_positions_say(batch: int, time: int, past: int, isa: str) -> None:
+    with cpu_isa(isa):
+        for dtype in (torch.float32, torch.bfloat16):
+            behind = operands(batch, time, past, dtype) | {"causal": True}
+            for arguments in (behind, with_int8_cache(behind)):
+                positioned = with_positions(arguments)
+                check_op(positioned)
+                check_op(with_mask(positioned))
+                check_op(with_mask(positioned, batch=1, heads=4, causal=True))
+                # Causal, they are what `past` says too.
+                *outputs, _ = call(ops.w8a8_decoder_layer_, positioned)
+                for one, other in zip(outputs, call(ops.w8a8_decoder_layer_, arguments), strict=True):
+                    assert_same_bits(one, other)
+
+
+def test_a_row_of_keys_that_were_not_written_yet_is_not_seen() -> None:
+    arguments = operands(2, 1, 4)
+    garbage = with_positions(arguments)
+    garbage["keys"], garbage["values"] = arguments["keys"].clone(), arguments["values"].clone()
+    garbage["keys"][:, :, 5:], garbage["values"][:, :, 5:] = 1e6, -1e6
+    assert_same_bits(ops.w8a8_decoder_layer_(**garbage), ops.w8a8_decoder_layer_(**arguments))
 
 
 def test_keys_and_values_may_have_different_room() -> None:
-    arguments = operands(2, 3, 4, torch.float32, False, False, torch.int8)
+    arguments = operands(2, 3, 4)
     expected = ops.w8a8_decoder_layer_(**arguments)
     for own in (arguments, with_int8_cache(arguments)):
         own = own | {name: own[name][:, :, :7].contiguous() for name in ("values", "values_scale") if name in own}
@@ -111,7 +96,7 @@ def test_keys_and_values_may_have_different_room() -> None:
 
 
 def test_a_row_that_is_not_finite_spoils_no_other_sequence() -> None:
-    arguments = operands(3, 1, 5, torch.float32, False, False, torch.int8)
+    arguments = operands(3, 1, 5)
     clean = ops.w8a8_decoder_layer_(**arguments)
     arguments["x"][1, 0, 3] = torch.nan
     y = ops.w8a8_decoder_layer_(**arguments)
@@ -141,10 +126,35 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"q_norm": torch.ones(10), "k_norm": torch.ones(40)}, "k_norm has 40 elements, expected D=10"),
 ]
 
+POSITIONS_ERRORS: list[tuple[dict[str, Any], str]] = [
+    ({"positions": torch.arange(3).int()}, "positions is int32, expected int64"),
+    ({"positions": torch.arange(4)}, r"positions has shape \[4\], expected \[T=3\]"),
+    ({"positions": torch.arange(3)[None]}, r"positions has shape \[1, 3\], expected \[T=3\]"),
+    (
+        {"positions": torch.tensor([4, 5, 7])},
+        r"positions\[2\] is 7 and positions\[0\] is 4, expected one after the other",
+    ),
+    ({"positions": torch.tensor([10, 11, 12])}, "positions begins with 10, expected 0 to room - T=9"),
+    ({"positions": torch.tensor([-1, 0, 1])}, "positions begins with -1, expected 0 to room - T=9"),
+    ({"causal": False}, "positions is given, and neither mask nor causal hides what was not written yet"),
+    ({"mask": torch.ones(2, 1, 3, 7, dtype=torch.bool)}, r"mask has shape \[2, 1, 3, 7\], expected .*, 3, 12\]"),
+    ({"values": torch.ones(2, 2, 11, 10)}, r"keys has shape \[2, 2, 12, 10\] and values \[2, 2, 11, 10\], expected"),
+    ({"keys": torch.ones(2, 2, 2, 10), "values": torch.ones(2, 2, 2, 10)}, r"contiguous \[2, 2, 3 or more, 10\]"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "sentence"), POSITIONS_ERRORS, ids=[sentence for _, sentence in POSITIONS_ERRORS])
+def test_errors_about_positions(wrong: dict[str, Any], sentence: str) -> None:
+    arguments = with_positions(operands(2, 3, 4))
+    before = arguments["keys"].clone()
+    with pytest.raises(RuntimeError, match=f"w8a8_decoder_layer_: .*{sentence}"):
+        ops.w8a8_decoder_layer_(**arguments | wrong)
+    assert torch.equal(arguments["keys"], before)
+
 
 @pytest.mark.parametrize(("wrong", "sentence"), ERRORS, ids=[sentence for _, sentence in ERRORS])
 def test_errors_name_the_culprit(wrong: dict[str, Any], sentence: str) -> None:
-    arguments = operands(2, 3, 4, torch.float32, False, False, torch.int8)
+    arguments = operands(2, 3, 4)
     before = arguments["keys"].clone()
     with pytest.raises(RuntimeError, match=f"w8a8_decoder_layer_: .*{sentence}"):
         ops.w8a8_decoder_layer_(**arguments | wrong)
@@ -163,6 +173,6 @@ INT8_CACHE_ERRORS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("wrong", "sentence"), INT8_CACHE_ERRORS, ids=[sentence for _, sentence in INT8_CACHE_ERRORS])
 def test_errors_about_an_int8_cache(wrong: dict[str, Any], sentence: str) -> None:
-    arguments = with_int8_cache(operands(2, 3, 4, torch.float32, False, False, torch.int8))
+    arguments = with_int8_cache(operands(2, 3, 4))
     with pytest.raises(RuntimeError, match=f"w8a8_decoder_layer_: {sentence}"):
         ops.w8a8_decoder_layer_(**arguments | wrong)

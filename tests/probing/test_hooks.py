@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from smoothquant_ext.probing.hooks import hooked, output_of, swapped
+from smoothquant_ext.probing.hooks import hooked, is_watched, output_of, swapped
 
 
 class Scaled(nn.Module):
@@ -67,3 +68,27 @@ def test_swapped_modules_come_back_after_a_failure() -> None:
     with pytest.raises(RuntimeError), swapped(model, {"0": Scaled(), "1": nn.Linear(5, 5)}):
         model(torch.ones(1, 3))
     assert list(model) == originals
+
+
+class Forwards:
+    """What accelerate leaves in a module: a hook, and a forward pass that calls it."""
+
+    def __init__(self, offload: bool | None) -> None:
+        if offload is not None:
+            self.offload = offload
+
+
+@pytest.mark.parametrize(("offload", "expected"), [(False, False), (True, True), (None, True)])
+def test_hooks_of_accelerate_that_only_move_inputs_do_not_watch(offload: bool | None, expected: bool) -> None:
+    layer = nn.Linear(2, 2)
+    assert not is_watched(layer)
+    plain, layer.forward = layer.forward, functools.partial(layer.forward)  # type: ignore[method-assign]
+    assert is_watched(layer)
+    vars(layer)["_hf_hook"] = Forwards(offload)
+    assert is_watched(layer) == expected
+    layer.forward = plain  # type: ignore[method-assign]  # as accelerate leaves it behind
+    assert not is_watched(layer)
+    handle = layer.register_forward_hook(lambda *_: None)
+    assert is_watched(layer)
+    handle.remove()
+    assert not is_watched(layer)

@@ -50,6 +50,7 @@ def emulated_cuda(arch: int = 90, memory: int = 80 << 30, settled: bool = True) 
         patches.enter_context(patch.object(torch.version, "cuda", "13.0"))
         for name, value in functions_of(arch, memory).items():
             patches.enter_context(patch.object(torch.cuda, name, value))
+        patches.enter_context(patch.object(torch.UntypedStorage, "clone", clone_of_storage, create=True))
         patches.enter_context(unsettled())
         if settled:
             settle.trust_all()
@@ -86,6 +87,12 @@ def functions_of(arch: int, memory: int) -> dict[str, Any]:
         "_lazy_init": None,
     }
     return {name: function_that_answers(answer) for name, answer in answers.items()}
+
+
+def clone_of_storage(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    """As torch's own, which cannot make a storage on this device."""
+    whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    return whole.clone().untyped_storage()
 
 
 def function_that_answers(answer: Any) -> Any:

@@ -17,6 +17,7 @@ import torch
 from op_bounds import check_attention, check_experts, check_gemm, check_linear
 from op_testing import EIGHT_BIT, FLOATS, assert_same_bits, randn, run_on
 from torch import Tensor
+from torch_attention import torch_attention
 
 from smoothquant_ext import ops, reference
 from smoothquant_ext.scheme import QMAX
@@ -202,6 +203,11 @@ def w8a8_decoder_layer_(p: Problem) -> Iterator[Arguments]:
     mask = randn(batch, 1, time, past + time, seed=26) > -0.5
     static = {"input_scale": [SCALE] * 4, "causal": False, "mask": mask, "activation": "relu"}
     yield fewest | int8_cache | static | head_norms
+    room = past + time + 5
+    mask = randn(batch, 1, time, room, seed=27) > -0.5
+    mask[..., past] = True  # a query that sees nothing is another story
+    positions = torch.arange(past, past + time)
+    yield fewest | int8_cache | static | head_norms | {"mask": mask, "causal": True, "past": 0, "positions": positions}
 
 
 def linear(p: Problem) -> Iterator[Arguments]:
@@ -367,16 +373,21 @@ def call(op: Callable[..., Any], arguments: Arguments, device: str = "cpu") -> R
     return flat(results) + flat(list(own.values()))
 
 
-def expected_of(case: OpCase, arguments: Arguments, device: str = "cpu") -> Results:
+def expected_of(
+    case: OpCase, arguments: Arguments, device: str = "cpu", attend: Callable[..., Tensor] | None = None
+) -> Results:
     """What the oracle returns, likewise.
 
-    Sums whose order is not defined, those of attention and of FP8 products inside other ops, are taken by our kernels.
+    Sums whose order is not defined, those of attention and of FP8 products inside other ops, are taken as on the
+    device: attention on a GPU by torch, unless ``attend`` is another one.
     """
+    attend = attend or (ops.attention if device == "cpu" else torch_attention)
+    kernels = {"attention": attend, "w8a8_gemm": ops.w8a8_gemm}
     dtypes = {tensor.dtype for tensor in flat(list(arguments.values()))}
     sums = {"attention": "decoder_layer"} | ({} if dtypes.isdisjoint(EIGHT_BIT[1:]) else {"w8a8_gemm": "gemm"})
     with ExitStack() as stack:
         for name, module in sums.items():
             if name != case.name:
-                ours = partial(run_on, device, getattr(ops, name))
+                ours = partial(run_on, device, kernels[name])
                 stack.enter_context(patch(f"smoothquant_ext.reference.{module}.{name}", ours))
         return call(getattr(reference, case.name), arguments)

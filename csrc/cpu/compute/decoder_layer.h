@@ -20,7 +20,8 @@ struct DecoderNorms {
 // What one call brings, and where its result goes.
 struct DecoderTokens {
   int64_t batch, time, past;
-  const void* x;  // [batch, time, k], contiguous, as y
+  int64_t length;  // of the keys that are attended to: past + time, or more of the cache
+  const void* x;   // [batch, time, k], contiguous, as y
   DType dtype;
   void* y;
   const void *cos, *sin;  // [1 or batch, time, d]
@@ -117,7 +118,7 @@ class DecoderCall {
     args.heads = heads;
     args.group = heads / layer_.kv_heads();
     args.q_len = tokens_.time;
-    args.kv_len = tokens_.past + tokens_.time;
+    args.kv_len = tokens_.length;
     args.d = args.v_d = d;
     args.q = rotated_q_.in(scratch_);
     args.k = keys_.data();

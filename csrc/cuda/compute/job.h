@@ -8,6 +8,7 @@
 #include "common/gemm_checks.h"
 #include "cuda/compute/gemm_plan.h"
 #include "cuda/compute/launch.h"
+#include "cuda/kernels/gemm.h"
 #include "cuda/kernels/tile_gemm.h"
 
 namespace sq {
@@ -16,7 +17,9 @@ namespace sq {
 inline Epilogue epilogue_of_rows(Epilogue epilogue, const Rows& rows) {
   epilogue.m = rows.end - rows.begin;
   epilogue.a_scale += rows.begin * epilogue.a_scale_step;
-  epilogue.y = static_cast<uint8_t*>(epilogue.y) + rows.begin * epilogue.n * element_size(epilogue.y_dtype);
+  const int64_t bytes = rows.begin * epilogue.n * static_cast<int64_t>(element_size(epilogue.y_dtype));
+  epilogue.y = static_cast<uint8_t*>(epilogue.y) + bytes;
+  if (epilogue.residual != nullptr) epilogue.residual = static_cast<const uint8_t*>(epilogue.residual) + bytes;
   return epilogue;
 }
 
@@ -52,6 +55,14 @@ struct Refusal {
   std::vector<Rows> rows;
   std::string reason;
 };
+
+// What is left to do of a part after a way that does not end with launch_epilogue or the kernel for few rows, which add
+// the residual themselves.
+inline void add_residual(const Epilogue& epilogue, const Tensor& like) {
+  if (epilogue.residual == nullptr) return;
+  launch_add_residual(epilogue, current_stream(like));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
 
 inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 

@@ -67,7 +67,10 @@ ScaleVectors scale_vectors(const Epilogue& epilogue, const Tensor& like) {
 bool multiply_with_outer_scales(const char* op, const GemmPlan& plan, const TileJob& part, const Tensor& like) {
   const Epilogue& epilogue = part.epilogue;
   const ScaleVectors scales = scale_vectors(epilogue, like);
-  return lt_multiply(op, plan.product, {part.b, part.a, scales.b, scales.a, epilogue.bias, epilogue.y}, like);
+  if (!lt_multiply(op, plan.product, {part.b, part.a, scales.b, scales.a, epilogue.bias, epilogue.y}, like))
+    return false;
+  add_residual(epilogue, like);
+  return true;
 }
 
 // Sums, then the epilogue, for each chunk of rows. Returns those that the library refuses, counted from the part's first.

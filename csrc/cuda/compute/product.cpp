@@ -60,7 +60,7 @@ void multiply_by_ways(ProductJob& job, int64_t m, const Ways& ways) {
 }  // namespace
 
 Tensor multiply_cuda(const char* op, const Tensor& a, const Tensor& a_scale, const LayerTensors& layer,
-                     const GemmShape& shape, ScalarType out_dtype) {
+                     const GemmShape& shape, ScalarType out_dtype, const OptionalTensor& residual) {
   const Tensor b = as_contiguous(layer.weight), b_scale = as_contiguous(layer.scale);
   const OptionalTensor bias = as_contiguous(layer.bias);
   ProductJob job{op, a, b, a_scale, b_scale, bias, out_dtype, {}, std::nullopt};
@@ -82,6 +82,7 @@ Tensor multiply_cuda(const char* op, const Tensor& a, const Tensor& a_scale, con
     epilogue.bias_dtype = kernel_dtype(bias->scalar_type());
   }
   epilogue.y_dtype = kernel_dtype(out_dtype);
+  epilogue.residual = pointer<void>(residual);
   if (shape.m > 0 && shape.n > 0) multiply_by_ways(job, shape.m, ways_for(op, pointers.a_dtype, shape.m));
   return job.result();
 }

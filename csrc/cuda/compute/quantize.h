@@ -23,8 +23,16 @@ struct QuantizeTarget {
 Quantized quantize_rows_cuda(const char* op, const Tensor& x, const OptionalTensor& smooth, const float* static_scale,
                              ScalarType dtype);
 
-// Of act(gate), or act(gate) * up; contiguous.
+// Of act(gate), or act(gate) * up; contiguous, or halves of the rows of one contiguous tensor.
 Quantized activate_quantize_cuda(const char* op, Activation activation, const Tensor& gate, const OptionalTensor& up,
                                  ScalarType dtype, const float* static_scale);
+
+// What a norm without a target does.
+NormJob norm_job(const Tensor& x, const Tensor& weight, double eps, double offset);
+void launch_norm(const char* op, const NormJob& job, const Tensor& x);
+
+// Of a norm, rounded to the dtype of x before if that is wanted; the third result is x + residual.
+QuantizedSum norm_quantize_cuda(const char* op, const NormQuantizeInputs& inputs, const float* static_scale,
+                                bool is_rounded = false);
 
 }  // namespace sq

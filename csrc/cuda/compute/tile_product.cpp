@@ -40,7 +40,9 @@ TileProblem problem_of_device(int device) {
 }
 
 Refusal multiply_by_tiles(ProductJob& job, const Rows& rows, GemmFamily family) {
-  const TileJob part = job.of_rows(rows);
+  TileJob part = job.of_rows(rows);
+  const Epilogue whole = part.epilogue;
+  part.epilogue.residual = nullptr;  // the tile kernels know of none
   TileProblem problem = problem_of_device(job.device());
   problem.m = part.epilogue.m;
   problem.n = part.epilogue.n;
@@ -60,6 +62,7 @@ Refusal multiply_by_tiles(ProductJob& job, const Rows& rows, GemmFamily family) 
       break;
   }
   STD_CUDA_KERNEL_LAUNCH_CHECK();
+  add_residual(whole, job.a);
   return {};
 }
 

@@ -27,7 +27,8 @@ Tensor row_slice(const Tensor& tensor, int64_t columns, const Rows& rows) {
 Refusal multiply_by_torch(ProductJob& job, const Rows& rows) {
   const int64_t m = row_count(job.a), n = job.pointers.epilogue.n;
   if (rows.begin == 0 && rows.end == m) {
-    job.y = gemm_by_torch(job, job.a, job.a_scale);
+    job.y = as_contiguous(gemm_by_torch(job, job.a, job.a_scale));
+    add_residual(job.of_rows(rows).epilogue, job.a);
     return {};
   }
   const Tensor a = row_slice(job.a, job.pointers.k, rows);
@@ -35,6 +36,7 @@ Refusal multiply_by_torch(ProductJob& job, const Rows& rows) {
   const Tensor a_scale = has_one_scale ? job.a_scale : row_slice(job.a_scale, 1, rows);
   Tensor y = row_slice(job.result(), n, rows);
   torch::stable::copy_(y, gemm_by_torch(job, a, a_scale));
+  add_residual(job.of_rows(rows).epilogue, job.a);
   return {};
 }
 

@@ -34,8 +34,9 @@ void launch_activate_rows(const ActivateJob& job, int64_t shared_bytes, void* st
     rows.gate = static_cast<const T*>(job.gate);
     rows.up = static_cast<const T*>(job.up);
     rows.columns = job.columns;
+    rows.row_step = job.row_step;
     rows.target = job.target;
-    rows.wide = can_move_groups(job.columns, rows.gate, rows.up, rows.target.q);
+    rows.wide = can_move_groups(job.columns, rows.gate, rows.up, rows.target.q) && job.row_step % kGroup == 0;
     rows.is_kept = room <= shared_bytes;
     const auto kernel = choose_activation<T>(job.activation);
     launch(kernel, job.rows, threads, rows.is_kept ? room : 0, stream, rows);

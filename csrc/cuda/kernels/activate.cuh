@@ -32,8 +32,9 @@ template <typename T>
 struct ActivateTask {
   const T *gate, *up;  // [rows, columns]; no up: null
   int64_t columns;
-  bool wide;     // can_move_groups of all pointers
-  bool is_kept;  // there is room for v in shared memory
+  int64_t row_step;  // from a row of gate or of up to the next
+  bool wide;         // can_move_groups of all pointers
+  bool is_kept;      // there is room for v in shared memory
   QuantizedRows target;
 };
 
@@ -59,8 +60,8 @@ __global__ void __launch_bounds__(kMaxThreads) activate_rows_kernel(ActivateTask
   const int64_t step = static_cast<int64_t>(blockDim.x) * kGroup;
   const int64_t begin = static_cast<int64_t>(threadIdx.x) * kGroup;
   const bool is_gated = job.up != nullptr;
-  const T* gate_row = job.gate + row * columns;
-  const T* up_row = is_gated ? job.up + row * columns : nullptr;
+  const T* gate_row = job.gate + row * job.row_step;
+  const T* up_row = is_gated ? job.up + row * job.row_step : nullptr;
   uint32_t magnitude = 0;
   float values[kGroup];
 

@@ -2,7 +2,7 @@
 // kernels call it that have their sums in registers, and a kernel for sums that are in memory.
 //
 // The kernel: a thread takes 4 neighbouring columns of a row, 16 bytes of sums; bytes moved: m * n * (4 * splits + sizeof(Y)).
-// A product whose k was split has several sums, which are added here in their order.
+// A product whose k was split has several sums, which are added here in their order. A residual is sizeof(Y) more.
 #pragma once
 
 #include "cuda/kernels/gemm.h"
@@ -45,6 +45,29 @@ SQ_HOST_DEVICE inline float epilogue_value(const Epilogue& epilogue, int64_t row
   return epilogue_value(epilogue.a_scale[row * epilogue.a_scale_step], column_epilogue(epilogue, column), sum);
 }
 
+// What is stored of a value: itself, or its sum with the residual, both of Y.
+template <typename Y>
+SQ_HOST_DEVICE inline Y finish_value(const Epilogue& epilogue, int64_t index, float value) {
+  Y result;
+  from_float(value, &result);
+  if (epilogue.residual == nullptr) return result;
+  from_float(to_float(result) + to_float(static_cast<const Y*>(epilogue.residual)[index]), &result);
+  return result;
+}
+
+SQ_HOST_DEVICE inline void store_finished(const Epilogue& epilogue, int64_t index, float value) {
+  switch (epilogue.y_dtype) {
+    case DType::kBFloat16:
+      static_cast<BFloat16*>(epilogue.y)[index] = finish_value<BFloat16>(epilogue, index, value);
+      break;
+    case DType::kFloat16:
+      static_cast<Float16*>(epilogue.y)[index] = finish_value<Float16>(epilogue, index, value);
+      break;
+    default:
+      static_cast<float*>(epilogue.y)[index] = finish_value<float>(epilogue, index, value);
+  }
+}
+
 constexpr int kEpilogueThreads = 256;
 constexpr int kEpilogueColumns = 4;  // of a thread
 
@@ -80,7 +103,8 @@ __global__ void __launch_bounds__(kEpilogueThreads)
     Four<Y> result;
     SQ_UNROLL
     for (int i = 0; i < kEpilogueColumns; ++i) {
-      from_float(epilogue_value(epilogue, row, first + i, four.at[i]), &result.at[i]);
+      result.at[i] =
+          finish_value<Y>(epilogue, row * epilogue.n + first + i, epilogue_value(epilogue, row, first + i, four.at[i]));
     }
     *reinterpret_cast<Four<Y>*>(target) = result;
     return;
@@ -88,7 +112,7 @@ __global__ void __launch_bounds__(kEpilogueThreads)
   for (int i = 0; i < kEpilogueColumns && first + i < epilogue.n; ++i) {
     Sum sum = source[i];
     for (int split = 1; split < splits; ++split) sum += source[split * count + i];
-    from_float(epilogue_value(epilogue, row, first + i, sum), target + i);
+    target[i] = finish_value<Y>(epilogue, row * epilogue.n + first + i, epilogue_value(epilogue, row, first + i, sum));
   }
 }
 

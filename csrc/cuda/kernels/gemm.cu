@@ -1,6 +1,7 @@
 // Chooses the instances of the kernels of gemm.h and launches them.
 #include "cuda/kernels/gemm.h"
 
+#include "cuda/kernels/add.cuh"
 #include "cuda/kernels/epilogue.cuh"
 #include "cuda/kernels/launch.cuh"
 #include "cuda/kernels/scales.cuh"
@@ -10,6 +11,15 @@
 
 namespace sq {
 namespace {
+
+constexpr int kGroupThreads = 256;
+
+// Blocks for groups of `count` values: enough to fill any GPU; the threads step over the rest.
+int64_t group_blocks(int64_t count) {
+  constexpr int64_t kMostBlocks = 8192, kValues = kGroupThreads * kGroup;
+  const int64_t needed = (count + kValues - 1) / kValues;
+  return needed < kMostBlocks ? needed : kMostBlocks;
+}
 
 template <typename Sum, int kRows>
 void launch_skinny(const SkinnyJob& job, void* stream) {
@@ -55,12 +65,21 @@ void launch_epilogue(const EpilogueJob& job, void* stream) {
 
 void launch_widen(const WidenJob& job, void* stream) {
   if (job.count == 0) return;
-  constexpr int kThreads = 256;
-  constexpr int64_t kMostBlocks = 8192;
-  const int64_t needed = (job.count + kThreads * kGroup - 1) / (kThreads * kGroup);
-  const int64_t blocks = needed < kMostBlocks ? needed : kMostBlocks;
   const bool is_aligned = is_group_aligned(job.q) && is_group_aligned(job.wide);
-  launch(widen_kernel, blocks, kThreads, 0, stream, job.q, job.dtype, job.wide, job.count, is_aligned);
+  launch(widen_kernel, group_blocks(job.count), kGroupThreads, 0, stream, job.q, job.dtype, job.wide, job.count,
+         is_aligned);
+}
+
+void launch_add_residual(const Epilogue& epilogue, void* stream) {
+  const int64_t count = epilogue.m * epilogue.n;
+  if (epilogue.residual == nullptr || count == 0) return;
+  with_float_type(epilogue.y_dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    T* y = static_cast<T*>(epilogue.y);
+    const T* residual = static_cast<const T*>(epilogue.residual);
+    const bool wide = is_group_aligned(y) && is_group_aligned(residual);
+    launch(add_kernel<T>, group_blocks(count), kGroupThreads, 0, stream, y, residual, count, wide);
+  });
 }
 
 void launch_align_scales(const ScalesJob& job, void* stream) {

@@ -8,7 +8,7 @@
 namespace sq {
 
 // The last step of every product: y[m, n] = cast(float(sum[m, n]) * (a_scale[m] * b_scale[n]) + bias[n]), every operation
-// one fp32 operation.
+// one fp32 operation; then, where there is a residual, y = cast(y + residual), as of two ops.
 struct Epilogue {
   int64_t m, n;
   const float* a_scale;
@@ -18,6 +18,7 @@ struct Epilogue {
   DType bias_dtype;                // fp32, bf16 or fp16
   void* y;                         // [m, n], contiguous
   DType y_dtype;                   // fp32, bf16 or fp16
+  const void* residual;            // [m, n] of y_dtype, contiguous, or null
 };
 
 struct SkinnyJob {
@@ -51,6 +52,8 @@ struct ScalesJob {
 void launch_skinny_gemm(const SkinnyJob& job, void* stream);
 void launch_epilogue(const EpilogueJob& job, void* stream);
 void launch_widen(const WidenJob& job, void* stream);
+// y += residual, after a product that did not go through our epilogue; nothing where there is none.
+void launch_add_residual(const Epilogue& epilogue, void* stream);
 void launch_align_scales(const ScalesJob& job, void* stream);
 
 // What the launches can index: blocks of 8 rows and 4 columns.

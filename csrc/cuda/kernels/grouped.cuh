@@ -57,6 +57,7 @@ SQ_HOST_DEVICE inline bool find_work(const GroupedJob& job, uint32_t block, uint
   epilogue.bias_dtype = layer.bias_dtype;
   epilogue.y = layer.y;
   epilogue.y_dtype = job.y_dtype;
+  epilogue.residual = nullptr;
   return true;
 }
 

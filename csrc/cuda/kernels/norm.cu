@@ -43,6 +43,7 @@ void launch_norm_rows(const NormJob& job, void* stream) {
     rows.is_layer = job.is_layer;
     rows.columns = job.columns;
     rows.target = job.target;
+    rows.is_rounded = job.is_rounded;
     rows.y = static_cast<T*>(job.y);
     rows.wide = can_move_groups(job.columns, rows.x, rows.residual, rows.sum, rows.target.q, rows.y) &&
                 is_aligned(job.weight) && is_aligned(job.bias);

@@ -2,7 +2,7 @@
 //   h    = x, or x + residual rounded to T, which is also stored
 //   mean = 0 (RMS), or sum(h) / columns (layer norm)
 //   v    = (h - mean) * (1 / sqrt(sum((h - mean)^2) / columns + eps)) * (weight + offset), + bias
-// and then q and scale of v as in quantize.cuh, or v rounded to T. The sums have the order of cpu/kernels/norm_activation.h, 64 lanes
+// and then q and scale of v, or of v rounded to T, as in quantize.cuh, or v rounded to T itself. The sums have the order of cpu/kernels/norm_activation.h, 64 lanes
 // that each take every 64th element: so the bits are those of the CPU kernels.
 //
 // One block takes one row. Its threads keep groups of 8 elements in registers, so that x is read once, and a copy of h in
@@ -48,6 +48,7 @@ struct NormTask {
   bool is_layer;
   int64_t columns;
   bool wide;             // can_move_groups of all pointers
+  bool is_rounded;       // v is rounded to T before it is quantized
   QuantizedRows target;  // or
   T* y;                  // [rows, columns]
 };
@@ -109,6 +110,10 @@ SQ_HOST_DEVICE inline void normalize(float (&values)[kGroup], const NormTask<T>&
     load_group(bias, job.bias, job.bias_dtype, -0.0f, first, job.columns, wide);
     SQ_UNROLL
     for (int i = 0; i < kGroup; ++i) values[i] = values[i] + bias[i];
+  }
+  if (job.is_rounded) {
+    SQ_UNROLL
+    for (int i = 0; i < kGroup; ++i) values[i] = rounded<T>(values[i]);
   }
   if (wide) return;
   SQ_UNROLL

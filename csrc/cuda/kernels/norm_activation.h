@@ -17,15 +17,17 @@ struct NormJob {
   int64_t rows;  // at most 2^31 - 1
   int64_t columns;
   QuantizedRows target;  // where y is null
+  bool is_rounded;       // to x_dtype before it is quantized, as by two ops
   void* y;               // [rows, columns] of x_dtype
 };
 
 struct ActivateJob {
   Activation activation;
-  const void *gate, *up;  // [rows, columns], contiguous; no up: null
+  const void *gate, *up;  // [rows, columns], contiguous but for the rows' distance; no up: null
   DType dtype;            // fp32, bf16 or fp16
   int64_t rows;           // at most 2^31 - 1
   int64_t columns;
+  int64_t row_step;  // elements from a row of gate, or of up, to the next
   QuantizedRows target;
 };
 

@@ -11,6 +11,14 @@
 
 namespace sq {
 
+// To T and back.
+template <typename T>
+SQ_HOST_DEVICE inline float rounded(float value) {
+  T narrow;
+  from_float(value, &narrow);
+  return to_float(narrow);
+}
+
 // Of a number; of a NaN any value within the limits.
 SQ_HOST_DEVICE inline float clamp_number(float value, float limit) {
 #ifdef __CUDA_ARCH__

@@ -207,8 +207,8 @@ __device__ __forceinline__ void skinny_tile(const SkinnyJob& job, const Rows& ro
     if (row >= job.epilogue.m || column >= job.epilogue.n) continue;
     Sum sum = partial[0][i];
     for (unsigned other = 1; other < blockDim.x / 32; ++other) sum = sum + partial[other][i];
-    store_float(job.epilogue.y, job.epilogue.y_dtype, rows.output(row) * job.epilogue.n + column,
-                epilogue_value(job.epilogue, rows.input(row), column, sum));
+    store_finished(job.epilogue, rows.output(row) * job.epilogue.n + column,
+                   epilogue_value(job.epilogue, rows.input(row), column, sum));
   }
 }
 

@@ -1,4 +1,5 @@
 // w8a8_linear, w8a8_linear_group and w8a8_mlp on CUDA devices: quantization, products and activations one after the other.
+// Layers of one input whose tensors lie side by side are one product.
 #include <torch/csrc/stable/library.h>
 
 #include <vector>
@@ -6,7 +7,7 @@
 #include "common/gemm_checks.h"
 #include "common/norm_activation_checks.h"
 #include "common/op_string.h"
-#include "cuda/compute/product.h"
+#include "cuda/compute/joined_layers.h"
 #include "cuda/compute/quantize.h"
 
 namespace sq {
@@ -35,9 +36,14 @@ std::vector<Tensor> w8a8_linear_group_cuda(const Tensor& x, const std::vector<Te
   const DeviceGuard guard(x.get_device_index());
   const auto [q, scale] =
       quantize_rows_cuda(kOp, as_contiguous(x), std::nullopt, static_scale, weight[0].scalar_type());
+  const ScalarType dtype = out_dtype.value_or(x.scalar_type());
+  // The parts of several rows would have to be copied: results are contiguous.
+  const size_t together = shapes[0].m == 1 ? layers.size() : 1;
   std::vector<Tensor> outputs;
-  for (size_t i = 0; i < layers.size(); ++i) {
-    outputs.push_back(multiply_cuda(kOp, q, scale, layers[i], shapes[i], out_dtype.value_or(x.scalar_type())));
+  while (outputs.size() < layers.size()) {
+    for (Tensor& y : multiply_joined_cuda(kOp, q, scale, layers, shapes.data(), outputs.size(), together, dtype)) {
+      outputs.push_back(std::move(y));
+    }
   }
   return outputs;
 }
@@ -56,11 +62,10 @@ Tensor w8a8_mlp_cuda(const Tensor& x, const std::vector<Tensor>& weight, const s
   const ScalarType dtype = x.scalar_type();
   const size_t down = layers.size() - 1;
   const auto [q, scale] = quantize_rows_cuda(kOp, as_contiguous(x), std::nullopt, x_scale, weight[0].scalar_type());
-  const Tensor gate = multiply_cuda(kOp, q, scale, layers[0], shapes[0], dtype);
-  OptionalTensor up;
-  if (is_gated(layers)) up = multiply_cuda(kOp, q, scale, layers[1], shapes[1], dtype);
+  const std::vector<Tensor> first = multiply_joined_cuda(kOp, q, scale, layers, shapes.data(), 0, down, dtype);
+  const OptionalTensor up = is_gated(layers) ? OptionalTensor(first[1]) : std::nullopt;
   const auto [hidden, hidden_scales] =
-      activate_quantize_cuda(kOp, kind, gate, up, weight[down].scalar_type(), hidden_scale);
+      activate_quantize_cuda(kOp, kind, first[0], up, weight[down].scalar_type(), hidden_scale);
   return multiply_cuda(kOp, hidden, hidden_scales, layers[down], shapes[down], dtype);
 }
 

@@ -6,25 +6,6 @@ namespace sq {
 
 namespace {
 
-NormJob norm_job(const Tensor& x, const Tensor& weight, double eps, double offset) {
-  NormJob job{};
-  job.x = x.const_data_ptr();
-  job.weight = weight.const_data_ptr();
-  job.x_dtype = kernel_dtype(x.scalar_type());
-  job.weight_dtype = kernel_dtype(weight.scalar_type());
-  job.offset = static_cast<float>(offset);
-  job.eps = static_cast<float>(eps);
-  job.rows = row_count(x);
-  job.columns = x.size(x.dim() - 1);
-  return job;
-}
-
-void launch(const char* op, const NormJob& job, const Tensor& x) {
-  check_rows(op, job.rows);
-  launch_norm_rows(job, current_stream(x));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
 Tensor rms_norm_cuda(const Tensor& x_in, const Tensor& weight_in, double eps, double offset) {
   constexpr const char* kOp = "rms_norm";
   check_norm(kOp, x_in, weight_in);
@@ -34,7 +15,7 @@ Tensor rms_norm_cuda(const Tensor& x_in, const Tensor& weight_in, double eps, do
   if (y.numel() == 0) return y;  // and has no address, which is how the kernel knows that it need not quantize
   NormJob job = norm_job(x, weight, eps, offset);
   job.y = y.mutable_data_ptr();
-  launch(kOp, job, x);
+  launch_norm(kOp, job, x);
   return y;
 }
 
@@ -44,23 +25,7 @@ struct Cuda {
     check_norm_quantize(op, inputs);
     const float* static_scale = static_scale_pointer(op, "scale", inputs.scale, "x", x_in);
     const DeviceGuard guard(x_in.get_device_index());
-    const Tensor x = as_contiguous(x_in), weight = as_contiguous(inputs.weight);
-    const OptionalTensor bias = as_contiguous(inputs.bias), residual = as_contiguous(inputs.residual);
-    Tensor sum = empty_like_device(x, sum_shape(x, residual), x.scalar_type());
-    QuantizeTarget target(x, inputs.dtype, static_scale);
-    NormJob job = norm_job(x, weight, inputs.eps, inputs.offset);
-    job.is_layer = inputs.norm == Norm::kLayer;
-    if (bias.has_value()) {
-      job.bias = bias->const_data_ptr();
-      job.bias_dtype = kernel_dtype(bias->scalar_type());
-    }
-    if (residual.has_value()) {
-      job.residual = residual->const_data_ptr();
-      job.sum = sum.mutable_data_ptr();
-    }
-    job.target = target.rows;
-    launch(op, job, x);
-    return {target.q, target.scale, sum};
+    return norm_quantize_cuda(op, inputs, static_scale);
   }
 
   static Quantized activate_quantize(const char* op, const ActivateQuantizeInputs& inputs) {

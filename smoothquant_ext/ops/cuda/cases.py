@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from ... import reference
 from ...reference.bounds import gemm_bound
 from ...reference.experts_bound import experts_bound, fit_tensor_cores
+from .decoder_layer_cases import decoder_layers
 from .families import EXPERTS, way_of
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -66,6 +68,10 @@ STATIC = 0.02
 """A static scale that saturates some values."""
 
 
+WRITTEN = ("keys", "values", "keys_scale", "values_scale")
+"""Arguments that an op writes to whose name ends in ``_``."""
+
+
 class Case(NamedTuple):
     """A call of an op."""
 
@@ -77,6 +83,13 @@ class Case(NamedTuple):
         """The call as a reader would write it down."""
         parts = (f"{name}={_brief(value)}" for name, value in self.arguments.items() if value is not None)
         return f"{self.op}({', '.join(parts)})"
+
+    def run(self, op: Callable[..., Any], device: str = "cpu") -> list[Tensor]:
+        """The results of the op or its oracle, and the arguments that it wrote to, of which it gets copies."""
+        arguments = tree_map_only(Tensor, lambda x: x.to(device), self.arguments)
+        names = [name for name in WRITTEN if self.op.endswith("_") and name in arguments]
+        written = {name: arguments[name].clone() for name in names}
+        return [*_flat(op(**arguments | written)), *written.values()]
 
 
 def cases_of(family: str) -> Iterator[Case]:
@@ -90,20 +103,23 @@ def cases_of(family: str) -> Iterator[Case]:
         yield from _norms_and_activations()
     elif family in EXPERTS:
         yield from _experts((torch.int8,) if family == EXPERTS[0] else (E4M3, E5M2))
+    elif family == "decoder_layer":
+        yield from (Case("w8a8_decoder_layer_", arguments) for arguments in decoder_layers())
     else:
         raise ValueError(f"there is no family {family!r} of kernels")
 
 
 def difference(case: Case, results: Any, family: str) -> str:
-    """What is wrong with the results of a case, or nothing."""
+    """What is wrong with the results of a case, or nothing; the arguments that it wrote to follow its results."""
     arguments = case.arguments
     if case.op == "w8a8_gemm" and arguments["a"].dtype != torch.int8:
-        return _fp8_difference(arguments, results.cpu(), on_tensor_cores=not family.startswith("skinny"))
-    expected = getattr(reference, case.op)(**arguments)
+        return _fp8_difference(arguments, _flat(results)[0].cpu(), on_tensor_cores=not family.startswith("skinny"))
+    expected = case.run(getattr(reference, case.op))
     if case.op == "w8a8_experts" and arguments["weight"][0].dtype != torch.int8:
         exact, bound = experts_bound(arguments, fit_tensor_cores(arguments))
-        return _difference(results.cpu(), expected, exact.where(~expected.isnan(), torch.nan), bound)
-    pairs = zip(_flat(results), _flat(expected), strict=True)
+        exact = exact.where(~expected[0].isnan(), torch.nan)
+        return _difference(_flat(results)[0].cpu(), expected[0], exact, bound)
+    pairs = zip(_flat(results), expected, strict=True)
     return next(filter(None, (_bits_difference(each.cpu(), right) for each, right in pairs)), "")
 
 

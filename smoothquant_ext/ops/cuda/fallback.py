@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..experts import experts_one_by_one
 from .fallback_checks import check
+from .fallback_decoder_layer import w8a8_decoder_layer_
 from .fallback_floating import attention, linear
 from .fallback_gemm import multiply, w8a8_gemm, w8a8_linear, w8a8_linear_group, w8a8_mlp
 from .fallback_quantize import (
@@ -57,6 +58,7 @@ FALLBACKS: dict[str, Callable[..., Any]] = {
     "w8a8_linear_group": w8a8_linear_group,
     "w8a8_mlp": w8a8_mlp,
     "w8a8_experts": w8a8_experts,
+    "w8a8_decoder_layer_": w8a8_decoder_layer_,
     "rms_norm": rms_norm,
     "linear": linear,
     "attention": attention,

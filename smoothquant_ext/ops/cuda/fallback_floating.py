@@ -52,7 +52,11 @@ def attention(
     k, v = _dequantized(k, k_scale, q.dtype), _dequantized(v, v_scale, q.dtype)
     visible = _visible(q, k, mask, causal)
     if visible is None:
-        is_causal, is_grouped = causal and queries > 1, bool(heads != kv_heads)
+        is_causal = is_grouped = False  # torch wants numbers that are known, which symbolic sizes become in a branch
+        if causal and queries > 1:
+            is_causal = True
+        if heads != kv_heads:
+            is_grouped = True
         y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=is_grouped)
         return y.transpose(1, 2).contiguous()
     # With a mask, torch would repeat keys and values for every head that reads them. Here the heads of a group are

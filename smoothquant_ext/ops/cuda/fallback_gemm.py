@@ -138,7 +138,9 @@ def _multiply_int8(operands: Operands) -> Tensor:
 
 def _multiply_fp8_rows(operands: Operands) -> Tensor:
     (m, _), (n, _) = operands.a.shape, operands.b.shape
-    a_scale, b_scale = _aligned(operands.a_scale.expand(m, 1)), _aligned(operands.b_scale.expand(1, n))
+    # As vectors first: torch refuses the stride 0 of a single number that was expanded to a matrix.
+    a_scale = _aligned(operands.a_scale.reshape(-1).expand(m)).view(m, 1)
+    b_scale = _aligned(operands.b_scale.reshape(-1).expand(n)).view(1, n)
     bias = None if operands.bias is None else _aligned(operands.bias)
     return torch._scaled_mm(operands.a, operands.b.t(), a_scale, b_scale, bias=bias, out_dtype=operands.out_dtype)
 

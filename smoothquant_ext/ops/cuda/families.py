@@ -18,6 +18,9 @@ PRODUCERS = ("quantize", "norm_activation")
 EXPERTS = ("experts_int8", "experts_fp8")
 """The families of the products of a mixture's experts, which have no other way."""
 
+LAYERS = ("decoder_layer",)
+"""The families of kernels between the products of an op: those before the attention of a decoder layer."""
+
 ROW_CLASSES = (1, 8, 16, 64, 512, 0)
 """The ranking of ways is by the rows of the activation: at most so many, and 0 for any more."""
 
@@ -37,7 +40,7 @@ def way_of(family: str) -> tuple[str, str] | None:
 
 def families_of(arch: int, archs: str) -> tuple[str, ...]:
     """The families that a GPU of this architecture has instructions for, in a library built for ``archs``."""
-    found = [*PRODUCERS, *EXPERTS]
+    found = [*PRODUCERS, *LAYERS, *EXPERTS]
     for dtype in DTYPES:
         has_cores = dtype == "int8" or arch >= OLDEST_FP8
         has_wgmma = arch == WGMMA and re.search(r"\b90a", archs) is not None

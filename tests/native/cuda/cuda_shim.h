@@ -57,6 +57,7 @@ inline std::function<void()> body;
 // Things that happen by themselves while threads wait, such as copies that were started. True: something happened.
 inline std::function<bool()> meanwhile;
 inline bool has_progress = false;
+inline int64_t launches = 0;  // of run_grid, and of what stands for other libraries' kernels
 
 inline void run_body() {
   body();
@@ -126,6 +127,7 @@ inline void allocate_shared(size_t bytes) {
 
 template <typename Kernel, typename... Args>
 void run_grid(Kernel kernel, unsigned blocks, unsigned threads, size_t shared_bytes, Args... args) {
+  ++launches;
   gridDim.x = blocks;
   blockDim.x = threads;
   if (fibres.size() < threads) fibres = std::vector<Fibre>(threads);

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/kernels/add.cuh"
 #include "cuda/kernels/epilogue.cuh"
 #include "cuda/kernels/scales.cuh"
 #include "cuda/kernels/skinny.cuh"
@@ -38,10 +39,11 @@ struct Case {
   DType a_dtype, b_dtype, bias_dtype, y_dtype;
   bool has_bias, a_per_row, b_per_column;
   int64_t offset;  // bytes before a and b, which take their alignment away
+  bool has_residual = false;
 };
 
 Epilogue epilogue_of(const Case& test, const Buffer<float>& a_scale, const Buffer<float>& b_scale, const Output& bias,
-                     const Output& y) {
+                     const Output& y, const Output& residual) {
   return {test.m,
           test.n,
           a_scale.data(),
@@ -51,7 +53,8 @@ Epilogue epilogue_of(const Case& test, const Buffer<float>& a_scale, const Buffe
           test.has_bias ? bias.memory.data() : nullptr,
           test.bias_dtype,
           y.memory.data(),
-          test.y_dtype};
+          test.y_dtype,
+          test.has_residual ? residual.memory.data() : nullptr};
 }
 
 template <typename Sum, int kRows>
@@ -77,12 +80,21 @@ Output random_bias(const Case& test) {
   return bias;
 }
 
+Output random_residual(const Case& test) {
+  Output residual(test.y_dtype, test.has_residual ? test.m * test.n : 0);
+  for (int64_t i = 0; test.has_residual && i < test.m * test.n; ++i) {
+    store_float(residual.memory.data(), test.y_dtype, i, random_float() * 3);
+  }
+  return residual;
+}
+
 // What the contract says of an exact sum.
 float finished(const Case& test, const Buffer<float>& a_scale, const Buffer<float>& b_scale, const Output& bias,
-               int64_t row, int64_t column, float sum) {
+               const Output& residual, int64_t row, int64_t column, float sum) {
   float value = sum * (a_scale[test.a_per_row ? row : 0] * b_scale[test.b_per_column ? column : 0]);
   if (test.has_bias) value += bias[column];
-  return cast(value, test.y_dtype);
+  const float y = cast(value, test.y_dtype);
+  return test.has_residual ? cast(y + residual[row * test.n + column], test.y_dtype) : y;
 }
 
 void test_skinny(const Case& test) {
@@ -91,13 +103,13 @@ void test_skinny(const Case& test) {
   const Buffer<uint8_t> b = random_codes(test.n * test.k + test.offset, test.b_dtype);
   const Buffer<float> a_scale = random_scales(test.a_per_row ? test.m : 1);
   const Buffer<float> b_scale = random_scales(test.b_per_column ? test.n : 1);
-  const Output bias = random_bias(test), y(test.y_dtype, test.m * test.n);
+  const Output bias = random_bias(test), y(test.y_dtype, test.m * test.n), residual = random_residual(test);
   const SkinnyJob job{a.data() + test.offset,
                       b.data() + test.offset,
                       test.a_dtype,
                       test.b_dtype,
                       test.k,
-                      epilogue_of(test, a_scale, b_scale, bias, y)};
+                      epilogue_of(test, a_scale, b_scale, bias, y, residual)};
   is_int8 ? run_skinny<int32_t>(job) : run_skinny<float>(job);
   for (int64_t row = 0; row < test.m; ++row) {
     for (int64_t column = 0; column < test.n; ++column) {
@@ -109,7 +121,7 @@ void test_skinny(const Case& test) {
         magnitude += std::fabs(product);
       }
       const float got = y[row * test.n + column];
-      const float expected = finished(test, a_scale, b_scale, bias, row, column, static_cast<float>(sum));
+      const float expected = finished(test, a_scale, b_scale, bias, residual, row, column, static_cast<float>(sum));
       if (is_int8) {
         CHECK(same(got, expected), "m %" PRId64 " n %" PRId64 " k %" PRId64 " [%" PRId64 ", %" PRId64 "]: %g, not %g",
               test.m, test.n, test.k, row, column, got, expected);
@@ -137,7 +149,8 @@ void test_largest_sum() {
   Buffer<float> one(1);
   one[0] = 1.0f;
   const Output none(DType::kFloat32, 0), y(DType::kFloat32, test.m * test.n);
-  run_skinny<int32_t>({a.data(), b.data(), test.a_dtype, test.b_dtype, kMost, epilogue_of(test, one, one, none, y)});
+  run_skinny<int32_t>(
+      {a.data(), b.data(), test.a_dtype, test.b_dtype, kMost, epilogue_of(test, one, one, none, y, none)});
   for (int64_t i = 0; i < y.memory.size() / 4; ++i) {
     const float expected = static_cast<float>((i % 2 == 0 ? 128 : -127) * 128 * kMost);
     CHECK(y[i] == expected, "%g, expected %g", y[i], expected);
@@ -152,7 +165,7 @@ void test_special_values(DType dtype) {
   b[4 * test.k] = 0x7f;
   const Buffer<float> one = random_scales(1);
   const Output none(DType::kFloat32, 0), y(DType::kFloat32, test.m * test.n);
-  run_skinny<float>({a.data(), b.data(), dtype, dtype, test.k, epilogue_of(test, one, one, none, y)});
+  run_skinny<float>({a.data(), b.data(), dtype, dtype, test.k, epilogue_of(test, one, one, none, y, none)});
   for (int64_t i = 0; i < test.m * test.n; ++i) {
     const bool is_hit = i / test.n == 3 || i % test.n == 4;
     CHECK(std::isfinite(y[i]) == !is_hit, "[%" PRId64 ", %" PRId64 "]: %g", i / test.n, i % test.n, y[i]);
@@ -176,8 +189,8 @@ void test_epilogue(const Case& test, int splits) {
   }
   const Buffer<float> a_scale = random_scales(test.a_per_row ? test.m : 1);
   const Buffer<float> b_scale = random_scales(test.b_per_column ? test.n : 1);
-  const Output bias = random_bias(test), y(test.y_dtype, test.m * test.n);
-  const Epilogue epilogue = epilogue_of(test, a_scale, b_scale, bias, y);
+  const Output bias = random_bias(test), y(test.y_dtype, test.m * test.n), residual = random_residual(test);
+  const Epilogue epilogue = epilogue_of(test, a_scale, b_scale, bias, y, residual);
   const bool wide = test.n % kEpilogueColumns == 0;
   switch (test.y_dtype) {
     case DType::kBFloat16:
@@ -192,7 +205,8 @@ void test_epilogue(const Case& test, int splits) {
   for (int64_t i = 0; i < count; ++i) {
     Sum sum = sums[i];
     for (int split = 1; split < splits; ++split) sum += sums[split * count + i];
-    const float expected = finished(test, a_scale, b_scale, bias, i / test.n, i % test.n, static_cast<float>(sum));
+    const float expected =
+        finished(test, a_scale, b_scale, bias, residual, i / test.n, i % test.n, static_cast<float>(sum));
     CHECK(same(y[i], expected), "epilogue, n %" PRId64 ", %" PRId64 ": %g, expected %g", test.n, i, y[i], expected);
   }
 }
@@ -232,6 +246,20 @@ void test_scales(int a_step, int b_step, int64_t m, int64_t n) {
   for (int64_t i = 0; i < n; ++i) CHECK(same(b_vector[i], b[i * b_step]), "b %" PRId64, i);
 }
 
+template <typename T>
+void test_add(int64_t count, int64_t offset) {
+  const Buffer<T> y = random_values<T>(count + offset), residual = random_values<T>(count + offset);
+  std::vector<float> expected;
+  for (int64_t i = 0; i < y.size(); ++i) {
+    expected.push_back(i < offset ? to_float(y[i]) : rounded<T>(to_float(y[i]) + to_float(residual[i])));
+  }
+  shim::run_grid(add_kernel<T>, 2u, 64u, size_t{0}, y.data() + offset, const_cast<const T*>(residual.data() + offset),
+                 count, offset == 0);
+  for (int64_t i = 0; i < y.size(); ++i) {
+    CHECK(same(to_float(y[i]), expected[i]), "add %" PRId64 ": %g, expected %g", i, to_float(y[i]), expected[i]);
+  }
+}
+
 static_assert(skinny_threads(0) == 32 && skinny_threads(512) == 32 && skinny_threads(513) == 64);
 static_assert(skinny_threads(4096) == 256 && skinny_threads(100000) == 256);
 static_assert(skinny_blocks(1, 1) == 1 && skinny_blocks(9, 5) == 4 && epilogue_blocks(1025) == 2);
@@ -255,7 +283,7 @@ int main() {
           // Products of fp8 values overflow fp16.
           const DType y_dtype = kFloats[turn / 3 % (pair[0] == DType::kInt8 ? 3 : 2)];
           test_skinny({m, n, k, pair[0], pair[1], kFloats[turn % 3], y_dtype, turn % 2 == 0, turn % 4 < 2, turn % 8 < 4,
-                       turn % 5 == 0 ? 1 : 0});
+                       turn % 5 == 0 ? 1 : 0, turn % 3 == 1 && pair[0] == DType::kInt8});
         }
       }
     }
@@ -267,7 +295,8 @@ int main() {
     for (DType bias_dtype : kFloats) {
       for (int64_t n : {1, 4, 7, 1023, 1024, 1028}) {
         ++turn;
-        const Case test{3, n, 0, {}, {}, bias_dtype, y_dtype, turn % 3 != 0, turn % 2 == 0, turn % 4 < 2, 0};
+        const Case test{3, n,           0, {}, {}, bias_dtype, y_dtype, turn % 3 != 0, turn % 2 == 0, turn % 4 < 2,
+                        0, turn % 5 < 3};
         test_epilogue<int32_t>(test, 1 + turn % 3);
         test_epilogue<float>(test, 1 + turn % 3);
       }
@@ -281,6 +310,13 @@ int main() {
     for (int64_t count : {1, 8, 256, 3001}) {
       test_widen(dtype, count, 0);
       test_widen(dtype, count, 3);
+    }
+  }
+  for (int64_t count : {1, 8, 256, 3001}) {
+    for (int64_t offset : {0, 3}) {
+      test_add<float>(count, offset);
+      test_add<BFloat16>(count, offset);
+      test_add<Float16>(count, offset);
     }
   }
 }

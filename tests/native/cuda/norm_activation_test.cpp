@@ -129,6 +129,8 @@ void test_norm(Norm norm, int64_t columns, bool has_residual, bool has_bias, DTy
   args.y_dtype = DType::kFloat32;
   kNormActivationPortable.norm(args, {0, kRows});
   const Quantized expected = quantize_plainly(values, columns, static_scale, dtype);
+  for (int64_t i = 0; i < values.size(); ++i) values[i] = rounded<T>(values[i]);
+  const Quantized expected_rounded = quantize_plainly(values, columns, static_scale, dtype);
 
   Quantized got(columns, offset);
   Values<T> got_sum(has_residual ? kRows * columns : 0, offset);
@@ -152,6 +154,10 @@ void test_norm(Norm norm, int64_t columns, bool has_residual, bool has_bias, DTy
   for (int64_t i = 0; i < sum.size(); ++i) {
     CHECK(same(to_float(got_sum.data()[i]), to_float(sum[i])), "%s: sum %" PRId64, what.c_str(), i);
   }
+  job.is_rounded = true;
+  run_norm<T, true>(job);
+  expect_same(got, expected_rounded, offset, columns, what + ", rounded");
+  job.is_rounded = false;
 
   if (norm == Norm::kLayer || has_residual || dtype != DType::kInt8) return;
   Buffer<T> y(kRows * columns), got_y(kRows * columns);
@@ -166,8 +172,10 @@ void test_norm(Norm norm, int64_t columns, bool has_residual, bool has_bias, DTy
   }
 }
 
+// is_joined: gate and up are the halves of the rows of one matrix.
 template <Activation kActivation, class T>
-void test_activation(int64_t columns, bool is_gated, bool is_kept, DType dtype, float static_scale, int64_t offset) {
+void test_activation(int64_t columns, bool is_gated, bool is_kept, DType dtype, float static_scale, int64_t offset,
+                     bool is_joined = false) {
   const Values<T> gate(kRows * columns, offset), up(kRows * columns, offset);
   make_strange(gate.data(), columns);
   Buffer<float> values(kRows * columns);
@@ -182,10 +190,17 @@ void test_activation(int64_t columns, bool is_gated, bool is_kept, DType dtype, 
   const Quantized expected = quantize_plainly(values, columns, static_scale, dtype);
 
   Quantized got(columns, offset);
+  const Buffer<T> both(is_joined ? 2 * kRows * columns : 0);
+  for (int64_t i = 0; i < both.size() / 2; ++i) {
+    T* row = both.data() + i / columns * 2 * columns + i % columns;
+    row[0] = gate.data()[i];
+    row[columns] = up.data()[i];
+  }
   ActivateTask<T> job{};
-  job.gate = gate.data();
-  job.up = is_gated ? up.data() : nullptr;
+  job.gate = is_joined ? both.data() : gate.data();
+  job.up = is_joined ? both.data() + columns : is_gated ? up.data() : nullptr;
   job.columns = columns;
+  job.row_step = is_joined ? 2 * columns : columns;
   job.wide = offset == 0 && columns % kGroup == 0;
   job.is_kept = is_kept;
   job.target = {got.q.data() + offset, got.scale.data(), static_scale == 0 ? nullptr : &static_scale, dtype};
@@ -230,6 +245,7 @@ void test_type() {
       const int64_t offset = is_kept ? 0 : 1;
       for (DType dtype : kEightBit) test_activation<Activation::kSilu, T>(columns, true, is_kept, dtype, 0.0f, 0);
       test_activation<Activation::kSilu, T>(columns, true, is_kept, DType::kInt8, 0.05f, offset);
+      test_activation<Activation::kSilu, T>(columns, true, is_kept, DType::kInt8, 0.0f, 0, true);
       test_activation<Activation::kGelu, T>(columns, is_kept, is_kept, DType::kInt8, 0.0f, offset);
       test_activation<Activation::kGeluTanh, T>(columns, !is_kept, is_kept, DType::kInt8, 0.0f, offset);
       test_activation<Activation::kRelu, T>(columns, false, is_kept, DType::kFloat8E4M3, 0.0f, offset);

@@ -53,7 +53,8 @@ void test_tile_case(const TileCase& test, const Run& run) {
                           test.has_bias ? bias.data() : nullptr,
                           test.bias_dtype,
                           y.data(),
-                          test.y_dtype};
+                          test.y_dtype,
+                          nullptr};
   const TileJob job{a.data(), b.data(), test.a_dtype, test.b_dtype, test.k, epilogue};
   with_operand_types(test.a_dtype, test.b_dtype, [&](auto a_type, auto b_type) { run(a_type, b_type, job); });
 

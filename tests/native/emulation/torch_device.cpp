@@ -231,4 +231,14 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
     return set_storage(self, source.storage(), source.storage_offset(), source.sizes(), source.strides());
   });
   m.impl("record_stream", &record_stream);
+  m.impl("mm.dtype", [](const at::Tensor& a, const at::Tensor& b, at::ScalarType dtype) {  // which the CPU lacks
+    return at::mm(a.to(dtype), b.to(dtype));
+  });
+  // Torch has a formula of its own for devices without a kernel, which rounds otherwise.
+  m.impl("native_layer_norm", torch::CppFunction::makeFromBoxedFunction<&fallback>());
+  // The CPU's kernel takes no integers.
+  m.impl("histc", [](const at::Tensor& self, int64_t bins, const at::Scalar& low, const at::Scalar& high) {
+    const at::Tensor x = moved(self, c10::kCPU);
+    return moved(at::histc(x.to(at::kDouble), bins, low, high).to(x.dtype()), {kDevice, 0});
+  });
 }

@@ -137,6 +137,18 @@ def test_attention_through_any_strides() -> None:
     check_attention(attention(q, k, v, mask, scale=0.2), expected, {"q": q, "k": k, "v": v, "scale": 0.2})
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_compile_takes_attention_without_a_mask(causal: bool) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda q, k: attention(q, k, k, scale=0.2, causal=causal), backend="aot_eager", fullgraph=True, dynamic=True
+    )
+    for t, s in ((7, 7), (5, 5), (1, 9), (4, 9)):  # all of torch's ways: its causal mask, none, and one of ours
+        q, k = randn(2, 4, t, 16), randn(2, 2, s, 16, seed=1)
+        arguments = {"q": q, "k": k, "v": k, "scale": 0.2, "causal": causal}
+        check_attention(compiled(q, k), reference.attention(**arguments), arguments)
+
+
 @pytest.mark.parametrize("n", [0, 1, 3, 32, 70])
 def test_linear_is_a_product(n: int) -> None:
     for shape in ((0, 8), (1, 1), (2, 31), (2, 3, 64), (17, 100), (70,)):

@@ -219,3 +219,16 @@ def test_products_leave_their_operands_alone(name: str, monkeypatch: pytest.Monk
     PRODUCTS[name](operands)
     for one, other in zip(operands[:5], before, strict=True):
         assert_same_bits(one, other)
+
+
+@pytest.mark.parametrize("arch", [80, 89, 90])
+@pytest.mark.parametrize("m", [1, 20])
+@pytest.mark.usefixtures("gpu")
+def test_fp8_on_a_device(arch: int, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With scales a row and a column, and single ones, of which torch is particular about the strides."""
+    monkeypatch.setattr(fallback_gemm, "arch_of", lambda _device: arch)
+    a, b = (random_float8(rows, 48, dtype=E4M3, seed=rows) for rows in (m, 32))
+    for a_scale, b_scale in ((scales(m), scales(32)), (scales(1), scales(1)), (scales(1).reshape(()), scales(32))):
+        arguments = (a, b, a_scale, b_scale, randn(32).to(BF16))
+        there = [each.to("cuda") for each in arguments]
+        check_gemm(fallback_gemm.w8a8_gemm(*there, BF16), *arguments)

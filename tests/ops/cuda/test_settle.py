@@ -98,6 +98,20 @@ def test_with_code_for_other_gpus_only_torch_computes(
     assert caplog.messages[0].endswith(f"{NAME} has compute capability 9.0, and the kernels are built for 100a")
 
 
+def test_a_library_that_does_not_load_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def load(_path: Path) -> None:
+        raise ImportError("smoothquant_ext cannot load _C_cuda.so: invalid ELF header")
+
+    with proven(monkeypatch) as state:
+        monkeypatch.setattr(settle.library, "load", load)
+        assert torch.equal(linear(), EXPECTED)
+        assert state.settled is not None
+        assert set(state.settled.replaced.values()) == {"smoothquant_ext cannot load _C_cuda.so: invalid ELF header"}
+    assert len(caplog.messages) == 1
+
+
 def test_a_refused_producer_is_computed_by_torch(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,4 +1,4 @@
-// Arguments of w8a8_decoder_layer_.
+// Arguments of w8a8_decoder_layer_, for every device.
 #pragma once
 
 #include <array>
@@ -20,10 +20,13 @@ struct DecoderArguments {
   int64_t past;
   const OptionalTensor& mask;
   double scale;
-  const OptionalTensor &keys_scale, &values_scale, &q_norm, &k_norm;
+  bool causal;
+  const OptionalTensor &keys_scale, &values_scale, &q_norm, &k_norm, &positions;
 
   int64_t width() const { return x.size(2); }
   int64_t head_width() const { return cos.size(2); }
+  // Tokens that are attended to: with positions all that there is room for, since their values are not looked at.
+  int64_t length() const { return positions.has_value() ? keys.size(2) : past + x.size(1); }
 };
 
 using DecoderShapes = std::array<GemmShape, kDecoderLayers>;
@@ -89,6 +92,27 @@ inline DecoderShapes check_decoder_layers(const char* op, const DecoderArguments
   return shapes;
 }
 
+// Where the new tokens go, if not behind `past`.
+inline void check_positions(const char* op, const DecoderArguments& arguments) {
+  const Tensor& x = arguments.x;
+  if (!arguments.positions.has_value()) {
+    SQ_CHECK(arguments.past >= 0, op, ": past is ", arguments.past, ", expected 0 or more");
+    return;
+  }
+  const Tensor& positions = *arguments.positions;
+  check_same_device(op, "positions", positions, "x", x);
+  SQ_CHECK(positions.scalar_type() == ScalarType::Long, op, ": positions is ", dtype_text(positions.scalar_type()),
+           ", expected int64");
+  SQ_CHECK(positions.dim() == 1 && positions.size(0) == x.size(1), op, ": positions has shape ", shape_text(positions),
+           ", expected [T=", x.size(1), "]");
+  SQ_CHECK(arguments.mask.has_value() || arguments.causal, op,
+           ": positions is given, and neither mask nor causal hides what was not written yet");
+  SQ_CHECK(
+      arguments.keys.dim() == 4 && arguments.values.dim() == 4 && arguments.keys.size(2) == arguments.values.size(2),
+      op, ": positions is given, keys has shape ", shape_text(arguments.keys), " and values ",
+      shape_text(arguments.values), ", expected [B, Hkv, room, D] of the same room");
+}
+
 // A cache for x's batches that has room for `total` tokens, and its scales if it is INT8.
 struct CacheNames {
   const char *buffer, *scale;
@@ -96,7 +120,8 @@ struct CacheNames {
 inline void check_cache(const char* op, const CacheNames& names, const Tensor& buffer, const OptionalTensor& scale,
                         const DecoderArguments& arguments, int64_t kv_heads) {
   const Tensor& x = arguments.x;
-  const int64_t total = arguments.past + x.size(1), d = arguments.head_width();
+  const int64_t total = arguments.positions.has_value() ? x.size(1) : arguments.length();
+  const int64_t d = arguments.head_width();
   check_key_dtype(op, names.buffer, buffer, scale.has_value(), "x", x);
   SQ_CHECK(buffer.dim() == 4 && buffer.is_contiguous() && buffer.size(0) == x.size(0) && buffer.size(1) == kv_heads &&
                buffer.size(2) >= total && buffer.size(3) == d,
@@ -110,7 +135,7 @@ inline DecoderShapes check_decoder_layer(const char* op, const DecoderArguments&
   const Tensor& x = arguments.x;
   check_float(op, "x", x.scalar_type());
   SQ_CHECK(x.dim() == 3, op, ": x has shape ", shape_text(x), ", expected [B, T, K]");
-  SQ_CHECK(arguments.past >= 0, op, ": past is ", arguments.past, ", expected 0 or more");
+  check_positions(op, arguments);
   check_score_scale(op, arguments.scale);
   check_decoder_norms(op, arguments);
   const DecoderShapes shapes = check_decoder_layers(op, arguments);
@@ -120,7 +145,7 @@ inline DecoderShapes check_decoder_layer(const char* op, const DecoderArguments&
   check_cache(op, {"keys", "keys_scale"}, arguments.keys, arguments.keys_scale, arguments, kv_heads);
   check_cache(op, {"values", "values_scale"}, arguments.values, arguments.values_scale, arguments, kv_heads);
   if (arguments.mask.has_value()) {
-    check_mask(op, *arguments.mask, {x.size(0), shapes[kQ].n / d, x.size(1), arguments.past + x.size(1)}, "x", x);
+    check_mask(op, *arguments.mask, {x.size(0), shapes[kQ].n / d, x.size(1), arguments.length()}, "x", x);
   }
   return shapes;
 }
