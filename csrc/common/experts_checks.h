@@ -1,4 +1,5 @@
-// Arguments of w8a8_experts, for every device.
+// Arguments of w8a8_experts, for every device. The values of top_k_index, which only a CPU can look at without waiting, are
+// not checked here.
 #pragma once
 
 #include <string>

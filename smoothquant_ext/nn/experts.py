@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..activations import ACTIVATIONS
-from ..ops.experts import experts_one_by_one
 from ..probing.experts import sorted_routing
 from ..scheme import Scheme
 from .grad import needs_grad
@@ -87,8 +86,8 @@ class W8A8Experts(nn.Module):
         """The output, without a gradient."""
         own: dict[str, Any] = self._buffers
         layers = [ops.Layer(own[part], own[f"{part}_scale"], own[f"{part}_bias"]) for part in self.sizes]
-        op = ops.w8a8_experts if x.is_cpu else experts_one_by_one
-        return op(x, index, weights, *ops.as_lists(layers), self.activation)
+        output: Tensor = ops.w8a8_experts(x, index, weights, *ops.as_lists(layers), self.activation)
+        return output
 
     def prepack_(self) -> None:
         """Reorders the weights for the CPU kernels, in place of the plain ones. Does nothing off the CPU."""

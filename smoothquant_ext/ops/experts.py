@@ -17,7 +17,7 @@ from .quantize import quantize_per_token
 __all__ = ["w8a8_experts"]
 
 
-@op("gemm", why_not_cuda="on a GPU the experts run one by one")
+@op("gemm", cuda=("quantize", "norm_activation", "experts_int8", "experts_fp8"))
 def w8a8_experts(
     x: Tensor,
     top_k_index: Tensor,
@@ -31,8 +31,9 @@ def w8a8_experts(
 
     e is ``top_k_index[s]``. Each token is quantized once, with a scale of its own, for all its experts. An expert
     computes what ``w8a8_mlp`` does, but its output stays fp32; the sum is taken in fp32, slot by slot, and rounded
-    once. So a token's bits depend neither on the other tokens nor on the number of threads. On the CPU only;
-    ``experts_one_by_one`` computes the same with other ops, on any device.
+    once. So a token's bits depend neither on the other tokens nor on the number of threads; in FP8 on a GPU, on how
+    many tokens there are, which chooses the kernel. The GPU's kernels never wait for the device, so that a CUDA graph
+    can capture them.
 
     Args:
         x: fp32, bf16 or fp16 [..., K].
@@ -46,10 +47,12 @@ def w8a8_experts(
         activation: as in ``w8a8_mlp``.
 
     Returns:
-        y, of the dtype of ``x`` [..., N]; 0 for a token without an expert.
+        y, of the dtype of ``x`` [..., N]; 0 for a token without an expert. The GPU's kernels give NaN to a token with
+        an index that is not in [0, E].
 
     Raises:
-        RuntimeError: for dtypes, shapes or devices that do not fit, an index beyond E, or another activation.
+        RuntimeError: for dtypes, shapes or devices that do not fit, an index that is not in [0, E] and can be looked at
+            without waiting, or another activation.
     """
     down, scale = weight[-1], weight_scale[-1]
     n = down.shape[1] if down.dim() == 3 else scale.numel() // down.shape[0]
@@ -65,7 +68,7 @@ def experts_one_by_one(
     bias: Sequence[Tensor | None] | None = None,
     activation: str = "silu",
 ) -> Tensor:
-    """``w8a8_experts`` made of other ops, expert by expert, with the same bits: for devices where it has no kernel.
+    """``w8a8_experts`` made of other ops, expert by expert, with the same bits, for a GPU where its kernels failed.
 
     An expert that nobody chose costs nothing. Which they are is looked up on the host, once a call, so that this cannot
     be captured in a graph.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import pytest
+import tiny
 import torch
 from mixtures import (
     EXPERTS,
@@ -13,11 +15,17 @@ from mixtures import (
     K,
     Mixture,
     N,
+    Sorted,
     chosen,
     made,
 )
 from op_testing import assert_same_bits, randn
+from torch import Tensor, nn
 
+from smoothquant_ext import Recipe, quantize
+from smoothquant_ext.nn.experts import W8A8Experts
+from smoothquant_ext.probing.experts import match_experts_layout
+from smoothquant_ext.quantization.convert import quantize_experts
 from smoothquant_ext.scheme import SCHEMES
 
 
@@ -81,3 +89,51 @@ def test_gradient_is_that_of_the_dequantized_experts() -> None:
     torch.testing.assert_close(weights.grad, shares.grad, rtol=1e-4, atol=1e-3)
     no_token = experts(torch.zeros(0, K, requires_grad=True), torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2))
     assert no_token.shape == (0, N)
+
+
+@pytest.mark.parametrize("layout", ["gate, up", "plain"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_gpu_computes_what_the_cpu_does(gpu: None, scheme: str, layout: str) -> None:
+    bias = "_bias" if layout == "plain" else ""
+    for tokens in (1, 9, 40):
+        experts, x, (index, weights) = made(scheme, bias, layout), randn(tokens, K), chosen(tokens)
+        expected = experts(x, index, weights)
+        experts = experts.cuda()
+        assert not experts.is_packed
+        y = experts(x.cuda(), index.cuda(), weights.cuda()).cpu()
+        if experts.scheme.dtype == torch.int8:
+            assert_same_bits(y, expected)
+        else:
+            # An fp8 number is up to 1/8 away from the next: one whose sums were added in another order may be either.
+            torch.testing.assert_close(y, expected, rtol=1 / 8, atol=float(expected.abs().mean()) / 8)
+        assert_same_bits(experts.cpu()(x, index, weights), expected)
+
+
+@pytest.mark.parametrize("bias", ["", "_bias"])
+def test_a_gpu_takes_tokens_sorted_by_expert(gpu: None, bias: str) -> None:
+    module = Sorted(bias=bias)
+    reading = match_experts_layout(module)
+    assert reading is not None
+    experts, x = quantize_experts(module, reading, SCHEMES["int8"]), randn(EXPERTS * 7, K)
+    x[3] = x[20] = 0  # as of tokens that went to other experts
+    expected = experts(x)
+    assert_same_bits(experts.cuda()(x.cuda()).cpu(), expected)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe"])
+def test_experts_of_models_have_the_same_bits_on_a_gpu(gpu: None, model_type: str) -> None:
+    """Given the same inputs: what stands between them may round in another way."""
+    model, ids = tiny.build(model_type), tiny.token_ids(seed=9)
+    quantize(model, [tiny.token_ids(seed=2)], Recipe(only=("experts",)), progress=False)
+    on_cpu = {name: module for name, module in model.named_modules() if isinstance(module, W8A8Experts)}
+    there, calls = copy.deepcopy(model).cuda(), []
+
+    def compare(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor, name: str = "") -> None:
+        assert_same_bits(output.cpu(), on_cpu[name](*(each.cpu() for each in arguments)), name)
+        calls.append(name)
+
+    for name in on_cpu:
+        there.get_submodule(name).register_forward_hook(functools.partial(compare, name=name))
+    with torch.no_grad():
+        there(ids.cuda())
+    assert len(calls) == len(on_cpu) == 2

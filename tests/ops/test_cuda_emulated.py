@@ -49,8 +49,8 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 SHORT = [((0,), 8), ((1,), 1), ((3,), 15), ((2,), 16), ((3,), 64), ((2,), 577), ((2, 2), 100)]
 LONG = [((2,), 4096), ((1,), 8200), ((1,), 16392), ((1,), 26000)]  # the last one is too long for shared memory
 FILLING = [11528, 12032, 12040, 12152, 12288]  # fp32 rows about as long as a block's memory that need not be asked for
-PRODUCERS = [CASES[name] for name in OPS if "gemm" not in DECLARED[name].cuda]
-LAYERS = [CASES[name] for name in OPS if "gemm" in DECLARED[name].cuda]
+PRODUCERS = [CASES[name] for name in OPS if DECLARED[name].cpu != "gemm"]
+LAYERS = [CASES[name] for name in OPS if DECLARED[name].cpu == "gemm"]
 
 
 def check(case: OpCase, problem: Problem) -> None:

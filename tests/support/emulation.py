@@ -13,14 +13,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [
-    *(
-        f"csrc/cuda/ops/{name}.cpp"
-        for name in ("quantize", "norm_activation", "gemm", "linear", "decoder_layer", "setup")
-    ),
-    *(f"csrc/cuda/compute/{name}.cpp" for name in ("product", "quantize", "decoder_attention", "ways", "context")),
+    *(f"csrc/cuda/ops/{name}.cpp" for name in ("quantize", "norm_activation", "gemm", "linear", "setup")),
+    *(f"csrc/cuda/ops/{name}.cpp" for name in ("decoder_layer", "experts")),
+    *(f"csrc/cuda/compute/{name}.cpp" for name in ("product", "quantize", "ways", "context")),
+    *(f"csrc/cuda/compute/{name}.cpp" for name in ("decoder_attention", "experts")),
     *(f"csrc/cuda/compute/{name}_product.cpp" for name in ("library", "tile", "torch")),
     *(f"csrc/cuda/kernels/{name}.cu" for name in ("quantize", "norm", "activate", "gemm", "decoder_layer")),
-    *(f"csrc/cuda/kernels/{name}.cu" for name in ("mma", "wgmma")),
+    *(f"csrc/cuda/kernels/{name}.cu" for name in ("mma", "wgmma", "grouped", "grouped_mma")),
     *(f"tests/native/emulation/emulated_{name}.cpp" for name in ("device", "runtime")),
 ]
 

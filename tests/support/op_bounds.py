@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from smoothquant_ext.reference.bounds import gemm_bound
+from smoothquant_ext.reference.experts_bound import experts_bound, fit_tensor_cores
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -64,3 +65,14 @@ def check_attention(y: Tensor, expected: Tensor, arguments: dict[str, Any], roun
     bound = bound + torch.finfo(q.dtype).eps * expected.double().abs() + torch.finfo(q.dtype).tiny
     error = (y.double() - expected.double()).abs()
     assert bool((error <= bound).all()), float(error.max())
+
+
+def check_experts(y: Tensor, expected: Tensor, arguments: dict[str, Any]) -> None:
+    """FP8 experts differ from exact ones by no more than ``experts_bound``; NaN where the oracle has it."""
+    exact, bound = experts_bound(arguments, fit_tensor_cores(arguments))
+    assert (y.dtype, y.shape) == (expected.dtype, expected.shape)
+    assert torch.equal(y.isnan(), expected.isnan())
+    largest = torch.finfo(y.dtype).max  # what is larger becomes infinite
+    error = (y.double().clamp(-largest, largest) - exact.clamp(-largest, largest)).abs()
+    outside = (error > bound) & ~y.isnan()
+    assert not outside.any(), (error / bound)[outside]

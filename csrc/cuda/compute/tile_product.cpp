@@ -29,13 +29,21 @@ void multiply_by_wgmma(const char* op, const TileJob& job, const GemmChoice& cho
 
 }  // namespace
 
-Refusal multiply_by_tiles(ProductJob& job, const Rows& rows, GemmFamily family) {
-  const int device = job.device();
+TileProblem problem_of_device(int device) {
   const CodeArch code = device_code(device);
+  TileProblem problem{};
+  problem.arch = device_arch(device);
+  problem.code_arch = code.arch;
+  problem.is_arch_specific = code.is_specific;
+  problem.multiprocessors = multiprocessors(device);
+  return problem;
+}
+
+Refusal multiply_by_tiles(ProductJob& job, const Rows& rows, GemmFamily family) {
   TileJob part = job.of_rows(rows);
   const Epilogue whole = part.epilogue;
   part.epilogue.residual = nullptr;  // the tile kernels know of none
-  TileProblem problem{};
+  TileProblem problem = problem_of_device(job.device());
   problem.m = part.epilogue.m;
   problem.n = part.epilogue.n;
   problem.k = part.k;
@@ -43,10 +51,6 @@ Refusal multiply_by_tiles(ProductJob& job, const Rows& rows, GemmFamily family) 
   problem.b = part.b_dtype;
   problem.y_bytes = static_cast<int>(element_size(part.epilogue.y_dtype));
   problem.is_aligned = is_aligned(part.a) && is_aligned(part.b);
-  problem.arch = device_arch(device);
-  problem.code_arch = code.arch;
-  problem.is_arch_specific = code.is_specific;
-  problem.multiprocessors = multiprocessors(device);
   const GemmChoice choice = choose_config(problem, family);
   if (choice.config == nullptr) return {{rows}, choice.reason};
   switch (choice.config->family) {

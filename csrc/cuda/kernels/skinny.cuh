@@ -13,8 +13,9 @@
 
 #include <type_traits>
 
+#include "cuda/kernels/decode.cuh"
 #include "cuda/kernels/epilogue.cuh"
-#include "cuda/kernels/widen.cuh"
+#include "cuda/kernels/row_map.cuh"
 
 namespace sq {
 
@@ -175,20 +176,19 @@ constexpr int skinny_blocks_together(int rows) {
   return std::is_same_v<Sum, float> && rows == 8 ? 1 : 2;
 }
 
-// Grid: column_blocks for each kRows rows; threads: skinny_threads(k); wide: can_move_words.
-template <typename Sum, int kRows, int kColumns>
-__global__ void __launch_bounds__(32 * kSkinnyWarps, skinny_blocks_together<Sum>(kRows))
-    skinny_gemm_kernel(SkinnyJob job, unsigned column_blocks, bool wide) {
+// A tile of kRows x kColumns of y, by all threads of a block. Rows: see row_map.cuh.
+template <typename Sum, int kRows, int kColumns, typename Rows>
+__device__ __forceinline__ void skinny_tile(const SkinnyJob& job, const Rows& rows, int64_t first_row,
+                                            int64_t first_column, bool wide) {
   constexpr int kCount = kRows * kColumns, kHeld = kCount > 32 ? kCount / 32 : 1;
   __shared__ Sum partial[kSkinnyWarps][kCount];
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x / column_blocks) * kRows;
-  const int64_t first_column = static_cast<int64_t>(blockIdx.x % column_blocks) * kColumns;
   const int64_t k = job.k;
   // Rows and columns past the last repeat it, and are not stored.
   const uint8_t *a_rows[kRows], *b_rows[kColumns];
   SQ_UNROLL
-  for (int r = 0; r < kRows; ++r)
-    a_rows[r] = job.a + (first_row + r < job.epilogue.m ? first_row + r : job.epilogue.m - 1) * k;
+  for (int r = 0; r < kRows; ++r) {
+    a_rows[r] = job.a + rows.input(first_row + r < job.epilogue.m ? first_row + r : job.epilogue.m - 1) * k;
+  }
   SQ_UNROLL
   for (int c = 0; c < kColumns; ++c) {
     b_rows[c] = job.b + (first_column + c < job.epilogue.n ? first_column + c : job.epilogue.n - 1) * k;
@@ -207,8 +207,17 @@ __global__ void __launch_bounds__(32 * kSkinnyWarps, skinny_blocks_together<Sum>
     if (row >= job.epilogue.m || column >= job.epilogue.n) continue;
     Sum sum = partial[0][i];
     for (unsigned other = 1; other < blockDim.x / 32; ++other) sum = sum + partial[other][i];
-    store_finished(job.epilogue, row * job.epilogue.n + column, epilogue_value(job.epilogue, row, column, sum));
+    store_finished(job.epilogue, rows.output(row) * job.epilogue.n + column,
+                   epilogue_value(job.epilogue, rows.input(row), column, sum));
   }
+}
+
+// Grid: column_blocks for each kRows rows; threads: skinny_threads(k); wide: can_move_words.
+template <typename Sum, int kRows, int kColumns>
+__global__ void __launch_bounds__(32 * kSkinnyWarps, skinny_blocks_together<Sum>(kRows))
+    skinny_gemm_kernel(SkinnyJob job, unsigned column_blocks, bool wide) {
+  skinny_tile<Sum, kRows, kColumns>(job, AllRows{}, static_cast<int64_t>(blockIdx.x / column_blocks) * kRows,
+                                    static_cast<int64_t>(blockIdx.x % column_blocks) * kColumns, wide);
 }
 
 }  // namespace sq

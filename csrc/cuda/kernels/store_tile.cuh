@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cuda/kernels/epilogue.cuh"
+#include "cuda/kernels/row_map.cuh"
 #include "cuda/kernels/tile_maps.h"
 
 namespace sq {
@@ -30,9 +31,10 @@ __device__ __forceinline__ void store_two(void* y, int64_t index, bool is_pair, 
 }
 
 // Sums of kM x kN fragments of 16 x 8, of which the first is that of y[row, column]. Rows and columns past the last are
-// not stored. Types are told apart for each pair and not for all of them, which would be three times as much code.
-template <typename Sum, int kM, int kN>
-__device__ __forceinline__ void store_tile(const Epilogue& epilogue, int64_t row, int64_t column,
+// not stored. Types are told apart for each pair and not for all of them, which would be three times as much code. Rows: see
+// row_map.cuh.
+template <typename Sum, int kM, int kN, typename Rows>
+__device__ __forceinline__ void store_tile(const Epilogue& epilogue, const Rows& rows, int64_t row, int64_t column,
                                            const Sum (&sums)[kM][kN][4]) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const MatrixPlace own = fragment_c(lane, 0);
@@ -43,7 +45,7 @@ __device__ __forceinline__ void store_tile(const Epilogue& epilogue, int64_t row
   SQ_UNROLL
   for (int i = 0; i < 2 * kM; ++i) {
     const int64_t at = row + own.row + i * kHalf;
-    row_scales[i] = at < epilogue.m ? epilogue.a_scale[at * epilogue.a_scale_step] : 0.0f;
+    row_scales[i] = at < epilogue.m ? epilogue.a_scale[rows.input(at) * epilogue.a_scale_step] : 0.0f;
   }
   SQ_UNROLL
   for (int j = 0; j < kN; ++j) {
@@ -58,7 +60,7 @@ __device__ __forceinline__ void store_tile(const Epilogue& epilogue, int64_t row
       if (at >= epilogue.m) break;
       const float one = epilogue_value(row_scales[i], left, sums[i / 2][j][i % 2 * 2]);
       const float other = epilogue_value(row_scales[i], right, sums[i / 2][j][i % 2 * 2 + 1]);
-      const int64_t index = at * epilogue.n + first;
+      const int64_t index = rows.output(at) * epilogue.n + first;
       switch (epilogue.y_dtype) {
         case DType::kBFloat16:
           store_two<BFloat16>(epilogue.y, index, is_pair, in_pairs, one, other);

@@ -6,12 +6,7 @@
 
 namespace sq {
 
-struct TileJob {
-  const uint8_t *a, *b;    // [m, k] and [n, k], contiguous, 16-byte aligned
-  DType a_dtype, b_dtype;  // both int8, or either fp8
-  int64_t k;               // a multiple of 16
-  Epilogue epilogue;
-};
+using TileJob = SkinnyJob;  // whose a and b are 16-byte aligned and whose k is a multiple of 16
 
 // Of WgmmaTile, or swapped of SwapTile.
 struct WgmmaJob {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/dtypes.h"
 
@@ -11,18 +12,20 @@ namespace sq {
 
 // --- tiles ----------------------------------------------------------------------------------------------------------
 
-// mma.cuh: 8 warps, 2 x 4, with 64 x 32 of y each. Three stages are 48 KB: two blocks fit into every multiprocessor
-// from 8.0 on, and no launch has to ask for more shared memory than is free.
-struct MmaTile {
-  static constexpr int kM = 128, kN = 128, kK = 64;  // k in bytes, which are values
+// mma.cuh: 8 warps, each with kWarpM x kWarpN of y. Three stages of the larger tile are 48 KB: two blocks fit into every
+// multiprocessor from 8.0 on, and no launch has to ask for more shared memory than is free.
+template <int kTileM>
+struct MmaShape {
+  static constexpr int kM = kTileM, kN = 128, kK = 64;  // k in bytes, which are values
   static constexpr int kStages = 3;
-  static constexpr int kWarpM = 64, kWarpN = 32;
-  static constexpr int kThreads = kM / kWarpM * (kN / kWarpN) * 32;
+  static constexpr int kThreads = 256;
+  static constexpr int kWarpM = kM < 64 ? 32 : 64, kWarpN = kM / kWarpM * kN * 32 / kThreads;
   static constexpr int kStageBytes = (kM + kN) * kK;
   static constexpr int kSharedBytes = kStages * kStageBytes;
   // Blocks that a multiprocessor holds: the registers of a second set of sums, of fp8, leave room for one.
-  static constexpr int blocks_together(bool is_fp8) { return is_fp8 ? 1 : 2; }
+  static constexpr int blocks_together(bool is_fp8) { return is_fp8 && kM > 32 ? 1 : 2; }
 };
+using MmaTile = MmaShape<128>;  // warps 2 x 4, with 64 x 32 of y each
 
 // wgmma.cuh: two warpgroups that multiply, each with 64 of the rows of what wgmma computes, and one warp that loads.
 // Swapped, those rows are the columns of y: weights fill wgmma's 64 rows when there are few tokens, and tokens are its
@@ -54,12 +57,14 @@ struct TilePlace {
 SQ_HOST_DEVICE constexpr int64_t tiles_of(int64_t size, int tile) { return (size + tile - 1) / tile; }
 
 // Tile number `index` of rows x columns of them. Blocks that run at one time take neighbouring tiles, 8 rows of them
-// column by column, so that they share operands in L2.
-SQ_HOST_DEVICE constexpr TilePlace tile_place(int64_t index, int64_t rows, int64_t columns) {
-  constexpr int64_t kBand = 8;
-  const int64_t band = index / (kBand * columns), first = band * kBand;
-  const int64_t height = rows - first < kBand ? rows - first : kBand;
-  const int64_t within = index - first * columns;
+// column by column, so that they share operands in L2. Index: what holds their number; 64-bit divisions are slow on a GPU.
+template <typename Index = int64_t>
+SQ_HOST_DEVICE constexpr TilePlace tile_place(std::common_type_t<Index> index, std::common_type_t<Index> rows,
+                                              std::common_type_t<Index> columns) {
+  constexpr Index kBand = 8;
+  const Index band = index / (kBand * columns), first = band * kBand;
+  const Index height = rows - first < kBand ? rows - first : kBand;
+  const Index within = index - first * columns;
   return {first + within % height, within / height};
 }
 
@@ -81,7 +86,7 @@ struct ChunkPlace {
   int row, chunk;
 };
 
-// What thread `thread` copies in turn `turn` of a tile with rows of MmaTile::kK bytes.
+// What thread `thread` copies in turn `turn` of a tile with rows of MmaTile::kK bytes; those past the rows of a lower tile are nothing.
 SQ_HOST_DEVICE constexpr ChunkPlace copied_chunk(int thread, int turn) {
   constexpr int kChunks = MmaTile::kK / kChunk;
   return {thread / kChunks + turn * (MmaTile::kThreads / kChunks), thread % kChunks};

@@ -141,7 +141,7 @@ __device__ __forceinline__ void empty_ring(const WgmmaRing<Tile>& ring, const Ti
       const int64_t m = job.epilogue.m, n = job.epilogue.n;
       store_swapped_sums(static_cast<Sum*>(parts) + work.split * m * n, m, n, work.row, work.column + own, sums[0]);
     } else {
-      store_tile(job.epilogue, work.row + own, work.column, sums);
+      store_tile(job.epilogue, AllRows{}, work.row + own, work.column, sums);
     }
   });
 }

@@ -28,6 +28,14 @@ void with_float_type(DType dtype, const Body& body) {
 template <DType kDType>
 using DTypeConstant = std::integral_constant<DType, kDType>;
 
+// body(DTypeConstant<dtype>{}) for int8 or either fp8.
+template <typename Body>
+void with_8bit_type(DType dtype, const Body& body) {
+  if (dtype == DType::kInt8) return body(DTypeConstant<DType::kInt8>{});
+  if (dtype == DType::kFloat8E4M3) return body(DTypeConstant<DType::kFloat8E4M3>{});
+  body(DTypeConstant<DType::kFloat8E5M2>{});
+}
+
 // body(DTypeConstant<a>{}, DTypeConstant<b>{}) for operands that can be multiplied: both int8, or either fp8.
 template <typename Body>
 void with_operand_types(DType a, DType b, const Body& body) {

@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_map_only
 
 from ... import reference
 from ...reference.bounds import gemm_bound
+from ...reference.experts_bound import experts_bound, fit_tensor_cores
 from .decoder_layer_cases import decoder_layers
-from .families import way_of
+from .families import EXPERTS, way_of
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 EIGHT_BIT = (torch.int8, E4M3, E5M2)
@@ -49,6 +50,19 @@ SHAPES = (
     (2048, 2048, 64),
 )
 """M, N, K: a row and many, what tensor cores take and what they do not, split sums, more tiles than multiprocessors."""
+
+MIXTURES = (
+    (1, 8, 64, 576, 96, 130),
+    (9, 2, 5, 70, 33, 9),
+    (17, 3, 300, 64, 48, 32),
+    (64, 2, 16, 1040, 272, 64),
+    (64, 2, 16, 100, 60, 36),
+    (300, 4, 8, 208, 144, 272),
+    (700, 2, 3, 64, 400, 136),
+    (0, 2, 4, 64, 32, 16),
+    (5, 0, 4, 64, 32, 16),
+)
+"""Tokens, slots, experts, K, inner width and N: few rows an expert and many, sizes of tensor cores and others."""
 
 STATIC = 0.02
 """A static scale that saturates some values."""
@@ -87,6 +101,8 @@ def cases_of(family: str) -> Iterator[Case]:
         yield from _quantizing()
     elif family == "norm_activation":
         yield from _norms_and_activations()
+    elif family in EXPERTS:
+        yield from _experts((torch.int8,) if family == EXPERTS[0] else (E4M3, E5M2))
     elif family == "decoder_layer":
         yield from (Case("w8a8_decoder_layer_", arguments) for arguments in decoder_layers())
     else:
@@ -98,7 +114,12 @@ def difference(case: Case, results: Any, family: str) -> str:
     arguments = case.arguments
     if case.op == "w8a8_gemm" and arguments["a"].dtype != torch.int8:
         return _fp8_difference(arguments, _flat(results)[0].cpu(), on_tensor_cores=not family.startswith("skinny"))
-    pairs = zip(_flat(results), case.run(getattr(reference, case.op)), strict=True)
+    expected = case.run(getattr(reference, case.op))
+    if case.op == "w8a8_experts" and arguments["weight"][0].dtype != torch.int8:
+        exact, bound = experts_bound(arguments, fit_tensor_cores(arguments))
+        exact = exact.where(~expected[0].isnan(), torch.nan)
+        return _difference(_flat(results)[0].cpu(), expected[0], exact, bound)
+    pairs = zip(_flat(results), expected, strict=True)
     return next(filter(None, (_bits_difference(each.cpu(), right) for each, right in pairs)), "")
 
 
@@ -201,6 +222,29 @@ def _fp8_products() -> Iterator[Case]:
     yield _product(ones, ones[:16], _random_scale(20, 3), _random_scale(16, 4), ONE_PASS[1])
 
 
+def _experts(dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
+    """The weights of every layer in turn; some slots have no expert, and in one case each all have the same or none."""
+    for turn, (tokens, top_k, experts, k, inner, n) in enumerate(MIXTURES):
+        dtype, x_dtype = dtypes[turn % len(dtypes)], (F32, BF16, F16)[turn % 3]
+        shapes = [(inner, k)] * (1 + turn % 2) + [(n, inner)]
+        layers = [reference.quantize_per_token(_randn(experts, *each, seed=i), dtype) for i, each in enumerate(shapes)]
+        generator = torch.Generator().manual_seed(turn)
+        index = torch.randint(0, experts + 1, (tokens, top_k), generator=generator)
+        arguments = {
+            "x": _activation(tokens, k, x_dtype),
+            "top_k_index": index,
+            "top_k_weights": _randn(tokens, top_k, seed=3),
+            "weight": [weight for weight, _ in layers],
+            "weight_scale": [scale for _, scale in layers],
+            "bias": [_randn(experts, rows).to(x_dtype) for rows, _ in shapes] if turn % 3 else None,
+            "activation": ("silu", "gelu", "gelu_tanh", "relu")[turn % 4],
+        }
+        yield Case("w8a8_experts", arguments)
+        if turn in (1, 3):
+            for expert in (experts - 1, experts):
+                yield Case("w8a8_experts", arguments | {"top_k_index": torch.full_like(index, expert)})
+
+
 # --- what is right --------------------------------------------------------------------------------------------------
 
 
@@ -223,9 +267,15 @@ def _bits_difference(actual: Tensor, expected: Tensor) -> str:
 
 def _fp8_difference(arguments: dict[str, Any], actual: Tensor, on_tensor_cores: bool) -> str:
     exact, bound = gemm_bound(**arguments, on_tensor_cores=on_tensor_cores)
-    if (actual.dtype, actual.shape) != (arguments["out_dtype"], exact.shape):
-        return f"{_brief(actual)} instead of {_brief(exact.to(arguments['out_dtype']))}"
-    is_near = (actual.double() - exact).abs() <= bound
+    return _difference(actual, exact.to(arguments["out_dtype"]), exact, bound)
+
+
+def _difference(actual: Tensor, expected: Tensor, exact: Tensor, bound: Tensor) -> str:
+    """The first element that is too far from the exact one; ``expected`` has the dtype and the shape."""
+    if (actual.dtype, actual.shape) != (expected.dtype, expected.shape):
+        return f"{_brief(actual)} instead of {_brief(expected)}"
+    largest = torch.finfo(expected.dtype).max  # what is larger becomes infinite
+    is_near = (actual.double().clamp(-largest, largest) - exact.clamp(-largest, largest)).abs() <= bound
     return _first(~torch.where(exact.isnan(), actual.isnan(), is_near), actual, exact)
 
 
@@ -242,6 +292,8 @@ def _first(differs: Tensor, actual: Tensor, expected: Tensor) -> str:
 
 def _brief(value: Any) -> str:
     """A tensor by its dtype and shape, other values as they are."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_brief, value))}]"
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
     return str(value).removeprefix("torch.")

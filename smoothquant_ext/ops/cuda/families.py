@@ -15,6 +15,9 @@ sums in fewer bits, few rows without tensor cores, our tensor-core kernels, and 
 PRODUCERS = ("quantize", "norm_activation")
 """The families of kernels without a product."""
 
+EXPERTS = ("experts_int8", "experts_fp8")
+"""The families of the products of a mixture's experts, which have no other way."""
+
 LAYERS = ("decoder_layer",)
 """The families of kernels between the products of an op: those before the attention of a decoder layer."""
 
@@ -37,7 +40,7 @@ def way_of(family: str) -> tuple[str, str] | None:
 
 def families_of(arch: int, archs: str) -> tuple[str, ...]:
     """The families that a GPU of this architecture has instructions for, in a library built for ``archs``."""
-    found = [*PRODUCERS, *LAYERS]
+    found = [*PRODUCERS, *LAYERS, *EXPERTS]
     for dtype in DTYPES:
         has_cores = dtype == "int8" or arch >= OLDEST_FP8
         has_wgmma = arch == WGMMA and re.search(r"\b90a", archs) is not None

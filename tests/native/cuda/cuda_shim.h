@@ -160,3 +160,16 @@ inline int32_t __dp4a(int32_t a, int32_t b, int32_t sum) {
 }
 
 inline float __fmaf_rn(float a, float b, float sum) { return std::fmaf(a, b, sum); }
+
+inline uint32_t __ballot_sync(uint32_t /*mask*/, bool value) {
+  const unsigned first = threadIdx.x / 32 * 32;
+  shim::shuffled[threadIdx.x] = value ? 1 : 0;
+  shim::wait_for_warp();
+  uint32_t ballot = 0;
+  for (unsigned lane = 0; lane < 32 && first + lane < blockDim.x; ++lane)
+    ballot |= shim::shuffled[first + lane] << lane;
+  shim::wait_for_warp();
+  return ballot;
+}
+
+inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
