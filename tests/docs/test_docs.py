@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import tiny
 import write_ops
 from command_line import smoothquant
+from emulated_cuda import emulated_cuda
 from op_cases import public_ops
 from pages import ROOT, blocks, ops_example
 from server import TEMPLATE, served
@@ -34,6 +36,7 @@ ELSEWHERE = {
     "lmdeploy": "another engine, which needs a GPU",
     "python -m sglang.launch_server": "another engine, which needs a GPU",
     "benchmarks/gpu_acceptance.sh": "needs a GPU",
+    "smoothquant prove": "needs a GPU; tests/cli/test_prove.py runs it on an emulated one",
 }
 
 
@@ -80,18 +83,19 @@ def cases(what: Any) -> list[Any]:
 @pytest.mark.parametrize(("page", "command"), cases(commands))
 def test_command(page: Path, command: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, *arguments = shlex.split(command.replace(HUB_ID, "original").replace("MODEL", "original"))
-    if name != "smoothquant":
-        assert any(command.startswith(known) for known in ELSEWHERE), f"{page.name}: {command} is run nowhere"
+    if any(command.startswith(known) for known in ELSEWHERE):
         if name == "make":
             assert re.search(rf"^{arguments[0]}:.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return
+    assert name == "smoothquant", f"{page.name}: {command} is run nowhere"
     command, *options = arguments
     if command in ("serve", "chat"):  # which do not end by themselves: see below, and test_serving.py
         smoothquant(command, "--help")
         return
     if command in ("quantize", "compare", "eval", "inspect"):
         options += [option for option in SMALL if "--samples" not in options]
-    smoothquant(command, *options, *FAST.get(command, ()))
+    with emulated_cuda() if "cuda" in options else nullcontext():
+        smoothquant(command, *options, *FAST.get(command, ()))
 
 
 @pytest.mark.parametrize(("page", "code"), cases(lambda page: blocks(page, "python")))
@@ -127,7 +131,7 @@ def test_the_architecture_lists_the_package_in_the_order_of_its_imports() -> Non
 def test_every_command_is_shown() -> None:
     shown = {command.split()[1] for page in PAGES for command in commands(page) if command.startswith("smoothquant ")}
     assert shown == {
-        "quantize", "convert", "compare", "eval", "generate", "chat", "serve", "inspect", "report", "info",
+        "quantize", "convert", "compare", "eval", "generate", "chat", "serve", "inspect", "report", "info", "prove",
     }  # fmt: skip
     assert sum(len(blocks(page, "python")) for page in PAGES) >= 7
 

@@ -111,7 +111,7 @@ def test_no_kernel_spills() -> None:
         allowed = 0
         if number(arch) >= 100:
             # Some registers at the limit of two blocks, and the rare way of rows that are read twice.
-            rare = {"skinny_gemm_kernelIiLi8": 8, "grouped_skinny_kernelIi": 40, "quantize_rows.*Li0E": 32}
+            rare = {"skinny_gemm_kernelIiLi8": 8, "grouped_skinny_kernelIi": 40, "quantize_rows.*Li0E": 32, "append": 8}
             allowed = max((size for name, size in rare.items() if re.search(name, kernel)), default=0)
         assert usage["STACK"] <= allowed, (arch, kernel, usage)
         assert usage["LOCAL"] == 0, (arch, kernel, usage)
@@ -139,6 +139,8 @@ def test_registers_leave_room_for_the_blocks_that_are_meant_to_run_together() ->
             assert usage["REG"] <= (128 if two and is_mma else 255 if is_mma else 224), (arch, kernel, usage)
         elif "norm_rows" in kernel or "activate_rows" in kernel or "quantize_rows" in kernel:  # up to 512 threads
             assert usage["REG"] <= 128, (arch, kernel)
+        elif "append" in kernel:  # 128 threads
+            assert usage["REG"] <= 80, (arch, kernel)
         else:
             assert usage["REG"] <= 64, (arch, kernel)
 
@@ -195,9 +197,14 @@ def test_tensor_cores_multiply_where_they_are_meant_to() -> None:
                 fragments = own_rows // 16 * (own_columns // 8)
                 products = count(found, r"IMMA\.16832\.S8\.S8" if "S8" in types else r"QMMA\.16832.*|HMMA\.16816\.F32")
                 is_there = "S8" in types or number(arch) >= 89
-                assert products in ((2 * fragments, 4 * fragments) if is_there else (0,)), (arch, kernel)
-                loads, copies = 2 * (own_rows + own_columns) // 16, 3 * (-(-rows // 64) + 2)
-                assert count(found, r"LDSM\.16\.M88\.4") == (loads if is_there else 0), (arch, kernel)
+                # On some of these, nvcc unrolls the ring of three stages.
+                times = 3 if number(arch) >= 100 and products > 4 * fragments else 1
+                assert products in ((2 * fragments * times, 4 * fragments * times) if is_there else (0,)), (
+                    arch,
+                    kernel,
+                )
+                loads, copies = 2 * (own_rows + own_columns) // 16, (2 + times) * (-(-rows // 64) + 2)
+                assert count(found, r"LDSM\.16\.M88\.4") == (loads * times if is_there else 0), (arch, kernel)
                 assert count(found, r"LDGSTS.*\.128.*") == (copies if is_there else 0), (arch, kernel)
 
 

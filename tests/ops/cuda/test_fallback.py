@@ -24,14 +24,15 @@ from smoothquant_ext.ops.cuda.fallback import FALLBACKS
 ALONE = {
     "_gemm_by_torch": "w8a8_gemm"
 }  # names in the table that are no public ops, and the ops whose arguments they have
-NOT_NEEDED = {"prepack_weight", "w8a8_decoder_layer_"}
+NOT_NEEDED = {"prepack_weight"}
 NORMS = {"rms_norm", "rms_norm_quantize", "layer_norm_quantize"}
 ACTIVATIONS = {"silu_mul_quantize", "gelu_mul_quantize", "gelu_quantize", "relu_quantize"}
 CLOSE = (
     NORMS | ACTIVATIONS | {"attention"}
 )  # and not bit for bit: compared in test_fallback_quantize.py and _floating.py
 
-cases = [CASES[name] for name in FALLBACKS if name in CASES]
+# The decoder layer is in test_cuda_decoder_layer.py.
+cases = [CASES[name] for name in FALLBACKS if name in CASES and name != "w8a8_decoder_layer_"]
 HOPPER, ARCHS = 90, (75, 80, 89, 90, 100)
 on_every_arch = pytest.mark.parametrize(
     ("case", "arch"),
