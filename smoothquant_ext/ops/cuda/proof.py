@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import signal
+import site
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -136,8 +137,10 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
 
 def child_environment() -> dict[str, str]:
     """This process's, so that the child finds the same package and GPUs, but no module of the current folder."""
-    package = str(Path(__file__).parents[3])
-    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    package, installed = str(Path(__file__).parents[3]), [*site.getsitepackages(), site.getusersitepackages()]
+    # Where packages are installed stays where it is in the search: its modules must not come before Python's own.
+    first = [] if package in installed else [package]
+    path = os.pathsep.join([*first, *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
     environment.pop("SMOOTHQUANT_CUDA_GEMM", None)
     return environment

@@ -55,6 +55,7 @@ def test_right(family: str) -> None:
         ("crashes", WRONG, "quantize_per_token(x=float32[1, 577], dtype=int8): the process died: signal 11"),
         ("poisons", WRONG, "quantize_per_token(x=float32[1, 577], dtype=int8): CUDA error: an illegal memory access"),
         ("lacks_memory", COULD_NOT_RUN, "no memory: CUDA out of memory. Tried to allocate 20.00 MiB"),
+        ("lacks_memory_elsewhere", COULD_NOT_RUN, "no memory: w8a8_gemm: cuBLASLt: CUBLAS_STATUS_ALLOC_FAILED"),
     ],
 )
 def test_faults(fault: str, kind: str, detail: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,6 +117,18 @@ def test_the_child_runs_with_nothing_forced(monkeypatch: pytest.MonkeyPatch) -> 
     environment = proof.child_environment()
     assert "SMOOTHQUANT_CUDA_GEMM" not in environment
     assert environment["PYTHONPATH"].split(os.pathsep)[0] == str(Path(proof.__file__).parents[3])
+
+
+def test_an_installed_package_does_not_come_before_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONPATH")
+    monkeypatch.setattr(proof.site, "getsitepackages", lambda: [str(Path(proof.__file__).parents[3])])
+    assert proof.child_environment()["PYTHONPATH"] == ""
+
+
+def test_a_gpu_that_another_process_has_for_itself_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "print('hello'); raise RuntimeError('CUDA error: CUDA-capable device(s) is/are busy or unavailable')"
+    monkeypatch.setattr(proof, "CHILD", ("-c", script))
+    assert judged("quantize") == (COULD_NOT_RUN, script.partition("raise ")[2].replace("('", ": ").replace("')", ""))
 
 
 def test_the_version_of_cublaslt_is_that_of_the_copy_in_use() -> None:
