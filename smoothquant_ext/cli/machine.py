@@ -37,7 +37,7 @@ def prove(
     again: Annotated[bool, typer.Option("--again", help="Prove kernels that were proven here before, too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
 ) -> None:
-    """Proves the CUDA kernels on this machine's GPUs, times them, and keeps the result; takes some seconds.
+    """Proves the CUDA kernels on this machine's GPUs, times them, and keeps the result.
 
     Example: [bold]smoothquant prove[/bold]
 

@@ -20,7 +20,7 @@ from op_testing import FLOAT8, FLOATS, assert_same_bits, non_contiguous, randn, 
 from torch import Tensor
 
 from smoothquant_ext import ops, reference
-from smoothquant_ext.ops.experts import experts_one_by_one
+from smoothquant_ext.ops.cuda.fallback_experts import experts_one_by_one
 
 pytestmark = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="the sources are not here")
 
@@ -215,7 +215,7 @@ def test_fp8_has_the_bits_of_single_products_and_is_within_the_bound(
     if on_tensor_cores:
         monkeypatch.setenv("SMOOTHQUANT_CUDA_GEMM", "mma")
     else:
-        monkeypatch.setattr("smoothquant_ext.ops.experts.w8a8_gemm", row_by_row(ops.w8a8_gemm))
+        monkeypatch.setattr("smoothquant_ext.ops.cuda.fallback_experts.w8a8_gemm", row_by_row(ops.w8a8_gemm))
     assert_same_bits(y, run_on("cuda", experts_one_by_one, x, *chosen, **own))
 
 

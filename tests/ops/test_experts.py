@@ -12,7 +12,7 @@ from op_testing import FLOAT8, FLOATS, Call, assert_same_bits, randn, threads
 from torch import Tensor
 
 from smoothquant_ext import ops, reference
-from smoothquant_ext.ops.experts import experts_one_by_one
+from smoothquant_ext.ops.cuda.fallback_experts import experts_one_by_one
 
 on_every_isa = pytest.mark.usefixtures("isa")
 

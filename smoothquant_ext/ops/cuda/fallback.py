@@ -7,14 +7,11 @@ tested.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
-from ..experts import experts_one_by_one
-from .fallback_checks import check
 from .fallback_decoder_layer import w8a8_decoder_layer_
+from .fallback_experts import w8a8_experts
 from .fallback_floating import attention, linear
 from .fallback_gemm import multiply, w8a8_gemm, w8a8_linear, w8a8_linear_group, w8a8_mlp
 from .fallback_quantize import (
@@ -28,21 +25,6 @@ from .fallback_quantize import (
     rms_norm_quantize,
     silu_mul_quantize,
 )
-
-
-def w8a8_experts(
-    x: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    weight: Sequence[Tensor],
-    weight_scale: Sequence[Tensor],
-    bias: Sequence[Tensor | None] | None = None,
-    activation: str = "silu",
-) -> Tensor:
-    """See ``ops.w8a8_experts``. Made of other ops, which may be kernels; waits for the device, once."""
-    check("experts", x, top_k_index, top_k_weights, weight, weight_scale, bias, activation)
-    return experts_one_by_one(x, top_k_index, top_k_weights, weight, weight_scale, bias, activation)
-
 
 FALLBACKS: dict[str, Callable[..., Any]] = {
     "quantize_per_token": quantize_per_token,

@@ -7,11 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...reference.decoder_layer import rotate
 from ..floating import attention, rms_norm
 from ..gemm import w8a8_linear, w8a8_linear_group, w8a8_mlp
 from ..quantize import quantize_per_token
 from .fallback_checks import check
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of heads [B, H, T, D] by angles [1 or B, T, D]; rounds after every step."""
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return x * cos[:, None] + turned * sin[:, None]
 
 
 def w8a8_decoder_layer_(

@@ -56,7 +56,7 @@ def cublaslt_version() -> str:
 
 
 def prove(gpu: Gpu, index: int, archs: str, report: Report = lambda _family, _verdict: None) -> Record:
-    """Proves and times every family of kernels on the GPU of this index; takes some seconds.
+    """Proves and times every family of kernels on the GPU of this index, each in a process of its own.
 
     Args:
         gpu: the GPU.
@@ -205,7 +205,7 @@ def proven(
     with records.one_at_a_time(key, folder, lambda: announce(f"another process proves the kernels on {gpu.name}")):
         if not again and (record := known(gpu)) is not None:
             return record
-        announce(f"proving the CUDA kernels on {gpu.name}, once, in a few seconds")
+        announce(f"proving and timing the CUDA kernels on {gpu.name}, once")
         record = prove(gpu, index, archs, report)
         records.store(record, folder)
         return record

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import secrets
 import stat
@@ -93,11 +94,17 @@ def from_json(values: Any) -> Record:
         return Record(
             Key(**values["key"]),
             str(values["date"]),
-            {family: Verdict(*verdict) for family, verdict in values["verdicts"].items()},
-            tuple(Timing(*timing) for timing in values["timings"]),
+            {family: Verdict(*map(str, verdict)) for family, verdict in values["verdicts"].items()},
+            tuple(_timing(*timing) for timing in values["timings"]),
         )
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"not a record: {error!r}") from error
+
+
+def _timing(dtype: str, way: str, m: int, n: int, k: int, microseconds: float) -> Timing:
+    if not (isinstance(microseconds, float | int) and 0 < microseconds < math.inf):
+        raise ValueError(f"a product took {microseconds!r} microseconds")
+    return Timing(dtype, way, m, n, k, microseconds)
 
 
 def read_shipped(path: Path = SHIPPED) -> list[Record]:

@@ -12,7 +12,7 @@ from .machine import Facts, Gpu
 from .records import Record
 from .timing import ranking
 
-UNPROVEN = "not proven yet: the first use of a GPU, or 'smoothquant prove', proves them in a few seconds"
+UNPROVEN = "not proven yet: the first use of a GPU, or 'smoothquant prove', proves them"
 
 
 class Status(NamedTuple):

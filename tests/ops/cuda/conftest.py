@@ -10,8 +10,7 @@ import torch
 from torch_rules import CudaRules
 
 from smoothquant_ext import ops, reference
-from smoothquant_ext.ops import experts
-from smoothquant_ext.ops.cuda import fallback_gemm
+from smoothquant_ext.ops.cuda import fallback_experts, fallback_gemm
 from smoothquant_ext.ops.cuda.fallback import FALLBACKS
 from smoothquant_ext.ops.cuda.fallback_quantize import activate
 
@@ -28,12 +27,12 @@ def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     if not multiplies_int8_exactly():
         pytest.skip("torch's INT8 product saturates on this CPU")
     for name, implementation in FALLBACKS.items():
-        for module in (ops, experts):
+        for module in (ops, fallback_experts):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, implementation)
     tanh = partial(FALLBACKS["gelu_mul_quantize"], approximate="tanh")
     gated = {"silu": FALLBACKS["silu_mul_quantize"], "gelu": FALLBACKS["gelu_mul_quantize"], "gelu_tanh": tanh}
-    monkeypatch.setattr(experts, "_GATED", {**experts._GATED, **gated})
+    monkeypatch.setattr(fallback_experts, "_GATED", {**fallback_experts._GATED, **gated})
     oracle = {name: lambda x, name=name: activate(name, x) for name in reference.ACTIVATIONS}
     monkeypatch.setattr("smoothquant_ext.reference.gemm.ACTIVATIONS", oracle)
 

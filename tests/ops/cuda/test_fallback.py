@@ -227,7 +227,7 @@ def test_nothing_waits_for_the_device(case: OpCase, arch: int, monkeypatch: pyte
     """Of tensors that have no values: whoever asks for one gets an error."""
     if case not in GRAPHS:
         return
-    for module in ("fallback", "fallback_quantize", "fallback_gemm", "fallback_floating"):
+    for module in ("fallback_experts", "fallback_quantize", "fallback_gemm", "fallback_floating"):
         monkeypatch.setattr(f"smoothquant_ext.ops.cuda.{module}.check", lambda *arguments: None)
 
     for problem in case.problems((2, 3), 70, 130, packs=False):

@@ -149,7 +149,7 @@ def test_a_proof_is_made_once_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         ("int8", "torch"),
         ("fp8", "torch"),
     }
-    assert said == [f"proving the CUDA kernels on {NAME}, once, in a few seconds"]
+    assert said == [f"proving and timing the CUDA kernels on {NAME}, once"]
     assert proof.known(GPU) == record
     monkeypatch.setattr(proof, "prove", lambda *_: pytest.fail("it is proven already"))
     assert proof.proven(GPU, 0, "80 90a", pytest.fail) == record

@@ -22,6 +22,9 @@ RECORD = Record(
 )
 
 
+WRONG_TIMES = [json.dumps(records.to_json(RECORD)).replace("8.5", time) for time in ('"8.5"', "0", "-1", "NaN", "null")]
+
+
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where temporary folders are."""
@@ -48,7 +51,7 @@ def test_what_could_not_run_is_not_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "null", "{}", '{"version": 0}', json.dumps(records.to_json(RECORD))[:-9], "\udcff"],
+    ["", "[]", "null", "{}", '{"version": 0}', json.dumps(records.to_json(RECORD))[:-9], "\udcff", *WRONG_TIMES],
     ids=ascii,
 )
 def test_a_damaged_record_is_none(tmp_path: Path, text: str) -> None:
