@@ -29,7 +29,7 @@ from ..probing.linears import Linear, weight_nk
 from .hf_names import to_model_names
 from .loading_experts import CheckpointExperts, find_experts, finish_experts_, swap_experts_
 from .naming import set_quantization_config_
-from .reading import COPY_AGAIN, Checkpoint, CheckpointLayer, read_checkpoint
+from .reading import COPY_AGAIN, EIGHT_BIT, Checkpoint, CheckpointLayer, read_checkpoint
 
 METHOD = "smoothquant_ext"
 
@@ -116,6 +116,18 @@ class W8A8Quantizer(HfQuantizer):
             model.set_submodule(path, self._empty_layer(layers[name], linear.weight.dtype))
         swap_experts_(model, self.checkpoint, self.experts, self._empty_layer)
 
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """The dtype to read a tensor in, ``None`` for that of the file, which 8-bit weights keep.
+
+        transformers reads in fp32 what its patterns match, such as ``gate.weight`` for a router: 8-bit weights may be
+        called so too.
+        """
+        stored = param.get_dtype() if hasattr(param, "get_dtype") else param.dtype
+        if stored in EIGHT_BIT or stored in EIGHT_BIT.values():
+            return None
+        kept: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
+        return kept
+
     def get_weight_conversions(self) -> list[Any]:
         """The renamings that transformers applies besides those of the model."""
         conversions: list[Any] = super().get_weight_conversions()
@@ -133,6 +145,8 @@ class W8A8Quantizer(HfQuantizer):
 
     def _normalize_(self, layer: W8A8Linear) -> None:
         """Gives the buffers of a filled layer the names, shapes and dtype that ``W8A8Linear`` documents."""
+        # Versions of transformers that do not ask ``get_new_dtype`` may have read it in fp32, which is exact both ways.
+        layer.weight = layer.weight.to(layer.scheme.dtype)
         shapes = {
             "weight_scale": (-1, 1) if layer.scheme.weight == "channel" else (1,),
             "input_scale": (1,),

@@ -24,7 +24,7 @@ INDEX = "model.safetensors.index.json"
 COPY_AGAIN = "copy or download the checkpoint again"
 
 # safetensors' names of the dtypes that matter here.
-_EIGHT_BIT = {torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
+EIGHT_BIT = {torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
 _INTEGERS = ("I8", "I32", "I64")
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ONE_SCALE = ((1,), (), (1, 1))  # shapes of a scale per tensor; the first is the one to expect
@@ -135,7 +135,7 @@ def _layers(
     eight_bit = {
         name.removesuffix(".weight")
         for name, tensor in tensors.items()
-        if name.endswith(".weight") and tensor.dtype in _EIGHT_BIT.values()
+        if name.endswith(".weight") and tensor.dtype in EIGHT_BIT.values()
     }
     scales = {name.removesuffix(scale_suffix): name for name in tensors if name.endswith(scale_suffix)}
     # A tensor may be called `scale` without belonging to a linear layer, so a scale counts only beside a weight.
@@ -163,7 +163,7 @@ def _layer(name: str, quantization: QuantizationMap, tensors: Mapping[str, Check
             f"{weight.file}: {name} is quantized but {CONFIG} says it is not; the directory mixes two checkpoints, "
             f"{COPY_AGAIN}"
         )
-    expected = _EIGHT_BIT[scheme.dtype]
+    expected = EIGHT_BIT[scheme.dtype]
     if weight.dtype != expected or len(weight.shape) != 2:
         raise SmoothQuantError(
             f"{weight.file}: {name}.weight is {weight}, expected {expected} [N, K] for scheme {scheme.name!r}; "
