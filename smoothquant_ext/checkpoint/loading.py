@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ def load(
     directory: str | os.PathLike[str],
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    drop: Sequence[str] = (),
 ) -> PreTrainedModel:
     """Loads a W8A8 checkpoint of this package or of another tool, ready to run on 8-bit kernels.
 
@@ -37,6 +38,8 @@ def load(
         device: the device to load to, the CPU by default. With accelerate installed the weights are read straight to a
             GPU, and a model that is too large for it is spread over main memory too.
         dtype: the dtype of everything that is not quantized; ``None`` takes that of the checkpoint.
+        drop: shell patterns like ``"mtp.*"`` for names of tensors that the model has no place for and that may be left
+            out.
 
     Returns:
         The model in evaluation mode.
@@ -48,7 +51,7 @@ def load(
     read_config(path)  # says what is missing before transformers does
     on_cpu = device is None or torch.device(device).type == "cpu"
     with quiet_transformers():
-        model, info = loaded_on(device, partial(_load, path, dtype, on_cpu))
+        model, info = loaded_on(device, partial(_load, path, dtype, on_cpu, drop))
     _check_loaded(path, info)
     _attach_record(model, path)
     model.eval()
@@ -58,7 +61,7 @@ def load(
 
 
 def _load(
-    path: Path, dtype: torch.dtype | None, on_cpu: bool, options: Mapping[str, Any]
+    path: Path, dtype: torch.dtype | None, on_cpu: bool, drop: Sequence[str], options: Mapping[str, Any]
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model, and transformers' information about its loading; ``options`` are for ``from_pretrained``."""
     try:
@@ -68,6 +71,7 @@ def _load(
             "directory": str(path),
             "infer_dtype": dtype is None and getattr(config, "dtype", None) is None,
             "ready": on_cpu or bool(options),  # else it has yet to move
+            "drop": list(drop),
         }
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
