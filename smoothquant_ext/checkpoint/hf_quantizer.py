@@ -26,6 +26,7 @@ from ..nn.experts import W8A8Experts
 from ..nn.finalize import finalize_
 from ..nn.linear import W8A8Linear
 from ..probing.linears import Linear, weight_nk
+from .completeness import check_loaded
 from .hf_names import to_model_names
 from .loading_experts import CheckpointExperts, find_experts, finish_experts_, swap_experts_
 from .naming import set_quantization_config_
@@ -67,6 +68,7 @@ class W8A8Quantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.checkpoint: Checkpoint
         self.experts = CheckpointExperts()
+        self.info: dict[str, set[Any]] = {}  # what transformers finds missing and unexpected
         if quantization_config.directory is not None:
             self.checkpoint = read_checkpoint(Path(quantization_config.directory))
 
@@ -115,6 +117,19 @@ class W8A8Quantizer(HfQuantizer):
                 )
             model.set_submodule(path, self._empty_layer(layers[name], linear.weight.dtype))
         swap_experts_(model, self.checkpoint, self.experts, self._empty_layer)
+        if self.quantization_config.directory is None:  # else the caller asks for it, and knows what may be dropped
+            self._listen_(model)
+
+    def _listen_(self, model: PreTrainedModel) -> None:
+        """Keeps what transformers finds missing or unexpected, which it tells its caller but not a quantizer."""
+        adjust = getattr(model, "_adjust_missing_and_unexpected_keys", None)
+
+        def listen(info: Any, *arguments: Any) -> Any:
+            result = adjust(info, *arguments) if adjust is not None else None
+            self.info = {name: getattr(info, name, set()) for name in ("missing_keys", "unexpected_keys")}
+            return result
+
+        vars(model)["_adjust_missing_and_unexpected_keys"] = listen
 
     def get_weight_conversions(self) -> list[Any]:
         """The renamings that transformers applies besides those of the model."""
@@ -122,6 +137,9 @@ class W8A8Quantizer(HfQuantizer):
         return [*conversions, self.experts.renaming()] if self.experts.readings else conversions
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        vars(model).pop("_adjust_missing_and_unexpected_keys", None)
+        if self.info:
+            check_loaded(str(self.checkpoint.directory), model, self.info)
         for layer in model.modules():
             if isinstance(layer, W8A8Linear):
                 self._normalize_(layer)
