@@ -22,9 +22,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.utils import cached_file
 
 from .checkpoint import loading
-from .checkpoint.completeness import counted, load_complete, name_families
+from .checkpoint.completeness import counted, load_complete, name_families, only_complete_models
 from .checkpoint.formats.registry import config_files
-from .checkpoint.model_classes import OWN_CODE, model_class
+from .checkpoint.model_classes import OWN_CODE, is_multimodal, model_class
 from .checkpoint.reading import find_quantization
 from .checkpoint.source_files import check_directory, lost_experts, stored_names
 from .compat import first_line, quiet_transformers
@@ -52,7 +52,7 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a causal LM and its tokenizer.
 
-    The files must hold exactly the tensors that the model needs: transformers would fill the others with random numbers.
+    The files must hold exactly the tensors that the model needs: transformers would fill in random numbers.
 
     Args:
         source: a directory written by ``save_pretrained`` or ``smoothquant_ext.save``, the path of a .gguf file (which
@@ -119,8 +119,8 @@ def _load_float(
     lost = lost_experts(stored)
     if lost:
         raise SmoothQuantError(
-            f"{request.name} lacks {counted(len(lost), 'tensor')} that other experts have: {name_families(lost)}; copy or "
-            "download the model again"
+            f"{request.name} lacks {counted(len(lost), 'tensor')} that other experts have: {name_families(lost)}; copy "
+            "or download the model again"
         )
     with _said_of(unloadable):
         model = load_complete(
@@ -153,12 +153,7 @@ def _load_gguf(path: Path, request: _Request) -> tuple[PreTrainedModel, PreTrain
 
 def _load_from_hub(request: _Request) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     name = request.name
-    absent = f"{name} is neither a directory here nor a model on the hub"
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise SmoothQuantError(f"{absent}; name a directory, a .gguf file or a hub id like 'namespace/name'")
-    # Without a network the hub's client would retry for half a minute. Models in its cache still load.
-    offline = _is_offline()
-    config = _call(f"{absent} that can be reached", AutoConfig, name, local_files_only=offline)
+    config, offline = _config_from_hub(name)
     if not _is_quantized(name, config, offline):
         return _load(request, name, False, local_files_only=offline)
     try:
@@ -166,6 +161,41 @@ def _load_from_hub(request: _Request) -> tuple[PreTrainedModel, PreTrainedTokeni
     except (OSError, ValueError) as error:
         raise SmoothQuantError(f"{name} cannot be downloaded from the hub ({first_line(error)})") from error
     return _load(request, Path(directory), True)
+
+
+def _config_from_hub(name: str) -> tuple[Any, bool]:
+    """The configuration of a model on the hub, and whether it came from the hub's cache because there is no network."""
+    absent = f"{name} is neither a directory here nor a model on the hub"
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise SmoothQuantError(f"{absent}; name a directory, a .gguf file or a hub id like 'namespace/name'")
+    # Without a network the hub's client would retry for half a minute. Models in its cache still load.
+    offline = _is_offline()
+    return _call(f"{absent} that can be reached", AutoConfig, name, local_files_only=offline), offline
+
+
+@contextmanager
+def loads_as_here(source: str, drop: Sequence[str] = ()) -> Iterator[None]:
+    """Within it transformers, or a server that calls it, loads ``source`` by the rules of ``load_model`` or not at all.
+
+    Args:
+        source: a directory or a hub id.
+        drop: as for ``load_model``.
+
+    Raises:
+        SmoothQuantError: as ``load_model``.
+    """
+    path = Path(source)
+    with quiet_transformers():
+        if path.is_dir():
+            check_directory(path)
+            stored_names(path)
+            config = _call(f"{path}: transformers cannot load this model", AutoConfig, path)
+        else:
+            config, _ = _config_from_hub(source)
+    if not is_multimodal(config):
+        model_class(config, source, causal=True)
+    with only_complete_models(drop):
+        yield
 
 
 def _check_vocabulary(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

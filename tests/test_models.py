@@ -161,9 +161,15 @@ def test_directories_that_cannot_be_read(float_directory: Path, tmp_path: Path) 
     config = float_directory / "config.json"
     original = config.read_text()
     config.write_text(original.replace('"llama"', '"llama99"'))
-    refuses(float_directory, r"config\.json says model_type 'llama99', which transformers .* does not have; pip install -U transformers")
+    refuses(
+        float_directory,
+        r"config\.json says model_type 'llama99', which transformers .* does not have; pip install -U transformers",
+    )
     config.write_text(original.replace('"llama"', '"t5"'))
-    refuses(float_directory, "model_type 't5', but architectures LlamaForCausalLM, which is of another type; correct one of them")
+    refuses(
+        float_directory,
+        "model_type 't5', but architectures LlamaForCausalLM, which is of another type; correct one of them",
+    )
     config.write_text(original[:-3] + ', "quantization_config": {"quant_method": "awq"}}')
     refuses(float_directory, "quantized with AWQ: .*, which is not W8A8")
     config.write_text(original)

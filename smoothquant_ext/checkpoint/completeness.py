@@ -50,9 +50,7 @@ def load_complete(
     Raises:
         SmoothQuantError: as ``check_complete``.
     """
-    model, info = model_class.from_pretrained(
-        source, output_loading_info=True, ignore_mismatched_sizes=True, **options
-    )
+    model, info = model_class.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     check_complete(str(source), model, info, drop, stored)
     return cast(PreTrainedModel, model)
 
@@ -68,11 +66,11 @@ def only_complete_models(drop: Sequence[str] = ()) -> Iterator[None]:
 
         return load_complete(_Loader(load), source, drop, **options)
 
-    PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign]
+    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
     try:
         yield
     finally:
-        PreTrainedModel.from_pretrained = former  # type: ignore[method-assign]
+        PreTrainedModel.from_pretrained = former
 
 
 class _Loader:
@@ -114,7 +112,7 @@ def check_complete(
     for pattern in drop:
         if not _matches(pattern, known | set(info["unexpected_keys"])):
             what = "names tensors that the model needs" if _matches(pattern, needed) else "matches no tensor"
-            warnings.warn(f"{where}: --drop {pattern!r} {what}, so it drops nothing", stacklevel=3)
+            warnings.warn(f"{where}: the pattern {pattern!r} to drop {what}, so it has no effect", stacklevel=3)
     left, known = ({name for name in names if not _is_dropped(name, drop)} for names in (unexpected, known))
     if left:
         raise SmoothQuantError(f"{_unexpected(where, kind, left)}; {_how_to_drop(left, needed)}")

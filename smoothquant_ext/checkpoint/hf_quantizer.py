@@ -96,7 +96,7 @@ class W8A8Quantizer(HfQuantizer):
         }
         head = model.get_output_embeddings()
         paths = {name for name, module in model.named_modules() if module is head}
-        if model.config.tie_word_embeddings and paths & layers.keys():
+        if getattr(model.config, "tie_word_embeddings", False) and paths & layers.keys():
             raise SmoothQuantError(
                 f"{directory}: {min(paths & layers.keys())} is quantized, but config.json ties it to the "
                 "token embedding; set tie_word_embeddings to false there"

@@ -9,13 +9,14 @@ from types import MappingProxyType
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
 from ..errors import SmoothQuantError
+from ..nn.linear import W8A8Linear
 
 OWN_CODE = (
     "whose code comes with the model (auto_map): such code is never run here, use a version of the model for "
@@ -70,8 +71,8 @@ def model_class(config: Any, where: str, causal: bool) -> Any:
             "supported here"
         )
     if named is not None and named is not mapped:
-        part = "which is its language model alone" if _is_multimodal(named) else "whose output embedding is the token embedding"
-        warnings.warn(f"{where} is {name}: read as {mapped.__name__}, {part}", stacklevel=2)
+        part = "is its language model alone" if is_multimodal(config) else "takes the token embedding as its output"
+        warnings.warn(f"{where} is {name}: read as {mapped.__name__}, which {part}", stacklevel=2)
     return AutoModelForCausalLM
 
 
@@ -83,7 +84,7 @@ def check_known(raw: Mapping[str, Any], where: str) -> None:
     """
     kind = raw.get("model_type")
     if kind is None and not raw.get("auto_map"):
-        raise SmoothQuantError(f"{where}: config.json has no model_type, so nobody knows what model it is; add it there")
+        raise SmoothQuantError(f"{where}: config.json has no model_type, which says what the model is; add it there")
     if kind not in transformers.CONFIG_MAPPING:
         raise SmoothQuantError(f"{where}: config.json says model_type {kind!r}, {_absent(raw)}")
 
@@ -92,17 +93,31 @@ def check_loadable(model: PreTrainedModel) -> None:
     """Refuses a model that ``load`` could not build again from what ``save`` writes.
 
     Raises:
-        SmoothQuantError: transformers does not know its class, or its configuration by its type.
+        SmoothQuantError: transformers does not know its class, or its configuration by its type; or its output
+            embedding is in 8 bits, which unties it, and its configuration would untie others with it.
     """
     kind, config = type(model), model.config
-    known = getattr(config, "model_type", None) in transformers.CONFIG_MAPPING
-    if not known or type(AutoConfig.for_model(config.model_type)) is not type(config):
+    head = model.get_output_embeddings()
+    path = next((f"{path}." for path, module in model.named_modules() if module is head), "")
+    tied = [name for name in getattr(model, "all_tied_weights_keys", {}) if not name.startswith(path)]
+    if isinstance(head, W8A8Linear) and tied:
+        raise SmoothQuantError(
+            f"{kind.__name__} cannot be saved with {path[:-1]} in 8 bits, because config.json would then untie "
+            f"{tied[0]} too; leave {path[:-1]} in floating point"
+        )
+    table = transformers.CONFIG_MAPPING
+    if config.model_type not in table or table[config.model_type] is not type(config):
         problem = f"its configuration, {type(config).__name__}, is not one that transformers finds by its model_type"
     elif _find(kind.__name__, config) is not kind:
         problem = "transformers has no class of that name for its configuration"
     else:
         return
     raise SmoothQuantError(f"{kind.__name__} cannot be saved, because it could not be loaded again: {problem}")
+
+
+def is_multimodal(config: Any) -> bool:
+    """Whether a configuration is of a model that reads images or sound besides text, and writes text."""
+    return _named(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
 
 
 def _named(config: Any) -> str | None:
@@ -127,8 +142,8 @@ def _find(name: str | None, config: Any) -> type[PreTrainedModel] | None:
     return None
 
 
-def _in_table(auto_class: Any, config: Any) -> type[PreTrainedModel] | None:
-    """The class that an auto class makes from a configuration; of several the one that ``architectures`` names."""
+def _in_table(auto_class: Any, config: Any) -> Any:
+    """The class, if any, that an auto class makes of a configuration; of several the one of ``architectures``."""
     try:
         found = auto_class._model_mapping[type(config)]
     except (KeyError, AttributeError, ImportError):
@@ -141,13 +156,9 @@ def _is_causal(name: str) -> bool:
     return name.endswith(("ForCausalLM", "LMHeadModel")) or name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
-def _is_multimodal(named: type[PreTrainedModel]) -> bool:
-    return named.__name__ in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
-
-
 def _computes_the_same(named: type[PreTrainedModel] | None, mapped: type[PreTrainedModel], config: Any) -> bool:
     """Whether the causal language model is what is named, a part of it, or it with an output embedding on top."""
-    return named is None or named is mapped or _is_multimodal(named) or named is _in_table(AutoModel, config)
+    return named is None or named is mapped or is_multimodal(config) or named is _in_table(AutoModel, config)
 
 
 def _absent(config: Any) -> str:

@@ -12,6 +12,7 @@ from types import MappingProxyType
 import torch
 
 from ..errors import SmoothQuantError
+from .completeness import counted
 from .model_classes import check_known
 from .reading import COPY_AGAIN, INDEX, WEIGHTS, read_config, read_headers, read_json
 
@@ -69,9 +70,9 @@ def stored_names(directory: Path) -> Collection[str]:
         unread = sorted(set(_shards(directory)) - {tensor.file.name for tensor in headers.values()})
         if unread:
             read = INDEX if not (directory / WEIGHTS).is_file() else WEIGHTS
+            more = f" and {counted(len(unread) - 1, 'more file')}" if len(unread) > 1 else ""
             warnings.warn(
-                f"{directory} holds {unread[0]}{f' and {len(unread) - 1} more files' if len(unread) > 1 else ''}, which "
-                f"{read} does not name: not read",
+                f"{directory} holds {unread[0]}{more}, which {read} does not name: not read",
                 stacklevel=3,
             )
         return headers
