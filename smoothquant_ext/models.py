@@ -22,15 +22,26 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.utils import cached_file
 
 from .checkpoint import loading
-from .checkpoint.completeness import counted, load_complete, name_families, only_complete_models
+from .checkpoint.completeness import (
+    is_dropped,
+    load_complete,
+    only_complete_models,
+    unexpected_tensors,
+)
 from .checkpoint.formats.registry import config_files
 from .checkpoint.model_classes import OWN_CODE, is_multimodal, model_class
 from .checkpoint.reading import find_quantization
-from .checkpoint.source_files import check_directory, lost_experts, stored_names
+from .checkpoint.source_files import check_directory, check_experts, gguf_names, stored_names, superfluous_blocks
 from .compat import first_line, quiet_transformers
 from .devices import loaded_on, move_
 from .errors import SmoothQuantError
 
+# What some of transformers' and torch's errors mean for a user, by a part of theirs.
+_REASONS = {
+    "trust_remote_code": OWN_CODE,
+    "Weights only load failed": "its .bin files hold more than tensors, and such pickles are never run; take the model "
+    "in safetensors",
+}
 CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 
 
@@ -97,13 +108,28 @@ def _load(
         model = loading.load_as(source, request.device, request.dtype, request.drop, causal=True)
     else:
         stored: Collection[str] = ()
-        if isinstance(source, Path) and "gguf_file" not in kwargs:
+        if "gguf_file" in kwargs:
+            request = _without_superfluous_blocks(request, Path(source) / kwargs["gguf_file"], config)
+        elif isinstance(source, Path):
             stored = stored_names(source)
+            check_experts(request.name, stored)
         load = partial(_load_float, request, loader, source, stored, {"config": config, **kwargs})
         model = load({}) if "gguf_file" in kwargs else loaded_on(request.device, load)
         move_(model, request.device)
     _check_vocabulary(request.name, model, tokenizer)
     return model, tokenizer
+
+
+def _without_superfluous_blocks(request: _Request, file: Path, config: Any) -> _Request:
+    """The request for a GGUF file without the patterns for blocks beyond the header's number, which have to go."""
+    names = gguf_names(file)
+    extra = superfluous_blocks(names, config.get_text_config().num_hidden_layers)
+    left = [name for name in extra if not is_dropped(name, request.drop)]
+    if left:
+        needed = set(names) - set(extra)
+        raise SmoothQuantError(unexpected_tensors(request.name, "the model of its header", left, needed))
+    drop = [pattern for pattern in request.drop if not any(is_dropped(name, [pattern]) for name in extra)]
+    return replace(request, drop=drop)
 
 
 def _load_float(
@@ -116,12 +142,6 @@ def _load_float(
 ) -> PreTrainedModel:
     """A complete model in floating point; ``arguments`` and ``options`` are for ``from_pretrained``."""
     unloadable = f"{request.name}: transformers cannot load this model"
-    lost = lost_experts(stored)
-    if lost:
-        raise SmoothQuantError(
-            f"{request.name} lacks {counted(len(lost), 'tensor')} that other experts have: {name_families(lost)}; copy "
-            "or download the model again"
-        )
     with _said_of(unloadable):
         model = load_complete(
             loader,
@@ -250,5 +270,5 @@ def _said_of(problem: str) -> Iterator[None]:
     except (SmoothQuantError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        needs_code = "trust_remote_code" in str(error)
-        raise SmoothQuantError(f"{problem} ({OWN_CODE if needs_code else first_line(error)})") from error
+        reasons = (reason for sign, reason in _REASONS.items() if sign in str(error))
+        raise SmoothQuantError(f"{problem} ({next(reasons, first_line(error))})") from error

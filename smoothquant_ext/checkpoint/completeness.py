@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, cast
 
 from transformers import PreTrainedModel
@@ -23,6 +24,8 @@ _REMEDY = "copy or download the model again, or correct config.json"
 # Buffers that older versions of transformers stored and newer ones compute.
 _COMPUTED = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias)$")
 _MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")  # the causal mask, unless the attention has a weight of that name
+# Frequencies of rotary embeddings in a GGUF file: transformers takes them from the configuration.
+_ROPE = r"^rope_(freqs|factors_\w+)\.weight$"
 # Zero points, which are zero, and scales of caches that are kept in floating point.
 _DISPENSABLE = re.compile(r"(_zero_point|\.[kvq]_scale|\.kv_scale|\.output_scale|\.input_scale_ub)$")
 
@@ -51,7 +54,8 @@ def load_complete(
         SmoothQuantError: as ``check_complete``.
     """
     model, info = model_class.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
-    check_complete(str(source), model, info, drop, stored)
+    where = str(Path(str(source)) / options["gguf_file"]) if "gguf_file" in options else str(source)
+    check_complete(where, model, info, drop, stored)
     return cast(PreTrainedModel, model)
 
 
@@ -102,22 +106,23 @@ def check_complete(
     kind = type(model).__name__
     needed = set(model.state_dict())
     unexpected = {name for name in info["unexpected_keys"] if not _is_computed(name, needed)}
+    unexpected = {name for name in unexpected if not re.search(_ROPE, name)}
     if info["missing_keys"]:
         raise SmoothQuantError(_missing(where, kind, info["missing_keys"], unexpected))
     if info["mismatched_keys"]:
         raise SmoothQuantError(_mismatched(where, info["mismatched_keys"]))
-    listed = re.compile("|".join(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ("$^",)))
+    listed = re.compile("|".join([_ROPE, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]))
     known = {name for name in stored if listed.search(name) and not _is_computed(name, needed)}
     known = {name for name, renamed in to_model_names(model, known).items() if renamed not in needed}
     for pattern in drop:
         if not _matches(pattern, known | set(info["unexpected_keys"])):
             what = "names tensors that the model needs" if _matches(pattern, needed) else "matches no tensor"
             warnings.warn(f"{where}: the pattern {pattern!r} to drop {what}, so it has no effect", stacklevel=3)
-    left, known = ({name for name in names if not _is_dropped(name, drop)} for names in (unexpected, known))
+    left, known = ({name for name in names if not is_dropped(name, drop)} for names in (unexpected, known))
     if left:
-        raise SmoothQuantError(f"{_unexpected(where, kind, left)}; {_how_to_drop(left, needed)}")
+        raise SmoothQuantError(unexpected_tensors(where, kind, left, needed))
     if known:
-        warnings.warn(f"{_unexpected(where, kind, known)}: they are left out", stacklevel=3)
+        warnings.warn(f"{_unexpected(where, kind, known)}: left out", stacklevel=3)
 
 
 def check_loaded(where: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
@@ -131,7 +136,7 @@ def check_loaded(where: str, model: PreTrainedModel, info: Mapping[str, Any]) ->
     if info["missing_keys"]:
         raise SmoothQuantError(_missing(where, type(model).__name__, info["missing_keys"], unexpected))
     if unexpected:
-        warnings.warn(f"{_unexpected(where, type(model).__name__, unexpected)}: they are left out", stacklevel=3)
+        warnings.warn(f"{_unexpected(where, type(model).__name__, unexpected)}: left out", stacklevel=3)
 
 
 def name_families(names: Iterable[str]) -> str:
@@ -152,7 +157,9 @@ def _missing(where: str, kind: str, missing: Collection[str], unexpected: Collec
             f"{where}: the names of {counted(len(unexpected), 'tensor')} start with {prefix!r}{who}, so {kind} finds "
             "none of them; save the model below that wrapper again"
         )
-    lacks = f"{where} lacks {counted(len(missing), 'tensor')} that config.json calls for: {name_families(missing)}"
+    lacks = (
+        f"{where} lacks {counted(len(missing), 'tensor')} that its configuration calls for: {name_families(missing)}"
+    )
     if unexpected:
         lacks += f"; it holds {len(unexpected)} that {kind} has no place for: {name_families(unexpected)}"
     return f"{lacks}; {_REMEDY}"
@@ -183,10 +190,12 @@ def _unexpected(where: str, kind: str, names: Collection[str]) -> str:
     return f"{where} holds {counted(len(names), 'tensor')} that {kind} has no place for: {name_families(names)}"
 
 
-def _how_to_drop(names: Collection[str], needed: Collection[str]) -> str:
+def unexpected_tensors(where: str, kind: str, names: Collection[str], needed: Collection[str]) -> str:
+    """The sentence about tensors that a class has no place for, with the option that lets them be left out."""
     patterns = drop_patterns(names, needed)
     option = " ".join(f"--drop '{pattern}'" for pattern in patterns)
-    return f"load it without them with {option}, in Python drop={patterns}"
+    them = "it" if len(names) == 1 else "them"
+    return f"{_unexpected(where, kind, names)}; leave {them} out with {option}, in Python drop={patterns}"
 
 
 def drop_patterns(names: Iterable[str], needed: Collection[str]) -> list[str]:
@@ -206,7 +215,8 @@ def _matches(pattern: str, names: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for name in names)
 
 
-def _is_dropped(name: str, drop: Iterable[str]) -> bool:
+def is_dropped(name: str, drop: Iterable[str]) -> bool:
+    """Whether a name matches one of the shell patterns ``drop``."""
     return any(fnmatchcase(name, pattern) for pattern in drop)
 
 

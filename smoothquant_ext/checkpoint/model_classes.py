@@ -131,12 +131,12 @@ def _find(name: str | None, config: Any) -> type[PreTrainedModel] | None:
     if name is None:
         return None
     module = type(config).__module__.replace(".configuration_", ".modeling_")
-    candidates = [_in_table(AutoModelForCausalLM, config), _in_table(AutoModel, config)]
+    candidates: list[Any] = [_in_table(AutoModelForCausalLM, config), _in_table(AutoModel, config)]
     candidates += [getattr(transformers, name, None)]
     if module.startswith("transformers."):
         candidates += [getattr(importlib.import_module(module), name, None)]
     for found in candidates:
-        if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.__name__ == name:
+        if getattr(found, "__name__", None) == name and issubclass(found, PreTrainedModel):
             fits = found is candidates[0] or issubclass(type(config), found.config_class or ())
             return found if fits else None
     return None

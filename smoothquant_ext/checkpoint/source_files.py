@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import warnings
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
 from ..errors import SmoothQuantError
-from .completeness import counted
+from .completeness import counted, name_families
 from .model_classes import check_known
 from .reading import COPY_AGAIN, INDEX, WEIGHTS, read_config, read_headers, read_json
 
@@ -84,19 +86,38 @@ def stored_names(directory: Path) -> Collection[str]:
     raise SmoothQuantError(f"{directory} has no weights, expected {WEIGHTS} or {INDEX}; {COPY_AGAIN}")
 
 
-def lost_experts(names: Collection[str]) -> list[str]:
-    """The tensors of single experts that a mixture lacks while its other experts have them."""
+def gguf_names(file: Path) -> list[str]:
+    """The names of the tensors in a GGUF file; the caller knows that it can be read."""
+    gguf: Any = importlib.import_module("gguf")
+    return [str(tensor.name) for tensor in gguf.GGUFReader(file).tensors]
+
+
+def superfluous_blocks(names: Collection[str], blocks: int) -> list[str]:
+    """The tensors of a GGUF file that belong to blocks beyond the number of its header; transformers skips them."""
+    return [name for name in names if (match := re.match(r"blk\.(\d+)\.", name)) and int(match[1]) >= blocks]
+
+
+def check_experts(where: str, names: Collection[str]) -> None:
+    """Refuses a mixture in which one expert lacks a tensor that others have: transformers names none then.
+
+    Raises:
+        SmoothQuantError: as said.
+    """
     numbers: Mapping[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
     for name in names:
         match = re.fullmatch(r"(.*\.experts)\.(\d+)\.(.+)", name)
         if match:
             numbers[match[1]][match[3]].add(int(match[2]))
-    return [
+    lost = [
         f"{path}.{number}.{part}"
         for path, parts in numbers.items()
         for part, present in parts.items()
         for number in sorted(set().union(*parts.values()) - present)
     ]
+    if lost:
+        raise SmoothQuantError(
+            f"{where} lacks {counted(len(lost), 'tensor')} that other experts have: {name_families(lost)}; {COPY_AGAIN}"
+        )
 
 
 def _shards(directory: Path) -> list[str]:

@@ -120,7 +120,7 @@ DAMAGED_TENSORS = {
     "norm missing": (
         "dynamic",
         lambda tensors: tensors.pop("model.norm.weight"),
-        r"lacks 1 tensor that config\.json calls for: model\.norm\.weight; copy or download",
+        r"lacks 1 tensor that its configuration calls for: model\.norm\.weight; copy or download",
     ),
     "norm of the wrong shape": (
         "dynamic",
