@@ -38,7 +38,7 @@ from .reading import (
     CheckpointLayer,
     find_layers,
     names_of_8_bit_weights,
-    read_headers,
+    open_checkpoint,
 )
 from .scales import check_scales, describe, unused_scales
 
@@ -81,7 +81,7 @@ class W8A8Quantizer(HfQuantizer):
         self.info: dict[str, set[Any]] = {}  # what transformers finds missing and unexpected
         self.optional: Any = None  # the class's own list of tensors that it does without
         if quantization_config.directory is not None:
-            self.checkpoint = read_headers(Path(quantization_config.directory))
+            self.checkpoint = open_checkpoint(Path(quantization_config.directory))
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         # Left alone, transformers would take the dtype of the first tensor, which may be an FP8 weight or a scale.
@@ -95,7 +95,7 @@ class W8A8Quantizer(HfQuantizer):
         if self.quantization_config.directory is None:
             if not checkpoint_files:
                 raise SmoothQuantError("a quantized model is loaded from files, not from a state dict")
-            self.checkpoint = read_headers(Path(checkpoint_files[0]).parent)
+            self.checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent)
         directory = self.checkpoint.directory
         for note in self.checkpoint.quantization.notes:
             warnings.warn(f"{directory}: {note}", stacklevel=2)

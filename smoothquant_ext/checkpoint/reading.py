@@ -115,10 +115,10 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     Raises:
         SmoothQuantError: a file or tensor is missing, truncated, unreadable, of the wrong shape or dtype, or not W8A8.
     """
-    return find_layers(read_headers(directory))
+    return find_layers(open_checkpoint(directory))
 
 
-def read_headers(directory: Path) -> Checkpoint:
+def open_checkpoint(directory: Path) -> Checkpoint:
     """Reads the configuration and the headers of a W8A8 checkpoint, which has no ``layers`` yet.
 
     Raises:
@@ -137,7 +137,7 @@ def find_layers(checkpoint: Checkpoint, experts: Collection[str] = ()) -> Checkp
     """Finds the quantized layers of a checkpoint, and checks the shapes and dtypes of their tensors.
 
     Args:
-        checkpoint: from ``read_headers``.
+        checkpoint: from ``open_checkpoint``.
         experts: the names of the layers whose inputs get a scale per token whatever the configuration says.
 
     Raises:
