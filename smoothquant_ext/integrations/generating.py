@@ -21,13 +21,13 @@ from transformers.cli.serving.utils import (
 
 from .request_checks import MAX_TOKENS
 
-DEFAULT_TOKENS = (
-    1024  # of an answer, where neither the request nor the model says more; transformers' server has it too
-)
+DEFAULT_TOKENS = 1024  # of an answer for which nobody says more, as in transformers' server
 
 # The body of the request that runs in this context. transformers hands its managers a GenerationConfig only, which has
 # no place for a seed and does not say what the client asked for.
 asked: ContextVar[dict[str, Any]] = ContextVar("asked")
+
+OURS = ("seed",)  # fields that are not passed on, see Seeded
 
 
 class Room:
@@ -49,30 +49,22 @@ class Room:
         """
         if prompt == 0:
             raise HTTPException(400, "the prompt is empty: it has no tokens, so there is nothing to continue")
-        limits = [
-            (tokens, what)
-            for tokens, what in (
-                (self.positions, "the model has {} positions"),
-                (self.cache, "the cache holds {} tokens (--cache-tokens)"),
-            )
-            if tokens is not None
-        ]
         wanted = next((asked.get()[field] for field in MAX_TOKENS if field in asked.get()), None)
-        if not limits:
-            config.max_new_tokens = wanted or config.max_new_tokens or DEFAULT_TOKENS
-            return
-        tokens, what = min(limits)
-        left, what = tokens - prompt, what.format(tokens)
-        if left < 1:
-            raise HTTPException(
-                400, f"the prompt has {prompt} tokens, but {what}, one of them for the answer: shorten it"
-            )
-        if wanted is not None and wanted > left:
-            raise HTTPException(
-                400,
-                f"the prompt has {prompt} tokens and the answer may have {wanted}, but {what}: ask for {left} or fewer",
-            )
-        config.max_new_tokens = wanted or min(config.max_new_tokens or DEFAULT_TOKENS, left)
+        usual = wanted or config.max_new_tokens or DEFAULT_TOKENS
+        limits = {
+            "the model has {} positions": self.positions,
+            "the cache holds {} tokens (--cache-tokens)": self.cache,
+        }
+        known = [(tokens, what.format(tokens)) for what, tokens in limits.items() if tokens is not None]
+        if known:
+            tokens, what = min(known)
+            left, there = tokens - prompt, f"the prompt has {prompt} tokens"
+            if left < 1:
+                raise HTTPException(400, f"{there}, but {what}, one of them for the answer: shorten it")
+            if wanted is not None and wanted > left:
+                raise HTTPException(400, f"{there}, the answer may have {wanted}, but {what}: ask for {left} or fewer")
+            usual = min(usual, left)
+        config.max_new_tokens = usual
 
 
 def apply_(config: GenerationConfig) -> None:
@@ -80,8 +72,9 @@ def apply_(config: GenerationConfig) -> None:
     body = asked.get()
     if "temperature" in body or "top_p" in body:  # transformers samples only if the model's own config says so
         config.do_sample = body.get("temperature", 1.0) > 0
-    if "logit_bias" in body and body["logit_bias"]:
-        config.sequence_bias = {(int(token),): float(bias) for token, bias in body["logit_bias"].items()}
+    if "logit_bias" in body:
+        biases = {(int(token),): float(bias) for token, bias in body["logit_bias"].items()}
+        config.sequence_bias = biases or None
 
 
 def length(input_ids: Any) -> int:
@@ -170,8 +163,8 @@ class OneByOne(GenerateManager):
 
 
 class Batched(CBGenerateManager):
-    """Continuous batching. It starts with the server: transformers would start it with the first request, whose sampling
-    all later ones would get.
+    """Continuous batching. It starts with the server: transformers would start it with the first request, whose
+    sampling all later ones would get.
     """
 
     def __init__(self, room: Room, batching: Any, model: Any) -> None:
@@ -192,11 +185,14 @@ class Batched(CBGenerateManager):
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, response_parser: Any = None
     ) -> tuple[Any, Any]:
         self.room.fit_(length(inputs["input_ids"]), gen_config)
-        return super().generate_streaming(model, processor, inputs, gen_config, request_id, response_parser)
+        started: tuple[Any, Any] = super().generate_streaming(
+            model, processor, inputs, gen_config, request_id, response_parser
+        )
+        return started
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
-    ) -> tuple[str, int, list[int]]:
+    ) -> Any:
         self.room.fit_(length(inputs["input_ids"]), gen_config)
         try:
             return await super().generate_non_streaming(model, processor, inputs, gen_config, request_id)

@@ -1,7 +1,7 @@
 """The boundary of the server: every request passes here before transformers' server sees it, and every answer after.
 
-A request that cannot be answered gets an error in OpenAI's form, with a sentence. A client that leaves ends its request.
-When the worker dies, the requests that wait are answered.
+A request that cannot be answered gets an error in OpenAI's form, with a sentence. A client that leaves ends its
+request. When the worker dies, the requests that wait are answered.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from .generating import asked
+from .generating import OURS, asked
 from .request_checks import BODY_BYTES, ROUTES, Refusal, Served, check, parse
 
 Message = MutableMapping[str, Any]
@@ -70,7 +70,7 @@ class Guard:
                 raise Refusal(f"{route} is not served here; these are: {', '.join(ROUTES)}", status=404)
             body = check(route, parse(await _read(receive)), self.served)
             asked.set(body)
-            raw = json.dumps(body).encode()
+            raw = json.dumps({field: value for field, value in body.items() if field not in OURS}).encode()
             scope = {**scope, "headers": _headers(scope["headers"], len(raw))}
         if reason := self.failure():
             raise Refusal(f"{reason}: restart the server", status=503)
@@ -114,6 +114,7 @@ class Guard:
             sentence = f"the chat template of {self.served.model} refuses these messages: {_one_line(error)}"
             await answer.refuse(Refusal(sentence, "messages"))
         except Exception as error:  # transformers' server raises what it did not expect after its answer, a 500
+            await asyncio.sleep(WATCH)  # a worker that dies first fails its requests and then says that it is dead
             if reason := self.failure():
                 await answer.refuse(Refusal(f"{reason}: restart the server", status=503))
                 return
@@ -146,6 +147,8 @@ class Answer:
                 self._streams = any(b"event-stream" in value for _, value in message.get("headers", []))
             elif message["type"] == "http.response.body":
                 self._ended = not message.get("more_body", False)
+                if self._streams:
+                    message = {**message, "body": _reshaped(message.get("body", b""))}
             await self._send(message)
 
     async def finish(self) -> None:
@@ -221,6 +224,15 @@ def _sentence(raw: bytes) -> str:
         return raw.decode("utf-8", "replace") or "the request failed"
     found = body.get("detail", body.get("error", body)) if isinstance(body, dict) else body
     return found if isinstance(found, str) else json.dumps(found)
+
+
+def _reshaped(part: bytes) -> bytes:
+    """A part of a stream, an error in it in OpenAI's form: transformers writes its sentence without any escapes."""
+    before, mark, error = part.partition(b'data: {"error": "')
+    if not mark:
+        return part
+    refusal = Refusal(" ".join(error.decode().removesuffix('"}\n\n').split()), status=500)
+    return before + f"data: {json.dumps(refusal.body())}\n\n".encode()
 
 
 def _one_line(error: BaseException) -> str:

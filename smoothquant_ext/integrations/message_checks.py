@@ -1,5 +1,5 @@
-"""The shapes of messages, of the items of ``/v1/responses`` and of tools. Each check returns what is wrong, as the end of
-a sentence that begins with the name of the field, or ``None``.
+"""The shapes of messages, of the items of ``/v1/responses`` and of tools. Each check returns what is wrong, as the end
+of a sentence that begins with the name of the field, or ``None``.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ MEDIA: dict[str, tuple[str, tuple[type, ...]]] = {
     "audio_url": ("audio_url", (dict,)),
     "video_url": ("video_url", (dict,)),
 }
-# transformers drops the second line; answers that clients send back hold such keys.
-MESSAGE = ("role", "content", "tool_calls", "tool_call_id") + (
-    *("refusal", "annotations", "audio", "function_call", "reasoning", "reasoning_content", "id", "status", "type"),
-)
+READ = ("role", "content", "tool_calls", "tool_call_id")
+# transformers drops these, which are in the answers that clients send back.
+DROPPED = ("refusal", "annotations", "audio", "function_call", "reasoning", "reasoning_content", "id", "status", "type")
 LONGEST = 60  # characters of a value in a sentence
 
 
@@ -66,8 +65,8 @@ def _message(message: dict[str, Any], text_only: bool) -> str | None:
     if not isinstance(role, str) or not role:
         return f".role is {shown(role)}, expected a text such as 'user'"
     for key, value in message.items():
-        if key not in MESSAGE and value is not None and (role, key) != ("tool", "name"):
-            return f" has no place for {shown(key)}; it takes role, content, tool_calls and tool_call_id"
+        if key not in (*READ, *DROPPED) and value is not None and (role, key) != ("tool", "name"):
+            return f" has no place for {shown(key)}; it takes {', '.join(READ)}"
     if calls is not None:
         if not isinstance(calls, list):
             return f".tool_calls is {shown(calls)}, expected a list"

@@ -225,7 +225,7 @@ def parse(raw: bytes) -> dict[str, Any]:
 
 
 def check(route: str, body: dict[str, Any], served: Served) -> dict[str, Any]:
-    """The body to pass on to transformers' server.
+    """The fields that count, with the defaults of OpenAI where transformers has others.
 
     Args:
         route: a key of ``ROUTES``.

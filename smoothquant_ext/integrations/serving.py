@@ -19,7 +19,8 @@ from .from_pretrained import enable
 CACHE_TOKENS = 16384  # tokens in the cache, by default
 BLOCK = 32  # tokens in a block of the cache
 STEP_TOKENS = 512  # tokens of all requests in one step of a continuous batch
-LAST_ANSWERS = 5  # seconds to tell clients that the worker died
+LAST_ANSWERS = 1  # seconds in which requests get an error after the worker died
+LAST_STREAMS = 5  # seconds in which clients may read the end of it
 PACKAGES = ("accelerate", "fastapi", "openai", "uvicorn")
 
 
@@ -66,9 +67,11 @@ def serve(
         for number, handler in before.items():
             signal.signal(number, handler)
     failure = server.failure()
-    if not stopped.is_set() and not failure:
+    if failure:
+        stopped.wait(LAST_ANSWERS)  # long enough for clients on their way, and for those who watch /health
+    elif not stopped.is_set() and not failure:
         raise SmoothQuantError(f"the server on {host}:{port} ended by itself; its last messages are above")
-    _stop(server, LAST_ANSWERS if failure else None)
+    _stop(server, LAST_STREAMS if failure else None)
     if failure:
         raise SmoothQuantError(f"the server on {host}:{port} ended, because {failure}: start it again")
 
@@ -105,8 +108,12 @@ def chat(
 
 def _start(model: str, host: str, port: int, dtype: str, device: str, **options: Any) -> Any:
     """Starts transformers' server in a thread, with the model loaded. The main thread keeps the signals."""
-    from .guarded_server import GuardedServer
-
+    try:
+        from .guarded_server import GuardedServer
+    except ImportError as error:
+        raise SmoothQuantError(
+            f"this transformers has another server than the one of 5.24 ({first_line(error)}): upgrade transformers"
+        ) from error
     if Path(model).is_dir() and (found := find_quantization(Path(model))) and found[1].name != CONFIG:
         raise SmoothQuantError(
             f"{model} describes its quantization only in {found[1].name}, which transformers does not read; run "
