@@ -50,7 +50,10 @@ def test_it_says_what_was_done(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("recipe", "fmt", "expected"),
     [
+        (Recipe("fp8"), None, "vllm serve mine"),
+        (Recipe("fp8"), None, "use_optimized_inference=True"),
         (Recipe("int8"), "lmdeploy", "lmdeploy serve api_server mine"),
+        (Recipe("int8"), "lmdeploy", "without its scales"),
         (Recipe("fp8-e5m2"), None, "lmdeploy serve api_server mine"),
         (Recipe("int8", explicit=True), None, "only smoothquant-ext reads"),
     ],
