@@ -44,14 +44,13 @@ def test_it_says_what_was_done(tmp_path: Path) -> None:
     assert table_row(card, "calibration") == "5 windows, 60 tokens"
     assert "| left in floating point | 2 layers: skipped by pattern |" in card.text
     assert "vllm serve mine" in card.text
+    assert "use_optimized_inference=True" in card.text
     assert "## Measured" not in card.text
 
 
 @pytest.mark.parametrize(
     ("recipe", "fmt", "expected"),
     [
-        (Recipe("fp8"), None, "vllm serve mine"),
-        (Recipe("fp8"), None, "use_optimized_inference=True"),
         (Recipe("int8"), "lmdeploy", "lmdeploy serve api_server mine"),
         (Recipe("int8"), "lmdeploy", "without its scales"),
         (Recipe("fp8-e5m2"), None, "lmdeploy serve api_server mine"),
