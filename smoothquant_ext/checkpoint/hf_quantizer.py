@@ -28,6 +28,7 @@ from ..nn.experts import W8A8Experts
 from ..nn.finalize import finalize_
 from ..nn.linear import W8A8Linear
 from ..probing.linears import Linear, weight_nk
+from .completeness import check_loaded
 from .hf_names import to_model_names
 from .loading_experts import CheckpointExperts, find_experts, finish_experts_, swap_experts_
 from .naming import set_quantization_config_
@@ -38,7 +39,7 @@ from .reading import (
     CheckpointLayer,
     find_layers,
     names_of_8_bit_weights,
-    read_headers,
+    open_checkpoint,
 )
 from .scales import check_scales, describe, unused_scales
 
@@ -81,9 +82,10 @@ class W8A8Quantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.checkpoint: Checkpoint
         self.experts = CheckpointExperts()
+        self.info: dict[str, set[Any]] = {}  # what transformers finds missing and unexpected
         self.optional: Any = None  # the class's own list of tensors that it does without
         if quantization_config.directory is not None:
-            self.checkpoint = read_headers(Path(quantization_config.directory))
+            self.checkpoint = open_checkpoint(Path(quantization_config.directory))
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         # Left alone, transformers would take the dtype of the first tensor, which may be an FP8 weight or a scale.
@@ -97,7 +99,7 @@ class W8A8Quantizer(HfQuantizer):
         if self.quantization_config.directory is None:
             if not checkpoint_files:
                 raise SmoothQuantError("a quantized model is loaded from files, not from a state dict")
-            self.checkpoint = read_headers(Path(checkpoint_files[0]).parent)
+            self.checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent)
         directory = self.checkpoint.directory
         for note in self.checkpoint.quantization.notes:
             warnings.warn(f"{directory}: {note}", stacklevel=2)
@@ -109,7 +111,7 @@ class W8A8Quantizer(HfQuantizer):
         layers = self.checkpoint.layers
         head = model.get_output_embeddings()
         paths = {name for name, module in model.named_modules() if module is head}
-        if model.config.tie_word_embeddings and paths & layers.keys():
+        if getattr(model.config, "tie_word_embeddings", False) and paths & layers.keys():
             raise SmoothQuantError(
                 f"{directory}: {min(paths & layers.keys())} is quantized, but config.json ties it to the "
                 "token embedding; set tie_word_embeddings to false there"
@@ -130,6 +132,19 @@ class W8A8Quantizer(HfQuantizer):
             model.set_submodule(path, self._empty_layer(layers[name], linear.weight.dtype))
         swap_experts_(model, self.checkpoint, self.experts, self._empty_layer)
         self._leave_out_scales(model)
+        if self.quantization_config.directory is None:  # else the caller asks for it, and knows what may be dropped
+            self._listen_(model)
+
+    def _listen_(self, model: PreTrainedModel) -> None:
+        """Keeps what transformers finds missing or unexpected, which it tells its caller but not a quantizer."""
+        adjust = getattr(model, "_adjust_missing_and_unexpected_keys", None)
+
+        def listen(info: Any, *arguments: Any) -> Any:
+            result = adjust(info, *arguments) if adjust is not None else None
+            self.info = {name: getattr(info, name, set()) for name in ("missing_keys", "unexpected_keys")}
+            return result
+
+        vars(model)["_adjust_missing_and_unexpected_keys"] = listen
 
     def _without_unknown_layers(self, model: PreTrainedModel) -> Checkpoint:
         """The checkpoint without the 8-bit layers that the model does not have and that may be left out."""
@@ -193,6 +208,9 @@ class W8A8Quantizer(HfQuantizer):
         return [*conversions, self.experts.renaming()] if self.experts.readings else conversions
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        vars(model).pop("_adjust_missing_and_unexpected_keys", None)
+        if self.info:
+            check_loaded(str(self.checkpoint.directory), model, self.info)
         for layer in model.modules():
             if isinstance(layer, W8A8Linear):
                 self._normalize_(layer)

@@ -91,7 +91,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     if not directory.is_dir():
         raise SmoothQuantError(f"{directory} is not a directory; name the directory of a saved model")
-    return _read_json(directory / CONFIG, "name the directory of a saved model")
+    return read_json(directory / CONFIG, "name the directory of a saved model")
 
 
 def find_quantization(directory: Path) -> tuple[Any, Path] | None:
@@ -106,7 +106,7 @@ def find_quantization(directory: Path) -> tuple[Any, Path] | None:
             inner = raw.get("quantization_config") if key == "compression_config" and isinstance(raw, dict) else None
             return inner or raw, directory / CONFIG
     files = [directory / name for name in config_files() if (directory / name).is_file()]
-    return (_read_json(files[0], COPY_AGAIN), files[0]) if files else None
+    return (read_json(files[0], COPY_AGAIN), files[0]) if files else None
 
 
 def read_checkpoint(directory: Path) -> Checkpoint:
@@ -115,10 +115,10 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     Raises:
         SmoothQuantError: a file or tensor is missing, truncated, unreadable, of the wrong shape or dtype, or not W8A8.
     """
-    return find_layers(read_headers(directory))
+    return find_layers(open_checkpoint(directory))
 
 
-def read_headers(directory: Path) -> Checkpoint:
+def open_checkpoint(directory: Path) -> Checkpoint:
     """Reads the configuration and the headers of a W8A8 checkpoint, which has no ``layers`` yet.
 
     Raises:
@@ -128,7 +128,7 @@ def read_headers(directory: Path) -> Checkpoint:
     if configuration is None:
         raise SmoothQuantError(f"{directory} is not quantized; run it through 'smoothquant quantize' first")
     quantization = parse_quantization_config(configuration[0], str(configuration[1]))
-    tensors = _read_headers(directory)
+    tensors = read_headers(directory)
     quantization = replace(quantization, fmt=quantization.fmt.variant(tensors))
     return Checkpoint(directory, quantization, tensors, {})
 
@@ -137,7 +137,7 @@ def find_layers(checkpoint: Checkpoint, experts: Collection[str] = ()) -> Checkp
     """Finds the quantized layers of a checkpoint, and checks the shapes and dtypes of their tensors.
 
     Args:
-        checkpoint: from ``read_headers``.
+        checkpoint: from ``open_checkpoint``.
         experts: the names of the layers whose inputs get a scale per token whatever the configuration says.
 
     Raises:
@@ -253,7 +253,12 @@ def read_tensors(tensors: Mapping[str, CheckpointTensor], names: Iterable[str]) 
                 yield name, handle.get_tensor(name).float()
 
 
-def _read_headers(directory: Path) -> dict[str, CheckpointTensor]:
+def read_headers(directory: Path) -> dict[str, CheckpointTensor]:
+    """The tensors of a directory by name, from the headers of its safetensors files.
+
+    Raises:
+        SmoothQuantError: a file or a tensor that the index names is missing, or a file is damaged.
+    """
     if (directory / WEIGHTS).is_file():
         return dict(_read_header(directory / WEIGHTS))
     if not (directory / INDEX).is_file():
@@ -262,7 +267,7 @@ def _read_headers(directory: Path) -> dict[str, CheckpointTensor]:
         raise SmoothQuantError(
             f"{directory} has {content}, expected {WEIGHTS} or {INDEX}; {'convert it' if pickled else COPY_AGAIN}"
         )
-    weight_map = _read_json(directory / INDEX, COPY_AGAIN).get("weight_map")
+    weight_map = read_json(directory / INDEX, COPY_AGAIN).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise SmoothQuantError(f"{directory / INDEX} has no weight_map; {COPY_AGAIN}")
     tensors: dict[str, CheckpointTensor] = {}
@@ -286,7 +291,7 @@ def _read_header(file: Path) -> Iterator[tuple[str, CheckpointTensor]]:
         raise SmoothQuantError(f"{file} is truncated or not a safetensors file ({error}); {COPY_AGAIN}") from error
 
 
-def _read_json(path: Path, advice: str) -> dict[str, Any]:
+def read_json(path: Path, advice: str) -> dict[str, Any]:
     if not path.is_file():
         raise SmoothQuantError(f"{path} does not exist; {advice}")
     try:

@@ -125,7 +125,11 @@ DAMAGED_TENSORS = {
         lambda tensors: tensors.pop("model.layers.1.self_attn.q_proj.bias"),
         "q_proj.bias is missing, but config.json makes the layer have one",
     ),
-    "norm missing": ("dynamic", lambda tensors: tensors.pop("model.norm.weight"), "lacks the tensor model.norm.weight"),
+    "norm missing": (
+        "dynamic",
+        lambda tensors: tensors.pop("model.norm.weight"),
+        r"lacks 1 tensor that its configuration calls for: model\.norm\.weight; copy or download",
+    ),
     "norm of the wrong shape": (
         "dynamic",
         lambda tensors: tensors.update({"model.norm.weight": torch.ones(32)}),
@@ -185,11 +189,11 @@ DAMAGED_CONFIGS = {
     ),
     "unknown architecture": (
         lambda config: config.update(model_type="qwen99"),
-        "transformers cannot load this model .*qwen99",
+        "model_type 'qwen99', which transformers .* does not have",
     ),
-    "not a causal LM": (
+    "of two types": (
         lambda config: config.update(model_type="vit"),
-        "transformers cannot load this model .*ViTConfig",
+        "model_type 'vit', but architectures Qwen2ForCausalLM, which is of another type",
     ),
 }
 
@@ -334,13 +338,15 @@ def test_a_configuration_without_a_dtype(copies: Callable[[str], Path]) -> None:
     assert loading.load(directory, dtype=torch.float16).dtype == torch.float16
 
 
-def test_superfluous_tensors_are_mentioned(copies: Callable[[str], Path]) -> None:
+def test_superfluous_tensors_need_permission(copies: Callable[[str], Path]) -> None:
     directory = copies("dynamic")
+    expected = loading.load(directory)
     change_tensors(directory, lambda tensors: tensors.update({"model.layers.9.extra": torch.ones(2)}))
-    with pytest.warns(
-        UserWarning, match=r"ignored 1 tensors that the model has no place for, such as model\.layers\.9\.extra"
+    with pytest.raises(
+        SmoothQuantError, match=r"no place for: model\.layers\.9\.extra; .*drop=\['model\.layers\.9\.\*'\]"
     ):
         loading.load(directory)
+    assert_same_model(loading.load(directory, drop=["model.layers.9.*"]), expected)
 
 
 def test_headers_describe_the_layers(pristine: dict[str, Path]) -> None:
