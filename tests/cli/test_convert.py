@@ -37,9 +37,11 @@ def test_convert_keeps_every_number(work: Path, tmp_path: Path) -> None:
 
 def test_convert_says_what_it_cannot_do(work: Path, tmp_path: Path) -> None:
     target = tmp_path / "target"
-    assert "is not quantized; run 'smoothquant quantize'" in complaint("convert", work / "model", "-o", target)
+    assert "is not quantized; run it through 'smoothquant quantize'" in complaint(
+        "convert", work / "model", "-o", target
+    )
     same = complaint("convert", work / "w8a8", "-o", work / "w8a8")
-    assert "the checkpoint to convert; name another directory" in same
+    assert "is the checkpoint to convert, or lies in it; name another directory" in same
     assert "--format is 'gguf'" in complaint("convert", work / "w8a8", "-o", target, "--format", "gguf")
     smoothquant(
         *("quantize", work / "model", "-o", tmp_path / "static", "--calib", work / "text.txt", *SMALL),
