@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -131,8 +132,9 @@ def convert(
     schemes = [scheme for scheme, _ in Counter(map(source.scheme, checkpoint.layers)).most_common()]
     fmt = choose_format(format, schemes, any(layer.smooth for layer in checkpoint.layers.values()))
     files = list(other_files(path, besides=frozenset({CONFIG, INDEX, *config_files(), *_weight_files(checkpoint)})))
-    copied = [file for file, is_part in files if is_part and str(file) not in (CARD, RECORD)]
-    record = read_record(path) if (path / RECORD).is_file() else None
+    record = _record(path)
+    written = (CARD,) if record is None else (CARD, RECORD)
+    copied = [file for file, is_part in files if is_part and str(file) not in written]
     layers = len({all_experts(name) if name in source.experts else name for name in checkpoint.layers})
     card = model_card(place.name, fmt, schemes, layers, record)
     with ExitStack() as stack:
@@ -321,6 +323,15 @@ def _quantization_config(source: _Source, fmt: Format) -> dict[str, Any]:
     )
     names = to_checkpoint_modules(model, linears)
     return fmt.quantization_config(schemes, list(dict.fromkeys([*names.values(), *linears, *others])))
+
+
+def _record(path: Path) -> dict[str, Any] | None:
+    """The record of a checkpoint, ``None`` if it has none; one that cannot be read is copied like any other file."""
+    try:
+        return read_record(path) if (path / RECORD).is_file() else None
+    except SmoothQuantError as error:
+        warnings.warn(f"{error}; it is copied as it is, and the model card does without it", stacklevel=3)
+        return None
 
 
 def _write_config(source: Path, target: Path, quantization: Mapping[str, Any]) -> None:
