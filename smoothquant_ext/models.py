@@ -109,7 +109,8 @@ def _load(
     else:
         stored: Collection[str] = ()
         if "gguf_file" in kwargs:
-            request = _without_superfluous_blocks(request, Path(source) / kwargs["gguf_file"], config)
+            stored = gguf_names(Path(source) / kwargs["gguf_file"])
+            request = _without_superfluous_blocks(request, stored, config)
         elif isinstance(source, Path):
             stored = stored_names(source)
             check_experts(request.name, stored)
@@ -120,9 +121,8 @@ def _load(
     return model, tokenizer
 
 
-def _without_superfluous_blocks(request: _Request, file: Path, config: Any) -> _Request:
+def _without_superfluous_blocks(request: _Request, names: Collection[str], config: Any) -> _Request:
     """The request for a GGUF file without the patterns for blocks beyond the header's number, which have to go."""
-    names = gguf_names(file)
     extra = superfluous_blocks(names, config.get_text_config().num_hidden_layers)
     left = [name for name in extra if not is_dropped(name, request.drop)]
     if left:
