@@ -94,17 +94,26 @@ def expert_names(model: nn.Module, path: str, reading: ExpertsLayout) -> dict[st
 
 def to_model_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str | None]:
     """The name in the model of each tensor of a checkpoint, ``None`` for those that are split or merged on loading."""
+    return {name: None if is_converted else place for name, (place, is_converted) in _places(model, names).items()}
+
+
+def places_of(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """The name in the model of each tensor of a checkpoint; of those that are split or merged that of the whole."""
+    return {name: place for name, (place, _) in _places(model, names).items()}
+
+
+def _places(model: PreTrainedModel, names: Iterable[str]) -> dict[str, tuple[str, bool]]:
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     state = model.state_dict()
-    renamed: dict[str, str | None] = {}
+    places: dict[str, tuple[str, bool]] = {}
     for name in names:
         target, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if target not in state and name in state:
             target, converter = rename_source_key(name, [], [], model.base_model_prefix, state)
-        renamed[name] = target if converter is None else None
-    return renamed
+        places[name] = target, converter is not None
+    return places
 
 
 def renamed_alone(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:

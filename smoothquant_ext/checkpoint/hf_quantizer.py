@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ class W8A8Config(QuantizationConfigMixin):
         directory: the directory of the checkpoint; ``None`` if transformers finds the files.
         infer_dtype: whether neither the caller nor the configuration names a dtype for what is not quantized.
         ready: whether to pack and fuse the loaded layers where they are.
+        drop: shell patterns for the tensors of 8-bit layers that the model has no place for and that may be left out.
     """
 
     def __init__(
@@ -60,12 +62,14 @@ class W8A8Config(QuantizationConfigMixin):
         directory: str | None = None,
         infer_dtype: bool = False,
         ready: bool = True,
+        drop: Sequence[str] = (),
         quant_method: str = METHOD,
     ) -> None:
         self.quant_method = quant_method
         self.directory = directory
         self.infer_dtype = infer_dtype
         self.ready = ready
+        self.drop = list(drop)
 
 
 @register_quantizer(METHOD)
@@ -100,9 +104,8 @@ class W8A8Quantizer(HfQuantizer):
         for note in self.checkpoint.quantization.notes:
             warnings.warn(f"{directory}: {note}", stacklevel=2)
         self.optional = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
+        self.experts = find_experts(model, self.checkpoint, names_of_8_bit_weights(self.checkpoint.tensors))
         self.checkpoint = self._without_unknown_layers(model)
-        eight_bit = names_of_8_bit_weights(self.checkpoint.tensors)
-        self.experts = find_experts(model, self.checkpoint, eight_bit)
         self.checkpoint = find_layers(self.checkpoint, self.experts.paths)
         check_scales(self.checkpoint)
         layers = self.checkpoint.layers
@@ -144,16 +147,19 @@ class W8A8Quantizer(HfQuantizer):
         vars(model)["_adjust_missing_and_unexpected_keys"] = listen
 
     def _without_unknown_layers(self, model: PreTrainedModel) -> Checkpoint:
-        """The checkpoint without the 8-bit layers that the model does without by its class's own list."""
+        """The checkpoint without the 8-bit layers that the model does not have and that may be left out."""
+        checkpoint, tensors = self.checkpoint, self.checkpoint.tensors
+        unknown = set(unknown_layers(model, names_of_8_bit_weights(tensors))) - self.experts.paths.keys()
         patterns = [re.compile(pattern) for pattern in self.optional or ()]
-        unknown = {
-            name
-            for name in names_of_8_bit_weights(self.checkpoint.tensors)
-            if any(pattern.search(f"{name}.weight") for pattern in patterns)
-        }
-        tensors = self.checkpoint.tensors
+        for name in sorted(unknown):
+            weight = f"{name}.weight"
+            is_optional = any(pattern.search(weight) for pattern in patterns)
+            if not is_optional and not any(fnmatchcase(weight, pattern) for pattern in self.quantization_config.drop):
+                raise SmoothQuantError(
+                    f"{checkpoint.directory}: {name} is quantized, but {type(model).__name__} has no linear layer there"
+                )
         return replace(
-            self.checkpoint,
+            checkpoint,
             tensors={name: tensors[name] for name in tensors if name.rpartition(".")[0] not in unknown},
         )
 
@@ -306,6 +312,17 @@ class W8A8Quantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def unknown_layers(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """Those of the layers ``names`` of a checkpoint for which the model has no module at all."""
+    modules = {name for name, _ in model.named_modules()}
+    places = to_model_names(model, [f"{name}.weight" for name in names])
+    return [
+        weight.removesuffix(".weight")
+        for weight, place in places.items()
+        if place is None or place.removesuffix(".weight") not in modules
+    ]
 
 
 def make_ready_(model: PreTrainedModel) -> None:
