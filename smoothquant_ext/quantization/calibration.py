@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import SmoothQuantError
 from ..probing.blocks import Batch, run_model, token_ids
 from ..probing.hooks import hooked
+from ..probing.values import first_argument
 from .block_inputs import BlockInputRecorder
 from .expert_smoothing import HiddenRanges
 
@@ -49,10 +50,11 @@ def calibrate(
     """
     absmax: dict[str, Tensor] = {}
 
-    def measure(name: str, args: Any, _kwargs: Any) -> None:
-        if not args or args[0].numel() == 0:  # an expert may be given no token
+    def measure(name: str, args: Any, kwargs: Any) -> None:
+        x = first_argument(args, kwargs)
+        if x is None or x.numel() == 0:  # an expert may be given no token
             return
-        x = args[0].detach()
+        x = x.detach()
         largest = x.reshape(-1, x.shape[-1]).abs().amax(dim=0).float()
         absmax[name] = torch.maximum(absmax[name], largest) if name in absmax else largest
 
