@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ from ..nn.linear import W8A8Linear
 from ..probing.linears import Linear, weight_nk
 from .hf_names import to_model_names
 from .loading_experts import CheckpointExperts, find_experts, finish_experts_, swap_experts_
-from .naming import set_quantization_config_
-from .reading import COPY_AGAIN, Checkpoint, CheckpointLayer, read_checkpoint
+from .naming import names_of_layers, set_quantization_config_
+from .reading import COPY_AGAIN, Checkpoint, CheckpointLayer, find_layers, open_checkpoint
 
 METHOD = "smoothquant_ext"
 
@@ -68,7 +69,7 @@ class W8A8Quantizer(HfQuantizer):
         self.checkpoint: Checkpoint
         self.experts = CheckpointExperts()
         if quantization_config.directory is not None:
-            self.checkpoint = read_checkpoint(Path(quantization_config.directory))
+            self.checkpoint = open_checkpoint(Path(quantization_config.directory))
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         # Left alone, transformers would take the dtype of the first tensor, which may be an FP8 weight or a scale.
@@ -82,7 +83,8 @@ class W8A8Quantizer(HfQuantizer):
         if self.quantization_config.directory is None:
             if not checkpoint_files:
                 raise SmoothQuantError("a quantized model is loaded from files, not from a state dict")
-            self.checkpoint = read_checkpoint(Path(checkpoint_files[0]).parent)
+            self.checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent)
+        self.checkpoint = find_layers(self.checkpoint, partial(names_of_layers, model))
         directory = self.checkpoint.directory
         for note in self.checkpoint.quantization.notes:
             warnings.warn(f"{directory}: {note}", stacklevel=2)
@@ -171,14 +173,13 @@ class W8A8Quantizer(HfQuantizer):
         quantization = self.checkpoint.quantization
         if not quantization.complete:
             return
-        floats = [
+        floats = {
             name.removesuffix(".weight")
             for name, tensor in self.checkpoint.tensors.items()
             if name.endswith(".weight") and len(tensor.shape) == 2
-        ]
-        targeted = [
-            name for name in floats if name not in self.checkpoint.layers and quantization.scheme_of(name) is not None
-        ]
+        }
+        names = names_of_layers(model, floats - self.checkpoint.layers.keys())
+        targeted = [name for name, all_names in names.items() if quantization.expects(*all_names)]
         experts = find_experts(model, self.checkpoint, targeted).paths
         for name, _, linear in self._linears(model, targeted):
             if linear is not None or name in experts:
