@@ -27,6 +27,7 @@ from ..nn.experts import W8A8Experts
 from ..nn.finalize import finalize_
 from ..nn.linear import W8A8Linear
 from ..probing.linears import Linear, weight_nk
+from .formats.base import not_read
 from .hf_names import to_model_names
 from .loading_experts import CheckpointExperts, find_experts, finish_experts_, swap_experts_
 from .naming import names_of_layers, set_quantization_config_
@@ -107,6 +108,8 @@ class W8A8Quantizer(HfQuantizer):
         for name, path, linear in list(self._linears(model, layers)):
             if name in self.experts.paths:
                 continue
+            if linear is None and isinstance(dict(model.named_modules()).get(path), nn.Embedding):
+                raise not_read(f"{directory}: {name}", "the 8-bit weights of an embedding", "transformers")
             if linear is None:
                 raise SmoothQuantError(
                     f"{directory}: {name} is quantized, but {type(model).__name__} has no linear layer there"

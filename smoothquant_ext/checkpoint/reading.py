@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import SmoothQuantError
 from ..scheme import Scheme, scheme_of
-from .formats.base import QuantizationMap
+from .formats.base import QuantizationMap, cache_notes
 from .formats.registry import config_files, file_with_details, parse_quantization_config, why_float
 
 CONFIG = "config.json"
@@ -32,6 +32,10 @@ _EIGHT_BIT = {torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m
 _INTEGERS = ("I8", "I32", "I64")
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ONE_SCALE = ((1,), (), (1, 1))  # shapes of a scale per tensor; the first is the one to expect
+
+
+# The scales of a cache of keys and values, as vLLM, compressed-tensors and ModelOpt call them.
+_CACHE_SCALES = (".k_scale", ".v_scale", ".kv_scale", ".kv_cache_scale", "k_proj.output_scale", "v_proj.output_scale")
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,9 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         raise SmoothQuantError(f"{directory} is not quantized; run it through 'smoothquant quantize' first")
     quantization = parse_quantization_config(configuration[0], str(configuration[1]))
     tensors = _read_headers(directory)
-    quantization = replace(quantization, fmt=quantization.fmt.variant(tensors))
+    cached = any(name.endswith(_CACHE_SCALES) for name in tensors)
+    notes = tuple(dict.fromkeys([*quantization.notes, *cache_notes(cached)]))
+    quantization = replace(quantization, fmt=quantization.fmt.variant(tensors), notes=notes)
     return Checkpoint(directory, quantization, tensors, {})
 
 

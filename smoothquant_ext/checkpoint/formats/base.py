@@ -12,7 +12,7 @@ import torch
 
 from ...errors import SmoothQuantError
 from ...scheme import Scheme, dtype_name
-from .targets import LINEAR, Targets, spellings
+from .targets import LINEAR, Targets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -190,16 +190,12 @@ class QuantizationMap:
     def expects(self, *names: str, classes: Collection[str] = LINEAR) -> bool:
         """Whether a linear layer whose weight is in floating point contradicts the configuration.
 
-        It need not if the layer is ignored by the name of a module that holds it, or by another tool's spelling, nor if
-        a group that quantizes no weights may be meant for it.
+        It need not if a name in ``ignore`` may be meant for the layer, or a group that quantizes no weights.
         """
-        if not self.complete or self.ignores(*names, classes=classes):
+        if not self.complete or self.ignores(*names, classes=classes) or self._ignore.may_mean(names):
             return False
-        everything = [*names, *spellings(names)]
-        if self._ignore.of_name(everything) or self._ignore.has_parent(everything):
-            return False
-        schemes = [self._all_schemes[target] for target in self._all_targets.of_layer(names, classes)]
-        return bool(schemes) and None not in schemes
+        targets = self._all_targets.of_name(names) or self._all_targets.of_class(classes)[:1]
+        return bool(targets) and all(self._all_schemes[target] is not None for target in targets)
 
     @cached_property
     def _ignore(self) -> Targets:

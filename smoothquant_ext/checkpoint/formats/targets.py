@@ -20,7 +20,7 @@ LINEAR = ("Linear", "Module")
 _WRAPPERS = ("model", "language_model", "text_model")
 _PREFIXES = ("", "model.", "language_model.", "model.language_model.", "language_model.model.")
 # vLLM's layers that join several of a checkpoint's.
-_FUSED = {
+_JOINED = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
     **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
 }
@@ -49,30 +49,47 @@ class Targets:
         More than one is returned where several names or expressions match, which versions of compressed-tensors and
         vLLM order differently. Another tool's spelling of a name counts only where no name does, a class last.
         """
-        return self.of_name(names) or self.of_name(spellings(names)) or self.of_class(classes)[:1]
+        others = spellings(names)
+        return (
+            self.of_name(names)
+            or self.of_name(others)
+            or [name for name in joined([*names, *others]) if name in self._plain]
+            or self.of_class(classes)[:1]
+        )
 
-    def has_parent(self, names: Iterable[str]) -> bool:
-        """Whether a target is the name of a module that holds the layer."""
-        return any(parent in self._plain for name in names for parent in _parents(name))
+    def may_mean(self, names: Collection[str]) -> bool:
+        """Whether a target may be meant for a layer that it does not match.
+
+        It may be another tool's spelling of its name, or the name of a module that holds it or of a layer that vLLM
+        joins it with.
+        """
+        everything = [*names, *spellings(names)]
+        if self.of_name(everything):
+            return True
+        holders = [*joined(everything), *(parent for name in everything for parent in _parents(name))]
+        return not self._plain.isdisjoint(holders)
 
 
 def spellings(names: Collection[str]) -> list[str]:
     """Names that other tools give a layer with these names.
 
     They differ in what comes before the names of a language model, ``model.language_model.layers`` and
-    ``language_model.model.layers``, and in whether ``model.`` does, ``visual`` and ``model.visual``. vLLM's names are
-    those of its joined layers.
+    ``language_model.model.layers``, and in whether ``model.`` does, ``visual`` and ``model.visual``.
     """
-    found: dict[str, None] = {}
+    bares = []
     for name in names:
         parts = name.split(".")
         while len(parts) > 1 and parts[0] in _WRAPPERS:
             del parts[0]
-        bares = [".".join(parts)]
-        if parts[-1] in _FUSED:
-            bares.append(".".join([*parts[:-1], _FUSED[parts[-1]]]))
-        found |= dict.fromkeys(prefix + bare for bare in bares for prefix in _PREFIXES)
+        bares.append(".".join(parts))
+    found = dict.fromkeys(prefix + bare for bare in bares for prefix in _PREFIXES)
     return [name for name in found if name not in names]
+
+
+def joined(names: Iterable[str]) -> list[str]:
+    """The names of the layers in which vLLM joins those with these names, if it does."""
+    split = [name.rpartition(".") for name in names]
+    return [f"{parent}{dot}{_JOINED[leaf]}" for parent, dot, leaf in split if leaf in _JOINED]
 
 
 def _parents(name: str) -> Iterator[str]:
