@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,10 @@ from ..nn.finalize import finalize_
 from ..nn.linear import W8A8Linear
 from ..probing.linears import Linear, weight_nk
 from .completeness import check_loaded
+from .formats.base import not_read
 from .hf_names import to_model_names
 from .loading_experts import CheckpointExperts, find_experts, finish_experts_, swap_experts_
-from .naming import set_quantization_config_
+from .naming import names_of_layers, set_quantization_config_
 from .reading import (
     COPY_AGAIN,
     EIGHT_BIT,
@@ -106,7 +108,7 @@ class W8A8Quantizer(HfQuantizer):
         self.optional = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
         self.experts = find_experts(model, self.checkpoint, names_of_8_bit_weights(self.checkpoint.tensors))
         self.checkpoint = self._without_unknown_layers(model)
-        self.checkpoint = find_layers(self.checkpoint, self.experts.paths)
+        self.checkpoint = find_layers(self.checkpoint, partial(names_of_layers, model), self.experts.paths)
         check_scales(self.checkpoint)
         layers = self.checkpoint.layers
         head = model.get_output_embeddings()
@@ -121,6 +123,8 @@ class W8A8Quantizer(HfQuantizer):
         for name, path, linear in list(self._linears(model, layers)):
             if name in self.experts.paths:
                 continue
+            if linear is None and isinstance(dict(model.named_modules()).get(path), nn.Embedding):
+                raise not_read(f"{directory}: {name}", "the 8-bit weights of an embedding", "transformers")
             if linear is None:
                 raise SmoothQuantError(
                     f"{directory}: {name} is quantized, but {type(model).__name__} has no linear layer there"
@@ -263,14 +267,13 @@ class W8A8Quantizer(HfQuantizer):
         quantization = self.checkpoint.quantization
         if not quantization.complete:
             return
-        floats = [
+        floats = {
             name.removesuffix(".weight")
             for name, tensor in self.checkpoint.tensors.items()
             if name.endswith(".weight") and len(tensor.shape) == 2
-        ]
-        targeted = [
-            name for name in floats if name not in self.checkpoint.layers and quantization.scheme_of(name) is not None
-        ]
+        }
+        names = names_of_layers(model, floats - self.checkpoint.layers.keys())
+        targeted = [name for name, all_names in names.items() if quantization.expects(*all_names)]
         experts = find_experts(model, self.checkpoint, targeted).paths
         for name, _, linear in self._linears(model, targeted):
             if linear is not None or name in experts:

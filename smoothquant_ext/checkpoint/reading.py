@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,19 +16,26 @@ from torch import Tensor
 
 from ..errors import SmoothQuantError
 from ..scheme import Scheme, scheme_of
-from .formats.base import QuantizationMap
-from .formats.registry import config_files, parse_quantization_config
+from .formats.base import QuantizationMap, cache_notes
+from .formats.registry import config_files, file_with_details, parse_quantization_config, why_float
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 COPY_AGAIN = "copy or download the checkpoint again"
 
+NamesOf: TypeAlias = Callable[[Collection[str]], Mapping[str, tuple[str, ...]]]
+"""Gives all names of each of some layers of a checkpoint, that in the files first."""
+
 # safetensors' names of the dtypes that matter here.
 EIGHT_BIT = {torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
 _INTEGERS = ("I8", "I32", "I64")
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ONE_SCALE = ((1,), (), (1, 1))  # shapes of a scale per tensor; the first is the one to expect
+
+
+# The scales of a cache of keys and values, as vLLM, compressed-tensors and ModelOpt call them.
+_CACHE_SCALES = (".k_scale", ".v_scale", ".kv_scale", ".kv_cache_scale", "k_proj.output_scale", "v_proj.output_scale")
 
 
 @dataclass(frozen=True)
@@ -97,13 +105,25 @@ def read_config(directory: Path) -> dict[str, Any]:
 def find_quantization(directory: Path) -> tuple[Any, Path] | None:
     """The ``quantization_config`` of a model directory and the file that holds it, ``None`` if it is not quantized.
 
+    A configuration that quantizes no weights is none, with a warning that says so.
+
     Raises:
         SmoothQuantError: as ``read_config``.
     """
-    config = read_config(directory)
+    found = _find_configuration(directory, read_config(directory))
+    if found is not None and (reason := why_float(found[0], str(found[1]))):
+        warnings.warn(reason, stacklevel=2)
+        return None
+    return found
+
+
+def _find_configuration(directory: Path, config: Mapping[str, Any]) -> tuple[Any, Path] | None:
     for key in ("quantization_config", "compression_config"):  # the second is compressed-tensors' former name
         if (raw := config.get(key)) is not None:
             inner = raw.get("quantization_config") if key == "compression_config" and isinstance(raw, dict) else None
+            details = file_with_details(raw)
+            if details is not None and (directory / details).is_file():
+                return read_json(directory / details, COPY_AGAIN), directory / details
             return inner or raw, directory / CONFIG
     files = [directory / name for name in config_files() if (directory / name).is_file()]
     return (read_json(files[0], COPY_AGAIN), files[0]) if files else None
@@ -129,21 +149,25 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         raise SmoothQuantError(f"{directory} is not quantized; run it through 'smoothquant quantize' first")
     quantization = parse_quantization_config(configuration[0], str(configuration[1]))
     tensors = read_headers(directory)
-    quantization = replace(quantization, fmt=quantization.fmt.variant(tensors))
+    cached = any(name.endswith(_CACHE_SCALES) for name in tensors)
+    notes = tuple(dict.fromkeys([*quantization.notes, *cache_notes(cached)]))
+    quantization = replace(quantization, fmt=quantization.fmt.variant(tensors), notes=notes)
     return Checkpoint(directory, quantization, tensors, {})
 
 
-def find_layers(checkpoint: Checkpoint, experts: Collection[str] = ()) -> Checkpoint:
+def find_layers(checkpoint: Checkpoint, names: NamesOf | None = None, experts: Collection[str] = ()) -> Checkpoint:
     """Finds the quantized layers of a checkpoint, and checks the shapes and dtypes of their tensors.
 
     Args:
         checkpoint: from ``open_checkpoint``.
+        names: gives all names of each layer, which the configuration may use, from its names in the files; ``None``
+            knows those alone.
         experts: the names of the layers whose inputs get a scale per token whatever the configuration says.
 
     Raises:
         SmoothQuantError: as ``read_checkpoint``.
     """
-    layers = dict(_layers(checkpoint.quantization, checkpoint.tensors, experts))
+    layers = dict(_layers(checkpoint.quantization, checkpoint.tensors, names, experts))
     if not layers:
         raise SmoothQuantError(f"{checkpoint.directory} says it is quantized but holds no 8-bit weight; {COPY_AGAIN}")
     return replace(checkpoint, layers=layers)
@@ -159,24 +183,54 @@ def names_of_8_bit_weights(tensors: Mapping[str, CheckpointTensor]) -> list[str]
 
 
 def _layers(
-    quantization: QuantizationMap, tensors: Mapping[str, CheckpointTensor], experts: Collection[str]
+    quantization: QuantizationMap,
+    tensors: Mapping[str, CheckpointTensor],
+    names_of: NamesOf | None,
+    experts: Collection[str],
 ) -> Iterator[tuple[str, CheckpointLayer]]:
     scale_suffix = "." + quantization.fmt.tensors.weight_scale
-    for name in sorted(names_of_8_bit_weights(tensors)):
+    eight_bit = sorted(names_of_8_bit_weights(tensors))
+    names = {} if names_of is None else names_of(eight_bit)
+    for name in eight_bit:
         weight = tensors[name + ".weight"]
         if name + scale_suffix not in tensors:
             raise SmoothQuantError(
                 f"{weight.file}: {name}.weight is {weight.dtype} but {name}{scale_suffix} is missing; {COPY_AGAIN}"
             )
-        yield name, _layer(name, quantization, tensors, is_expert=name in experts)
+        schemes = quantization.schemes_of(*names.get(name, (name,)))
+        scheme = _choose_scheme(name, schemes, quantization, tensors)
+        yield name, _layer(name, scheme, quantization, tensors, is_expert=name in experts)
+
+
+def _choose_scheme(
+    name: str, schemes: Sequence[Scheme], quantization: QuantizationMap, tensors: Mapping[str, CheckpointTensor]
+) -> Scheme | None:
+    """The first of the schemes that the tensors of a layer agree with, else the first, else ``None``."""
+    names = quantization.fmt.tensors
+    weight, scale = tensors[f"{name}.weight"], tensors[f"{name}.{names.weight_scale}"]
+    is_static = f"{name}.{names.input_scale}" in tensors
+    is_symmetric = f"{name}.{names.input_zero_point}" not in tensors
+    for scheme in schemes if len(schemes) > 1 else ():
+        per_channel = math.prod(scale.shape) == weight.shape[0]
+        if (
+            weight.dtype == EIGHT_BIT[scheme.dtype]
+            and per_channel == (scheme.weight == "channel")
+            and is_static == scheme.is_static
+            and (is_symmetric or not scheme.symmetric)
+        ):
+            return scheme
+    return next(iter(schemes), None)
 
 
 def _layer(
-    name: str, quantization: QuantizationMap, tensors: Mapping[str, CheckpointTensor], is_expert: bool
+    name: str,
+    scheme: Scheme | None,
+    quantization: QuantizationMap,
+    tensors: Mapping[str, CheckpointTensor],
+    is_expert: bool,
 ) -> CheckpointLayer:
     names = quantization.fmt.tensors
     weight = tensors[name + ".weight"]
-    scheme = quantization.scheme_of(name)
     if scheme is None:
         raise SmoothQuantError(
             f"{weight.file}: {name} is quantized but {CONFIG} says it is not; the directory mixes two checkpoints, "

@@ -253,7 +253,8 @@ def _candidates(layer: nn.Module) -> Iterator[Parts]:
     norms = [name for name, child in children.items() if isinstance(child, FusedRMSNorm)]
     mlps = [name for name, child in children.items() if isinstance(child, FusedMLP)]
     others = [name for name in children if name not in (*norms, *mlps)]
-    if isinstance(layer, FusedDecoderLayer) or (len(norms), len(mlps), len(others)) != (2, 1, 1):
+    dtypes = {child.weight.dtype for child in layer.modules() if isinstance(child, W8A8Linear)}
+    if isinstance(layer, FusedDecoderLayer) or (len(norms), len(mlps), len(others)) != (2, 1, 1) or len(dtypes) > 1:
         return
     (mlp,), (attention,) = mlps, others
     module, roles = children[attention], vars(children[mlp])["fused_roles"]

@@ -112,6 +112,8 @@ def _find_roles(module: nn.Module, linears: dict[str, W8A8Linear], width: int) -
         return None
     if not have_one_input_scale([linears[name] for name in first]):
         return None
+    if len({linears[name].weight.dtype for name in first}) > 1:
+        return None
     matches = {
         roles: _share_of_equal(inputs[down], values)
         for roles, values in _candidates(first, down, outputs, linears)

@@ -44,7 +44,9 @@ def stand_ins(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[di
     }
 
     def note(name: str, args: Any, kwargs: Any) -> None:
-        if isinstance(modules[name], nn.Linear | Conv1D) and (len(args) + len(kwargs) != 1 or not kwargs.keys() <= INPUT):
+        if isinstance(modules[name], nn.Linear | Conv1D) and (
+            len(args) + len(kwargs) != 1 or not kwargs.keys() <= INPUT
+        ):
             uses.setdefault(name, "it is called with arguments that an 8-bit layer does not take")
         if id(modules[name]) not in running:
             uses.setdefault(name, "it is called through another reference than its place in the model")
