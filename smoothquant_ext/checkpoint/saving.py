@@ -31,6 +31,7 @@ from .model_classes import check_loadable
 from .naming import checkpoint_names, count_quantized, float_tensors, quantized_layers
 from .reading import CONFIG, INDEX, find_quantization
 from .record import RECORD
+from .scales import is_positive, wrong_scale
 
 # The files that a save writes, those of tokenizers included. A directory with any other file is not replaced.
 _OUR_FILES = (
@@ -161,13 +162,14 @@ def _checked_layers(model: PreTrainedModel) -> dict[str, W8A8Linear]:
         raise SmoothQuantError(f"{type(model).__name__} has no quantized layer; call quantize on it before saving")
     check_loadable(model)
     for name, layer in layers.items():
-        for kind in ("weight_scale", "input_scale", "smooth"):
-            scale = getattr(layer, kind)
-            if scale is not None and not bool((scale.isfinite() & (scale > 0)).all()):
-                raise SmoothQuantError(
-                    f"{name}.{kind} is not positive and finite everywhere; the layer was quantized from damaged "
-                    "weights or activations, quantize the model again"
-                )
+        wrong = [kind for kind in ("input_scale", "smooth") if not is_positive(getattr(layer, kind))]
+        if wrong_scale(layer.weight_scale, layer.plain_weight) is not None:
+            wrong = ["weight_scale", *wrong]
+        if wrong:
+            raise SmoothQuantError(
+                f"{name}.{wrong[0]} is not positive and finite everywhere; the layer was quantized from damaged "
+                "weights or activations, quantize the model again"
+            )
     return layers
 
 
