@@ -31,7 +31,7 @@ from ..nn.linear import W8A8Linear
 from ..probing.linears import Linear, weight_nk
 from .completeness import check_loaded
 from .formats.base import not_read
-from .hf_names import to_model_names
+from .hf_names import expert_key, renamed_alone, to_model_names
 from .loading_experts import CheckpointExperts, find_experts, finish_experts_, swap_experts_
 from .naming import names_of_layers, set_quantization_config_
 from .reading import (
@@ -120,8 +120,9 @@ class W8A8Quantizer(HfQuantizer):
             )
         self._check_shapes(model)
         self._check_complete(model)
+        placeless = self._placeless(model, layers)
         for name, path, linear in list(self._linears(model, layers)):
-            if name in self.experts.paths:
+            if name in self.experts.paths or name in placeless:
                 continue
             if linear is None and isinstance(dict(model.named_modules()).get(path), nn.Embedding):
                 raise not_read(f"{directory}: {name}", "the 8-bit weights of an embedding", "transformers")
@@ -247,6 +248,18 @@ class W8A8Quantizer(HfQuantizer):
             path = (renamed or "").removesuffix(".weight")
             module = modules.get(path)
             yield key.removesuffix(".weight"), path, module if isinstance(module, nn.Linear | Conv1D) else None
+
+    def _placeless(self, model: PreTrainedModel, names: Iterable[str]) -> set[str]:
+        """The layers that the model has no module for: their tensors are refused like all others without a place."""
+        modules = dict(model.named_modules())
+        merged = renamed_alone(model, [f"{name}.weight" for name in names])
+        placeless = set()
+        for name, path, _ in self._linears(model, names):
+            key = None if path else expert_key(merged[f"{name}.weight"])
+            where = path if key is None else key.path
+            if where and where not in modules:
+                placeless.add(name)
+        return placeless
 
     def _check_shapes(self, model: PreTrainedModel) -> None:
         """Refuses tensors that do not fit the model, which older versions of transformers would load nevertheless."""
