@@ -44,6 +44,31 @@ def plain_tensors(model: nn.Module, besides: tuple[type[nn.Module], ...]) -> dic
     return kept
 
 
+def is_kept_in_fp32(model: nn.Module, tensor: str, dtype: torch.dtype = torch.float16) -> bool:
+    """Whether transformers loads a tensor in fp32 though ``dtype`` is asked for."""
+    kinds = {torch.float16: ("", "_strict"), torch.bfloat16: ("_strict",)}.get(dtype, ())
+    patterns = [pattern for kind in kinds for pattern in getattr(model, f"_keep_in_fp32_modules{kind}", None) or ()]
+    return any(re.search(pattern.replace("*", ".*"), tensor) for pattern in patterns)
+
+
+def cast_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts a model as ``from_pretrained(dtype=dtype)`` does: what transformers keeps in fp32 stays.
+
+    A model that has this dtype already is left as it is: what is fp32 in it is so on purpose.
+    """
+    if getattr(model, "dtype", None) == dtype:
+        return
+    kept = {
+        name: tensor.data
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if tensor.dtype == torch.float32 and is_kept_in_fp32(model, name, dtype)
+    }
+    model.to(dtype)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in kept:
+            tensor.data = kept[name]
+
+
 def to_checkpoint_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Converts tensors from a model's names and shapes to those of its checkpoints: renames, splits and merges them."""
     converted: dict[str, Tensor] = revert_weight_conversion(model, dict(tensors))

@@ -85,6 +85,7 @@ class W8A8Quantizer(HfQuantizer):
         self.checkpoint: Checkpoint
         self.experts = CheckpointExperts()
         self.info: dict[str, set[Any]] = {}  # what transformers finds missing and unexpected
+        self.unused: frozenset[str] = frozenset()  # names of scales in the files
         self.optional: Any = None  # the class's own list of tensors that it does without
         if quantization_config.directory is not None:
             self.checkpoint = open_checkpoint(Path(quantization_config.directory))
@@ -191,6 +192,7 @@ class W8A8Quantizer(HfQuantizer):
                 f"{checkpoint.directory}: {len(told)} scales that no layer here uses are left out: {describe(told)}",
                 stacklevel=2,
             )
+        self.unused = frozenset(unused)
         if unused:
             suffixes = "|".join(sorted(map(re.escape, set(unused.values()))))
             model._keys_to_ignore_on_load_unexpected = {*(self.optional or ()), rf"\.({suffixes})$"}
