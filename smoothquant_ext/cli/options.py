@@ -47,6 +47,13 @@ Calib = Annotated[
 Samples = Annotated[int, typer.Option(help="Number of windows, spread evenly over the text.", min=1)]
 Seqlen = Annotated[int, typer.Option(help="Tokens in each window.", min=2)]
 Seed = Annotated[int, typer.Option(help="Seed of the windows' positions; the same seed gives the same windows.")]
+Drop = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN",
+        help="Load the model without its tensors of matching names, like 'mtp.*', which its class has no place for.",
+    ),
+]
 Dtype = Annotated[
     str,
     typer.Option(

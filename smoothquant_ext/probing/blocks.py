@@ -51,6 +51,14 @@ def token_ids(batch: Batch) -> Tensor:
     return batch if isinstance(batch, Tensor) else batch.get("input_ids", next(iter(batch.values())))
 
 
+def count_tokens(batch: Batch) -> int:
+    """How many tokens of a batch are attended to."""
+    mask = None if isinstance(batch, Tensor) else batch.get("attention_mask")
+    if mask is not None and mask.dim() == 2:
+        return int(mask.count_nonzero())
+    return token_ids(batch).shape[:2].numel()
+
+
 @dataclass(frozen=True)
 class BlockCall:
     """The arguments a block was called with, kept so that it can be run again alone."""
@@ -95,7 +103,10 @@ def probe_batch(batch: Batch, rows: int = 2, tokens: int = 12) -> Batch:
     """The first few tokens of a batch: enough to show how a block is wired, cheap enough to run hundreds of times."""
     if isinstance(batch, Tensor):
         return batch[:rows, :tokens]
-    return {name: value[:rows, :tokens] if value.dim() >= 2 else value for name, value in batch.items()}
+    main = next((batch[name] for name in ("input_ids", "inputs_embeds") if name in batch), None)
+    if main is None or any(value.shape[:2] != main.shape[:2] for value in batch.values()):
+        return batch  # images, of which ids among the tokens speak, or masks and positions of other shapes
+    return {name: value[:rows, :tokens] for name, value in batch.items()}
 
 
 def _detached(value: Any) -> Any:

@@ -44,7 +44,7 @@ Progress: TypeAlias = Callable[[Iterable[Any]], Iterable[Any]]
 
 def quantize(
     model: Model,
-    batches: Tensor | Iterable[Batch],
+    batches: Any,
     recipe: Recipe | None = None,
     progress: bool = True,
     journal: str | os.PathLike[str] | None = None,
@@ -55,8 +55,9 @@ def quantize(
     Args:
         model: a transformers causal LM in floating point, whose linear layers are ``nn.Linear`` or ``Conv1D``.
         batches: calibration data: one tensor of token windows [samples, T], or any iterable of token ids [B, T] or of
-            dicts of forward arguments, consumed once. Every fourth window is held out, until there are enough: choices
-            are measured on these.
+            dicts of forward arguments, as tensors, arrays or lists, consumed once. A batch with padding, by its
+            ``attention_mask`` or because its rows are of different lengths, is cut into rows without: padding counts
+            nowhere. Every fourth batch is held out, until there are enough: choices are measured on these.
         recipe: what to do; the default is INT8 with dynamic per-token activations.
         progress: whether to show progress bars.
         journal: a folder that keeps the results of a search while it runs; the same call resumes there if it was cut
@@ -70,13 +71,13 @@ def quantize(
         numbers and names, is what ``save`` writes.
 
     Raises:
-        SmoothQuantError: nothing to quantize, a pattern that matches nothing, no calibration data, a non-finite weight
-            or activation, a journal that cannot be written, a GPU that is absent or too small. After these, as after
-            any other exception, the model is what it was, where it was.
+        SmoothQuantError: nothing to quantize, a pattern that matches nothing, no calibration data or data of another
+            form or vocabulary, a non-finite weight or activation, a journal that cannot be written, a GPU that is
+            absent or too small. After these, as after any other exception, the model is what it was, where it was.
     """
     remedy = "give shorter windows (--seqlen), fewer of them in a batch, or the device cpu"
     with unchanged_on_error(model), memory_explained(remedy), full_float32():
-        _quantize(model, CalibrationData(batches), recipe or Recipe(), progress, journal, device)
+        _quantize(model, CalibrationData(model.eval(), batches), recipe or Recipe(), progress, journal, device)
     return model
 
 
