@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ from .reading import (
     names_of_8_bit_weights,
     open_checkpoint,
 )
-from .scales import check_scales, describe, unused_scales
+from .scales import check_scales, describe, is_zero_point, unused_scales
 
 METHOD = "smoothquant_ext"
 
@@ -109,7 +108,8 @@ class W8A8Quantizer(HfQuantizer):
         self.optional = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
         self.experts = find_experts(model, self.checkpoint, names_of_8_bit_weights(self.checkpoint.tensors))
         self.checkpoint = self._without_unknown_layers(model)
-        self.checkpoint = find_layers(self.checkpoint, partial(names_of_layers, model), self.experts.paths)
+        eight_bit = names_of_8_bit_weights(self.checkpoint.tensors)
+        self.checkpoint = find_layers(self.checkpoint, self.experts.paths, names_of_layers(model, eight_bit))
         check_scales(self.checkpoint)
         layers = self.checkpoint.layers
         head = model.get_output_embeddings()
@@ -184,9 +184,7 @@ class W8A8Quantizer(HfQuantizer):
                 file = checkpoint.tensors[scale].file
                 raise SmoothQuantError(f"{file}: {scale} is stored but {weight} is missing; {COPY_AGAIN}")
         # Zero points of layers are zero; that experts' inputs have scales of their own was said.
-        said = {
-            name for name in unused if name.rpartition(".")[0] in layers and name.endswith("_zero_point")
-        } | of_experts
+        said = {name for name in unused if name.rpartition(".")[0] in layers and is_zero_point(name)} | of_experts
         if told := {name: suffix for name, suffix in unused.items() if name not in said}:
             warnings.warn(
                 f"{checkpoint.directory}: {len(told)} scales that no layer here uses are left out: {describe(told)}",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import SmoothQuantError
 from ..scheme import Scheme, scheme_of
-from .formats.base import QuantizationMap, cache_notes
+from .formats.base import QuantizationMap
 from .formats.registry import config_files, file_with_details, parse_quantization_config, why_float
 
 CONFIG = "config.json"
@@ -24,18 +24,11 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 COPY_AGAIN = "copy or download the checkpoint again"
 
-NamesOf: TypeAlias = Callable[[Collection[str]], Mapping[str, tuple[str, ...]]]
-"""Gives all names of each of some layers of a checkpoint, that in the files first."""
-
 # safetensors' names of the dtypes that matter here.
 EIGHT_BIT = {torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
 _INTEGERS = ("I8", "I32", "I64")
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ONE_SCALE = ((1,), (), (1, 1))  # shapes of a scale per tensor; the first is the one to expect
-
-
-# The scales of a cache of keys and values, as vLLM, compressed-tensors and ModelOpt call them.
-_CACHE_SCALES = (".k_scale", ".v_scale", ".kv_scale", ".kv_cache_scale", "k_proj.output_scale", "v_proj.output_scale")
 
 
 @dataclass(frozen=True)
@@ -149,25 +142,25 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         raise SmoothQuantError(f"{directory} is not quantized; run it through 'smoothquant quantize' first")
     quantization = parse_quantization_config(configuration[0], str(configuration[1]))
     tensors = read_headers(directory)
-    cached = any(name.endswith(_CACHE_SCALES) for name in tensors)
-    notes = tuple(dict.fromkeys([*quantization.notes, *cache_notes(cached)]))
-    quantization = replace(quantization, fmt=quantization.fmt.variant(tensors), notes=notes)
+    quantization = replace(quantization, fmt=quantization.fmt.variant(tensors))
     return Checkpoint(directory, quantization, tensors, {})
 
 
-def find_layers(checkpoint: Checkpoint, names: NamesOf | None = None, experts: Collection[str] = ()) -> Checkpoint:
+def find_layers(
+    checkpoint: Checkpoint, experts: Collection[str] = (), names: Mapping[str, tuple[str, ...]] | None = None
+) -> Checkpoint:
     """Finds the quantized layers of a checkpoint, and checks the shapes and dtypes of their tensors.
 
     Args:
         checkpoint: from ``open_checkpoint``.
-        names: gives all names of each layer, which the configuration may use, from its names in the files; ``None``
-            knows those alone.
         experts: the names of the layers whose inputs get a scale per token whatever the configuration says.
+        names: all names of each layer, which the configuration may use, that in the files first; ``None`` knows those
+            in the files alone.
 
     Raises:
         SmoothQuantError: as ``read_checkpoint``.
     """
-    layers = dict(_layers(checkpoint.quantization, checkpoint.tensors, names, experts))
+    layers = dict(_layers(checkpoint.quantization, checkpoint.tensors, experts, names or {}))
     if not layers:
         raise SmoothQuantError(f"{checkpoint.directory} says it is quantized but holds no 8-bit weight; {COPY_AGAIN}")
     return replace(checkpoint, layers=layers)
@@ -185,13 +178,11 @@ def names_of_8_bit_weights(tensors: Mapping[str, CheckpointTensor]) -> list[str]
 def _layers(
     quantization: QuantizationMap,
     tensors: Mapping[str, CheckpointTensor],
-    names_of: NamesOf | None,
     experts: Collection[str],
+    names: Mapping[str, tuple[str, ...]],
 ) -> Iterator[tuple[str, CheckpointLayer]]:
     scale_suffix = "." + quantization.fmt.tensors.weight_scale
-    eight_bit = sorted(names_of_8_bit_weights(tensors))
-    names = {} if names_of is None else names_of(eight_bit)
-    for name in eight_bit:
+    for name in sorted(names_of_8_bit_weights(tensors)):
         weight = tensors[name + ".weight"]
         if name + scale_suffix not in tensors:
             raise SmoothQuantError(
