@@ -58,16 +58,17 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
         ("empty.jsonl", "\n\n", r"empty\.jsonl is empty"),
         ("latin.txt", b"caf\xe9", r"latin\.txt is not UTF-8 text \(byte 3\)"),
         ("broken.jsonl", '{"text": "ok"}\n{"text": ', r"broken\.jsonl, line 2, is not JSON"),
-        ("list.jsonl", "[1, 2]", r"list\.jsonl, line 1, is not a JSON object"),
+        ("list.jsonl", "[1, 2]", r"list\.jsonl, row 1, is not a JSON object"),
         (
             "two.jsonl",
-            '{"question": "a", "answer": "b"}',
-            r"no string field 'text' \(its fields: 'question', 'answer'\)",
+            '{"left": "a", "right": "b"}',
+            r"no string field 'text' \(its fields: 'left', 'right'\): .* name it with --text-field",
         ),
         ("none.jsonl", '{"id": 3}', r"no string field 'text' \(its fields: 'id'\)"),
         ("nothing.jsonl", "{}", r"no string field 'text' \(its fields: none\)"),
-        ("table.csv", "a,b", r"table\.csv is neither text nor jsonl"),
-        ("archive.gz", b"\x1f\x8b", r"archive\.gz is neither text nor jsonl"),
+        ("table.csv", "a,b", r"table\.csv is empty"),
+        ("archive.zip", b"PK", r"archive\.zip is neither text nor rows of text"),
+        ("archive.gz", b"\x1f\x8b", r"archive\.gz cannot be decompressed .*: it is damaged or cut off"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, complaint):
@@ -88,7 +89,7 @@ def test_an_unreadable_file_is_named(tmp_path, monkeypatch):
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(type(path), "read_text", refuse)
+    monkeypatch.setattr(type(path), "read_bytes", refuse)
     with pytest.raises(SmoothQuantError, match=r"a\.txt cannot be read: Permission denied"):
         read_text(path)
 
@@ -164,7 +165,7 @@ def test_offline_the_cache_of_datasets_is_read(monkeypatch):
         ({("corpus",): ValueError("Bad split: tset")}, "Bad split: tset"),
         ({("corpus",): RuntimeError()}, r"\(RuntimeError\)"),
         ({("corpus",): []}, "corpus is empty"),
-        ({("corpus",): [{"a": "1", "b": "2"}]}, "a row of dataset corpus, has no string field 'text'"),
+        ({("corpus",): [{"a": "1", "b": "2"}]}, "row 1 of dataset corpus, has no string field 'text'"),
     ],
 )
 def test_a_bad_dataset_is_one_sentence(monkeypatch, known, complaint):
