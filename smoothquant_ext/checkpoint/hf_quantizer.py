@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,20 @@ from ..nn.experts import W8A8Experts
 from ..nn.finalize import finalize_
 from ..nn.linear import W8A8Linear
 from ..probing.linears import Linear, weight_nk
+from .completeness import check_loaded
 from .hf_names import to_model_names
 from .loading_experts import CheckpointExperts, find_experts, finish_experts_, swap_experts_
 from .naming import set_quantization_config_
-from .reading import COPY_AGAIN, Checkpoint, CheckpointLayer, read_checkpoint
+from .reading import (
+    COPY_AGAIN,
+    EIGHT_BIT,
+    Checkpoint,
+    CheckpointLayer,
+    find_layers,
+    names_of_8_bit_weights,
+    open_checkpoint,
+)
+from .scales import check_scales, describe, unused_scales
 
 METHOD = "smoothquant_ext"
 
@@ -67,8 +78,10 @@ class W8A8Quantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.checkpoint: Checkpoint
         self.experts = CheckpointExperts()
+        self.info: dict[str, set[Any]] = {}  # what transformers finds missing and unexpected
+        self.optional: Any = None  # the class's own list of tensors that it does without
         if quantization_config.directory is not None:
-            self.checkpoint = read_checkpoint(Path(quantization_config.directory))
+            self.checkpoint = open_checkpoint(Path(quantization_config.directory))
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         # Left alone, transformers would take the dtype of the first tensor, which may be an FP8 weight or a scale.
@@ -82,25 +95,25 @@ class W8A8Quantizer(HfQuantizer):
         if self.quantization_config.directory is None:
             if not checkpoint_files:
                 raise SmoothQuantError("a quantized model is loaded from files, not from a state dict")
-            self.checkpoint = read_checkpoint(Path(checkpoint_files[0]).parent)
+            self.checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent)
         directory = self.checkpoint.directory
         for note in self.checkpoint.quantization.notes:
             warnings.warn(f"{directory}: {note}", stacklevel=2)
-        optional = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-        layers = {
-            name: layer
-            for name, layer in self.checkpoint.layers.items()
-            if not any(re.search(pattern, f"{name}.weight") for pattern in optional)
-        }
+        self.optional = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
+        self.checkpoint = self._without_unknown_layers(model)
+        eight_bit = names_of_8_bit_weights(self.checkpoint.tensors)
+        self.experts = find_experts(model, self.checkpoint, eight_bit)
+        self.checkpoint = find_layers(self.checkpoint, self.experts.paths)
+        check_scales(self.checkpoint)
+        layers = self.checkpoint.layers
         head = model.get_output_embeddings()
         paths = {name for name, module in model.named_modules() if module is head}
-        if model.config.tie_word_embeddings and paths & layers.keys():
+        if getattr(model.config, "tie_word_embeddings", False) and paths & layers.keys():
             raise SmoothQuantError(
                 f"{directory}: {min(paths & layers.keys())} is quantized, but config.json ties it to the "
                 "token embedding; set tie_word_embeddings to false there"
             )
         self._check_shapes(model)
-        self.experts = find_experts(model, self.checkpoint, list(layers))
         self._check_complete(model)
         for name, path, linear in list(self._linears(model, layers)):
             if name in self.experts.paths:
@@ -115,6 +128,73 @@ class W8A8Quantizer(HfQuantizer):
                 )
             model.set_submodule(path, self._empty_layer(layers[name], linear.weight.dtype))
         swap_experts_(model, self.checkpoint, self.experts, self._empty_layer)
+        self._leave_out_scales(model)
+        if self.quantization_config.directory is None:  # else the caller asks for it, and knows what may be dropped
+            self._listen_(model)
+
+    def _listen_(self, model: PreTrainedModel) -> None:
+        """Keeps what transformers finds missing or unexpected, which it tells its caller but not a quantizer."""
+        adjust = getattr(model, "_adjust_missing_and_unexpected_keys", None)
+
+        def listen(info: Any, *arguments: Any) -> Any:
+            result = adjust(info, *arguments) if adjust is not None else None
+            self.info = {name: getattr(info, name, set()) for name in ("missing_keys", "unexpected_keys")}
+            return result
+
+        vars(model)["_adjust_missing_and_unexpected_keys"] = listen
+
+    def _without_unknown_layers(self, model: PreTrainedModel) -> Checkpoint:
+        """The checkpoint without the 8-bit layers that the model does without by its class's own list."""
+        patterns = [re.compile(pattern) for pattern in self.optional or ()]
+        unknown = {
+            name
+            for name in names_of_8_bit_weights(self.checkpoint.tensors)
+            if any(pattern.search(f"{name}.weight") for pattern in patterns)
+        }
+        tensors = self.checkpoint.tensors
+        return replace(
+            self.checkpoint,
+            tensors={name: tensors[name] for name in tensors if name.rpartition(".")[0] not in unknown},
+        )
+
+    def _leave_out_scales(self, model: PreTrainedModel) -> None:
+        """Says which scales nothing uses, and keeps transformers from taking them for tensors that lack a place."""
+        checkpoint, layers = self.checkpoint, self.checkpoint.layers
+        unused = unused_scales(checkpoint)
+        of_experts = {name for name in unused if name.rpartition(".")[0] in self.experts.paths}
+        places = to_model_names(model, unused.keys() - of_experts)
+        expected = model.state_dict()
+        unused = {name: suffix for name, suffix in unused.items() if places.get(name) not in expected}
+        lacking = {f"{name.rpartition('.')[0]}.weight": name for name in unused if name not in of_experts}
+        for weight, path in to_model_names(model, lacking.keys() - checkpoint.tensors.keys()).items():
+            scale = lacking[weight]
+            if path in expected and unused[scale] == checkpoint.quantization.fmt.tensors.weight_scale:
+                file = checkpoint.tensors[scale].file
+                raise SmoothQuantError(f"{file}: {scale} is stored but {weight} is missing; {COPY_AGAIN}")
+        # Zero points of layers are zero; that experts' inputs have scales of their own was said.
+        said = {
+            name for name in unused if name.rpartition(".")[0] in layers and name.endswith("_zero_point")
+        } | of_experts
+        if told := {name: suffix for name, suffix in unused.items() if name not in said}:
+            warnings.warn(
+                f"{checkpoint.directory}: {len(told)} scales that no layer here uses are left out: {describe(told)}",
+                stacklevel=2,
+            )
+        if unused:
+            suffixes = "|".join(sorted(map(re.escape, set(unused.values()))))
+            model._keys_to_ignore_on_load_unexpected = {*(self.optional or ()), rf"\.({suffixes})$"}
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """The dtype to read a tensor in, ``None`` for that of the file, which 8-bit weights keep.
+
+        transformers reads in fp32 what its patterns match, such as ``gate.weight`` for a router: 8-bit weights may be
+        called so too.
+        """
+        stored = param.get_dtype() if hasattr(param, "get_dtype") else param.dtype
+        if stored in EIGHT_BIT or stored in EIGHT_BIT.values():
+            return None
+        kept: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
+        return kept
 
     def get_weight_conversions(self) -> list[Any]:
         """The renamings that transformers applies besides those of the model."""
@@ -122,10 +202,14 @@ class W8A8Quantizer(HfQuantizer):
         return [*conversions, self.experts.renaming()] if self.experts.readings else conversions
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        vars(model).pop("_adjust_missing_and_unexpected_keys", None)
+        if self.info:
+            check_loaded(str(self.checkpoint.directory), model, self.info)
         for layer in model.modules():
             if isinstance(layer, W8A8Linear):
                 self._normalize_(layer)
         finish_experts_(model)
+        model._keys_to_ignore_on_load_unexpected = self.optional
         self.remove_quantization_config(model)
         finalize_(model, refused=set_quantization_config_(model))
         if self.quantization_config.ready:
@@ -133,6 +217,8 @@ class W8A8Quantizer(HfQuantizer):
 
     def _normalize_(self, layer: W8A8Linear) -> None:
         """Gives the buffers of a filled layer the names, shapes and dtype that ``W8A8Linear`` documents."""
+        # Versions of transformers that do not ask ``get_new_dtype`` may have read it in fp32, which is exact both ways.
+        layer.weight = layer.weight.to(layer.scheme.dtype)
         shapes = {
             "weight_scale": (-1, 1) if layer.scheme.weight == "channel" else (1,),
             "input_scale": (1,),
@@ -182,9 +268,11 @@ class W8A8Quantizer(HfQuantizer):
         experts = find_experts(model, self.checkpoint, targeted).paths
         for name, _, linear in self._linears(model, targeted):
             if linear is not None or name in experts:
+                scale = f"{name}.{quantization.fmt.tensors.weight_scale}"
                 raise SmoothQuantError(
                     f"{self.checkpoint.directory}: config.json says {name} is quantized, but its weight is "
-                    f"{self.checkpoint.tensors[name + '.weight'].dtype} without a scale; {COPY_AGAIN}"
+                    f"{self.checkpoint.tensors[name + '.weight'].dtype} "
+                    f"{'beside' if scale in self.checkpoint.tensors else 'without'} a scale; {COPY_AGAIN}"
                 )
 
     def _empty_layer(self, described: CheckpointLayer, dtype: torch.dtype) -> W8A8Linear:

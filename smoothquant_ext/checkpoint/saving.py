@@ -27,9 +27,11 @@ from .atomic import check_free_space, check_place, replace_directory
 from .formats.base import Format
 from .formats.registry import choose_format, parse_quantization_config
 from .model_card import CARD, model_card
+from .model_classes import check_loadable
 from .naming import checkpoint_names, count_quantized, float_tensors, quantized_layers
 from .reading import CONFIG, INDEX, find_quantization
 from .record import RECORD
+from .scales import is_positive, wrong_scale
 
 # The files that a save writes, those of tokenizers included. A directory with any other file is not replaced.
 _OUR_FILES = (
@@ -102,7 +104,7 @@ def save(
     ignore. A model that was loaded keeps the record of its checkpoint.
 
     Args:
-        model: a transformers causal LM with ``W8A8Linear`` layers, on any device.
+        model: a model of transformers, of any of its classes, with ``W8A8Linear`` layers, on any device.
         directory: the directory to write: absent, empty, or a W8A8 checkpoint, which is replaced.
         tokenizer: the tokenizer to save with the model, if any.
         format: ``"compressed-tensors"`` (read by vLLM, SGLang, transformers), ``"lmdeploy"`` or ``"smoothquant-ext"``
@@ -112,7 +114,7 @@ def save(
 
     Raises:
         SmoothQuantError: nothing is quantized, the format cannot store the scheme, a scale is not positive and finite,
-            or the directory cannot be written.
+            ``load`` could not build the model's class again, or the directory cannot be written.
     """
     target = check_destination(directory)
     layers = _checked_layers(model)
@@ -158,14 +160,16 @@ def _checked_layers(model: PreTrainedModel) -> dict[str, W8A8Linear]:
     layers = quantized_layers(model)
     if not layers:
         raise SmoothQuantError(f"{type(model).__name__} has no quantized layer; call quantize on it before saving")
+    check_loadable(model)
     for name, layer in layers.items():
-        for kind in ("weight_scale", "input_scale", "smooth"):
-            scale = getattr(layer, kind)
-            if scale is not None and not bool((scale.isfinite() & (scale > 0)).all()):
-                raise SmoothQuantError(
-                    f"{name}.{kind} is not positive and finite everywhere; the layer was quantized from damaged "
-                    "weights or activations, quantize the model again"
-                )
+        wrong = [kind for kind in ("input_scale", "smooth") if not is_positive(getattr(layer, kind))]
+        if wrong_scale(layer.weight_scale, layer.plain_weight) is not None:
+            wrong = ["weight_scale", *wrong]
+        if wrong:
+            raise SmoothQuantError(
+                f"{name}.{wrong[0]} is not positive and finite everywhere; the layer was quantized from damaged "
+                "weights or activations, quantize the model again"
+            )
     return layers
 
 
@@ -221,6 +225,10 @@ def _write_configs(model: PreTrainedModel, quantization: dict[str, Any], directo
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = dtype_name(model.dtype)
+    for name in config.sub_configs:  # as loading sets them
+        part = getattr(config, name, None)
+        if part is not None and part.dtype is None:
+            part.dtype = config.dtype
     config.quantization_config = quantization
     if isinstance(model.get_output_embeddings(), W8A8Linear):
         config.tie_word_embeddings = False  # the 8-bit weight is not that of the embedding

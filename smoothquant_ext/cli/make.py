@@ -16,6 +16,7 @@ from .options import (
     Calib,
     Clipping,
     Device,
+    Drop,
     Explicit,
     MaxPplIncrease,
     Model,
@@ -72,6 +73,7 @@ def quantize(
     device: Device = "auto",
     dtype: StoredDtype = "auto",
     format: StoredFormat = "auto",  # noqa: A002
+    drop: Drop = None,
     test: Annotated[
         str | None,
         typer.Option(
@@ -113,7 +115,7 @@ def quantize(
     target = saving.check_destination(output)
 
     start = time.perf_counter()
-    network, tokenizer = load(model)
+    network, tokenizer = load(model, drop=drop)
     loaded = network, tokenizer
     windows = read_windows(loaded, calib, samples, seqlen, seed, text_field)
     tests = None if test is None else read_windows(loaded, test, TEST_SAMPLES, seqlen, seed)
@@ -127,7 +129,7 @@ def quantize(
     files = sum(file.stat().st_size for file in output.glob("*.safetensors"))
     out.print(f"Saved to {output}: {files / 1e6:.1f} MB of weights, {time.perf_counter() - start:.0f} s in total.")
     if tests is not None:
-        measured = measure(model, network, output.name, tests)
+        measured = measure(model, network, output.name, tests, drop)
         show(measured, as_json=False)
         add_to_card(output, str(test), measured)
     out.print("Next:", style="bold")
@@ -143,6 +145,7 @@ def convert(
         Path, typer.Option("-o", "--output", help="Directory to write; new, empty or a W8A8 checkpoint.")
     ],
     format: StoredFormat = "auto",  # noqa: A002
+    drop: Drop = None,
 ) -> None:
     """Writes a W8A8 checkpoint from any tool in another format, without rounding again.
 
@@ -158,7 +161,7 @@ def convert(
     target = saving.check_destination(output)
     if target == Path(source).resolve():
         raise SmoothQuantError(f"--output is {output}, the checkpoint to convert; name another directory")
-    network, tokenizer = load(source)
+    network, tokenizer = load(source, drop=drop)
     if not count_quantized(network):
         raise SmoothQuantError(f"{source} is not quantized; run 'smoothquant quantize' on it")
     with step(f"Saving to {output}"):

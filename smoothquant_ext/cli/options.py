@@ -57,6 +57,13 @@ Seqlen = Annotated[
     int, typer.Option(help="Tokens in each window; fewer, with a warning, if the model has fewer positions.", min=2)
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the windows' positions; the same seed gives the same windows.")]
+Drop = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN",
+        help="Load the model without its tensors of matching names, like 'mtp.*', which its class has no place for.",
+    ),
+]
 Dtype = Annotated[
     str,
     typer.Option(

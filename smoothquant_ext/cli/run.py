@@ -9,7 +9,7 @@ import typer
 
 from ..errors import SmoothQuantError
 from .console import err
-from .options import Device, Dtype, Model, Seed, Served
+from .options import Device, Drop, Dtype, Model, Seed, Served
 from .support import KV_CACHES, choose, load, parse_device, parse_dtype
 
 
@@ -29,6 +29,7 @@ def generate(
     ] = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    drop: Drop = None,
     seed: Seed = 0,
 ) -> None:
     """Continues a prompt and prints the words as they come.
@@ -39,7 +40,7 @@ def generate(
     from transformers import TextStreamer
 
     wants_int8_cache = choose("kv-cache", kv_cache, KV_CACHES) == "int8"
-    network, tokenizer = load(model, parse_dtype(dtype), parse_device(device))
+    network, tokenizer = load(model, parse_dtype(dtype), parse_device(device), drop)
     if wants_int8_cache:
         from ..nn.int8_kv_cache import use_int8_cache_
 
@@ -97,6 +98,7 @@ def serve(
     ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    drop: Drop = None,
 ) -> None:
     """Starts an OpenAI-compatible HTTP server: chat, completions, streaming. Ctrl-C or SIGTERM ends it.
 
@@ -106,6 +108,7 @@ def serve(
     200 while the server is up. This is transformers' server with 8-bit kernels; it needs smoothquant-ext\\[serve].
     """
     from ..integrations import serving
+    from ..models import loads_as_here
 
     parse_dtype(dtype)
     if cache_tokens is not None and not continuous_batching:
@@ -113,7 +116,9 @@ def serve(
     if compile_ and continuous_batching:
         raise SmoothQuantError("--compile has no effect on --continuous-batching, which has CUDA graphs of its own")
     room = (cache_tokens or serving.CACHE_TOKENS) if continuous_batching else None
-    serving.serve(model, host, port, dtype, str(parse_device(device)), room, compile_)
+    where = str(parse_device(device))
+    with loads_as_here(model, drop or ()):
+        serving.serve(model, host, port, dtype, where, room, compile_)
 
 
 def chat(
@@ -125,6 +130,7 @@ def chat(
     ] = 0.0,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    drop: Drop = None,
 ) -> None:
     """Starts a chat with an instruction-tuned model in the terminal. Type !help for the chat's commands.
 
@@ -133,6 +139,9 @@ def chat(
     This is transformers' chat with a local server on 8-bit kernels; it needs smoothquant-ext\\[serve].
     """
     from ..integrations import serving
+    from ..models import loads_as_here
 
     parse_dtype(dtype)
-    serving.chat(model, dtype, str(parse_device(device)), system, max_new_tokens, temperature)
+    where = str(parse_device(device))
+    with loads_as_here(model, drop or ()):
+        serving.chat(model, dtype, where, system, max_new_tokens, temperature)

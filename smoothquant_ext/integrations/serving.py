@@ -19,6 +19,8 @@ from .from_pretrained import enable
 CACHE_TOKENS = 16384  # tokens in the cache, by default
 BLOCK = 32  # tokens in a block of the cache
 STEP_TOKENS = 512  # tokens of all requests in one step of a continuous batch
+LAST_ANSWERS = 1  # seconds in which requests get an error after the worker died
+LAST_STREAMS = 5  # seconds in which clients may read the end of it
 PACKAGES = ("accelerate", "fastapi", "openai", "uvicorn")
 
 
@@ -59,14 +61,19 @@ def serve(
     stopped = threading.Event()
     before = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        while not stopped.wait(0.2) and server._thread.is_alive():
+        while not stopped.wait(0.2) and server._thread.is_alive() and not server.failure():
             pass
     finally:  # a second signal ends the process at once
         for number, handler in before.items():
             signal.signal(number, handler)
-    if not stopped.is_set():
+    failure = server.failure()
+    if failure:
+        stopped.wait(LAST_ANSWERS)  # long enough for clients on their way, and for those who watch /health
+    elif not stopped.is_set() and not failure:
         raise SmoothQuantError(f"the server on {host}:{port} ended by itself; its last messages are above")
-    _stop(server)
+    _stop(server, LAST_STREAMS if failure else None)
+    if failure:
+        raise SmoothQuantError(f"the server on {host}:{port} ended, because {failure}: start it again")
 
 
 def chat(
@@ -101,8 +108,12 @@ def chat(
 
 def _start(model: str, host: str, port: int, dtype: str, device: str, **options: Any) -> Any:
     """Starts transformers' server in a thread, with the model loaded. The main thread keeps the signals."""
-    from transformers.cli.serve import Serve
-
+    try:
+        from .guarded_server import GuardedServer
+    except ImportError as error:
+        raise SmoothQuantError(
+            f"this transformers has another server than the one of 5.24 ({first_line(error)}): upgrade transformers"
+        ) from error
     if Path(model).is_dir() and (found := find_quantization(Path(model))) and found[1].name != CONFIG:
         raise SmoothQuantError(
             f"{model} describes its quantization only in {found[1].name}, which transformers does not read; run "
@@ -110,15 +121,18 @@ def _start(model: str, host: str, port: int, dtype: str, device: str, **options:
         )
     enable()
     try:
-        return Serve(force_model=model, host=host, port=port, device=device, dtype=dtype, non_blocking=True, **options)
+        return GuardedServer(
+            force_model=model, host=host, port=port, device=device, dtype=dtype, non_blocking=True, **options
+        )
     except SmoothQuantError:
         raise
     except Exception as error:  # transformers raises many types for a model that it cannot load
         raise SmoothQuantError(f"{model}: transformers cannot serve this model ({first_line(error)})") from error
 
 
-def _stop(server: Any) -> None:
-    """Finishes the running requests, then ends the server and its threads."""
+def _stop(server: Any, patience: int | None = None) -> None:
+    """Finishes the running requests, for at most so many seconds, then ends the server and its threads."""
+    server.server.config.timeout_graceful_shutdown = patience
     server.server.should_exit = True
     server._thread.join()
     server.kill_server()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -143,4 +144,12 @@ def _default_skips(model: nn.Module, linears: Mapping[str, Linear]) -> dict[str,
             reasons[name] = "expert router"
         elif weight_nk(linear).shape[0] == 1:
             reasons[name] = "gate of one output"
+        elif _is_kept_in_fp32(model, f"{name}.weight"):
+            reasons[name] = "transformers keeps it in fp32"
     return reasons
+
+
+def _is_kept_in_fp32(model: nn.Module, tensor: str) -> bool:
+    """Whether transformers never loads a tensor in 16 bits: the code around it may cast its input to that dtype."""
+    patterns = (getattr(model, f"_keep_in_fp32_modules{which}", None) or () for which in ("", "_strict"))
+    return any(re.search(pattern.replace("*", ".*"), tensor) for of_kind in patterns for pattern in of_kind)

@@ -48,7 +48,8 @@ class CompressedTensors(Format):
     read_by = "vLLM, SGLang and transformers"
     how_to_run = (
         "It is stored as compressed-tensors, so vLLM (`vllm serve {name}`) and SGLang run it in 8 bits too. "
-        "transformers\nwithout smoothquant-ext dequantizes it, and needs the package `compressed-tensors`."
+        "transformers\nwithout smoothquant-ext needs the package `compressed-tensors` and dequantizes it; transformers "
+        "5.24 keeps FP8 on some\nGPUs if asked to by `CompressedTensorsConfig(use_optimized_inference=True)`."
     )
 
     def parse(self, config: Mapping[str, Any], where: str) -> QuantizationMap:

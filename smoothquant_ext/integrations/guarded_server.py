@@ -1,0 +1,62 @@
+"""transformers' server behind our boundary: its parts put together."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.cli.serve import Serve
+
+from .generating import Batched, OneByOne, Room, sampling_of
+from .guard import Guard
+from .request_checks import Served
+
+
+class GuardedServer(Serve):
+    """Takes the arguments of transformers' ``Serve``, of which ``force_model`` is needed."""
+
+    def start_server(self) -> None:
+        """``Serve`` calls this once the model is loaded and before the port is open."""
+        models, state = self._model_manager, self._generation_state
+        name = models.process_model_name(models.force_model)
+        model, processor = models.load_model_and_processor(name)
+        modality = models.get_model_modality(model, processor=processor)
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        batching, sampling = state._cb_config, None
+        self.manager: Any
+        if state.use_continuous_batching(model, modality):
+            self.manager = Batched(Room(positions, batching.num_blocks * batching.block_size), batching, model)
+            state._cb_manager, state._cb_model_id = self.manager, name
+            sampling = sampling_of(model.generation_config)
+        else:
+            self.manager = OneByOne(Room(positions))
+            state._generate_managers[name] = self.manager
+        tokenizer = getattr(processor, "tokenizer", processor)
+        served = Served(
+            model=models.force_model,
+            template=_template(processor),
+            template_arguments=_arguments(processor),
+            vocabulary=model.config.get_text_config().vocab_size,
+            text_only=isinstance(processor, PreTrainedTokenizerBase),
+            streams=hasattr(tokenizer, "_tokenizer"),
+            sampling=sampling,
+        )
+        self.server.config.app = Guard(self.server.config.app, served, self.failure)
+        super().start_server()
+
+    def failure(self) -> str | None:
+        """Why requests are answered no more, as a part of a sentence."""
+        return self.manager.failure()  # type: ignore[no-any-return]
+
+
+def _template(processor: Any) -> str | None:
+    """The chat template; all of them together if there are several, such as one for tools."""
+    template = getattr(processor, "chat_template", None)
+    return "\n".join(template.values()) if isinstance(template, dict) else template
+
+
+def _arguments(processor: Any) -> frozenset[str]:
+    """The names that transformers' server itself gives to ``apply_chat_template``, or that would change its result."""
+    names = inspect.signature(processor.apply_chat_template).parameters if _template(processor) else ()
+    return frozenset(names) | {"messages", "add_generation_prompt", "load_audio_from_video"}
