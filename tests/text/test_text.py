@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import build
 from tiny_text import some_text, tiny_tokenizer
 
 from smoothquant_ext import SmoothQuantError
@@ -251,3 +252,27 @@ def test_less_than_a_window_is_an_error_that_counts_the_tokens(tmp_path):
 def test_numbers_out_of_range_are_named(samples, seqlen, culprit):
     with pytest.raises(SmoothQuantError, match=culprit):
         token_windows(TOKENIZER, [some_text(100)], samples, seqlen)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "opt", "mpt"])
+def test_windows_are_no_longer_than_the_positions_of_the_model(architecture):
+    limit = {"max_seq_len" if architecture == "mpt" else "max_position_embeddings": 16}
+    model = build(architecture, **limit)
+    with pytest.warns(UserWarning, match="the model has 16 positions: windows have 16 tokens, not 32"):
+        windows = token_windows(TOKENIZER, [some_text(400)], 4, 32, model=model)
+    assert windows.shape == (4, 16)
+    assert torch.equal(windows, token_windows(TOKENIZER, [some_text(400)], 4, 16))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("architecture", ["llama", "bloom"])
+def test_windows_of_models_without_a_table_of_positions_are_as_long_as_asked(architecture):
+    settings = {} if architecture == "bloom" else {"max_position_embeddings": 16}
+    assert token_windows(TOKENIZER, [some_text(400)], 4, 32, model=build(architecture, **settings)).shape == (4, 32)
+
+
+def test_without_a_model_the_tokenizer_is_asked():
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 16
+    with pytest.warns(UserWarning, match="windows have 32 tokens, and the tokenizer speaks of 16 at most"):
+        assert token_windows(tokenizer, [some_text(400)], 4, 32).shape == (4, 32)
