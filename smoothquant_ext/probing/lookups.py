@@ -142,11 +142,10 @@ def _has_other_tables(model: nn.Module, tokens: nn.Module | None) -> bool:
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module is not tokens:
             return True
-        parameters = [
-            values for name, values in module.named_parameters(recurse=False) if name not in ("weight", "bias")
-        ]
-        held = [value for value in vars(module).values() if isinstance(value, Tensor)]
-        if any(t.dim() > 1 and t.is_floating_point() for t in (*parameters, *module.buffers(recurse=False), *held)):
+        own = dict([*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)])
+        others = [tensor for name, tensor in own.items() if name not in ("weight", "weight_scale", "bias")]
+        others += [value for value in vars(module).values() if isinstance(value, Tensor)]
+        if any(tensor.dim() > 1 and tensor.is_floating_point() for tensor in others):
             return True
     return False
 

@@ -32,6 +32,9 @@ ROLES = {
 }
 KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")  # templates read them
 
+# Templates such as Llama 3's write today's date unless told one: the same data would give other windows tomorrow.
+FIXED = {"date_string": "01 Jan 2026"}
+
 
 class RefusedError(Exception):
     """A chat template refuses a conversation."""
@@ -135,9 +138,9 @@ class ChatTemplate:
         return other if _found(messages, other) > found else text
 
     def _render(self, messages: Sequence[Message], tools: Any) -> str:
-        options = {"tools": tools} if tools else {}
+        options: dict[str, Any] = {"tools": tools} if tools else {}
         try:
-            text: str = self._tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+            text: str = self._tokenizer.apply_chat_template(list(messages), tokenize=False, **FIXED, **options)
         except Exception as error:  # templates are programs of others
             raise RefusedError(first_line(error)) from error
         return text

@@ -78,11 +78,12 @@ def to_documents(source: Iterable[Any], tokenizer: Any, field: str | None = None
 def _files_of(folder: Path) -> list[Path]:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     read = [file for file in files if in_folder(file)]
+    left = [file for file in files if file not in read and suffix_of(file) in ROW_SUFFIXES]
     if not read:
-        raise SmoothQuantError(f"the folder {folder} holds no .txt, .md or .jsonl file: give a folder of text files")
-    left = {suffix_of(file) for file in files if file not in read} & set(ROW_SUFFIXES)
+        what = f"one of its files by name, such as {left[0]}" if left else "a folder of text files"
+        raise SmoothQuantError(f"the folder {folder} holds no .txt, .md or .jsonl file: give {what}")
     if left:
-        names = ", ".join(sorted(left))
+        names = ", ".join(sorted({suffix_of(file) for file in left}))
         warnings.warn(
             f"files in the folder {folder} with the ending {names} are not read: give them by name", stacklevel=4
         )

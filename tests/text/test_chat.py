@@ -150,3 +150,8 @@ def test_documents_that_are_none_are_named(document: Any, kind: str) -> None:
         SmoothQuantError, match=f"document 2 is {kind}, expected a text, a row with its fields or messages"
     ):
         token_windows(tiny_tokenizer(), ["text", document], samples=1, seqlen=4)
+
+
+def test_a_template_that_writes_the_date_gives_the_same_windows_every_day() -> None:
+    today = "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    assert text_of([HI], f"{today}<{{{{ date_string }}}}>{CHATML}") == "<01 Jan 2026>[user]hi"

@@ -136,6 +136,12 @@ def test_a_folder_says_what_of_it_is_not_read(tmp_path: Path) -> None:
         assert read_text(tmp_path) == ["first", "second"]
 
 
+def test_a_folder_of_lists_alone_says_to_give_one(tmp_path: Path) -> None:
+    (tmp_path / "sharegpt.json").write_text(json.dumps(ROWS))
+    with pytest.raises(SmoothQuantError, match=r"no .txt, .md or .jsonl file: give one of its .* \S+sharegpt\.json"):
+        read_text(tmp_path)
+
+
 def test_a_dataset_saved_by_datasets_is_a_folder(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
