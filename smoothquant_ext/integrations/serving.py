@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import logging
+import re
 import signal
 import socket
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -69,7 +72,7 @@ def serve(
     failure = server.failure()
     if failure:
         stopped.wait(LAST_ANSWERS)  # long enough for clients on their way, and for those who watch /health
-    elif not stopped.is_set() and not failure:
+    elif not stopped.is_set():
         raise SmoothQuantError(f"the server on {host}:{port} ended by itself; its last messages are above")
     _stop(server, LAST_STREAMS if failure else None)
     if failure:
@@ -87,9 +90,12 @@ def chat(
     """Starts a chat with a model in the terminal, through a local server that ends with the chat.
 
     Raises:
-        SmoothQuantError: a package is missing, or the model cannot be loaded.
+        SmoothQuantError: a package is missing, the model cannot be loaded or has no chat template, or it cannot go on,
+            as when the conversation is longer than the model.
     """
     _check_packages()
+    if sys.stdin is None:
+        raise SmoothQuantError("a chat needs a keyboard or a file to read from, but its input is closed")
     from transformers.cli.chat import Chat
 
     with socket.socket() as free:
@@ -99,9 +105,19 @@ def chat(
         logging.getLogger(name).addFilter(lambda entry: entry.levelno >= logging.WARNING)
     server = _start(model, "127.0.0.1", port, dtype, device, log_level="error")
     flags = [f"max_new_tokens={max_new_tokens}", f"do_sample={temperature > 0}"]
-    flags += [f"temperature={temperature}"] if temperature else []
+    flags += [f"temperature={temperature:.6f}"] if temperature else []
     try:
+        if server.served.template is None:
+            raise SmoothQuantError(
+                f"{model} has no chat template, so it is not a chat model: use 'smoothquant generate'"
+            )
         Chat(model, f"http://127.0.0.1:{port}", flags, system_prompt=system, save_folder=tempfile.gettempdir())
+    except EOFError:  # nobody is at the keyboard any more
+        pass
+    except SmoothQuantError:
+        raise
+    except Exception as error:  # transformers' chat lets errors of the server and of its own commands through
+        raise SmoothQuantError(f"the chat has ended: {_reason(error)}") from error
     finally:
         _stop(server)
 
@@ -136,6 +152,12 @@ def _stop(server: Any, patience: int | None = None) -> None:
     server.server.should_exit = True
     server._thread.join()
     server.kill_server()
+
+
+def _reason(error: Exception) -> str:
+    """The server's sentence in an error of its client; else the error's own."""
+    found = re.search(r"\{'message'.*\}", str(error))  # it shows the server's object as Python does
+    return str(ast.literal_eval(found[0])["message"]) if found else first_line(error)
 
 
 def _check_packages() -> None:

@@ -122,7 +122,9 @@ def test_what_cannot_be_served_is_said_first(model: Path, monkeypatch: pytest.Mo
 def test_a_server_that_ends_by_itself_is_an_error(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped = threading.Thread(target=lambda: None)
     stopped.start()
-    monkeypatch.setattr(serving, "_start", lambda *_, **__: types.SimpleNamespace(_thread=stopped))
+    monkeypatch.setattr(
+        serving, "_start", lambda *_, **__: types.SimpleNamespace(_thread=stopped, failure=lambda: None)
+    )
     with pytest.raises(SmoothQuantError, match="ended by itself"):
         serving.serve(str(model), "127.0.0.1", free_port())
 
@@ -135,7 +137,7 @@ def test_options_reach_the_server(model: Path, monkeypatch: pytest.MonkeyPatch) 
             given.append(options)
             raise ValueError("enough")
 
-    monkeypatch.setattr("transformers.cli.serve.Serve", Server)
+    monkeypatch.setattr("smoothquant_ext.integrations.guarded_server.GuardedServer", Server)
     for options in ({"compiled": True}, {"cache_tokens": 64}, {}):
         with pytest.raises(SmoothQuantError, match="enough"):
             serving.serve(str(model), "127.0.0.1", free_port(), device="cuda:0", **options)
