@@ -97,6 +97,14 @@ def serve(
             help="With --continuous-batching: tokens in the cache for all requests together. Default: 16384.", min=256
         ),
     ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="With --continuous-batching: the temperature of all answers, because requests of one batch cannot "
+            "choose it. 0 always takes the likeliest token. Default: the model's own.",
+            min=0.0,
+        ),
+    ] = None,
     compile_: Annotated[
         bool,
         typer.Option(
@@ -122,12 +130,16 @@ def serve(
     parse_dtype(dtype)
     if cache_tokens is not None and not continuous_batching:
         raise SmoothQuantError("--cache-tokens needs --continuous-batching: give both or neither")
+    if temperature is not None:
+        if not continuous_batching:
+            raise SmoothQuantError("--temperature needs --continuous-batching: otherwise each request says its own")
+        check_temperature(temperature)
     if compile_ and continuous_batching:
         raise SmoothQuantError("--compile has no effect on --continuous-batching, which has CUDA graphs of its own")
-    room = (cache_tokens or serving.CACHE_TOKENS) if continuous_batching else None
+    batching = serving.Batching(cache_tokens or serving.CACHE_TOKENS, temperature) if continuous_batching else None
     where = str(parse_device(device))
     with loads_as_here(model, drop or ()):
-        serving.serve(model, host, port, dtype, where, room, compile_)
+        serving.serve(model, host, port, dtype, where, batching, compile_)
 
 
 def chat(

@@ -170,15 +170,18 @@ class OneByOne(GenerateManager):
 class Batched(CBGenerateManager):
     """Continuous batching. It starts with the server: transformers would start it with the first request, whose
     sampling all later ones would get.
+
+    Args:
+        room: for a prompt and its answer.
+        batching: the ``ContinuousBatchingConfig``.
+        model: the model.
+        sampling: what all requests share, see ``shared_sampling``.
     """
 
-    def __init__(self, room: Room, batching: Any, model: Any) -> None:
+    def __init__(self, room: Room, batching: Any, model: Any, sampling: GenerationConfig) -> None:
         super().__init__(cb_config=batching)
         self.room = room
-        config = GenerationConfig(**model.generation_config.to_dict())
-        config.use_cache = False  # it has a cache of its own
-        config.num_return_sequences = 1
-        self.init_cb(model, config)
+        self.init_cb(model, sampling)
 
     def failure(self) -> str | None:
         """Why it answers no more."""
@@ -207,8 +210,18 @@ class Batched(CBGenerateManager):
             raise
 
 
+def shared_sampling(config: GenerationConfig, temperature: float | None) -> GenerationConfig:
+    """The settings of all requests of a batch: the model's own, but for a temperature that the server was given."""
+    shared = GenerationConfig(**config.to_dict())
+    shared.use_cache = False  # continuous batching has a cache of its own
+    shared.num_return_sequences = 1
+    if temperature is not None:
+        shared.do_sample, shared.temperature = temperature > 0, temperature or 1.0
+    return shared
+
+
 def sampling_of(config: GenerationConfig) -> dict[str, float]:
-    """What all requests of a batch share, under the names of the requests' fields."""
+    """The same under the names of the requests' fields."""
     values: dict[str, float | None] = {
         "do_sample": float(bool(config.do_sample)),
         "temperature": (1.0 if config.temperature is None else config.temperature) if config.do_sample else 0.0,

@@ -8,13 +8,22 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.cli.serve import Serve
 
-from .generating import Batched, OneByOne, Room, sampling_of
+from .generating import Batched, OneByOne, Room, sampling_of, shared_sampling
 from .guard import Guard
 from .request_checks import Served
 
 
 class GuardedServer(Serve):
-    """Takes the arguments of transformers' ``Serve``, of which ``force_model`` is needed."""
+    """transformers' ``Serve``, whose argument ``force_model`` is needed here.
+
+    Args:
+        temperature: of all answers under continuous batching; ``None`` is the model's.
+        options: the arguments of ``Serve``.
+    """
+
+    def __init__(self, temperature: float | None = None, **options: Any) -> None:
+        self.temperature = temperature
+        super().__init__(**options)
 
     def start_server(self) -> None:
         """``Serve`` calls this once the model is loaded and before the port is open."""
@@ -24,6 +33,7 @@ class GuardedServer(Serve):
         batches = state.use_continuous_batching(model, models.get_model_modality(model, processor=processor))
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         known = model.get_input_embeddings().weight.shape[0]
+        sampling = shared_sampling(model.generation_config, self.temperature)
         self.served = Served(
             model=models.force_model,
             template=_template(processor),
@@ -31,12 +41,13 @@ class GuardedServer(Serve):
             vocabulary=known,
             text_only=isinstance(processor, PreTrainedTokenizerBase),
             streams=hasattr(getattr(processor, "tokenizer", processor), "_tokenizer"),
-            sampling=sampling_of(model.generation_config) if batches else None,
+            sampling=sampling_of(sampling) if batches else None,
         )
         self.manager: Any
         if batches:
             config = state._cb_config
-            self.manager = Batched(Room(positions, known, config.num_blocks * config.block_size), config, model)
+            room = Room(positions, known, config.num_blocks * config.block_size)
+            self.manager = Batched(room, config, model, sampling)
             state._cb_manager, state._cb_model_id = self.manager, name
         else:
             self.manager = OneByOne(Room(positions, known if self.served.text_only else None))

@@ -306,8 +306,8 @@ def _check_batched(_: str, body: dict[str, Any], served: Served) -> None:
         idle = field in ("top_p", "top_k", "min_p") and served.sampling["temperature"] == 0
         if value is not None and not idle and float(value) != set_:
             raise Refusal(
-                f"{field} is {shown(value)}, but under --continuous-batching it is {shown(set_)} for all requests, as "
-                f"the model's generation_config.json says: leave it out, or serve without --continuous-batching",
+                f"{field} is {shown(value)}, but under --continuous-batching it is {shown(set_)} for all requests: "
+                f"leave it out, or serve with another --temperature or without --continuous-batching",
                 field,
             )
     for field in ("seed", "stop", "logit_bias"):

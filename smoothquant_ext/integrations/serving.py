@@ -11,6 +11,7 @@ import socket
 import sys
 import tempfile
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,26 @@ LAST_STREAMS = 5  # seconds in which clients may read the end of it
 PACKAGES = ("accelerate", "fastapi", "openai", "uvicorn")
 
 
+@dataclass(frozen=True)
+class Batching:
+    """Continuous batching.
+
+    Args:
+        cache_tokens: tokens in the cache of all requests together.
+        temperature: of all answers; ``None`` is the model's own.
+    """
+
+    cache_tokens: int = CACHE_TOKENS
+    temperature: float | None = None
+
+
 def serve(
     model: str,
     host: str,
     port: int,
     dtype: str = "auto",
     device: str = "cpu",
-    cache_tokens: int | None = None,
+    batching: Batching | None = None,
     compiled: bool = False,
 ) -> None:
     """Serves a model until SIGINT or SIGTERM, then finishes the running requests and returns.
@@ -44,21 +58,22 @@ def serve(
         port: port to listen on.
         dtype: dtype of the parts in floating point; ``"auto"`` is the checkpoint's.
         device: a torch device.
-        cache_tokens: tokens in the cache of continuous batching; ``None`` answers requests one by one.
+        batching: of requests; ``None`` answers them one by one.
         compiled: whether to answer from a static cache, which on a GPU also compiles; see ``use_static_cache_``.
 
     Raises:
-        SmoothQuantError: a package is missing, the port is taken, or the model cannot be loaded.
+        SmoothQuantError: a package is missing, the port is taken, the model cannot be loaded, or the worker died.
     """
     _check_packages()
     _check_port(host, port)
     options: dict[str, Any] = {"compile": True} if compiled else {}
-    if cache_tokens is not None:
+    if batching is not None:
         options |= {
             "continuous_batching": True,
             "cb_block_size": BLOCK,
-            "cb_num_blocks": -(-cache_tokens // BLOCK),
+            "cb_num_blocks": -(-batching.cache_tokens // BLOCK),
             "cb_max_batch_tokens": STEP_TOKENS,
+            "temperature": batching.temperature,
         }
     server = _start(model, host, port, dtype, device, **options)
     stopped = threading.Event()

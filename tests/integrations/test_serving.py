@@ -138,12 +138,13 @@ def test_options_reach_the_server(model: Path, monkeypatch: pytest.MonkeyPatch) 
             raise ValueError("enough")
 
     monkeypatch.setattr("smoothquant_ext.integrations.guarded_server.GuardedServer", Server)
-    for options in ({"compiled": True}, {"cache_tokens": 64}, {}):
+    for options in ({"compiled": True}, {"batching": serving.Batching(64, 0.5)}, {}):
         with pytest.raises(SmoothQuantError, match="enough"):
             serving.serve(str(model), "127.0.0.1", free_port(), device="cuda:0", **options)
     assert [options["device"] for options in given] == ["cuda:0"] * 3
     assert [options.get("compile", False) for options in given] == [True, False, False]
     assert [options.get("cb_num_blocks") for options in given] == [None, 2, None]
+    assert [options.get("temperature") for options in given] == [None, 0.5, None]
 
 
 def test_modelopts_own_file_is_not_overlooked(tmp_path: Path) -> None:
