@@ -29,9 +29,10 @@ from ..nn.finalize import finalize_
 from ..nn.linear import W8A8Linear
 from ..probing.linears import Linear, weight_nk
 from .completeness import check_loaded
-from .hf_names import to_model_names
+from .formats.base import not_read
+from .hf_names import expert_key, renamed_alone, to_model_names
 from .loading_experts import CheckpointExperts, find_experts, finish_experts_, swap_experts_
-from .naming import set_quantization_config_
+from .naming import names_of_layers, set_quantization_config_
 from .reading import (
     COPY_AGAIN,
     EIGHT_BIT,
@@ -41,7 +42,7 @@ from .reading import (
     names_of_8_bit_weights,
     open_checkpoint,
 )
-from .scales import check_scales, describe, unused_scales
+from .scales import check_scales, describe, is_zero_point, unused_scales
 
 METHOD = "smoothquant_ext"
 
@@ -107,7 +108,8 @@ class W8A8Quantizer(HfQuantizer):
         self.optional = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
         self.experts = find_experts(model, self.checkpoint, names_of_8_bit_weights(self.checkpoint.tensors))
         self.checkpoint = self._without_unknown_layers(model)
-        self.checkpoint = find_layers(self.checkpoint, self.experts.paths)
+        eight_bit = names_of_8_bit_weights(self.checkpoint.tensors)
+        self.checkpoint = find_layers(self.checkpoint, self.experts.paths, names_of_layers(model, eight_bit))
         check_scales(self.checkpoint)
         layers = self.checkpoint.layers
         head = model.get_output_embeddings()
@@ -119,9 +121,12 @@ class W8A8Quantizer(HfQuantizer):
             )
         self._check_shapes(model)
         self._check_complete(model)
+        placeless = self._placeless(model, layers)
         for name, path, linear in list(self._linears(model, layers)):
-            if name in self.experts.paths:
+            if name in self.experts.paths or name in placeless:
                 continue
+            if linear is None and isinstance(dict(model.named_modules()).get(path), nn.Embedding):
+                raise not_read(f"{directory}: {name}", "the 8-bit weights of an embedding", "transformers")
             if linear is None:
                 raise SmoothQuantError(
                     f"{directory}: {name} is quantized, but {type(model).__name__} has no linear layer there"
@@ -179,9 +184,7 @@ class W8A8Quantizer(HfQuantizer):
                 file = checkpoint.tensors[scale].file
                 raise SmoothQuantError(f"{file}: {scale} is stored but {weight} is missing; {COPY_AGAIN}")
         # Zero points of layers are zero; that experts' inputs have scales of their own was said.
-        said = {
-            name for name in unused if name.rpartition(".")[0] in layers and name.endswith("_zero_point")
-        } | of_experts
+        said = {name for name in unused if name.rpartition(".")[0] in layers and is_zero_point(name)} | of_experts
         if told := {name: suffix for name, suffix in unused.items() if name not in said}:
             warnings.warn(
                 f"{checkpoint.directory}: {len(told)} scales that no layer here uses are left out: {describe(told)}",
@@ -246,6 +249,18 @@ class W8A8Quantizer(HfQuantizer):
             module = modules.get(path)
             yield key.removesuffix(".weight"), path, module if isinstance(module, nn.Linear | Conv1D) else None
 
+    def _placeless(self, model: PreTrainedModel, names: Iterable[str]) -> set[str]:
+        """The layers that the model has no module for: their tensors are refused like all others without a place."""
+        modules = dict(model.named_modules())
+        merged = renamed_alone(model, [f"{name}.weight" for name in names])
+        placeless = set()
+        for name, path, _ in self._linears(model, names):
+            key = None if path else expert_key(merged[f"{name}.weight"])
+            where = path if key is None else key.path
+            if where and where not in modules:
+                placeless.add(name)
+        return placeless
+
     def _check_shapes(self, model: PreTrainedModel) -> None:
         """Refuses tensors that do not fit the model, which older versions of transformers would load nevertheless."""
         expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -265,14 +280,13 @@ class W8A8Quantizer(HfQuantizer):
         quantization = self.checkpoint.quantization
         if not quantization.complete:
             return
-        floats = [
+        floats = {
             name.removesuffix(".weight")
             for name, tensor in self.checkpoint.tensors.items()
             if name.endswith(".weight") and len(tensor.shape) == 2
-        ]
-        targeted = [
-            name for name in floats if name not in self.checkpoint.layers and quantization.scheme_of(name) is not None
-        ]
+        }
+        names = names_of_layers(model, floats - self.checkpoint.layers.keys())
+        targeted = [name for name, all_names in names.items() if quantization.expects(*all_names)]
         experts = find_experts(model, self.checkpoint, targeted).paths
         for name, _, linear in self._linears(model, targeted):
             if linear is not None or name in experts:

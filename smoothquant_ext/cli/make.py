@@ -29,6 +29,7 @@ from .options import (
     Skip,
     StoredDtype,
     StoredFormat,
+    TextField,
 )
 from .support import (
     CALIBRATION_TEXT,
@@ -65,6 +66,7 @@ def quantize(
     calib: Calib = CALIBRATION_TEXT,
     samples: Samples = 128,
     seqlen: Seqlen = 512,
+    text_field: TextField = None,
     skip: Skip = None,
     only: Only = None,
     device: Device = "auto",
@@ -114,8 +116,9 @@ def quantize(
 
     start = time.perf_counter()
     network, tokenizer = load(model, drop=drop)
-    windows = read_windows(tokenizer, calib, samples, seqlen, seed)
-    tests = None if test is None else read_windows(tokenizer, test, TEST_SAMPLES, seqlen, seed)
+    loaded = network, tokenizer
+    windows = read_windows(loaded, calib, samples, seqlen, seed, text_field)
+    tests = None if test is None else read_windows(loaded, test, TEST_SAMPLES, seqlen, seed)
     quantize_(network, windows, recipe, journal=target.with_name(f".{target.name}.search"), device=where)
     cast_(network, stored_dtype(network.dtype, stored))
     network.smoothquant_record["calibration"]["text"] = name_of_text(calib)
@@ -131,6 +134,7 @@ def quantize(
         add_to_card(output, str(test), measured)
     out.print("Next:", style="bold")
     text = "" if calib == CALIBRATION_TEXT else f" --text {quoted(calib)}"
+    text += "" if text_field is None else f" --text-field {quoted(text_field)}"
     out.print(f"  smoothquant compare {quoted(model)} {quoted(output)}{text}", soft_wrap=True, highlight=False)
     out.print(f'  smoothquant generate {quoted(output)} "Once upon a time"', soft_wrap=True, highlight=False)
 

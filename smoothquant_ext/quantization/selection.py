@@ -67,6 +67,8 @@ def select_linears(structure: Structure, recipe: Recipe) -> Selection:
                     f"--{option} pattern {pattern!r} matches no linear layer; names look like {_examples(linears)}"
                 )
     reasons = _default_skips(model, linears)
+    misused = {name: f"{reason}, so nothing can take its place" for name, reason in structure.misused.items()}
+    reasons = misused | reasons
     selection = Selection(skipped=_unsupported_weights(model, {*linears, *experts}))
     for name in (*linears, *experts):
         layout = experts.get(name)
