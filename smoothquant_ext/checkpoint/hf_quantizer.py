@@ -54,6 +54,7 @@ class W8A8Config(QuantizationConfigMixin):
         directory: the directory of the checkpoint; ``None`` if transformers finds the files.
         infer_dtype: whether neither the caller nor the configuration names a dtype for what is not quantized.
         ready: whether to pack and fuse the loaded layers where they are.
+        as_w8a8: whether to quantize the activations of a checkpoint that has 8-bit weights alone.
     """
 
     def __init__(
@@ -61,12 +62,14 @@ class W8A8Config(QuantizationConfigMixin):
         directory: str | None = None,
         infer_dtype: bool = False,
         ready: bool = True,
+        as_w8a8: bool = False,
         quant_method: str = METHOD,
     ) -> None:
         self.quant_method = quant_method
         self.directory = directory
         self.infer_dtype = infer_dtype
         self.ready = ready
+        self.as_w8a8 = as_w8a8
 
 
 @register_quantizer(METHOD)
@@ -82,7 +85,7 @@ class W8A8Quantizer(HfQuantizer):
         self.info: dict[str, set[Any]] = {}  # what transformers finds missing and unexpected
         self.optional: Any = None  # the class's own list of tensors that it does without
         if quantization_config.directory is not None:
-            self.checkpoint = open_checkpoint(Path(quantization_config.directory))
+            self.checkpoint = open_checkpoint(Path(quantization_config.directory), quantization_config.as_w8a8)
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         # Left alone, transformers would take the dtype of the first tensor, which may be an FP8 weight or a scale.

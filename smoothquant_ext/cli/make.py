@@ -12,6 +12,7 @@ from ..errors import SmoothQuantError
 from .console import out, step
 from .options import (
     AlphaOrAuto,
+    AsW8A8,
     AutoSkip,
     Calib,
     Clipping,
@@ -142,12 +143,14 @@ def convert(
     ],
     format: StoredFormat = "auto",  # noqa: A002
     drop: Drop = None,
+    as_w8a8: AsW8A8 = False,
 ) -> None:
     """Writes a W8A8 checkpoint from any tool in another format, without rounding again.
 
     Example: [bold]smoothquant convert smol-w8a8 -o smol-lmdeploy --format lmdeploy[/bold]
 
-    Reads compressed-tensors, LMDeploy, and the FP8 formats of vLLM, transformers, FBGEMM and ModelOpt.
+    Reads compressed-tensors, the formats of LMDeploy, SGLang, Quark and Ascend, and the FP8 formats of vLLM,
+    transformers, FBGEMM and ModelOpt.
     """
     from ..checkpoint import saving
     from ..checkpoint.formats.registry import written_formats
@@ -157,7 +160,7 @@ def convert(
     target = saving.check_destination(output)
     if target == Path(source).resolve():
         raise SmoothQuantError(f"--output is {output}, the checkpoint to convert; name another directory")
-    network, tokenizer = load(source, drop=drop)
+    network, tokenizer = load(source, drop=drop, as_w8a8=as_w8a8)
     if not count_quantized(network):
         raise SmoothQuantError(f"{source} is not quantized; run 'smoothquant quantize' on it")
     with step(f"Saving to {output}"):
