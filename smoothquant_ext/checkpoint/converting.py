@@ -53,6 +53,7 @@ from .reading import (
 )
 from .record import RECORD, read_record
 from .saving import FORMER_CARD, check_destination, own_copy, with_files, write_shards
+from .scales import is_zero_point
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,8 @@ def _tensors_of(layer: str, checkpoint: Checkpoint) -> list[str]:
 def _scales_of(layer: str, checkpoint: Checkpoint) -> list[str]:
     """The names that the scales and zero points of a layer have in the files, if it has them."""
     names = checkpoint.quantization.fmt.tensors
-    suffixes = (names.weight_scale, names.input_scale, names.input_zero_point, names.smooth)
+    zero_points = names.weight_zero_point, names.input_zero_point
+    suffixes = (names.weight_scale, names.input_scale, names.smooth, *zero_points)
     return [f"{layer}.{suffix}" for suffix in suffixes if suffix is not None]
 
 
@@ -211,7 +213,7 @@ def _check_8_bit(checkpoint: Checkpoint) -> None:
     """Refuses 8-bit tensors that another format might store otherwise."""
     for name, tensor in checkpoint.tensors.items():
         is_weight = name.endswith(".weight") and name.removesuffix(".weight") in checkpoint.layers
-        if tensor.dtype in EIGHT_BIT.values() and not is_weight and not name.endswith("_zero_point"):
+        if tensor.dtype in EIGHT_BIT.values() and not is_weight and not is_zero_point(name):
             raise SmoothQuantError(
                 f"{tensor.file}: {name} is {tensor} and not the weight of a linear layer, so it is not known how "
                 "another format stores it; leave it out with --drop"

@@ -99,10 +99,32 @@ FOREIGN: dict[str, Callable[[Path], Any]] = {
 }
 
 
+def write_ascend(path: Path) -> None:
+    """As msModelSlim: a file that describes every tensor, and zero points of zero."""
+    dequantized = foreign.write_fp8(tiny.build("llama"), path, {}, ("weight_scale", None), True, torch.int8)
+    change_config(path, lambda config: config.pop("quantization_config"))
+    zero = {f"{layer}.weight_offset": torch.zeros(len(weight), 1) for layer, weight in dequantized.items()}
+    change_tensors(path, lambda tensors: tensors.update(zero))
+    kinds = dict.fromkeys(tensors_of(path), "FLOAT") | {f"{name}.weight": "W8A8_DYNAMIC" for name in dequantized}
+    (path / "quant_model_description.json").write_text(json.dumps(kinds | {"model_quant_type": "W8A8_DYNAMIC"}))
+
+
+FOREIGN |= {
+    "SGLang": lambda path: foreign.write_fp8(
+        tiny.build("llama"), path, {"quant_method": "w8a8_int8"}, ("weight_scale", None), True, torch.int8
+    ),
+    "Ascend": write_ascend,
+}
+
+
 @pytest.mark.parametrize("tool", FOREIGN)
 def test_other_tools(tool: str, tmp_path: Path) -> None:
     FOREIGN[tool](tmp_path / "theirs")
-    convert(tmp_path / "theirs", tmp_path / "ours")
+    done = convert(tmp_path / "theirs", tmp_path / "ours")
+    assert (done.unknown, done.left_out) == ((), ())
+    assert {name.rpartition(".")[2] for name in tensors_of(tmp_path / "ours")} <= {
+        "weight", "bias", "weight_scale", "input_scale"
+    }  # fmt: skip
     assert config_of(tmp_path / "ours")["quantization_config"]["quant_method"] == "compressed-tensors"
     assert_same_model(load(tmp_path / "ours"), load(tmp_path / "theirs"))
 
