@@ -35,6 +35,7 @@ from .report import LayerReport, Report, UnitReport
 from .restoring import unchanged_on_error
 from .resume import SearchState, fingerprint
 from .selection import Selection, check_finite_weights, select_linears
+from .rotation import rotate_
 from .sensitivity import Unit
 from .skipping import choose_skips, with_dynamic_scale
 
@@ -95,6 +96,9 @@ def _quantize(
     structure = find_structure(model, data.first)
     selection = select_linears(structure, recipe)
     check_finite_weights(selection.modules(model))
+    if recipe.rotate:
+        report.rotations = rotate_(placement.blocks_of(structure), data.first, recipe.rotate, progress=bar("Rotating"))
+        structure = find_structure(model, data.first)  # its blocks' calls are rotated now
 
     with placement.running(structure, unchanged=True):
         calibration = _calibrate(structure, selection, data, recipe, bar("Calibrating"))
