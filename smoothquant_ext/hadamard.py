@@ -11,7 +11,7 @@ from torch import Tensor
 
 @functools.cache
 def hadamard(n: int) -> Tensor | None:
-    """A Hadamard matrix: int8 [n, n] of 1 and -1 whose rows are orthogonal; ``None`` where no construction is known here.
+    """A Hadamard matrix, int8 [n, n] of 1 and -1 with orthogonal rows; ``None`` where no construction is known here.
 
     Constructions: Sylvester's product of smaller ones, and Paley's two for a prime q, of order q + 1 (q = 3 mod 4) and
     2 (q + 1) (q = 1 mod 4) (Paley 1933, "On orthogonal matrices").
@@ -27,7 +27,8 @@ def hadamard(n: int) -> Tensor | None:
         if left is not None and right is not None:
             return torch.kron(left, right)
     if _is_prime(n - 1):
-        return torch.eye(n, dtype=torch.int8) + _conference(n - 1, -1)
+        skew: Tensor = torch.eye(n, dtype=torch.int8) + _conference(n - 1, -1)
+        return skew
     q = n // 2 - 1
     if q % 4 == 1 and _is_prime(q):
         symmetric = _conference(q, 1)
@@ -55,7 +56,7 @@ def rotation(n: int, seed: int, fixes_ones: bool = False) -> Tensor:
         signs = torch.randint(0, 2, (n, 1), generator=generator) * 2 - 1
         return matrix.double() * signs / math.sqrt(n)
     size = n - 1 if fixes_ones else n
-    factor = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
+    factor: Tensor = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
     if not fixes_ones:
         return factor
     # A reflection exchanges the first axis and the diagonal; between two of them the diagonal is left alone.
@@ -64,7 +65,8 @@ def rotation(n: int, seed: int, fixes_ones: bool = False) -> Tensor:
     reflection = torch.eye(n, dtype=torch.float64)
     if n > 1:
         reflection -= 2 * torch.outer(mirror, mirror) / mirror.dot(mirror)
-    return reflection @ torch.block_diag(torch.ones(1, 1, dtype=torch.float64), factor) @ reflection
+    turned: Tensor = reflection @ torch.block_diag(torch.ones(1, 1, dtype=torch.float64), factor) @ reflection
+    return turned
 
 
 def _conference(q: int, sign: int) -> Tensor:

@@ -13,11 +13,9 @@ it (QuaRot, Ashkboos et al. 2024, section 4). Which those are shows in what they
 
 from __future__ import annotations
 
-import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,40 +25,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .blocks import Batch, BlockCall, run_model
 from .hooks import hooked
 from .linears import is_linear, values_of
-from .norms import looks_like_norm, norm_offset
-from .numerics import relative_error
+from .stream_prober import NoResidualStream, ResidualStream, StreamProber, copied
 from .structure import Block, Structure
 
 # Norms, rotary embeddings and softmax compute in fp32 whatever their input: a few dozen roundings.
 TOLERANCE = 64 * torch.finfo(torch.float32).eps
 # Of a whole model in its own dtype: a rotation, a norm, and what lies between them.
 NATIVE_ROUNDINGS = 8
-
-
-@dataclass(frozen=True)
-class ResidualStream:
-    """The matrices of one block at the residual stream, by their names in the block.
-
-    Attributes:
-        width: channels of the stream.
-        readers: of each matrix that reads the stream the norm before it, or ``None`` where there is none.
-        writers: the matrices whose outputs are added to the stream.
-        norms: the offset of each of these norms' weight, see ``norm_offset``.
-    """
-
-    width: int
-    readers: Mapping[str, str | None]
-    writers: tuple[str, ...]
-    norms: Mapping[str, float]
-
-    @property
-    def members(self) -> list[str]:
-        """The names of all of them."""
-        return list(dict.fromkeys((*self.readers, *self.writers, *self.norms)))
-
-
-class NoResidualStream(Exception):
-    """Why a block's residual stream cannot be rotated, to follow the block's name in a sentence."""
 
 
 def hidden_state(call: BlockCall, width: int) -> Tensor:
@@ -93,14 +64,15 @@ def find_block_stream(block: Block, module: nn.Module, rotation: Tensor) -> Resi
     """
     call = block.call
     assert call is not None
-    hidden = hidden_state(call, len(rotation))
-    dtype = next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
+    captured = hidden_state(call, len(rotation))
+    parameter = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
+    hidden = captured.to(parameter)
 
     def run(values: Tensor) -> list[Tensor]:
-        return with_hidden_state(call, hidden, values).replay(module, dtype)
+        return with_hidden_state(call, captured, values).replay(module, parameter.dtype)
 
     matrices = {name: module.get_submodule(name) for name in block.consumers}
-    prober = _Prober(module, matrices, rotation.to(next(module.parameters())), TOLERANCE)
+    prober = StreamProber(module, matrices, rotation.to(parameter), TOLERANCE)
     with prober.recording():
         outputs = run(hidden)
     is_stream = [output.is_floating_point() and output.shape == hidden.shape for output in outputs]
@@ -113,7 +85,7 @@ def find_block_stream(block: Block, module: nn.Module, rotation: Tensor) -> Resi
         return prober.moved_along(direction, streams) and all(torch.equal(a, b) for a, b in others)
 
     with prober.frozen():
-        if not moves(prober.direction, run(hidden.to(dtype) + prober.direction)):
+        if not moves(prober.direction, run(hidden + prober.direction)):
             raise NoResidualStream("adds nothing to its input, or something else than the outputs of its matrices")
     writers = []
     for name in prober.candidates():
@@ -147,7 +119,7 @@ def find_outer_stream(structure: Structure, batch: Batch, rotation: Tensor) -> R
     matrices = {n: each for n, each in modules.items() if is_linear(each) or isinstance(each, nn.Embedding)}
     parameter = next(p for p in model.parameters() if p.is_floating_point())
     tolerance = max(TOLERANCE, NATIVE_ROUNDINGS * torch.finfo(parameter.dtype).eps)
-    prober = _Prober(model, matrices, rotation.to(parameter), tolerance, skipped=inside)
+    prober = StreamProber(model, matrices, rotation.to(parameter), tolerance, skipped=inside)
     passages = _Passages(structure, prober)
 
     def run() -> list[Tensor]:
@@ -174,186 +146,10 @@ def find_outer_stream(structure: Structure, batch: Batch, rotation: Tensor) -> R
     return prober.stream(readers, writers)
 
 
-class _Prober:
-    """Runs a module with the outputs of its matrices and norms recorded, held fixed, or rotated.
-
-    Attributes:
-        rotation: [D, D], in the dtype of the module.
-        direction: [D], of unit length: noise.
-        norms: the norms over D channels that the recorded run called, with their offsets.
-        inputs: of matrices and norms, for each call.
-        outputs: likewise.
-    """
-
-    def __init__(
-        self,
-        root: nn.Module,
-        matrices: Mapping[str, nn.Module],
-        rotation: Tensor,
-        tolerance: float,
-        skipped: tuple[str, ...] = (),
-    ) -> None:
-        """Prepares the runs; what is below the prefixes ``skipped`` is left alone."""
-        self.rotation, self.tolerance, self.width = rotation, tolerance, len(rotation)
-        self.modules = {name: module for name, module in root.named_modules() if not name.startswith(skipped or "\0")}
-        self.matrices = matrices
-        self.norms: dict[str, float] = {}
-        self.inputs: dict[str, list[Tensor]] = {}
-        self.outputs: dict[str, list[Any]] = {}
-        noise = torch.randn(self.width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        self.direction = noise.to(rotation)
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Keeps the inputs and outputs of matrices and norms."""
-        # Copies have no hooks: a norm is run to see what it computes.
-        plain = {name: copy.deepcopy(each) for name, each in self.modules.items() if not list(each.children())}
-
-        def note(name: str, args: Any, _kwargs: Any, output: Any) -> None:
-            if name not in self.matrices and name not in self.norms:
-                if not (looks_like_norm(self.modules[name], args, output) and output.shape[-1] == self.width):
-                    return
-                offset = norm_offset(plain[name], *args)
-                if offset is None:
-                    return
-                self.norms[name] = offset
-            if args and isinstance(args[0], Tensor):
-                self.inputs.setdefault(name, []).append(_copied(args[0]))
-                self.outputs.setdefault(name, []).append(_copied(output))
-
-        with hooked({name: each for name, each in self.modules.items() if name}, after=note):
-            yield
-
-    def candidates(self) -> Iterator[str]:
-        """The matrices and norms whose output may be added to the stream."""
-        for name, outputs in self.outputs.items():
-            if isinstance(outputs[0], Tensor) and outputs[0].shape[-1] == self.width:
-                yield name
-
-    @contextmanager
-    def frozen(self, moving: str | None = None) -> Iterator[None]:
-        """Makes matrices and norms return what they returned, ``moving`` that plus ``direction``."""
-        counts: dict[str, int] = {}
-
-        def freeze(name: str, _args: Any, _kwargs: Any, output: Any) -> Any:
-            call = counts[name] = counts.get(name, 0) + 1
-            if call > len(self.outputs.get(name, ())):
-                return None
-            result = _copied(self.outputs[name][call - 1])
-            return result + self.direction if name == moving else result
-
-        with hooked({name: self.modules[name] for name in (*self.matrices, *self.norms)}, after=freeze):
-            yield
-
-    @contextmanager
-    def turned(self, writers: Sequence[str]) -> Iterator[dict[str, str | None]]:
-        """Makes writers return their recorded outputs rotated, norms theirs without a weight, others theirs.
-
-        Gives a dictionary that gets an entry for each reader: the norm before it, or ``None``.
-        """
-        readers: dict[str, str | None] = {}
-        turned_norms: list[str] = []
-        counts: dict[str, int] = {}
-        plain = {name: self._unweighted(name) for name in self.norms}
-
-        def recorded(name: str, args: Any) -> tuple[Tensor, Any]:
-            call = counts[name] = counts.get(name, 0) + 1
-            if call > len(self.inputs.get(name, ())) or not args:
-                raise NoResidualStream(f"calls {name} in one run and not in another")
-            return self.inputs[name][call - 1], _copied(self.outputs[name][call - 1])
-
-        def turn_norm(name: str, args: Any, _kwargs: Any, _output: Any) -> Any:
-            before, result = recorded(name, args)
-            if self.same(args[0], before):
-                return result
-            if not self.same(args[0], self.rotated(before)):
-                raise NoResidualStream(f"hands {name} a part of its residual stream, or a function of it")
-            wanted = self.rotated(plain[name](before))
-            if not self.same(plain[name](args[0]), wanted):
-                raise NoResidualStream(f"has a norm, {name}, that does not commute with rotations")
-            turned_norms.append(name)
-            return wanted + self.rotated(self._shift(name))
-
-        def turn_matrix(name: str, args: Any, _kwargs: Any, _output: Any) -> Any:
-            before, result = recorded(name, args)
-            if not self.same(args[0], before):
-                sources = [n for n in (None, *turned_norms) if self._is_reading(args[0], before, n)]
-                if not sources or readers.get(name, sources[-1]) != sources[-1]:
-                    raise NoResidualStream(f"hands {name} a part of its residual stream, or a function of it")
-                readers[name] = sources[-1]
-            elif name in readers:
-                raise NoResidualStream(f"hands {name} its residual stream, and something else")
-            return self.rotated(result) if name in writers else result
-
-        norms = {name: self.modules[name] for name in self.norms}
-        with hooked(norms, after=turn_norm), hooked(self.matrices, after=turn_matrix):
-            yield readers
-
-    def stream(self, readers: Mapping[str, str | None], writers: Sequence[str]) -> ResidualStream:
-        """The result."""
-        norms = {norm: self.norms[norm] for norm in readers.values() if norm is not None}
-        return ResidualStream(self.width, dict(readers), tuple(writers), norms)
-
-    def check_writer(self, name: str, moves_along: bool) -> None:
-        """Raises NoResidualStream for something that reaches the stream and may not."""
-        if not moves_along:
-            raise NoResidualStream(f"adds a function of the output of {name} to its residual stream")
-        if name in self.norms:
-            raise NoResidualStream(f"has a norm, {name}, between a matrix and the residual stream")
-
-    def check_result(self, actual: Tensor, expected: Tensor) -> None:
-        """Raises NoResidualStream if a rotated run has another result than expected."""
-        if not self.same(actual, expected):
-            raise NoResidualStream("uses its residual stream in a way that does not commute with rotations")
-
-    def moved_along(self, direction: Tensor, pairs: Iterable[tuple[Tensor, Tensor]]) -> bool:
-        """Whether the first of each pair is the second plus something along a direction, not zero in all of them."""
-        any_moved = False
-        for actual, expected in pairs:
-            change = (actual - expected).reshape(-1, self.width)
-            along = (change @ direction)[:, None] * direction / direction.dot(direction)
-            if float((change - along).norm()) > self.tolerance * float(change.norm() + expected.norm()):
-                return False
-            any_moved |= bool(change.any())
-        return any_moved
-
-    def rotated(self, values: Tensor) -> Tensor:
-        return values.to(self.rotation) @ self.rotation
-
-    def same(self, actual: Tensor, expected: Tensor) -> bool:
-        return actual.shape == expected.shape and relative_error(actual, expected) <= self.tolerance
-
-    def _is_reading(self, actual: Tensor, before: Tensor, norm: str | None) -> bool:
-        """Whether a matrix that was handed ``before`` is handed it rotated, less the weight of a norm."""
-        if before.shape[-1] != self.width:
-            return False
-        return self.same(actual, self.rotated(before if norm is None else before / self._gain(norm)))
-
-    def _gain(self, norm: str) -> Tensor:
-        weight = values_of(self.modules[norm], "weight")
-        assert weight is not None
-        gain = weight + self.norms[norm]
-        if bool((gain == 0).any()):
-            raise NoResidualStream(f"has a norm, {norm}, with a weight of 0")
-        return gain
-
-    def _unweighted(self, norm: str) -> nn.Module:
-        module = copy.deepcopy(self.modules[norm])
-        for name, parameter in module.named_parameters(recurse=False):
-            parameter.data.fill_(1.0 - self.norms[norm] if name == "weight" else 0.0)
-        return module
-
-    def _shift(self, norm: str) -> Tensor:
-        """A norm's bias over its weight: what is added once the weight is folded into the readers."""
-        bias = values_of(self.modules[norm], "bias")
-        gain = self._gain(norm)
-        return torch.zeros_like(gain) if bias is None else bias / gain
-
-
 class _Passages:
     """The blocks of a model, through which the stream passes."""
 
-    def __init__(self, structure: Structure, prober: _Prober) -> None:
+    def __init__(self, structure: Structure, prober: StreamProber) -> None:
         self.modules = {name: structure.blocks[name].module for name in structure.called}
         self.prober = prober
         self.calls: dict[str, list[BlockCall]] = {}
@@ -364,8 +160,8 @@ class _Passages:
         """Keeps the arguments and outputs of the blocks."""
 
         def note(name: str, args: Any, kwargs: Any, output: Any) -> None:
-            self.calls.setdefault(name, []).append(BlockCall(*_copied((args, kwargs))))
-            self.outputs.setdefault(name, []).append(_copied(output))
+            self.calls.setdefault(name, []).append(BlockCall(*copied((args, kwargs))))
+            self.outputs.setdefault(name, []).append(copied(output))
 
         with hooked(self.modules, after=note):
             yield
@@ -407,7 +203,7 @@ class _Passages:
             index = counts[name] = counts.get(name, -1) + 1
             if index >= len(self.calls[name]):
                 raise NoResidualStream(f"calls {name} in one run and not in another")
-            return replace(name, BlockCall(args, kwargs), self.calls[name][index], _copied(self.outputs[name][index]))
+            return replace(name, BlockCall(args, kwargs), self.calls[name][index], copied(self.outputs[name][index]))
 
         with hooked(self.modules, after=after):
             yield
@@ -419,7 +215,3 @@ def _is_stream(leaf: Any, hidden: Tensor) -> bool:
 
 def _leaves(call: BlockCall) -> list[Tensor]:
     return [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
-
-
-def _copied(value: Any) -> Any:
-    return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, value)

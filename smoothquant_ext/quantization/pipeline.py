@@ -34,8 +34,8 @@ from .recipe import Recipe
 from .report import LayerReport, Report, UnitReport
 from .restoring import unchanged_on_error
 from .resume import SearchState, fingerprint
-from .selection import Selection, check_finite_weights, select_linears
 from .rotation import rotate_
+from .selection import Selection, check_finite_weights, select_linears
 from .sensitivity import Unit
 from .skipping import choose_skips, with_dynamic_scale
 
@@ -97,7 +97,7 @@ def _quantize(
     selection = select_linears(structure, recipe)
     check_finite_weights(selection.modules(model))
     if recipe.rotate:
-        report.rotations = rotate_(placement.blocks_of(structure), data.first, recipe.rotate, progress=bar("Rotating"))
+        report.rotations = rotate_(structure, data.first, recipe.rotate, placement, bar("Rotating"))
         structure = find_structure(model, data.first)  # its blocks' calls are rotated now
 
     with placement.running(structure, unchanged=True):

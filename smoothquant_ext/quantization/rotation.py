@@ -1,22 +1,23 @@
 """Rotates the activations of a model, so that the outliers of a few channels are spread over all.
 
-Two rotations cost nothing at run time, because both they and their inverses are folded into weights (QuaRot, Ashkboos et
-al. 2024, section 4; SpinQuant's names):
+Two rotations cost nothing at run time, because both they and their inverses are folded into weights (QuaRot, Ashkboos
+et al. 2024, section 4; SpinQuant's names):
 
 - **R1, the residual stream**: whatever is added to it is rotated, whatever reads it is rotated back. The weights of the
-  norms in between are folded into the readers before, since they scale channel by channel. A norm that subtracts the mean
-  commutes with rotations that leave a vector of equal elements alone.
+  norms in between are folded into the readers before, since they scale channel by channel. A norm that subtracts the
+  mean commutes with rotations that leave a vector of equal elements alone.
 - **R2, the heads of attention**: the values are rotated, and the projection behind the attention is rotated back. A
   rotation within a head commutes with the averages that attention takes over tokens.
 
-Each is found by running the blocks (``probing/residual.py``, ``probing/smoothing_groups.py``), folded into a copy of the
-block in a higher precision, and dropped if the block then computes something else.
+Each is found by running the blocks (``probing/residual.py``, ``probing/smoothing_groups.py``), folded into a copy of
+the block in a higher precision, and dropped if the block then computes something else.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,20 +30,16 @@ from ..probing.consumers import columns_of
 from ..probing.experts import ExpertsLayout
 from ..probing.linears import as_linear, is_linear, values_of, weight_nk
 from ..probing.numerics import relative_error
-from ..probing.residual import (
-    NoResidualStream,
-    ResidualStream,
-    find_block_stream,
-    find_outer_stream,
-    hidden_state,
-    with_hidden_state,
-)
+from ..probing.residual import find_block_stream, find_outer_stream, hidden_state, with_hidden_state
 from ..probing.smoothing_groups import BlockProber, Discovery
+from ..probing.stream_prober import NoResidualStream, ResidualStream
 from ..probing.structure import Block, Structure
+from .placement import Placement
 from .report import Rotations
 from .smoothing import PROOF_TOLERANCE, Proof
 
-WHOLE_ROUNDINGS = 32  # of a whole model's logits in its own dtype
+WHOLE_TOLERANCE, WHOLE_ROUNDINGS = 1e-3, 32  # of a whole model's logits, in fp32 and of 16 bits
+CHANGES = "computes something else when it is rotated"
 SMALLEST_HEAD = 8  # channels; a rotation of fewer spreads nothing
 
 
@@ -50,125 +47,126 @@ def rotate_(
     structure: Structure,
     batch: Batch,
     kinds: Collection[str],
-    seed: int = 0,
+    placement: Placement,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    seed: int = 0,
 ) -> Rotations:
     """Rotates a model, whose parameters are exchanged for rotated ones; what cannot be rotated stays as it is.
 
     Args:
         structure: of the model in floating point.
         batch: whose first tokens show how the model is wired.
-        kinds: ``"residual"``, ``"heads"``.
-        seed: of the rotations.
+        kinds: some of ``recipe.ROTATIONS``.
+        placement: where the blocks run.
         progress: wraps the iterable of blocks.
+        seed: of the rotations.
     """
-    rotations = Rotations()
-    if "residual" in kinds:
-        _try_residual_(structure, probe_batch(batch), seed, progress, rotations)
-    if "heads" in kinds:
-        hints: dict[tuple[type, str, int], Any] = {}
-        for name in progress(structure.called):
-            _rotate_heads_(structure.blocks[name], structure.tied, seed + 1, hints, rotations)
-    return rotations
+    result = Rotations()
+    blocks = placement.blocks_of(structure).blocks
+    hints: dict[tuple[type, str, int], Any] = {}
+    rotator = _ResidualRotator(structure, blocks) if "residual" in kinds else None
+    for name in progress(structure.called):
+        if rotator is not None and not rotator.refused:
+            rotator.examine(name, seed)
+        if "heads" in kinds:
+            _rotate_heads_(structure, blocks[name], seed + 1, hints, result)
+    if rotator is not None:
+        with placement.running(structure):
+            rotator.rotate_(probe_batch(batch), result)
+    return result
 
 
-def _try_residual_(
-    structure: Structure, probe: Batch, seed: int, progress: Callable[[Iterable[Any]], Iterable[Any]], result: Rotations
-) -> None:
-    try:
-        result.refused = "the model "
-        width = _stream_width(structure)
-        first = structure.called[0]
-        result.refused = f"the block {first} "
-        for fixes_ones in (False, True):
-            turn = rotation(width, seed, fixes_ones)
+class _ResidualRotator:
+    """Finds the residual stream, block by block, and rotates it in all of them or in none.
+
+    Attributes:
+        refused: why it is left as it is, or ''.
+    """
+
+    def __init__(self, structure: Structure, blocks: Mapping[str, Block]) -> None:
+        self.structure, self.blocks = structure, blocks
+        self.streams: dict[str, ResidualStream] = {}
+        self.refused = ""
+        self.turn: Tensor | None = None
+        idle = [name for name in structure.blocks if name not in structure.called]
+        if idle:
+            self.refused = f"{idle[0]} did not run, and may share the residual stream"
+
+    def examine(self, name: str, seed: int) -> None:
+        """Finds the stream of a block. The first decides which rotation the norms allow."""
+        block = self.blocks[name]
+        try:
+            if self.turn is None:
+                width = _stream_width(block)
+                self.turn = rotation(width, seed)
+                try:
+                    _proven_stream(block, self.turn)
+                except NoResidualStream:
+                    self.turn = rotation(width, seed, fixes_ones=True)
+            self.streams[name] = _proven_stream(block, self.turn)
+        except NoResidualStream as reason:
+            self.refused = f"{name} {reason}"
+
+    def rotate_(self, probe: Batch, result: Rotations) -> None:
+        """Rotates the stream everywhere, if every block was examined with success."""
+        if not self.refused and self.turn is not None:
             try:
-                _proven_stream(structure.blocks[first], turn)
-                break
-            except NoResidualStream:
-                if fixes_ones:
-                    raise
-        streams = {}
-        for name in progress(structure.called):
-            result.refused = f"the block {name} "
-            streams[name] = _proven_stream(structure.blocks[name], turn)
-        result.refused = "the model "
-        outer = find_outer_stream(structure, probe, turn)
-        result.untied = _rotate_residual_(structure, probe, streams, outer, turn)
-        result.residual, result.refused = True, ""
-    except NoResidualStream as reason:
-        result.refused += str(reason)
+                outer = find_outer_stream(self.structure, probe, self.turn)
+                self._rotate_(outer, probe, self.turn)
+                result.untied = _untie_(self.structure.model, self.structure.tied & {*outer.readers, *outer.writers})
+                result.residual = True
+            except NoResidualStream as reason:
+                self.refused = f"the model {reason}"
+        result.refused = self.refused
+
+    def _rotate_(self, outer: ResidualStream, probe: Batch, turn: Tensor) -> None:
+        model = self.structure.model
+        named = {
+            self.structure.blocks[n].full_name(local) for n, stream in self.streams.items() for local in stream.members
+        }
+        if shared := self.structure.tied & named:
+            raise NoResidualStream(f"uses the weight of {min(shared)} in another place too")
+        owners = list(model.modules())
+        originals = [(owner, dict(owner._parameters)) for owner in owners]
+        before = _logits(model, probe)
+        for name, stream in self.streams.items():
+            _install_(model.get_submodule(name), stream, self.structure.blocks[name].experts, turn)
+        _install_(model, outer, {}, turn)
+        error = relative_error(_logits(model, probe), before)
+        if error > max(WHOLE_TOLERANCE, WHOLE_ROUNDINGS * torch.finfo(before.dtype).eps):
+            for owner, parameters in originals:
+                owner._parameters.update(parameters)
+            raise NoResidualStream(f"{CHANGES} (by {error:.1e}, relative)")
 
 
-def _stream_width(structure: Structure) -> int:
-    """The last dimension of what every block is called with."""
-    if not structure.called:
-        raise NoResidualStream("no block runs")
-    if len(structure.called) < len(structure.blocks):
-        idle = next(name for name in structure.blocks if name not in structure.called)
-        raise NoResidualStream(f"did not run {idle}, which may share the residual stream")
-    call = structure.blocks[structure.called[0]].call
-    assert call is not None
-    hidden = next((leaf for leaf in tree_leaves((call.args, call.kwargs)) if _is_hidden(leaf)), None)
-    if hidden is None:
-        raise NoResidualStream("calls its blocks without hidden states")
-    return int(hidden.shape[-1])
-
-
-def _is_hidden(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() == 3
+def _stream_width(block: Block) -> int:
+    """The last dimension of the hidden states that a block is called with."""
+    assert block.call is not None
+    for leaf in tree_leaves((block.call.args, block.call.kwargs)):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() == 3:
+            return int(leaf.shape[-1])
+    raise NoResidualStream("is called without hidden states")
 
 
 def _proven_stream(block: Block, turn: Tensor) -> ResidualStream:
-    """The stream of a block, rotated in a copy that then computes the same.
+    """The stream of a block, which was rotated in a copy that then computed the same.
 
     Raises:
-        NoResidualStream: it does not.
+        NoResidualStream: there is none, or the copy did not.
     """
+    proof = Proof(block)
     assert block.call is not None
-    native = next(parameter.dtype for parameter in block.module.parameters() if parameter.is_floating_point())
-    for dtype in (torch.float64, torch.float32) if native == torch.float32 else (torch.float32,):
-        module = copy.deepcopy(block.module).to(dtype)
-        try:
-            stream = find_block_stream(block, module, turn)
-            hidden = hidden_state(block.call, stream.width)
-            expected = block.call.replay(module, dtype)
-            _fold_(module.get_submodule, stream, block.experts, turn)
-            turned = with_hidden_state(block.call, hidden, hidden.to(dtype) @ turn.to(hidden.device, dtype))
-            actual = turned.replay(module, dtype)
-        except RuntimeError:  # some kernels (grouped products of experts) have no fp64
-            if dtype == torch.float32:
-                raise
-            continue
-        for one, other in zip(actual, expected, strict=True):
-            wanted = other @ turn.to(other) if other.shape == hidden.shape and other.is_floating_point() else other
-            if (error := relative_error(one, wanted)) > PROOF_TOLERANCE:
-                raise NoResidualStream(f"computes something else when it is rotated (by {error:.1e}, relative)")
-        return stream
-    raise AssertionError
-
-
-def _rotate_residual_(
-    structure: Structure, probe: Batch, streams: Mapping[str, ResidualStream], outer: ResidualStream, turn: Tensor
-) -> int:
-    """Rotates the model; the bytes of what has to be stored apart from now on."""
-    model = structure.model
-    members = {structure.blocks[name].full_name(local): (name, local) for name, s in streams.items() for local in s.members}
-    shared = structure.tied & members.keys()
-    if shared:
-        raise NoResidualStream(f"shares the weight of {min(shared)} with another module")
-    parameters = {(owner, name): p for owner in model.modules() for name, p in owner._parameters.items()}
-    before = _logits(model, probe)
-    for name, stream in streams.items():
-        block = structure.blocks[name]
-        _install_(block.module, stream, block.experts, turn)
-    _install_(model, outer, {}, turn)
-    error = relative_error(_logits(model, probe), before)
-    if error > max(1e-3, WHOLE_ROUNDINGS * torch.finfo(before.dtype).eps):
-        for (owner, name), parameter in parameters.items():
-            owner._parameters[name] = parameter
-        raise NoResidualStream(f"computes something else when it is rotated (by {error:.1e}, relative)")
-    return _untie_(model, structure.tied & {*outer.readers, *outer.writers})
+    call, module, dtype = block.call, proof.module, proof.dtype
+    stream = find_block_stream(block, module, turn)
+    hidden = hidden_state(call, stream.width)
+    expected = call.replay(module, dtype)
+    _fold_(module.get_submodule, stream, block.experts, turn)
+    turned = with_hidden_state(call, hidden, hidden.to(dtype) @ turn.to(hidden.device, dtype))
+    for actual, other in zip(turned.replay(module, dtype), expected, strict=True):
+        wanted = other @ turn.to(other) if other.shape == hidden.shape and other.is_floating_point() else other
+        if (error := relative_error(actual, wanted)) > PROOF_TOLERANCE:
+            raise NoResidualStream(f"{CHANGES} (by {error:.1e}, relative)")
+    return stream
 
 
 def _logits(model: nn.Module, probe: Batch) -> Tensor:
@@ -181,8 +179,9 @@ def _untie_(model: nn.Module, tied: Collection[str]) -> int:
     """Says in the configuration that no weights are shared any more; the bytes of those that were."""
     if not tied:
         return 0
-    config = getattr(model, "config", None)
-    for each in {id(c): c for c in (config, getattr(config, "get_text_config", lambda: None)())}.values():
+    config: Any = getattr(model, "config", None)
+    configs: list[Any] = [config, getattr(config, "get_text_config", lambda: None)()]
+    for each in configs:
         if getattr(each, "tie_word_embeddings", False):
             each.tie_word_embeddings = False
     weights = [values_of(model.get_submodule(name), "weight") for name in tied]
@@ -234,38 +233,38 @@ def _rows_of(module: nn.Module, layout: ExpertsLayout | None) -> list[tuple[Tens
 def _wide(tensor: Tensor | None) -> Tensor:
     """At least fp32, fp64 where it is fp32 already: a rotation is rounded once, to the dtype of the weight."""
     assert tensor is not None
-    return tensor.double() if tensor.dtype == torch.float32 else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return (
+        tensor.double()
+        if tensor.dtype == torch.float32
+        else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    )
 
 
 def _rotate_heads_(
-    block: Block, tied: Collection[str], seed: int, hints: dict[tuple[type, str, int], Any], result: Rotations
+    structure: Structure, block: Block, seed: int, hints: dict[tuple[type, str, int], Any], result: Rotations
 ) -> None:
     """Rotates the values of a block's attention, in heads as large as the block allows."""
     discovery = Discovery()
-    BlockProber(block, tied, hints).find_groups(discovery, kinds=("linear",))
+    BlockProber(block, structure.tied, hints).find_groups(discovery, kinds=("linear",))
     for group in discovery.groups:
-        (consumer, channel_map), *more = group.consumers.items()
-        if more or not is_linear(block.find(consumer)):
+        consumer, channel_map = next(iter(group.consumers.items()))
+        if len(group.consumers) > 1 or not is_linear(block.find(consumer)):
             continue
-        proof = Proof(block)
         key = type(block.module), f"heads of {block.local_name(group.producer)}", group.channels
         sizes = [hints[key]] if key in hints else _head_sizes(channel_map)
-        hints.setdefault(key, 0)
+        hints[key] = 0
+        proof = Proof(block) if any(sizes) else None
         for size in filter(None, sizes):
-            heads = _heads(channel_map, size)
-            turn = rotation(size, seed)
-            members = group.producer, consumer
-
-            def fold_(modules: Sequence[nn.Module], heads: Sequence[Tensor] = heads, turn: Tensor = turn) -> None:
-                _fold_heads_(modules[0], modules[1], heads, turn)
-
-            modules = [block.find(name, proof.module) for name in members]
-            if not proof.attempt(modules, lambda: fold_(modules)):
+            assert proof is not None
+            heads, turn = _heads(channel_map, size), rotation(size, seed)
+            members = block.find(group.producer, proof.module), block.find(consumer, proof.module)
+            if not proof.attempt(members, partial(_fold_heads_, *members, heads, turn)):
                 hints[key] = result.heads[block.name] = size
-                copies = [copy.deepcopy(block.find(name)) for name in members]
-                fold_(copies)
-                for name, other in zip(members, copies, strict=True):
-                    block.find(name)._parameters.update(other._parameters)
+                home = [structure.model.get_submodule(name) for name in (group.producer, consumer)]
+                producer, reader = copies = [copy.deepcopy(module) for module in home]
+                _fold_heads_(producer, reader, heads, turn)
+                for module, other in zip(home, copies, strict=True):
+                    module._parameters.update(other._parameters)
                 break
 
 
