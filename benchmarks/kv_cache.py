@@ -132,7 +132,7 @@ def measure_accuracy(model: Any, original: Any, test: Tensor) -> dict[str, dict[
         for name, own in tallies.items():
             for base, tally in own.items():
                 tally.add(window, logits[name], logits[base])
-    return {name: {base: tally.result(SEQLEN - 1) for base, tally in own.items()} for name, own in tallies.items()}
+    return {name: {base: tally.result() for base, tally in own.items()} for name, own in tallies.items()}
 
 
 def with_float_products(model: Any) -> Any:

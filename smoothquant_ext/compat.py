@@ -26,5 +26,7 @@ def quiet_transformers() -> Iterator[None]:
 
 def first_line(error: BaseException) -> str:
     """The part of a library's exception that fits in a sentence."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".:")
+    text = f"KeyError {error}" if isinstance(error, KeyError) else str(error).strip() or type(error).__name__
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    is_title = lines[0].endswith(":") and len(lines) > 1  # what it says comes next
+    return (" ".join(lines[:2]) if is_title else lines[0]).rstrip(".:")

@@ -6,33 +6,65 @@ import importlib.util
 import os
 import re
 import socket
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import torch
 from huggingface_hub import constants, snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from .checkpoint import loading
+from .checkpoint.completeness import (
+    is_dropped,
+    load_complete,
+    only_complete_models,
+    unexpected_tensors,
+)
 from .checkpoint.formats.registry import config_files
-from .checkpoint.reading import find_quantization
+from .checkpoint.model_classes import OWN_CODE, is_multimodal, model_class
+from .checkpoint.reading import COPY_AGAIN, INDEX, find_quantization, read_json
+from .checkpoint.source_files import check_directory, check_experts, gguf_names, stored_names, superfluous_blocks
 from .compat import first_line, quiet_transformers
 from .devices import loaded_on, move_
 from .errors import SmoothQuantError
 
+# What some of transformers' and torch's errors mean for a user, by a part of theirs.
+_REASONS = {
+    "trust_remote_code": OWN_CODE,
+    "Weights only load failed": "its .bin files hold more than tensors, and such pickles are never run; take the model "
+    "in safetensors",
+}
+OTHER_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx*"]
 CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What a user asks for: the model's name, for messages, and the arguments of ``load_model``."""
+
+    name: str
+    dtype: torch.dtype | None
+    device: torch.device | str | None
+    drop: Sequence[str]
 
 
 def load_model(
     source: str | os.PathLike[str],
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    drop: Sequence[str] = (),
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a causal LM and its tokenizer.
+
+    The files must hold exactly the tensors that the model needs: transformers would fill in random numbers.
 
     Args:
         source: a directory written by ``save_pretrained`` or ``smoothquant_ext.save``, the path of a .gguf file (which
@@ -40,62 +72,99 @@ def load_model(
         dtype: dtype of the floating-point weights; ``None`` takes the checkpoint's, for GGUF float32.
         device: the device to load to, by default the CPU. With accelerate installed the weights are read straight to a
             GPU, and a model that is too large for it is spread over main memory too.
+        drop: shell patterns like ``"mtp.*"`` for names of tensors that the model has no place for and that may be left
+            out.
 
     Returns:
         The model in evaluation mode, with ``W8A8Linear`` layers if the source is a W8A8 checkpoint, and the tokenizer.
 
     Raises:
-        SmoothQuantError: the model does not exist, transformers cannot load it, or it has no tokenizer.
+        SmoothQuantError: the model does not exist, is no causal LM, lacks tensors, holds others than it needs, cannot
+            be loaded by transformers, or has no tokenizer.
     """
     path = Path(source)
+    request = _Request(str(source) if not path.is_dir() else str(path), dtype, device, tuple(drop))
     with quiet_transformers():
-        if path.suffix.lower() == ".gguf":
-            return _load_gguf(path, dtype or torch.float32, device)
+        if path.suffix.lower() == ".gguf" and not path.is_dir():
+            return _load_gguf(path, request)
         if path.is_dir():
-            quantized = find_quantization(path) is not None
-            return _load(str(path), path, quantized, dtype, device)
+            check_directory(path)
+            return _load(request, path, find_quantization(path) is not None)
         if path.exists():
             raise SmoothQuantError(f"{path} is neither a directory nor a .gguf file; name a model's directory")
-        return _load_from_hub(str(source), dtype, device)
+        return _load_from_hub(request)
 
 
 def _load(
-    name: str,
-    source: Path | str,
-    quantized: bool,
-    dtype: torch.dtype | None,
-    device: torch.device | str | None,
-    **kwargs: Any,
+    request: _Request, source: Path | str, quantized: bool, **kwargs: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    unloadable = f"{name}: transformers cannot load this model"
+    unloadable = f"{request.name}: transformers cannot load this model"
     # The configuration is loaded first: an error in it would otherwise appear as one of the tokenizer. It is passed on
     # because a GGUF file takes seconds to parse.
     config = _call(unloadable, AutoConfig, source, **kwargs)
-    no_tokenizer = f"{name} has no tokenizer that transformers can load"
+    loader = None if quantized else model_class(config, request.name, causal=True)
+    no_tokenizer = f"{request.name} has no tokenizer that transformers can load"
     tokenizer = _call(no_tokenizer, AutoTokenizer, source, config=config, **kwargs)
     if quantized:
-        return loading.load(source, device, dtype), tokenizer
-
-    def load(options: Mapping[str, Any]) -> PreTrainedModel:
-        model: PreTrainedModel = _call(
-            unloadable, AutoModelForCausalLM, source, config=config, dtype=dtype or "auto", **options, **kwargs
-        )
-        return model.eval()
-
-    model = load({}) if "gguf_file" in kwargs else loaded_on(device, load)
-    move_(model, device)
+        model = loading.load_as(source, request.device, request.dtype, request.drop, causal=True)
+    else:
+        stored: Collection[str] = ()
+        if "gguf_file" in kwargs:
+            stored = gguf_names(Path(source) / kwargs["gguf_file"])
+            request = _without_superfluous_blocks(request, stored, config)
+        else:
+            stored = stored_names(source) if isinstance(source, Path) else _names_on_hub(source, **kwargs)
+            check_experts(request.name, stored)
+        load = partial(_load_float, request, loader, source, stored, {"config": config, **kwargs})
+        model = load({}) if "gguf_file" in kwargs else loaded_on(request.device, load)
+        move_(model, request.device)
+    _check_vocabulary(request.name, model, tokenizer)
     return model, tokenizer
 
 
-def _load_gguf(
-    path: Path, dtype: torch.dtype, device: torch.device | str | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _without_superfluous_blocks(request: _Request, names: Collection[str], config: Any) -> _Request:
+    """The request for a GGUF file without the patterns for blocks beyond the header's number, which have to go."""
+    extra = superfluous_blocks(names, config.get_text_config().num_hidden_layers)
+    left = [name for name in extra if not is_dropped(name, request.drop)]
+    if left:
+        needed = set(names) - set(extra)
+        raise SmoothQuantError(unexpected_tensors(request.name, "the model of its header", left, needed))
+    drop = [pattern for pattern in request.drop if not any(is_dropped(name, [pattern]) for name in extra)]
+    return replace(request, drop=drop)
+
+
+def _load_float(
+    request: _Request,
+    loader: Any,
+    source: Path | str,
+    stored: Collection[str],
+    arguments: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> PreTrainedModel:
+    """A complete model in floating point; ``arguments`` and ``options`` are for ``from_pretrained``."""
+    unloadable = f"{request.name}: transformers cannot load this model"
+    with _said_of(unloadable):
+        model = load_complete(
+            loader,
+            source,
+            request.drop,
+            stored,
+            dtype=request.dtype or "auto",
+            trust_remote_code=False,
+            **arguments,
+            **options,
+        )
+    return model.eval()
+
+
+def _load_gguf(path: Path, request: _Request) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not path.is_file():
         raise SmoothQuantError(f"{path} does not exist; name an existing .gguf file")
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise SmoothQuantError(f"{path} needs the package {package} to be read; install smoothquant-ext[gguf]")
-    model, tokenizer = _load(str(path), path.parent, False, dtype, device, gguf_file=path.name)
+    request = replace(request, dtype=request.dtype or torch.float32)
+    model, tokenizer = _load(request, path.parent, False, gguf_file=path.name)
     # transformers dequantized the weights while loading, so from here on this is a float model.
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
@@ -103,34 +172,102 @@ def _load_gguf(
     return model, tokenizer
 
 
-def _load_from_hub(
-    name: str, dtype: torch.dtype | None, device: torch.device | str | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_from_hub(request: _Request) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    name = request.name
+    config, offline = _config_from_hub(name)
+    if not _is_quantized(name, config, offline):
+        return _load(request, name, False, local_files_only=offline)
+    try:
+        directory = snapshot_download(name, allow_patterns=CHECKPOINT_FILES, local_files_only=offline)
+    except (OSError, ValueError) as error:
+        raise SmoothQuantError(f"{name} cannot be downloaded from the hub ({first_line(error)})") from error
+    return _load(request, Path(directory), True)
+
+
+def _config_from_hub(name: str) -> tuple[Any, bool]:
+    """The configuration of a model on the hub, and whether it came from the hub's cache because there is no network."""
     absent = f"{name} is neither a directory here nor a model on the hub"
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise SmoothQuantError(f"{absent}; name a directory, a .gguf file or a hub id like 'namespace/name'")
     # Without a network the hub's client would retry for half a minute. Models in its cache still load.
     offline = _is_offline()
-    config = _call(f"{absent} that can be reached", AutoConfig, name, local_files_only=offline)
-    if not _is_quantized(name, config, offline):
-        return _load(name, name, False, dtype, device, local_files_only=offline)
-    try:
-        directory = snapshot_download(name, allow_patterns=CHECKPOINT_FILES, local_files_only=offline)
-    except (OSError, ValueError) as error:
-        raise SmoothQuantError(f"{name} cannot be downloaded from the hub ({first_line(error)})") from error
-    return _load(name, Path(directory), True, dtype, device)
+    return _call(f"{absent} that can be reached", AutoConfig, name, local_files_only=offline), offline
+
+
+def _names_on_hub(name: str, **options: Any) -> Collection[str]:
+    """The names of a model's tensors, from its index; none for a model in one file, which has no index."""
+    index = _cached(name, INDEX, **options)
+    return () if index is None else read_json(Path(index), COPY_AGAIN).get("weight_map", {})
+
+
+@contextmanager
+def loads_as_here(source: str, drop: Sequence[str] = ()) -> Iterator[None]:
+    """Within it transformers, or a server that calls it, loads ``source`` by the rules of ``load_model`` or not at all.
+
+    Args:
+        source: a directory or a hub id.
+        drop: as for ``load_model``.
+
+    Raises:
+        SmoothQuantError: as ``load_model``.
+    """
+    path = Path(source)
+    with quiet_transformers():
+        if path.is_dir():
+            check_directory(path)
+            stored_names(path)
+            config = _call(f"{path}: transformers cannot load this model", AutoConfig, path)
+        else:
+            config, _ = _config_from_hub(source)
+    if not is_multimodal(config):
+        model_class(config, source, causal=True)
+    with only_complete_models(drop):
+        yield
+
+
+def _check_vocabulary(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Says if the tokenizer makes ids that the model has no embedding for."""
+    embedding = model.get_input_embeddings()
+    rows = getattr(embedding, "num_embeddings", None)
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if rows is not None and largest >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        warnings.warn(
+            f"{name}: the tokenizer makes ids up to {largest} ({token!r}), but the model has embeddings for {rows} "
+            "tokens: text with the others cannot be read",
+            stacklevel=3,
+        )
 
 
 def _is_quantized(name: str, config: Any, offline: bool) -> bool:
     """Whether a model on the hub is quantized, by its config.json or by the file of a format beside it."""
     if getattr(config, "quantization_config", None) or getattr(config, "compression_config", None):
         return True
-    options = {
-        "local_files_only": offline,
-        "_raise_exceptions_for_missing_entries": False,
-        "_raise_exceptions_for_connection_errors": False,
-    }
-    return any(cached_file(name, file, **options) is not None for file in config_files())
+    return any(_cached(name, file, local_files_only=offline) is not None for file in config_files())
+
+
+def _cached(name: str, file: str, **options: Any) -> str | None:
+    """The path of a file of a model on the hub, after downloading it; ``None`` if there is no such file."""
+    options |= {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    return cast("str | None", cached_file(name, file, **options))
+
+
+def local_directory(source: str) -> Path:
+    """The directory of a model: ``source``, or where all files of that model on the hub are, which are downloaded.
+
+    Raises:
+        SmoothQuantError: there is no such model.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise SmoothQuantError(f"{path} is not a directory; name the directory of a saved model")
+    _, offline = _config_from_hub(source)
+    try:
+        return Path(snapshot_download(source, ignore_patterns=OTHER_WEIGHTS, local_files_only=offline))
+    except (OSError, ValueError) as error:
+        raise SmoothQuantError(f"{source} cannot be downloaded from the hub ({first_line(error)})") from error
 
 
 def _is_offline() -> bool:
@@ -147,9 +284,17 @@ def _is_offline() -> bool:
 
 def _call(problem: str, auto_class: Any, source: Path | str, **kwargs: Any) -> Any:
     """Calls ``auto_class.from_pretrained``; any exception becomes a ``SmoothQuantError`` of one sentence."""
-    try:
+    with _said_of(problem):
         return auto_class.from_pretrained(source, trust_remote_code=False, **kwargs)
-    except torch.OutOfMemoryError:
+
+
+@contextmanager
+def _said_of(problem: str) -> Iterator[None]:
+    """Turns what transformers raises into a ``SmoothQuantError`` that begins with ``problem``."""
+    try:
+        yield
+    except (SmoothQuantError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise SmoothQuantError(f"{problem} ({first_line(error)})") from error
+        reasons = (reason for sign, reason in _REASONS.items() if sign in str(error))
+        raise SmoothQuantError(f"{problem} ({next(reasons, first_line(error))})") from error

@@ -14,6 +14,9 @@ QMAX: Mapping[torch.dtype, float] = MappingProxyType(
 )
 """Largest magnitude of each 8-bit dtype. INT8 is symmetric: -128 is never used."""
 
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+"""A scale below it is subnormal, which processors may take for 0: numbers so small are zeros."""
+
 
 @dataclass(frozen=True)
 class Scheme:

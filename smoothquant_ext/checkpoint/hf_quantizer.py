@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,21 @@ from ..nn.experts import W8A8Experts
 from ..nn.finalize import finalize_
 from ..nn.linear import W8A8Linear
 from ..probing.linears import Linear, weight_nk
-from .hf_names import to_model_names
+from .completeness import check_loaded
+from .formats.base import not_read
+from .hf_names import expert_key, renamed_alone, to_model_names
 from .loading_experts import CheckpointExperts, find_experts, finish_experts_, swap_experts_
-from .naming import set_quantization_config_
-from .reading import COPY_AGAIN, Checkpoint, CheckpointLayer, read_checkpoint
+from .naming import names_of_layers, set_quantization_config_
+from .reading import (
+    COPY_AGAIN,
+    EIGHT_BIT,
+    Checkpoint,
+    CheckpointLayer,
+    find_layers,
+    names_of_8_bit_weights,
+    open_checkpoint,
+)
+from .scales import check_scales, describe, is_zero_point, unused_scales
 
 METHOD = "smoothquant_ext"
 
@@ -42,6 +55,7 @@ class W8A8Config(QuantizationConfigMixin):
         directory: the directory of the checkpoint; ``None`` if transformers finds the files.
         infer_dtype: whether neither the caller nor the configuration names a dtype for what is not quantized.
         ready: whether to pack and fuse the loaded layers where they are.
+        drop: shell patterns for the tensors of 8-bit layers that the model has no place for and that may be left out.
     """
 
     def __init__(
@@ -49,12 +63,14 @@ class W8A8Config(QuantizationConfigMixin):
         directory: str | None = None,
         infer_dtype: bool = False,
         ready: bool = True,
+        drop: Sequence[str] = (),
         quant_method: str = METHOD,
     ) -> None:
         self.quant_method = quant_method
         self.directory = directory
         self.infer_dtype = infer_dtype
         self.ready = ready
+        self.drop = list(drop)
 
 
 @register_quantizer(METHOD)
@@ -67,8 +83,11 @@ class W8A8Quantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.checkpoint: Checkpoint
         self.experts = CheckpointExperts()
+        self.info: dict[str, set[Any]] = {}  # what transformers finds missing and unexpected
+        self.unused: frozenset[str] = frozenset()  # names of scales in the files
+        self.optional: Any = None  # the class's own list of tensors that it does without
         if quantization_config.directory is not None:
-            self.checkpoint = read_checkpoint(Path(quantization_config.directory))
+            self.checkpoint = open_checkpoint(Path(quantization_config.directory))
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         # Left alone, transformers would take the dtype of the first tensor, which may be an FP8 weight or a scale.
@@ -82,29 +101,32 @@ class W8A8Quantizer(HfQuantizer):
         if self.quantization_config.directory is None:
             if not checkpoint_files:
                 raise SmoothQuantError("a quantized model is loaded from files, not from a state dict")
-            self.checkpoint = read_checkpoint(Path(checkpoint_files[0]).parent)
+            self.checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent)
         directory = self.checkpoint.directory
         for note in self.checkpoint.quantization.notes:
             warnings.warn(f"{directory}: {note}", stacklevel=2)
-        optional = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-        layers = {
-            name: layer
-            for name, layer in self.checkpoint.layers.items()
-            if not any(re.search(pattern, f"{name}.weight") for pattern in optional)
-        }
+        self.optional = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
+        self.experts = find_experts(model, self.checkpoint, names_of_8_bit_weights(self.checkpoint.tensors))
+        self.checkpoint = self._without_unknown_layers(model)
+        eight_bit = names_of_8_bit_weights(self.checkpoint.tensors)
+        self.checkpoint = find_layers(self.checkpoint, self.experts.paths, names_of_layers(model, eight_bit))
+        check_scales(self.checkpoint)
+        layers = self.checkpoint.layers
         head = model.get_output_embeddings()
         paths = {name for name, module in model.named_modules() if module is head}
-        if model.config.tie_word_embeddings and paths & layers.keys():
+        if getattr(model.config, "tie_word_embeddings", False) and paths & layers.keys():
             raise SmoothQuantError(
                 f"{directory}: {min(paths & layers.keys())} is quantized, but config.json ties it to the "
                 "token embedding; set tie_word_embeddings to false there"
             )
         self._check_shapes(model)
-        self.experts = find_experts(model, self.checkpoint, list(layers))
         self._check_complete(model)
+        placeless = self._placeless(model, layers)
         for name, path, linear in list(self._linears(model, layers)):
-            if name in self.experts.paths:
+            if name in self.experts.paths or name in placeless:
                 continue
+            if linear is None and isinstance(dict(model.named_modules()).get(path), nn.Embedding):
+                raise not_read(f"{directory}: {name}", "the 8-bit weights of an embedding", "transformers")
             if linear is None:
                 raise SmoothQuantError(
                     f"{directory}: {name} is quantized, but {type(model).__name__} has no linear layer there"
@@ -115,6 +137,75 @@ class W8A8Quantizer(HfQuantizer):
                 )
             model.set_submodule(path, self._empty_layer(layers[name], linear.weight.dtype))
         swap_experts_(model, self.checkpoint, self.experts, self._empty_layer)
+        self._leave_out_scales(model)
+        if self.quantization_config.directory is None:  # else the caller asks for it, and knows what may be dropped
+            self._listen_(model)
+
+    def _listen_(self, model: PreTrainedModel) -> None:
+        """Keeps what transformers finds missing or unexpected, which it tells its caller but not a quantizer."""
+        adjust = getattr(model, "_adjust_missing_and_unexpected_keys", None)
+
+        def listen(info: Any, *arguments: Any) -> Any:
+            result = adjust(info, *arguments) if adjust is not None else None
+            self.info = {name: getattr(info, name, set()) for name in ("missing_keys", "unexpected_keys")}
+            return result
+
+        vars(model)["_adjust_missing_and_unexpected_keys"] = listen
+
+    def _without_unknown_layers(self, model: PreTrainedModel) -> Checkpoint:
+        """The checkpoint without the 8-bit layers that the model does not have and that may be left out."""
+        checkpoint, tensors = self.checkpoint, self.checkpoint.tensors
+        unknown = set(unknown_layers(model, names_of_8_bit_weights(tensors))) - self.experts.paths.keys()
+        patterns = [re.compile(pattern) for pattern in self.optional or ()]
+        for name in sorted(unknown):
+            weight = f"{name}.weight"
+            is_optional = any(pattern.search(weight) for pattern in patterns)
+            if not is_optional and not any(fnmatchcase(weight, pattern) for pattern in self.quantization_config.drop):
+                raise SmoothQuantError(
+                    f"{checkpoint.directory}: {name} is quantized, but {type(model).__name__} has no linear layer there"
+                )
+        return replace(
+            checkpoint,
+            tensors={name: tensors[name] for name in tensors if name.rpartition(".")[0] not in unknown},
+        )
+
+    def _leave_out_scales(self, model: PreTrainedModel) -> None:
+        """Says which scales nothing uses, and keeps transformers from taking them for tensors that lack a place."""
+        checkpoint, layers = self.checkpoint, self.checkpoint.layers
+        unused = unused_scales(checkpoint)
+        of_experts = {name for name in unused if name.rpartition(".")[0] in self.experts.paths}
+        places = to_model_names(model, unused.keys() - of_experts)
+        expected = model.state_dict()
+        unused = {name: suffix for name, suffix in unused.items() if places.get(name) not in expected}
+        lacking = {f"{name.rpartition('.')[0]}.weight": name for name in unused if name not in of_experts}
+        for weight, path in to_model_names(model, lacking.keys() - checkpoint.tensors.keys()).items():
+            scale = lacking[weight]
+            if path in expected and unused[scale] == checkpoint.quantization.fmt.tensors.weight_scale:
+                file = checkpoint.tensors[scale].file
+                raise SmoothQuantError(f"{file}: {scale} is stored but {weight} is missing; {COPY_AGAIN}")
+        # Zero points of layers are zero; that experts' inputs have scales of their own was said.
+        said = {name for name in unused if name.rpartition(".")[0] in layers and is_zero_point(name)} | of_experts
+        if told := {name: suffix for name, suffix in unused.items() if name not in said}:
+            warnings.warn(
+                f"{checkpoint.directory}: {len(told)} scales that no layer here uses are left out: {describe(told)}",
+                stacklevel=2,
+            )
+        self.unused = frozenset(unused)
+        if unused:
+            suffixes = "|".join(sorted(map(re.escape, set(unused.values()))))
+            model._keys_to_ignore_on_load_unexpected = {*(self.optional or ()), rf"\.({suffixes})$"}
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """The dtype to read a tensor in, ``None`` for that of the file, which 8-bit weights keep.
+
+        transformers reads in fp32 what its patterns match, such as ``gate.weight`` for a router: 8-bit weights may be
+        called so too.
+        """
+        stored = param.get_dtype() if hasattr(param, "get_dtype") else param.dtype
+        if stored in EIGHT_BIT or stored in EIGHT_BIT.values():
+            return None
+        kept: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
+        return kept
 
     def get_weight_conversions(self) -> list[Any]:
         """The renamings that transformers applies besides those of the model."""
@@ -122,10 +213,14 @@ class W8A8Quantizer(HfQuantizer):
         return [*conversions, self.experts.renaming()] if self.experts.readings else conversions
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        vars(model).pop("_adjust_missing_and_unexpected_keys", None)
+        if self.info:
+            check_loaded(str(self.checkpoint.directory), model, self.info)
         for layer in model.modules():
             if isinstance(layer, W8A8Linear):
                 self._normalize_(layer)
         finish_experts_(model)
+        model._keys_to_ignore_on_load_unexpected = self.optional
         self.remove_quantization_config(model)
         finalize_(model, refused=set_quantization_config_(model))
         if self.quantization_config.ready:
@@ -133,6 +228,8 @@ class W8A8Quantizer(HfQuantizer):
 
     def _normalize_(self, layer: W8A8Linear) -> None:
         """Gives the buffers of a filled layer the names, shapes and dtype that ``W8A8Linear`` documents."""
+        # Versions of transformers that do not ask ``get_new_dtype`` may have read it in fp32, which is exact both ways.
+        layer.weight = layer.weight.to(layer.scheme.dtype)
         shapes = {
             "weight_scale": (-1, 1) if layer.scheme.weight == "channel" else (1,),
             "input_scale": (1,),
@@ -151,6 +248,18 @@ class W8A8Quantizer(HfQuantizer):
             path = (renamed or "").removesuffix(".weight")
             module = modules.get(path)
             yield key.removesuffix(".weight"), path, module if isinstance(module, nn.Linear | Conv1D) else None
+
+    def _placeless(self, model: PreTrainedModel, names: Iterable[str]) -> set[str]:
+        """The layers that the model has no module for: their tensors are refused like all others without a place."""
+        modules = dict(model.named_modules())
+        merged = renamed_alone(model, [f"{name}.weight" for name in names])
+        placeless = set()
+        for name, path, _ in self._linears(model, names):
+            key = None if path else expert_key(merged[f"{name}.weight"])
+            where = path if key is None else key.path
+            if where and where not in modules:
+                placeless.add(name)
+        return placeless
 
     def _check_shapes(self, model: PreTrainedModel) -> None:
         """Refuses tensors that do not fit the model, which older versions of transformers would load nevertheless."""
@@ -171,20 +280,21 @@ class W8A8Quantizer(HfQuantizer):
         quantization = self.checkpoint.quantization
         if not quantization.complete:
             return
-        floats = [
+        floats = {
             name.removesuffix(".weight")
             for name, tensor in self.checkpoint.tensors.items()
             if name.endswith(".weight") and len(tensor.shape) == 2
-        ]
-        targeted = [
-            name for name in floats if name not in self.checkpoint.layers and quantization.scheme_of(name) is not None
-        ]
+        }
+        names = names_of_layers(model, floats - self.checkpoint.layers.keys())
+        targeted = [name for name, all_names in names.items() if quantization.expects(*all_names)]
         experts = find_experts(model, self.checkpoint, targeted).paths
         for name, _, linear in self._linears(model, targeted):
             if linear is not None or name in experts:
+                scale = f"{name}.{quantization.fmt.tensors.weight_scale}"
                 raise SmoothQuantError(
                     f"{self.checkpoint.directory}: config.json says {name} is quantized, but its weight is "
-                    f"{self.checkpoint.tensors[name + '.weight'].dtype} without a scale; {COPY_AGAIN}"
+                    f"{self.checkpoint.tensors[name + '.weight'].dtype} "
+                    f"{'beside' if scale in self.checkpoint.tensors else 'without'} a scale; {COPY_AGAIN}"
                 )
 
     def _empty_layer(self, described: CheckpointLayer, dtype: torch.dtype) -> W8A8Linear:
@@ -218,6 +328,17 @@ class W8A8Quantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def unknown_layers(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """Those of the layers ``names`` of a checkpoint for which the model has no module at all."""
+    modules = {name for name, _ in model.named_modules()}
+    places = to_model_names(model, [f"{name}.weight" for name in names])
+    return [
+        weight.removesuffix(".weight")
+        for weight, place in places.items()
+        if place is None or place.removesuffix(".weight") not in modules
+    ]
 
 
 def make_ready_(model: PreTrainedModel) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
@@ -145,7 +145,10 @@ def swap_experts_(
             kinds = " and ".join(sorted(schemes))
             raise SmoothQuantError(f"{checkpoint.directory}: the experts {path} are quantized as {kinds}, expected one")
         dtype = next(model.get_submodule(path).parameters()).dtype
-        layers = {place: make_layer(layer, dtype) for place, layer in sorted(described.items())}
+        layers = {
+            place: make_layer(replace(layer, scheme=layer.scheme.per_token), dtype)
+            for place, layer in sorted(described.items())
+        }
         names = expert_names(model, path, reading)  # in the checkpoints that will be written
         model.set_submodule(path, LoadingExperts(layers, reading, names))
     if has_static:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from ..errors import SmoothQuantError
 from ..scheme import Scheme, scheme_of
 from .formats.base import QuantizationMap
-from .formats.registry import config_files, parse_quantization_config
+from .formats.registry import config_files, file_with_details, parse_quantization_config, why_float
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -24,7 +25,7 @@ INDEX = "model.safetensors.index.json"
 COPY_AGAIN = "copy or download the checkpoint again"
 
 # safetensors' names of the dtypes that matter here.
-_EIGHT_BIT = {torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
+EIGHT_BIT = {torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
 _INTEGERS = ("I8", "I32", "I64")
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ONE_SCALE = ((1,), (), (1, 1))  # shapes of a scale per tensor; the first is the one to expect
@@ -52,7 +53,7 @@ class CheckpointLayer:
         in_features: K.
         bias: whether a bias [N] is stored.
         weight_scale_shape: [N, 1], [N], [1], ... as stored.
-        input_scale_shape: the shape of the static activation scale, ``None`` for dynamic schemes.
+        input_scale_shape: the shape of the static activation scale, ``None`` for dynamic schemes and experts.
         zero_point_shape: the shape of the zero point of static asymmetric activations, else ``None``.
         smooth: whether an explicit smoothing scale [K] is stored.
     """
@@ -91,79 +92,142 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     if not directory.is_dir():
         raise SmoothQuantError(f"{directory} is not a directory; name the directory of a saved model")
-    return _read_json(directory / CONFIG, "name the directory of a saved model")
+    return read_json(directory / CONFIG, "name the directory of a saved model")
 
 
 def find_quantization(directory: Path) -> tuple[Any, Path] | None:
     """The ``quantization_config`` of a model directory and the file that holds it, ``None`` if it is not quantized.
 
+    A configuration that quantizes no weights is none, with a warning that says so.
+
     Raises:
         SmoothQuantError: as ``read_config``.
     """
-    config = read_config(directory)
+    found = _find_configuration(directory, read_config(directory))
+    if found is not None and (reason := why_float(found[0], str(found[1]))):
+        warnings.warn(reason, stacklevel=2)
+        return None
+    return found
+
+
+def _find_configuration(directory: Path, config: Mapping[str, Any]) -> tuple[Any, Path] | None:
     for key in ("quantization_config", "compression_config"):  # the second is compressed-tensors' former name
         if (raw := config.get(key)) is not None:
             inner = raw.get("quantization_config") if key == "compression_config" and isinstance(raw, dict) else None
+            details = file_with_details(raw)
+            if details is not None and (directory / details).is_file():
+                return read_json(directory / details, COPY_AGAIN), directory / details
             return inner or raw, directory / CONFIG
     files = [directory / name for name in config_files() if (directory / name).is_file()]
-    return (_read_json(files[0], COPY_AGAIN), files[0]) if files else None
+    return (read_json(files[0], COPY_AGAIN), files[0]) if files else None
 
 
 def read_checkpoint(directory: Path) -> Checkpoint:
-    """Reads the configuration, the headers and the scales of a W8A8 checkpoint, and checks that they agree.
+    """Reads the configuration and the headers of a W8A8 checkpoint, and checks that they agree.
 
     Raises:
         SmoothQuantError: a file or tensor is missing, truncated, unreadable, of the wrong shape or dtype, or not W8A8.
+    """
+    return find_layers(open_checkpoint(directory))
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Reads the configuration and the headers of a W8A8 checkpoint, which has no ``layers`` yet.
+
+    Raises:
+        SmoothQuantError: as ``read_checkpoint``.
     """
     configuration = find_quantization(directory)
     if configuration is None:
         raise SmoothQuantError(f"{directory} is not quantized; run it through 'smoothquant quantize' first")
     quantization = parse_quantization_config(configuration[0], str(configuration[1]))
-    tensors = _read_headers(directory)
+    tensors = read_headers(directory)
     quantization = replace(quantization, fmt=quantization.fmt.variant(tensors))
-    layers = dict(_layers(quantization, tensors))
+    return Checkpoint(directory, quantization, tensors, {})
+
+
+def find_layers(
+    checkpoint: Checkpoint, experts: Collection[str] = (), names: Mapping[str, tuple[str, ...]] | None = None
+) -> Checkpoint:
+    """Finds the quantized layers of a checkpoint, and checks the shapes and dtypes of their tensors.
+
+    Args:
+        checkpoint: from ``open_checkpoint``.
+        experts: the names of the layers whose inputs get a scale per token whatever the configuration says.
+        names: all names of each layer, which the configuration may use, that in the files first; ``None`` knows those
+            in the files alone.
+
+    Raises:
+        SmoothQuantError: as ``read_checkpoint``.
+    """
+    layers = dict(_layers(checkpoint.quantization, checkpoint.tensors, experts, names or {}))
     if not layers:
-        raise SmoothQuantError(f"{directory} says it is quantized but holds no 8-bit weight; {COPY_AGAIN}")
-    _check_values(quantization, tensors, layers)
-    return Checkpoint(directory, quantization, tensors, layers)
+        raise SmoothQuantError(f"{checkpoint.directory} says it is quantized but holds no 8-bit weight; {COPY_AGAIN}")
+    return replace(checkpoint, layers=layers)
+
+
+def names_of_8_bit_weights(tensors: Mapping[str, CheckpointTensor]) -> list[str]:
+    """The names of the modules whose ``weight`` has 8 bits."""
+    return [
+        name.removesuffix(".weight")
+        for name, tensor in tensors.items()
+        if name.endswith(".weight") and tensor.dtype in EIGHT_BIT.values()
+    ]
 
 
 def _layers(
-    quantization: QuantizationMap, tensors: Mapping[str, CheckpointTensor]
+    quantization: QuantizationMap,
+    tensors: Mapping[str, CheckpointTensor],
+    experts: Collection[str],
+    names: Mapping[str, tuple[str, ...]],
 ) -> Iterator[tuple[str, CheckpointLayer]]:
     scale_suffix = "." + quantization.fmt.tensors.weight_scale
-    eight_bit = {
-        name.removesuffix(".weight")
-        for name, tensor in tensors.items()
-        if name.endswith(".weight") and tensor.dtype in _EIGHT_BIT.values()
-    }
-    scales = {name.removesuffix(scale_suffix): name for name in tensors if name.endswith(scale_suffix)}
-    # A tensor may be called `scale` without belonging to a linear layer, so a scale counts only beside a weight.
-    scaled = {name for name in scales if name + ".weight" in tensors}
-    for name in sorted(eight_bit | scaled):
+    for name in sorted(names_of_8_bit_weights(tensors)):
         weight = tensors[name + ".weight"]
-        if name not in scaled:
+        if name + scale_suffix not in tensors:
             raise SmoothQuantError(
                 f"{weight.file}: {name}.weight is {weight.dtype} but {name}{scale_suffix} is missing; {COPY_AGAIN}"
             )
-        yield name, _layer(name, quantization, tensors)
-    for name, scale in scales.items() if quantization.complete else ():
-        if name not in scaled:
-            raise SmoothQuantError(
-                f"{tensors[scale].file}: {scale} is stored but {name}.weight is missing; {COPY_AGAIN}"
-            )
+        schemes = quantization.schemes_of(*names.get(name, (name,)))
+        scheme = _choose_scheme(name, schemes, quantization, tensors)
+        yield name, _layer(name, scheme, quantization, tensors, is_expert=name in experts)
 
 
-def _layer(name: str, quantization: QuantizationMap, tensors: Mapping[str, CheckpointTensor]) -> CheckpointLayer:
+def _choose_scheme(
+    name: str, schemes: Sequence[Scheme], quantization: QuantizationMap, tensors: Mapping[str, CheckpointTensor]
+) -> Scheme | None:
+    """The first of the schemes that the tensors of a layer agree with, else the first, else ``None``."""
+    names = quantization.fmt.tensors
+    weight, scale = tensors[f"{name}.weight"], tensors[f"{name}.{names.weight_scale}"]
+    is_static = f"{name}.{names.input_scale}" in tensors
+    is_symmetric = f"{name}.{names.input_zero_point}" not in tensors
+    for scheme in schemes if len(schemes) > 1 else ():
+        per_channel = math.prod(scale.shape) == weight.shape[0]
+        if (
+            weight.dtype == EIGHT_BIT[scheme.dtype]
+            and per_channel == (scheme.weight == "channel")
+            and is_static == scheme.is_static
+            and (is_symmetric or not scheme.symmetric)
+        ):
+            return scheme
+    return next(iter(schemes), None)
+
+
+def _layer(
+    name: str,
+    scheme: Scheme | None,
+    quantization: QuantizationMap,
+    tensors: Mapping[str, CheckpointTensor],
+    is_expert: bool,
+) -> CheckpointLayer:
     names = quantization.fmt.tensors
     weight = tensors[name + ".weight"]
-    scheme = quantization.scheme_of(name)
     if scheme is None:
         raise SmoothQuantError(
             f"{weight.file}: {name} is quantized but {CONFIG} says it is not; the directory mixes two checkpoints, "
             f"{COPY_AGAIN}"
         )
-    expected = _EIGHT_BIT[scheme.dtype]
+    expected = EIGHT_BIT[scheme.dtype]
     if weight.dtype != expected or len(weight.shape) != 2:
         raise SmoothQuantError(
             f"{weight.file}: {name}.weight is {weight}, expected {expected} [N, K] for scheme {scheme.name!r}; "
@@ -178,7 +242,7 @@ def _layer(name: str, quantization: QuantizationMap, tensors: Mapping[str, Check
     shapes = ((n, 1), (n,)) if scheme.weight == "channel" else _ONE_SCALE
     weight_scale_shape = _check_scale(scale_name, tensors[scale_name], shapes)
     input_scale_shape = zero_point_shape = None
-    if scheme.is_static:
+    if scheme.is_static and not is_expert:
         scale = _static_tensor(name, names.input_scale, tensors)
         input_scale_shape = _check_scale(f"{name}.{names.input_scale}", scale, _ONE_SCALE)
         if not scheme.symmetric:
@@ -222,34 +286,7 @@ def _check_scale(
     return scale.shape
 
 
-def _check_values(
-    quantization: QuantizationMap, tensors: Mapping[str, CheckpointTensor], layers: Mapping[str, CheckpointLayer]
-) -> None:
-    """Reads every scale and zero point; they are a thousandth of the weights."""
-    names = quantization.fmt.tensors
-    scales = [
-        f"{layer}.{suffix}"
-        for layer in layers
-        for suffix in (names.weight_scale, names.input_scale, names.smooth)
-        if suffix is not None
-    ]
-    # A suffix of None names no tensor.
-    zero_points = [f"{layer}.{names.weight_zero_point}" for layer in layers]
-    symmetric = [name for name, layer in layers.items() if layer.scheme.symmetric]
-    zero_points += [f"{layer}.{names.input_zero_point}" for layer in symmetric]
-    for name, value in _read_tensors(tensors, scales):
-        bad = ~(value.isfinite() & (value > 0))
-        if bad.any():
-            raise SmoothQuantError(
-                f"{tensors[name].file}: {name} holds {value[bad].flatten()[0].item()}, expected positive finite "
-                "numbers; the layer was quantized from damaged weights, quantize the model again"
-            )
-    for name, value in _read_tensors(tensors, zero_points):
-        if value.any():
-            raise SmoothQuantError(f"{tensors[name].file}: {name} is not zero, expected symmetric quantization")
-
-
-def _read_tensors(tensors: Mapping[str, CheckpointTensor], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(tensors: Mapping[str, CheckpointTensor], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """The tensors ``names`` in fp32, without those that the checkpoint lacks; each file is opened once."""
     by_file: dict[Path, list[str]] = {}
     for name in names:
@@ -261,7 +298,12 @@ def _read_tensors(tensors: Mapping[str, CheckpointTensor], names: Iterable[str])
                 yield name, handle.get_tensor(name).float()
 
 
-def _read_headers(directory: Path) -> dict[str, CheckpointTensor]:
+def read_headers(directory: Path) -> dict[str, CheckpointTensor]:
+    """The tensors of a directory by name, from the headers of its safetensors files.
+
+    Raises:
+        SmoothQuantError: a file or a tensor that the index names is missing, or a file is damaged.
+    """
     if (directory / WEIGHTS).is_file():
         return dict(_read_header(directory / WEIGHTS))
     if not (directory / INDEX).is_file():
@@ -270,7 +312,7 @@ def _read_headers(directory: Path) -> dict[str, CheckpointTensor]:
         raise SmoothQuantError(
             f"{directory} has {content}, expected {WEIGHTS} or {INDEX}; {'convert it' if pickled else COPY_AGAIN}"
         )
-    weight_map = _read_json(directory / INDEX, COPY_AGAIN).get("weight_map")
+    weight_map = read_json(directory / INDEX, COPY_AGAIN).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise SmoothQuantError(f"{directory / INDEX} has no weight_map; {COPY_AGAIN}")
     tensors: dict[str, CheckpointTensor] = {}
@@ -294,7 +336,7 @@ def _read_header(file: Path) -> Iterator[tuple[str, CheckpointTensor]]:
         raise SmoothQuantError(f"{file} is truncated or not a safetensors file ({error}); {COPY_AGAIN}") from error
 
 
-def _read_json(path: Path, advice: str) -> dict[str, Any]:
+def read_json(path: Path, advice: str) -> dict[str, Any]:
     if not path.is_file():
         raise SmoothQuantError(f"{path} does not exist; {advice}")
     try:

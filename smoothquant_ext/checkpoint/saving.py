@@ -6,10 +6,11 @@ import copy
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,11 +26,16 @@ from ..nn.linear import W8A8Linear
 from ..scheme import dtype_name
 from .atomic import check_free_space, check_place, replace_directory
 from .formats.base import Format
-from .formats.registry import choose_format, parse_quantization_config
+from .formats.registry import choose_format, config_files, parse_quantization_config
 from .model_card import CARD, model_card
+from .model_classes import check_loadable
 from .naming import checkpoint_names, count_quantized, float_tensors, quantized_layers
+from .other_files import copy_files, other_files
 from .reading import CONFIG, INDEX, find_quantization
-from .record import RECORD
+from .record import RECORD, read_record
+from .scales import is_positive, wrong_scale
+
+FORMER_CARD = "README.original.md"  # that of another tool, see ``converting``
 
 # The files that a save writes, those of tokenizers included. A directory with any other file is not replaced.
 _OUR_FILES = (
@@ -49,6 +55,7 @@ _OUR_FILES = (
     "additional_chat_templates",
     RECORD,
     CARD,
+    FORMER_CARD,
 )
 
 
@@ -66,13 +73,22 @@ def check_destination(directory: str | os.PathLike[str]) -> Path:
             raise SmoothQuantError(f"{target} is a file; name a directory to save to")
         if not os.access(target, os.R_OK | os.W_OK | os.X_OK):
             raise SmoothQuantError(f"{target} is not readable and writable; choose an empty or a new directory")
+        copied = _copied_files(target)
         for entry in sorted(target.iterdir()):
-            if not any(fnmatchcase(entry.name, pattern) for pattern in _OUR_FILES):
+            if entry.name not in copied and not any(fnmatchcase(entry.name, pattern) for pattern in _OUR_FILES):
                 raise SmoothQuantError(f"{target} already holds {entry.name}; choose an empty or a new directory")
         if any(target.iterdir()):
             _check_replaceable(target)
     check_place(target)
     return target
+
+
+def _copied_files(target: Path) -> Collection[str]:
+    """The names in a directory that its record says were copied by the save that wrote it."""
+    try:
+        return list(map(str, read_record(target).get("files") or ()))
+    except SmoothQuantError:  # there is none, or another one's
+        return ()
 
 
 def _check_replaceable(target: Path) -> None:
@@ -93,6 +109,7 @@ def save(
     tokenizer: PreTrainedTokenizerBase | None = None,
     format: str | None = None,  # noqa: A002
     max_shard_size: int | str = "5GB",
+    files_from: str | os.PathLike[str] | None = None,
 ) -> None:
     """Writes a quantized model as a Hugging Face directory that other engines can load too.
 
@@ -102,42 +119,39 @@ def save(
     ignore. A model that was loaded keeps the record of its checkpoint.
 
     Args:
-        model: a transformers causal LM with ``W8A8Linear`` layers, on any device.
+        model: a model of transformers, of any of its classes, with ``W8A8Linear`` layers, on any device.
         directory: the directory to write: absent, empty, or a W8A8 checkpoint, which is replaced.
         tokenizer: the tokenizer to save with the model, if any.
         format: ``"compressed-tensors"`` (read by vLLM, SGLang, transformers), ``"lmdeploy"`` or ``"smoothquant-ext"``
             (read by this package alone); ``None`` is the first of these that can store the model. Only the second
             stores FP8 e5m2, only the third explicit smoothing.
         max_shard_size: the most bytes of a safetensors file, as a number or like ``"5GB"``.
+        files_from: the directory that the model comes from, whose other files go along: licence, processors, code.
 
     Raises:
         SmoothQuantError: nothing is quantized, the format cannot store the scheme, a scale is not positive and finite,
-            or the directory cannot be written.
+            ``load`` could not build the model's class again, or the directory cannot be written.
     """
     target = check_destination(directory)
     layers = _checked_layers(model)
     is_explicit = any(layer.smooth is not None for layer in layers.values())
     fmt = choose_format(format, [layer.scheme for layer in layers.values()], is_explicit)
     record = getattr(model, "smoothquant_record", None)
+    others: list[Path] = []
+    if files_from is not None:
+        written = frozenset({CONFIG, INDEX, CARD, RECORD, *config_files()})
+        others = [file for file, is_part in other_files(Path(files_from), besides=written) if is_part]
+    if record is not None:
+        record = with_files(record, others)
     schemes = [scheme for scheme, _ in Counter(layer.scheme for layer in layers.values()).most_common()]
     card = model_card(target.name, fmt, schemes, count_quantized(model), record)
     with quiet_transformers():
         tensors = _Tensors(model, layers, fmt)
-        shards = _split(tensors.sizes, max_shard_size)
         check_free_space(target, sum(tensors.sizes.values()))
         with replace_directory(target) as unfinished:
-            try:
-                for file, names in shards.filename_to_tensors.items():
-                    save_file(
-                        {name: tensors.read(name) for name in names}, unfinished / file, metadata={"format": "pt"}
-                    )
-            except SafetensorError as error:
-                raise SmoothQuantError(
-                    f"{target} could not be written: {first_line(error)}; free some space there or choose another place"
-                ) from error
-            if shards.is_sharded:
-                index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-                (unfinished / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            if files_from is not None:
+                copy_files(Path(files_from), unfinished, others)
+            write_shards(unfinished, tensors.sizes, tensors.read, max_shard_size)
             _write_configs(model, fmt.quantization_config(tensors.names.schemes, tensors.names.ignore), unfinished)
             if record is not None:
                 (unfinished / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -158,14 +172,16 @@ def _checked_layers(model: PreTrainedModel) -> dict[str, W8A8Linear]:
     layers = quantized_layers(model)
     if not layers:
         raise SmoothQuantError(f"{type(model).__name__} has no quantized layer; call quantize on it before saving")
+    check_loadable(model)
     for name, layer in layers.items():
-        for kind in ("weight_scale", "input_scale", "smooth"):
-            scale = getattr(layer, kind)
-            if scale is not None and not bool((scale.isfinite() & (scale > 0)).all()):
-                raise SmoothQuantError(
-                    f"{name}.{kind} is not positive and finite everywhere; the layer was quantized from damaged "
-                    "weights or activations, quantize the model again"
-                )
+        wrong = [kind for kind in ("input_scale", "smooth") if not is_positive(getattr(layer, kind))]
+        if wrong_scale(layer.weight_scale, layer.plain_weight) is not None:
+            wrong = ["weight_scale", *wrong]
+        if wrong:
+            raise SmoothQuantError(
+                f"{name}.{wrong[0]} is not positive and finite everywhere; the layer was quantized from damaged "
+                "weights or activations, quantize the model again"
+            )
     return layers
 
 
@@ -200,9 +216,53 @@ class _Tensors:
         self._readers[name] = reader
 
     def read(self, name: str) -> Tensor:
-        """The tensor on the CPU, contiguous, in a storage of its own (safetensors refuses shared ones)."""
-        tensor = self._readers[name]().cpu().contiguous()
-        return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+        """The tensor, to be written."""
+        return own_copy(self._readers[name]())
+
+
+def write_shards(
+    directory: Path,
+    sizes: Mapping[str, int],
+    read: Callable[[str], Tensor],
+    max_shard_size: int | str,
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Writes tensors to safetensors files, with an index if there are several; the memory of one file is needed.
+
+    Args:
+        directory: to write to.
+        sizes: the bytes of each tensor.
+        read: gives a tensor by its name, contiguous, on the CPU, in a storage of its own.
+        max_shard_size: as in ``save``.
+        metadata: of each file, besides its format.
+
+    Raises:
+        SmoothQuantError: the files cannot be written, or ``max_shard_size`` is no size.
+    """
+    shards = _split(sizes, max_shard_size)
+    try:
+        for file, names in shards.filename_to_tensors.items():
+            save_file({name: read(name) for name in names}, directory / file, metadata={**metadata, "format": "pt"})
+    except SafetensorError as error:
+        raise SmoothQuantError(
+            f"{directory} could not be written: {first_line(error)}; free some space there or choose another place"
+        ) from error
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def with_files(record: Mapping[str, Any], files: Iterable[Path]) -> dict[str, Any]:
+    """The record with the names of copied files, so that another save may replace the directory."""
+    names = {file.parts[0] for file in files}
+    foreign = sorted(name for name in names if not any(fnmatchcase(name, pattern) for pattern in _OUR_FILES))
+    return {key: value for key, value in record.items() if key != "files"} | ({"files": foreign} if foreign else {})
+
+
+def own_copy(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU, contiguous, in a storage of its own (safetensors refuses shared ones)."""
+    tensor = tensor.cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _split(sizes: Mapping[str, int], max_shard_size: int | str) -> StateDictSplit:
@@ -221,6 +281,10 @@ def _write_configs(model: PreTrainedModel, quantization: dict[str, Any], directo
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = dtype_name(model.dtype)
+    for name in config.sub_configs:  # as loading sets them
+        part = getattr(config, name, None)
+        if part is not None and part.dtype is None:
+            part.dtype = config.dtype
     config.quantization_config = quantization
     if isinstance(model.get_output_embeddings(), W8A8Linear):
         config.tie_word_embeddings = False  # the 8-bit weight is not that of the embedding

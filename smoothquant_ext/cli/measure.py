@@ -9,7 +9,7 @@ import typer
 
 from ..errors import SmoothQuantError
 from .console import out
-from .options import Alpha, Calib, Device, Dtype, Json, Model, Samples, Seed, Seqlen, Text
+from .options import Alpha, Calib, Device, Drop, Dtype, Json, Model, Samples, Seed, Seqlen, Text, TextField
 from .support import CALIBRATION_TEXT, TEST_TEXT, add_to_card, load, parse_device, parse_dtype, read_windows, show
 
 if TYPE_CHECKING:
@@ -24,8 +24,10 @@ def eval(  # noqa: A001
     ] = None,
     samples: Samples = 64,
     seqlen: Seqlen = 512,
+    text_field: TextField = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    drop: Drop = None,
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:
@@ -38,11 +40,11 @@ def eval(  # noqa: A001
     from ..reporting.tables import Measured
 
     wanted, where = parse_dtype(dtype), parse_device(device)
-    network, tokenizer = load(model, wanted, where)
-    windows = read_windows(tokenizer, text, samples, seqlen, seed)
+    network, tokenizer = load(model, wanted, where, drop)
+    windows = read_windows((network, tokenizer), text, samples, seqlen, seed, text_field)
     models, base = {model: network}, None
     if reference is not None:
-        base, _ = load(reference, wanted, where)
+        base, _ = load(reference, wanted, where, drop)
         models = {reference: base} | models
     results = evaluate_all(models, windows, base, progress=True)
     show([Measured(name, results[name], model_bytes(models[name])) for name in models], json_)
@@ -56,12 +58,14 @@ def compare(
     text: Text = TEST_TEXT,
     samples: Samples = 64,
     seqlen: Seqlen = 512,
+    text_field: TextField = None,
     prefill: Annotated[int, typer.Option(help="Tokens of the prompt in the speed measurement.", min=1)] = 512,
     decode: Annotated[int, typer.Option(help="Tokens generated after it in the speed measurement.", min=1)] = 32,
     rounds: Annotated[int, typer.Option(help="Rounds of the speed measurement (median); 0: none.", min=0)] = 5,
     batch: Annotated[int, typer.Option(help="Prompts answered together in the speed measurement.", min=1)] = 1,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    drop: Drop = None,
     seed: Seed = 0,
     card: Annotated[
         bool, typer.Option("--card", help="Also write the results into the model cards of QUANTIZED.")
@@ -83,9 +87,9 @@ def compare(
     wanted, where = parse_dtype(dtype), parse_device(device)
     models: dict[str, nn.Module] = {}
     for name in dict.fromkeys([base, *quantized]):
-        models[name], tokenizer = load(name, wanted, where)
+        models[name], tokenizer = load(name, wanted, where, drop)
         if name == base:
-            windows = read_windows(tokenizer, text, samples, seqlen, seed)
+            windows = read_windows((models[name], tokenizer), text, samples, seqlen, seed, text_field)
     results = evaluate_all(models, windows, models[base], progress=True)
     speeds = measure_speed(models, prefill, decode, rounds, batch, progress=True) if rounds else {}
     measured = [Measured(name, results[name], model_bytes(models[name]), speeds.get(name)) for name in models]
@@ -99,6 +103,7 @@ def inspect(
     calib: Calib = CALIBRATION_TEXT,
     samples: Samples = 16,
     seqlen: Seqlen = 512,
+    text_field: TextField = None,
     alpha: Alpha = None,
     scheme: Annotated[str, typer.Option(help="The scheme whose default alpha is used without --alpha.")] = "int8",
     plot: Annotated[
@@ -106,6 +111,7 @@ def inspect(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    drop: Drop = None,
     seed: Seed = 0,
 ) -> None:
     """Prints the activation outliers of every layer, before and after smoothing. Writes no model.
@@ -120,8 +126,8 @@ def inspect(
     recipe, where = Recipe(scheme, alpha), parse_device(device)
     if plot is not None and not plot.absolute().parent.is_dir():
         raise SmoothQuantError(f"{plot} cannot be written: {plot.absolute().parent} does not exist, make it first")
-    network, tokenizer = load(model, parse_dtype(dtype))
-    windows = read_windows(tokenizer, calib, samples, seqlen, seed)
+    network, tokenizer = load(model, parse_dtype(dtype), drop=drop)
+    windows = read_windows((network, tokenizer), calib, samples, seqlen, seed, text_field)
     inputs = measure_outliers(network, windows, recipe, progress=True, device=where)
     out.print(outlier_table(inputs))
     if plot is not None:
@@ -144,9 +150,11 @@ def report(
     text: Text = TEST_TEXT,
     samples: Samples = 64,
     seqlen: Seqlen = 512,
+    text_field: TextField = None,
     rounds: Annotated[int, typer.Option(help="Rounds of the speed measurement (median); 0: none.", min=0)] = 5,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    drop: Drop = None,
     seed: Seed = 0,
 ) -> None:
     """Writes an HTML page about a quantized model: outliers, alpha, errors, layers left in floating point.
@@ -173,9 +181,9 @@ def report(
     measured: list[Measured] = []
     if base is not None:
         models: dict[str, nn.Module] = {}
-        models[base], tokenizer = load(base, wanted, where)
-        windows = read_windows(tokenizer, text, samples, seqlen, seed)
-        models[str(directory)], _ = load(str(directory), wanted, where)
+        models[base], tokenizer = load(base, wanted, where, drop)
+        windows = read_windows((models[base], tokenizer), text, samples, seqlen, seed, text_field)
+        models[str(directory)], _ = load(str(directory), wanted, where, drop)
         results = evaluate_all(models, windows, models[base], progress=True)
         speeds = measure_speed(models, rounds=rounds, progress=True) if rounds else {}
         measured = [Measured(name, results[name], model_bytes(models[name]), speeds.get(name)) for name in models]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -25,21 +26,29 @@ KV_CACHES = ("auto", "int8")
 TEST_SAMPLES = 64  # windows
 
 
-def load(source: str, dtype: torch.dtype | None = None, device: torch.device | None = None) -> tuple[Any, Any]:
-    """Loads a model, ready to run, by default on the CPU, and its tokenizer."""
+def load(
+    source: str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    drop: Sequence[str] | None = None,
+) -> tuple[Any, Any]:
+    """Loads a model, ready to run, by default on the CPU, and its tokenizer; ``drop`` is the option of that name."""
     # While it downloads or dequantizes, transformers draws progress bars.
     with step(f"Loading {source}", spinner=Path(source).is_dir()):
         from ..models import load_model
 
-        return load_model(source, dtype, device)
+        return load_model(source, dtype, device, drop or ())
 
 
-def read_windows(tokenizer: Any, text: str, samples: int, seqlen: int, seed: int) -> Tensor:
-    """Token ids [samples, seqlen] from a text that the user names."""
+def read_windows(
+    loaded: tuple[Any, Any], text: str, samples: int, seqlen: int, seed: int, field: str | None = None
+) -> Tensor:
+    """Token ids [samples, seqlen] from a text that the user names, for a model that was loaded with its tokenizer."""
     with step(f"Reading {text}"):
         from ..text import token_windows
 
-        return token_windows(tokenizer, text, samples, seqlen, seed)
+        model, tokenizer = loaded
+        return token_windows(tokenizer, text, samples, seqlen, seed, model, field)
 
 
 def stored_dtype(loaded: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
@@ -54,13 +63,13 @@ def name_of_text(source: str) -> str:
     return Path(source).name if Path(source).exists() else source
 
 
-def measure(base: str, quantized: Any, name: str, windows: Tensor) -> list[Measured]:
+def measure(base: str, quantized: Any, name: str, windows: Tensor, drop: Sequence[str] | None = None) -> list[Measured]:
     """Measures ``base``, loaded again, and ``quantized``, which was made from it, on windows of text."""
     from ..evaluation.accuracy import evaluate_all
     from ..evaluation.size import model_bytes
     from ..reporting.tables import Measured
 
-    original, _ = load(base, quantized.dtype, quantized.device)
+    original, _ = load(base, quantized.dtype, quantized.device, drop)
     models = {base: original, name: quantized}
     results = evaluate_all(models, windows, original, progress=True)
     return [Measured(name, results[name], model_bytes(model)) for name, model in models.items()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import statistics
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from ..devices import memory_explained
 from ..errors import SmoothQuantError
+from ..probing.batches import Batches
 from ..probing.blocks import Batch, run_model, token_ids
+from ..probing.lookups import Limits, find_limits
 from ..progress import track
 
 CHUNK = 64
@@ -45,38 +47,53 @@ class Evaluation:
     top1_error: float | None = None
 
 
-def evaluate(
-    model: nn.Module, windows: Tensor, reference: nn.Module | None = None, progress: bool = False
-) -> Evaluation:
+def evaluate(model: nn.Module, windows: Any, reference: nn.Module | None = None, progress: bool = False) -> Evaluation:
     """Measures a causal LM on windows of tokens: perplexity and, with a reference, how closely it follows that model.
 
     Args:
         model: a transformers causal LM.
-        windows: int64 [samples, T], T >= 2, as ``token_windows`` gives them.
+        windows: token ids [samples, T], as ``token_windows`` gives them, or data in any other form that ``quantize``
+            takes. Padding does not count; rows of one token have nothing to predict and are left out.
         reference: the model to compare with, usually the original in floating point.
         progress: whether to show a progress bar on stderr.
 
     Raises:
-        SmoothQuantError: windows of a wrong shape or with tokens outside the model's vocabulary, models with different
+        SmoothQuantError: windows of a wrong form or with tokens outside the model's vocabulary, models with different
             vocabularies, logits that are not finite.
     """
     return evaluate_all({"the model": model}, windows, reference, progress)["the model"]
 
 
 def evaluate_all(
-    models: Mapping[str, nn.Module], windows: Tensor, reference: nn.Module | None = None, progress: bool = False
+    models: Mapping[str, nn.Module], windows: Any, reference: nn.Module | None = None, progress: bool = False
 ) -> dict[str, Evaluation]:
     """``evaluate`` for several models on the same windows. The reference runs once per window; it may be one of them.
 
     Memory holds the logits of one window at a time: the reference's and one model's.
     """
-    _check_windows(models if reference is None else {"the reference": reference, **models}, windows)
+    rows = _rows(models if reference is None else {"the reference": reference, **models}, windows)
     tallies = {name: Tally() for name in models}
     with memory_explained("give shorter windows (--seqlen), or the device cpu"):
-        for window in track(windows.split(1), "Evaluating", progress):
+        for window in track(rows, "Evaluating", progress):
             _evaluate_window(models, window, reference, tallies)
-    positions = windows.shape[1] - 1
-    return {name: tally.result(positions) for name, tally in tallies.items()}
+    return {name: tally.result() for name, tally in tallies.items()}
+
+
+def _rows(models: Mapping[str, nn.Module], windows: Any) -> list[Tensor]:
+    """The windows one by one, int64 [1, T], of all tokens that all of the models can be given."""
+    batches = Batches(next(iter(models.values())), windows, Limits.least(map(find_limits, models.values())), "batch")
+    rows: list[Tensor] = []
+    for number, batch in enumerate(batches, 1):
+        if not isinstance(batch, Tensor):
+            fields = ", ".join(map(repr, batch))
+            raise SmoothQuantError(f"batch {number} has {fields}, expected token ids [B, T] and at most their mask")
+        rows.extend(batch.split(1))
+    predicted = [row for row in rows if row.shape[1] > 1]
+    if not predicted:
+        raise SmoothQuantError("the windows have no token to predict: give windows of at least 2 tokens")
+    if len(predicted) < len(rows):
+        warnings.warn(f"{len(rows) - len(predicted)} windows of one token are left out", stacklevel=2)
+    return predicted
 
 
 def _evaluate_window(
@@ -104,8 +121,9 @@ def _evaluate_window(
 
 @dataclass
 class Tally:
-    """The mean of each measure over the tokens of a window, one value a window."""
+    """The mean of each measure over the tokens of a window, one value a window, and how many tokens it predicts."""
 
+    counts: list[int] = field(default_factory=list)
     nll: list[float] = field(default_factory=list)
     reference_nll: list[float] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
@@ -127,21 +145,22 @@ class Tally:
             reference_nll -= float(log_p.gather(1, label).sum(dtype=torch.float64))
             kl += _sum_kl(log_p, log_q)
             top1 += int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
+        self.counts.append(count)
         self.nll.append(nll / count)
         if expected is not None:
             self.reference_nll.append(reference_nll / count)
             self.kl.append(kl / count)
             self.top1.append(top1 / count)
 
-    def result(self, positions: int) -> Evaluation:
-        """Means over all windows, of ``positions`` predicted tokens each."""
-        nll, nll_error = _mean_and_error(self.nll)
+    def result(self) -> Evaluation:
+        """Means over the tokens of all windows."""
+        nll, nll_error = _mean_and_error(self.nll, self.counts)
         perplexity = math.exp(nll)
-        tokens = positions * len(self.nll)
+        tokens = sum(self.counts)
         if not self.kl:
             return Evaluation(tokens, perplexity, _times(perplexity, nll_error))
         difference, difference_error = _mean_and_error(
-            [nll - reference for nll, reference in zip(self.nll, self.reference_nll, strict=True)]
+            [nll - reference for nll, reference in zip(self.nll, self.reference_nll, strict=True)], self.counts
         )
         return Evaluation(
             tokens,
@@ -149,8 +168,8 @@ class Tally:
             _times(perplexity, nll_error),
             math.expm1(difference),
             _times(math.exp(difference), difference_error),
-            *_mean_and_error(self.kl),
-            *_mean_and_error(self.top1),
+            *_mean_and_error(self.kl, self.counts),
+            *_mean_and_error(self.top1, self.counts),
         )
 
 
@@ -161,38 +180,18 @@ def _logits(model: nn.Module, window: Tensor) -> Tensor:
     return logits[0, :-1]
 
 
-def _check_windows(models: Mapping[str, nn.Module], windows: Tensor) -> None:
-    if windows.dim() != 2 or windows.shape[0] < 1 or windows.shape[1] < 2 or windows.is_floating_point():
-        raise SmoothQuantError(
-            f"windows are {windows.dtype} {list(windows.shape)}, expected token ids [samples, T] with T >= 2"
-        )
-    for name, model in models.items():
-        rows = _embedding_rows(model)
-        if rows is not None and not 0 <= int(windows.min()) <= int(windows.max()) < rows:
-            raise SmoothQuantError(
-                f"the windows hold token {int(windows.max())} and {name} has a vocabulary of {rows}: "
-                "use the tokenizer that belongs to the model"
-            )
-
-
-def _embedding_rows(model: nn.Module) -> int | None:
-    find = getattr(model, "get_input_embeddings", None)
-    rows: int | None = getattr(find() if find else None, "num_embeddings", None)
-    return rows
-
-
-def _text_config(model: nn.Module) -> Any:
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _mean_and_error(values: list[float]) -> tuple[float, float | None]:
-    mean = math.fsum(values) / len(values)
-    return mean, statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+def _mean_and_error(values: list[float], weights: list[int]) -> tuple[float, float | None]:
+    """Mean of windows by their tokens, and its standard error: that of a ratio of sums over windows."""
+    total = sum(weights)
+    mean = math.fsum(value * weight for value, weight in zip(values, weights, strict=True)) / total
+    if len(values) < 2:
+        return mean, None
+    squares = math.fsum((weight * (value - mean)) ** 2 for value, weight in zip(values, weights, strict=True))
+    return mean, math.sqrt(squares * len(values) / (len(values) - 1)) / total
 
 
 def _times(factor: float, error: float | None) -> float | None:
@@ -206,6 +205,8 @@ def log_likelihood(model: nn.Module, batches: Iterable[Batch]) -> float:
     for batch in batches:
         log_q = log_probabilities(model, batch)[:, :-1]
         ids = token_ids(batch).to(log_q.device)
+        if ids.is_floating_point():
+            raise SmoothQuantError("a perplexity needs token ids, and the data holds inputs_embeds: give input_ids")
         total += float(log_q.gather(-1, ids[:, 1:, None]).sum(dtype=torch.float64))
         count += ids[:, 1:].numel()
     return total / max(1, count)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import inspect
 import statistics
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import SmoothQuantError
+from ..probing.lookups import Limits, find_limits
 from ..progress import track
-from .accuracy import _device, _embedding_rows, _text_config
+from .accuracy import _device
 
 
 @dataclass(frozen=True)
@@ -53,30 +55,28 @@ def measure_speed(
 
     Args:
         models: transformers causal LMs by name, on any device.
-        prefill: tokens of a prompt.
+        prefill: tokens of a prompt; with a warning fewer, if a model has too few positions for them and the answer.
         decode: tokens generated after it with a key-value cache.
         rounds: number of rounds; ``Speed`` gives their median.
         batch: number of prompts answered together.
         progress: whether to show a progress bar on stderr.
 
     Raises:
-        SmoothQuantError: a number below 1, or more tokens than a model has positions for.
+        SmoothQuantError: a number below 1, or an answer that a model has too few positions for.
     """
     for what, number in (("prefill", prefill), ("decode", decode), ("rounds", rounds), ("batch", batch)):
         if number < 1:
             raise SmoothQuantError(f"{what} is {number}, expected at least 1")
-    for name, model in models.items():
-        positions = getattr(_text_config(model), "max_position_embeddings", None)
-        if positions is not None and prefill + decode > positions:
-            raise SmoothQuantError(
-                f"{name} has {positions} positions, fewer than {prefill} + {decode} tokens: ask for a shorter prompt"
-            )
+    limits = Limits.least(map(find_limits, models.values()))
+    prefill = _fitting_prompt(limits.positions, prefill, decode)
+    vocabulary = limits.vocabulary or 2
+    prompt = torch.randint(vocabulary, (batch, prefill), generator=torch.Generator().manual_seed(0))
     names = list(models)
     prefill_seconds: dict[str, list[float]] = {name: [] for name in names}
     decode_seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in track(range(rounds + 1), "Measuring speed", progress):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            first, rest = _time_generation(models[name], batch, prefill, decode)
+            first, rest = _time_generation(models[name], prompt, decode)
             if turn > 0:
                 prefill_seconds[name].append(first)
                 decode_seconds[name].append(rest)
@@ -85,12 +85,25 @@ def measure_speed(
     }
 
 
+def _fitting_prompt(positions: int | None, prefill: int, decode: int) -> int:
+    """The tokens of a prompt that leave room for the answer."""
+    if positions is None or prefill + decode <= positions:
+        return prefill
+    if decode >= positions:
+        raise SmoothQuantError(f"decode is {decode} and the model has {positions} positions: ask for a shorter answer")
+    warnings.warn(
+        f"the model has {positions} positions, fewer than {prefill} + {decode} tokens: the prompt has "
+        f"{positions - decode}",
+        stacklevel=3,
+    )
+    return positions - decode
+
+
 @torch.no_grad()
-def _time_generation(model: nn.Module, batch: int, prefill: int, decode: int) -> tuple[float, float]:
-    """Seconds for the prompts and seconds for the generated tokens."""
+def _time_generation(model: nn.Module, prompt: Tensor, decode: int) -> tuple[float, float]:
+    """Seconds for the prompts [B, T] and seconds for the generated tokens."""
     device = _device(model)
-    vocabulary = _embedding_rows(model) or 2
-    prompt = torch.randint(vocabulary, (batch, prefill), generator=torch.Generator().manual_seed(0)).to(device)
+    prompt = prompt.to(device)
     parameters = inspect.signature(model.forward).parameters
     last_only = "logits_to_keep" in parameters
     cache = "cache" if "cache" in parameters else "past_key_values"  # the name changed in transformers 5

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SmoothQuantError
-from ..probing.blocks import Batch, run_model, token_ids
+from ..probing.batches import Batches
+from ..probing.blocks import Batch, count_tokens, run_model, token_ids
 from ..probing.hooks import hooked
+from ..probing.lookups import find_limits
+from ..probing.values import first_argument
 from .block_inputs import BlockInputRecorder
 from .expert_smoothing import HiddenRanges
 
@@ -36,7 +39,7 @@ def calibrate(
     Args:
         model: the causal LM, in floating point.
         layers: the linear layers, and experts of mixtures, to watch, by name.
-        batches: token ids [B, T] or forward arguments; any iterable, consumed once.
+        batches: token ids [B, T] or forward arguments, as ``Batches`` gives them; any iterable, consumed once.
         recorder: also records the calls of the blocks, in the batches for whose number ``records`` is true.
         records: which batches are recorded; asked after the batch was drawn.
         hidden: also measures the values within experts.
@@ -49,10 +52,11 @@ def calibrate(
     """
     absmax: dict[str, Tensor] = {}
 
-    def measure(name: str, args: Any, _kwargs: Any) -> None:
-        if not args or args[0].numel() == 0:  # an expert may be given no token
+    def measure(name: str, args: Any, kwargs: Any) -> None:
+        x = first_argument(args, kwargs)
+        if x is None or x.numel() == 0:  # an expert may be given no token
             return
-        x = args[0].detach()
+        x = x.detach()
         largest = x.reshape(-1, x.shape[-1]).abs().amax(dim=0).float()
         absmax[name] = torch.maximum(absmax[name], largest) if name in absmax else largest
 
@@ -87,6 +91,8 @@ def check_finite(absmax: Mapping[str, Tensor], batch: int) -> None:
 class CalibrationData:
     """Batches on their way into the model; some are held out to measure on, spread evenly where their number is known.
 
+    What the user gives is converted, and cut to what is not padding, by ``Batches``.
+
     Attributes:
         first: the first batch, which is always held out.
         held_out: the held-out batches, by their number.
@@ -97,8 +103,8 @@ class CalibrationData:
         SmoothQuantError: there is no batch.
     """
 
-    def __init__(self, batches: Tensor | Iterable[Batch]) -> None:
-        self._batches = batches.split(1) if isinstance(batches, Tensor) and len(batches) else batches
+    def __init__(self, model: nn.Module, batches: Any) -> None:
+        self._batches = Batches(model, batches, find_limits(model))
         self._rest = iter(self._batches)
         try:
             self.first: Batch = next(self._rest)
@@ -108,16 +114,15 @@ class CalibrationData:
         self.windows = self.tokens = 0
 
     def __len__(self) -> int:
-        return len(self._batches)  # type: ignore[arg-type]  # a TypeError is how an iterator says that it has none
+        return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
         stride, wanted = HELD_OUT_SHARE, 1
         for index, batch in enumerate(itertools.chain([self.first], self._rest)):
-            rows, length = token_ids(batch).shape[:2]
-            self.windows += rows
-            self.tokens += rows * length
+            tokens = count_tokens(batch)
+            self.windows += len(token_ids(batch))
+            self.tokens += tokens
             if index == 0:
-                tokens = rows * length
                 wanted = max(1, HELD_OUT_TOKENS // max(1, tokens))
                 stride = max(HELD_OUT_SHARE, operator.length_hint(self._batches) // wanted)
             if index % stride == 0 and len(self.held_out) < wanted:

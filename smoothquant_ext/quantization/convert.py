@@ -11,8 +11,9 @@ from .. import ops
 from ..nn.experts import W8A8Experts
 from ..nn.linear import W8A8Linear
 from ..probing.experts import ExpertsLayout
+from ..probing.hooks import replace_
 from ..probing.linears import Linear, as_linear, weight_nk
-from ..scheme import QMAX, Scheme
+from ..scheme import QMAX, SMALLEST_SCALE, Scheme
 
 
 def convert_(model: nn.Module, names: Iterable[str], absmax: Mapping[str, Tensor], scheme: Scheme) -> None:
@@ -27,13 +28,13 @@ def convert_(model: nn.Module, names: Iterable[str], absmax: Mapping[str, Tensor
     """
     for name in names:
         linear = as_linear(model.get_submodule(name))
-        model.set_submodule(name, quantize_linear(linear, absmax.get(name), scheme))
+        replace_(model, {name: quantize_linear(linear, absmax.get(name), scheme)})
 
 
 def convert_experts_(model: nn.Module, layouts: Mapping[str, ExpertsLayout], scheme: Scheme) -> None:
     """Replaces the named experts of ``model`` by ``W8A8Experts``, freeing the float weights."""
     for name, layout in layouts.items():
-        model.set_submodule(name, quantize_experts(model.get_submodule(name), layout, scheme))
+        replace_(model, {name: quantize_experts(model.get_submodule(name), layout, scheme)})
 
 
 def quantize_linear(
@@ -82,15 +83,20 @@ def quantize_experts(module: nn.Module, layout: ExpertsLayout, scheme: Scheme) -
 
 
 def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Rounds a weight [N, K] to nearest: 8-bit [N, K] and its fp32 scale, [N, 1] per channel or [1] per tensor."""
+    """Rounds a weight [N, K] to nearest: 8-bit [N, K] and its fp32 scale, [N, 1] per channel or [1] per tensor.
+
+    Where the scale would be below ``SMALLEST_SCALE``, it is 1 and the weight 0.
+    """
     if scheme.weight == "channel":
         quantized, scale = ops.quantize_per_token(weight.contiguous(), scheme.dtype)
-        return quantized, scale[:, None]
+        negligible = scale < SMALLEST_SCALE
+        quantized.view(torch.uint8)[negligible] = 0
+        return quantized, scale.masked_fill(negligible, 1.0)[:, None]
     scale = static_scale(weight.abs().amax().float(), scheme.dtype)
     return ops.quantize_static(weight.contiguous(), scale, scheme.dtype), scale
 
 
 def static_scale(absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    """fp32 [1]: absmax / QMAX over the whole tensor, 1 if that is zero."""
+    """fp32 [1]: absmax / QMAX over the whole tensor, 1 if that is zero or next to it."""
     scale = absmax.max().float().reshape(1) / QMAX[dtype]
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    return torch.where(scale >= SMALLEST_SCALE, scale, torch.ones_like(scale))

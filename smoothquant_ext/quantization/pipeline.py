@@ -15,12 +15,15 @@ from transformers import PreTrainedModel
 from ..checkpoint.hf_names import expert_names
 from ..checkpoint.naming import set_quantization_config_
 from ..devices import full_float32, memory_explained
+from ..errors import SmoothQuantError
 from ..fusion.fuse import fuse_
 from ..nn.experts import as_experts
 from ..nn.finalize import finalize_
-from ..probing.blocks import Batch, token_ids
+from ..probing.blocks import Batch, run_model, token_ids
+from ..probing.hooks import replace_
 from ..probing.smoothing_groups import Discovery, discover
 from ..probing.structure import Structure, find_structure
+from ..probing.trying import Failed, attempt, untouched
 from ..progress import track
 from ..scheme import Scheme
 from .block_inputs import BlockInputRecorder
@@ -45,7 +48,7 @@ Progress: TypeAlias = Callable[[Iterable[Any]], Iterable[Any]]
 
 def quantize(
     model: Model,
-    batches: Tensor | Iterable[Batch],
+    batches: Any,
     recipe: Recipe | None = None,
     progress: bool = True,
     journal: str | os.PathLike[str] | None = None,
@@ -56,8 +59,9 @@ def quantize(
     Args:
         model: a transformers causal LM in floating point, whose linear layers are ``nn.Linear`` or ``Conv1D``.
         batches: calibration data: one tensor of token windows [samples, T], or any iterable of token ids [B, T] or of
-            dicts of forward arguments, consumed once. Every fourth window is held out, until there are enough: choices
-            are measured on these.
+            dicts of forward arguments, as tensors, arrays or lists, consumed once. A batch with padding, by its
+            ``attention_mask`` or because its rows are of different lengths, is cut into rows without: padding counts
+            nowhere. Every fourth batch is held out, until there are enough: choices are measured on these.
         recipe: what to do; the default is INT8 with dynamic per-token activations.
         progress: whether to show progress bars.
         journal: a folder that keeps the results of a search while it runs; the same call resumes there if it was cut
@@ -71,13 +75,13 @@ def quantize(
         numbers and names, is what ``save`` writes.
 
     Raises:
-        SmoothQuantError: nothing to quantize, a pattern that matches nothing, no calibration data, a non-finite weight
-            or activation, a journal that cannot be written, a GPU that is absent or too small. After these, as after
-            any other exception, the model is what it was, where it was.
+        SmoothQuantError: nothing to quantize, a pattern that matches nothing, no calibration data or data of another
+            form or vocabulary, a non-finite weight or activation, a journal that cannot be written, a GPU that is
+            absent or too small. After these, as after any other exception, the model is what it was, where it was.
     """
     remedy = "give shorter windows (--seqlen), fewer of them in a batch, or the device cpu"
     with unchanged_on_error(model), memory_explained(remedy), full_float32():
-        _quantize(model, CalibrationData(batches), recipe or Recipe(), progress, journal, device)
+        _quantize(model, CalibrationData(model.eval(), batches), recipe or Recipe(), progress, journal, device)
     return model
 
 
@@ -100,7 +104,7 @@ def _quantize(
         report.rotations = rotate_(structure, data.first, recipe.rotate, placement, bar("Rotating"))
         structure = find_structure(model, data.first)  # its blocks' calls are rotated now
 
-    with placement.running(structure, unchanged=True):
+    with placement.running(structure, unchanged=True), untouched(model):
         calibration = _calibrate(structure, selection, data, recipe, bar("Calibrating"))
     report.calibration = {"windows": data.windows, "tokens": data.tokens}
     report.layers = {name: LayerReport(absmax, absmax) for name, absmax in calibration.absmax.items()}
@@ -117,11 +121,16 @@ def _quantize(
     report.failed |= discovery.rejected
     quantized = quantize_blocks(run, discovery.groups, bar("Quantizing blocks"))
     if recipe.skips:
-        with placement.running(structure):
+        with placement.running(structure), untouched(model):
             _leave_out_worst(run, selection, quantized, list(data.held_out.values()), bar("Measuring each layer"))
 
     _install_(structure, selection, quantized, calibration.absmax, recipe.resolved_scheme)
     report.fused = fuse_(model)
+    outcome = attempt(lambda: run_model(model, structure.batch), model)
+    if isinstance(outcome, Failed):
+        raise SmoothQuantError(
+            f"with 8-bit layers {outcome.reason}: leave the layers that it needs in floating point with --skip"
+        ) from outcome.error
     if isinstance(model, PreTrainedModel):
         finalize_(model, refused=set_quantization_config_(model))
     state.remove()
@@ -178,8 +187,7 @@ def _install_(
     int8_modules: dict[str, nn.Module] = {**quantized.linears, **quantized.experts}
     names = {name: expert_names(model, name, layout) for name, layout in selection.experts.items()}
     fold_rest_(structure, quantized.folds, int8_modules)
-    for name, module in int8_modules.items():
-        model.set_submodule(name, module)
+    replace_(model, int8_modules)
     convert_(model, [name for name in selection.linears if name not in int8_modules], absmax, scheme)
     outside = {name: layout for name, layout in selection.experts.items() if name not in int8_modules}
     convert_experts_(model, outside, scheme)

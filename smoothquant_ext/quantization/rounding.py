@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..scheme import QMAX, Scheme
+from ..scheme import QMAX, SMALLEST_SCALE, Scheme
 from .convert import quantize_weight
 from .recipe import Rounding
 
@@ -47,7 +47,7 @@ def clipped_scale(weight: Tensor, importance: Tensor, scheme: Scheme) -> Tensor:
     per_channel = scheme.weight == "channel"
     absmax = weight.abs().amax(dim=1, keepdim=True) if per_channel else weight.abs().amax().reshape(1)
     full = absmax / QMAX[scheme.dtype]
-    full = torch.where(full > 0, full, 1.0)  # a subnormal absmax may give 0
+    full = torch.where(full * CLIP_RATIOS[-1] >= SMALLEST_SCALE, full, 1.0)
     best, least = full, torch.full_like(full, torch.inf)
     for ratio in CLIP_RATIOS:
         scale = full * ratio

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..evaluation.accuracy import log_likelihood
 from ..nn.linear import W8A8Linear
-from ..probing.blocks import Batch, token_ids
+from ..probing.blocks import Batch, count_tokens
 from ..probing.hooks import swapped
 from ..probing.structure import Structure
 from .recipe import Recipe
@@ -132,7 +132,7 @@ def _first_tokens(batches: Sequence[Batch]) -> list[Batch]:
     chosen: list[Batch] = []
     tokens = 0
     for batch in batches:
-        count = token_ids(batch).shape[:2].numel()
+        count = count_tokens(batch)
         if chosen and tokens + count > MOST_TOKENS:
             break
         chosen.append(batch)

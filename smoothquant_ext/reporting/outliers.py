@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ..devices import full_float32, memory_explained
 from ..errors import SmoothQuantError
 from ..layer_names import name_pattern
-from ..probing.blocks import Batch
 from ..probing.numerics import outlier_ratio
 from ..probing.smoothing_groups import Group, discover
 from ..probing.structure import Structure, find_structure
@@ -67,7 +66,7 @@ class LayerInput:
 
 def measure_outliers(
     model: nn.Module,
-    batches: Tensor | Iterable[Batch],
+    batches: Any,
     recipe: Recipe | None = None,
     progress: bool = False,
     device: torch.device | str | None = None,
@@ -76,7 +75,7 @@ def measure_outliers(
 
     Args:
         model: a transformers causal LM in floating point; its function stays the same.
-        batches: token windows [samples, T], or any iterable of token ids [B, T] or of dicts of forward arguments.
+        batches: calibration data, as in ``quantize``.
         recipe: which layers and which alpha; ``Recipe()`` by default.
         progress: whether to show progress bars on stderr.
         device: where to compute, as in ``quantize``.
@@ -85,7 +84,7 @@ def measure_outliers(
         SmoothQuantError: as ``quantize`` does.
     """
     with memory_explained("give shorter windows (--seqlen), or the device cpu"), full_float32():
-        return _measure_outliers(model, CalibrationData(batches), recipe or Recipe(), progress, device)
+        return _measure_outliers(model, CalibrationData(model.eval(), batches), recipe or Recipe(), progress, device)
 
 
 def _measure_outliers(

@@ -44,6 +44,7 @@ def test_it_says_what_was_done(tmp_path: Path) -> None:
     assert table_row(card, "calibration") == "5 windows, 60 tokens"
     assert "| left in floating point | 2 layers: skipped by pattern |" in card.text
     assert "vllm serve mine" in card.text
+    assert "use_optimized_inference=True" in card.text
     assert "## Measured" not in card.text
 
 
@@ -51,6 +52,7 @@ def test_it_says_what_was_done(tmp_path: Path) -> None:
     ("recipe", "fmt", "expected"),
     [
         (Recipe("int8"), "lmdeploy", "lmdeploy serve api_server mine"),
+        (Recipe("int8"), "lmdeploy", "without its scales"),
         (Recipe("fp8-e5m2"), None, "lmdeploy serve api_server mine"),
         (Recipe("int8", explicit=True), None, "only smoothquant-ext reads"),
     ],

@@ -83,8 +83,12 @@ DAMAGED_TENSORS = {
         r"weight_scale is I32 \[112, 1\], expected a float",
     ),
     "input scale of the wrong shape": ("static", assign(input_scale=torch.ones(2)), r"input_scale is F32 \[2\]"),
-    "NaN scale": ("static", assign(weight_scale=torch.full((112, 1), torch.nan)), "weight_scale holds nan"),
-    "zero scale": ("dynamic", assign(weight_scale=torch.zeros(112, 1)), r"weight_scale holds 0\.0, expected positive"),
+    "NaN scale": ("static", assign(weight_scale=torch.full((112, 1), torch.nan)), "weight_scale holds nan at row 0"),
+    "zero scale": (
+        "dynamic",
+        assign(weight_scale=torch.zeros(112, 1)),
+        r"weight_scale holds 0\.0 at row 0, expected positive finite numbers, or 0 for a row of zeros",
+    ),
     "infinite input scale": ("static", assign(input_scale=torch.tensor([torch.inf])), "input_scale holds inf"),
     "zero point": (
         "static",
@@ -96,7 +100,11 @@ DAMAGED_TENSORS = {
         assign(weight=torch.ones(112, 64, dtype=torch.float8_e4m3fn)),
         r"up_proj\.weight is F8_E4M3 \[112, 64\], expected I8 \[N, K\] for scheme 'int8-static'",
     ),
-    "float weight beside a scale": ("static", assign(weight=torch.ones(112, 64)), "up_proj.weight is F32"),
+    "float weight beside a scale": (
+        "static",
+        assign(weight=torch.ones(112, 64)),
+        "up_proj is quantized, but its weight is F32 beside",
+    ),
     "float weight alone": (
         "dynamic",
         lambda tensors: (assign(weight=torch.ones(112, 64))(tensors), remove("weight_scale")(tensors)),
@@ -117,7 +125,11 @@ DAMAGED_TENSORS = {
         lambda tensors: tensors.pop("model.layers.1.self_attn.q_proj.bias"),
         "q_proj.bias is missing, but config.json makes the layer have one",
     ),
-    "norm missing": ("dynamic", lambda tensors: tensors.pop("model.norm.weight"), "lacks the tensor model.norm.weight"),
+    "norm missing": (
+        "dynamic",
+        lambda tensors: tensors.pop("model.norm.weight"),
+        r"lacks 1 tensor that its configuration calls for: model\.norm\.weight; copy or download",
+    ),
     "norm of the wrong shape": (
         "dynamic",
         lambda tensors: tensors.update({"model.norm.weight": torch.ones(32)}),
@@ -132,10 +144,14 @@ DAMAGED_TENSORS = {
                 if "layers.0" in name
             }
         ),
-        "layers.7.* is quantized, but Qwen2ForCausalLM has no linear layer there",
+        r"holds 19 tensors that Qwen2ForCausalLM has no place for: model\.layers\.7\..*--drop 'model\.layers\.7\.\*'",
     ),
     "LMDeploy, scale missing": ("lmdeploy", remove("scale"), "up_proj.weight is I8 but .*up_proj.scale is missing"),
-    "LMDeploy, weight missing": ("lmdeploy", remove("weight"), "lacks the tensor .*up_proj.weight"),
+    "LMDeploy, weight missing": (
+        "lmdeploy",
+        remove("weight"),
+        "up_proj.scale is stored but .*up_proj.weight is missing",
+    ),
 }
 
 
@@ -173,11 +189,11 @@ DAMAGED_CONFIGS = {
     ),
     "unknown architecture": (
         lambda config: config.update(model_type="qwen99"),
-        "transformers cannot load this model .*qwen99",
+        "model_type 'qwen99', which transformers .* does not have",
     ),
-    "not a causal LM": (
+    "of two types": (
         lambda config: config.update(model_type="vit"),
-        "transformers cannot load this model .*ViTConfig",
+        "model_type 'vit', but architectures Qwen2ForCausalLM, which is of another type",
     ),
 }
 
@@ -322,13 +338,15 @@ def test_a_configuration_without_a_dtype(copies: Callable[[str], Path]) -> None:
     assert loading.load(directory, dtype=torch.float16).dtype == torch.float16
 
 
-def test_superfluous_tensors_are_mentioned(copies: Callable[[str], Path]) -> None:
+def test_superfluous_tensors_need_permission(copies: Callable[[str], Path]) -> None:
     directory = copies("dynamic")
+    expected = loading.load(directory)
     change_tensors(directory, lambda tensors: tensors.update({"model.layers.9.extra": torch.ones(2)}))
-    with pytest.warns(
-        UserWarning, match=r"ignored 1 tensors that the model has no place for, such as model\.layers\.9\.extra"
+    with pytest.raises(
+        SmoothQuantError, match=r"no place for: model\.layers\.9\.extra; .*drop=\['model\.layers\.9\.\*'\]"
     ):
         loading.load(directory)
+    assert_same_model(loading.load(directory, drop=["model.layers.9.*"]), expected)
 
 
 def test_headers_describe_the_layers(pristine: dict[str, Path]) -> None:

@@ -149,9 +149,11 @@ def test_logits_that_are_not_finite_are_an_error():
 @pytest.mark.parametrize(
     ("windows", "complaint"),
     [
-        (torch.zeros(5, dtype=torch.int64), r"torch\.int64 \[5\], expected token ids"),
-        (torch.zeros(0, 9, dtype=torch.int64), r"\[0, 9\], expected"),
-        (torch.zeros(2, 1, dtype=torch.int64), r"\[2, 1\], expected"),
+        (torch.tensor(5), r"torch\.int64 \[\], expected token ids"),
+        (torch.zeros(0, 9, dtype=torch.int64), "no token to predict"),
+        (torch.zeros(2, 1, dtype=torch.int64), "no token to predict: give windows of at least 2 tokens"),
+        ([{"text": "a text"}], "batch 1 has no field 'input_ids'"),
+        ("a text", "the batches are a text: make token ids of a text with token_windows"),
         (torch.zeros(2, 9), r"torch\.float32 \[2, 9\], expected"),
         (torch.full((2, 9), VOCAB), f"token {VOCAB} and the model has a vocabulary of {VOCAB}"),
         (torch.full((2, 9), -1), "token -1 and the model"),
@@ -160,6 +162,11 @@ def test_logits_that_are_not_finite_are_an_error():
 def test_bad_windows_are_named(windows, complaint):
     with pytest.raises(SmoothQuantError, match=complaint):
         evaluate(Scripted(*random_logits(1, 9)), windows)
+
+
+def test_embeddings_have_no_tokens_to_predict():
+    with pytest.raises(SmoothQuantError, match=r"batch 1 has 'inputs_embeds', expected token ids \[B, T\]"):
+        evaluate(build("llama"), [{"inputs_embeds": torch.zeros(1, 9, 64)}])
 
 
 def test_models_with_other_vocabularies_are_not_compared():
@@ -233,12 +240,52 @@ def test_speed_is_tokens_per_second_of_prompt_and_of_answer():
 
 @pytest.mark.usefixtures("clock")
 def test_speed_refuses_what_cannot_be_run():
-    with pytest.raises(SmoothQuantError, match=r"short has 100 positions, fewer than 96 \+ 8 tokens"):
-        measure_speed({"short": Clockwork("short", 1, 1, positions=100)}, prefill=96, decode=8)
     with pytest.raises(SmoothQuantError, match="rounds is 0, expected at least 1"):
         measure_speed({"a": Clockwork("a", 1, 1)}, rounds=0)
     with pytest.raises(SmoothQuantError, match="batch is 0, expected at least 1"):
         measure_speed({"a": Clockwork("a", 1, 1)}, batch=0)
+    with pytest.raises(SmoothQuantError, match="decode is 128 and the model has 128 positions"):
+        measure_speed({"a": build("gpt2")}, prefill=8, decode=128)
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_prompt_is_as_long_as_every_model_has_positions_for():
+    """Which rotary models have without end."""
+    models = {"tables": build("opt"), "rotary": build("llama", max_position_embeddings=16)}
+    with pytest.warns(UserWarning, match=r"has 128 positions, fewer than 512 \+ 4 tokens: the prompt has 124"):
+        speeds = measure_speed(models, prefill=512, decode=4, rounds=1)
+    assert {speed.prompt for speed in speeds.values()} == {124}
+    assert measure_speed({"rotary": models["rotary"]}, prefill=40, decode=4, rounds=1)["rotary"].prompt == 40
+
+
+PADDED = torch.tensor([[0, 0, 7, 8, 9, 4], [5, 3, 9, 8, 0, 0], [0, 0, 0, 0, 0, 6]])
+MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 1]])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom"])
+def test_padding_and_rows_of_one_token_do_not_count(architecture):
+    model, other = build(architecture), build(architecture, seed=1)
+    rows = [PADDED[0, 2:], PADDED[1, :4]]
+    expected = evaluate(model, rows, other)
+    with pytest.warns(UserWarning, match="1 windows of one token are left out"):
+        measured = evaluate(model, [{"input_ids": PADDED, "attention_mask": MASK}], other)
+    assert measured == expected
+    assert measured.tokens == 6
+
+
+def test_windows_of_different_lengths_count_by_their_tokens():
+    model, rows = build("llama"), [token_ids(1, 3), token_ids(1, 30, seed=2)]
+    with torch.no_grad():
+        losses = [float(model(ids, labels=ids).loss) for ids in rows]
+    measured = evaluate(model, rows)
+    assert measured.tokens == 31
+    assert measured.perplexity == pytest.approx(math.exp((2 * losses[0] + 29 * losses[1]) / 31), rel=1e-4)
+
+
+def test_windows_are_cut_to_the_positions_of_the_model():
+    model, windows = build("gpt2", max_position_embeddings=16), token_ids(3, 24)
+    with pytest.warns(UserWarning, match="has 24 tokens a row and the model 16 positions: rows are cut to 16"):
+        assert evaluate(model, windows) == evaluate(model, windows[:, :16])
 
 
 def test_speed_of_a_real_model():

@@ -26,7 +26,10 @@ class LMDeploy(Format):
     weight_scale_is_per_channel = True
     dtypes = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
     read_by = "LMDeploy"
-    how_to_run = "It is stored as LMDeploy stores its own: `lmdeploy serve api_server {name} --backend pytorch`."
+    how_to_run = (
+        "It is stored as LMDeploy stores its own: `lmdeploy serve api_server {name} --backend pytorch`. transformers\n"
+        "without smoothquant-ext would load it without its scales, which gives nonsense."
+    )
 
     def parse(self, config: Mapping[str, Any], where: str) -> QuantizationMap:
         name = config.get("quant_dtype", "int8")  # checkpoints older than the key are int8
