@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from .copies import copy_of
 from .hooks import hooked
 from .linears import values_of
 from .norms import looks_like_norm, norm_offset
@@ -77,7 +77,7 @@ class StreamProber:
     def recording(self) -> Iterator[None]:
         """Keeps the inputs and outputs of matrices and norms."""
         # Copies have no hooks: a norm is run to see what it computes.
-        plain = {name: copy.deepcopy(each) for name, each in self.modules.items() if not list(each.children())}
+        plain = {name: copy_of(each) for name, each in self.modules.items() if not list(each.children())}
 
         def note(name: str, args: Any, _kwargs: Any, output: Any) -> None:
             if name not in self.matrices and name not in self.norms:
@@ -208,7 +208,7 @@ class StreamProber:
         return gain
 
     def _unweighted(self, norm: str) -> nn.Module:
-        module: nn.Module = copy.deepcopy(self.modules[norm])
+        module: nn.Module = copy_of(self.modules[norm])
         for name, parameter in module.named_parameters(recurse=False):
             parameter.data.fill_(1.0 - self.norms[norm] if name == "weight" else 0.0)
         return module

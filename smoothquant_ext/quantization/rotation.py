@@ -15,7 +15,6 @@ the block in a higher precision, and dropped if the block then computes somethin
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -27,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from ..hadamard import rotation
 from ..probing.blocks import Batch, probe_batch, run_model
 from ..probing.consumers import columns_of
+from ..probing.copies import copy_of, raised_
 from ..probing.experts import ExpertsLayout
 from ..probing.linears import as_linear, is_linear, values_of, weight_nk
 from ..probing.numerics import relative_error
@@ -34,6 +34,7 @@ from ..probing.residual import find_block_stream, find_outer_stream, hidden_stat
 from ..probing.smoothing_groups import BlockProber, Discovery
 from ..probing.stream_prober import NoResidualStream, ResidualStream
 from ..probing.structure import Block, Structure
+from ..probing.trying import Failed, attempt
 from .placement import Placement
 from .report import Rotations
 from .smoothing import PROOF_TOLERANCE, Proof
@@ -110,10 +111,11 @@ class _ResidualRotator:
     def rotate_(self, probe: Batch, result: Rotations) -> None:
         """Rotates the stream everywhere, if every block was examined with success."""
         if not self.refused and self.turn is not None:
+            model = self.structure.model
             try:
-                outer = find_outer_stream(self.structure, probe, self.turn)
+                outer = _found(attempt(partial(find_outer_stream, self.structure, probe, self.turn), model))
                 self._rotate_(outer, probe, self.turn)
-                result.untied = _untie_(self.structure.model, self.structure.tied & {*outer.readers, *outer.writers})
+                result.untied = _untie_(model, self.structure.tied & {*outer.readers, *outer.writers})
                 result.residual = True
             except NoResidualStream as reason:
                 self.refused = f"the model {reason}"
@@ -148,15 +150,39 @@ def _stream_width(block: Block) -> int:
     raise NoResidualStream("is called without hidden states")
 
 
+def _found(outcome: ResidualStream | Failed) -> ResidualStream:
+    """The result of a trial.
+
+    Raises:
+        NoResidualStream: it failed; with the reason that was found, whatever it was wrapped in, or with the exception.
+    """
+    if not isinstance(outcome, Failed):
+        return outcome
+    error: BaseException | None = outcome.error
+    while error is not None:
+        if isinstance(error, NoResidualStream):
+            raise error
+        error = error.__cause__
+    raise NoResidualStream(f"fails when its residual stream is looked for ({outcome.reason})")
+
+
 def _proven_stream(block: Block, turn: Tensor) -> ResidualStream:
-    """The stream of a block, which was rotated in a copy that then computed the same.
+    """The stream of a block, which was rotated in a copy of higher precision that then computed the same.
 
     Raises:
         NoResidualStream: there is none, or the copy did not.
     """
-    proof = Proof(block)
-    assert block.call is not None
-    call, module, dtype = block.call, proof.module, proof.dtype
+    native = next(parameter.dtype for parameter in block.module.parameters() if parameter.is_floating_point())
+    if native == torch.float32:
+        outcome = attempt(partial(_stream_in, torch.float64, block, turn))
+        if not isinstance(outcome, Failed) or isinstance(outcome.error, NoResidualStream):
+            return _found(outcome)  # else a kernel (grouped products of experts) may have no fp64
+    return _found(attempt(partial(_stream_in, torch.float32, block, turn)))
+
+
+def _stream_in(dtype: torch.dtype, block: Block, turn: Tensor) -> ResidualStream:
+    call, module = block.call, raised_(copy_of(block.module), dtype)
+    assert call is not None
     stream = find_block_stream(block, module, turn)
     hidden = hidden_state(call, stream.width)
     expected = call.replay(module, dtype)
@@ -190,7 +216,7 @@ def _untie_(model: nn.Module, tied: Collection[str]) -> int:
 
 def _install_(root: nn.Module, stream: ResidualStream, layouts: Mapping[str, ExpertsLayout], turn: Tensor) -> None:
     """Gives the members of a stream new parameters, rotated; the old ones stay whole."""
-    copies = {name: copy.deepcopy(root.get_submodule(name)) for name in stream.members}
+    copies = {name: copy_of(root.get_submodule(name)) for name in stream.members}
     _fold_(copies.__getitem__, stream, layouts, turn)
     for name, other in copies.items():
         root.get_submodule(name)._parameters.update(other._parameters)
@@ -261,7 +287,7 @@ def _rotate_heads_(
             if not proof.attempt(members, partial(_fold_heads_, *members, heads, turn)):
                 hints[key] = result.heads[block.name] = size
                 home = [structure.model.get_submodule(name) for name in (group.producer, consumer)]
-                producer, reader = copies = [copy.deepcopy(module) for module in home]
+                producer, reader = copies = [copy_of(module) for module in home]
                 _fold_heads_(producer, reader, heads, turn)
                 for module, other in zip(home, copies, strict=True):
                     module._parameters.update(other._parameters)

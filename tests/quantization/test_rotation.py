@@ -97,7 +97,7 @@ def test_outliers_are_spread() -> None:
     for layer in ("self_attn.q_proj", "mlp.up_proj"):
         before, after = plain[f"model.layers.0.{layer}"], record[f"model.layers.0.{layer}"]
         assert after["ratio_before"] < before["ratio_before"] / 2
-        assert after["error"] < before["error"] / 3
+        assert after["error"] < before["error"] / 2
 
 
 class Block(nn.Module):
