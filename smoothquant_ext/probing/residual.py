@@ -79,21 +79,20 @@ def find_block_stream(block: Block, module: nn.Module, rotation: Tensor) -> Resi
     if not any(is_stream):
         raise NoResidualStream("returns no hidden states")
 
-    def moves(direction: Tensor, moved: list[Tensor]) -> bool:
-        streams = list(itertools.compress(zip(moved, outputs, strict=True), is_stream))
-        others = itertools.compress(zip(moved, outputs, strict=True), [not each for each in is_stream])
-        return prober.moved_along(direction, streams) and all(torch.equal(a, b) for a, b in others)
+    def streams(moved: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        return list(itertools.compress(zip(moved, outputs, strict=True), is_stream))
 
     with prober.frozen():
-        if not moves(prober.direction, run(hidden + prober.direction)):
-            raise NoResidualStream("adds nothing to its input, or something else than the outputs of its matrices")
+        moved = run(hidden + prober.direction)
+    if not prober.moved_along(prober.direction, streams(moved)):
+        raise NoResidualStream("adds nothing to its input, or something else than the outputs of its matrices")
     writers = []
     for name in prober.candidates():
         with prober.frozen(moving=name):
-            moved = run(hidden)
-        if all(torch.equal(a, b) for a, b in zip(moved, outputs, strict=True)):
+            pairs = streams(run(hidden))
+        if all(torch.equal(a, b) for a, b in pairs):
             continue
-        prober.check_writer(name, moves(prober.direction, moved))
+        prober.check_writer(name, prober.moved_along(prober.direction, pairs))
         writers.append(name)
     with prober.turned(writers) as readers:
         turned = run(prober.rotated(hidden))
