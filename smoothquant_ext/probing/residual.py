@@ -85,7 +85,7 @@ def find_block_stream(block: Block, module: nn.Module, rotation: Tensor) -> Resi
     with prober.frozen():
         moved = run(hidden + prober.direction)
     if not prober.moved_along(prober.direction, streams(moved)):
-        raise NoResidualStream("adds nothing to its input, or something else than the outputs of its matrices")
+        raise NoResidualStream("does not pass its input on beside what its matrices add")
     writers = []
     for name in prober.candidates():
         with prober.frozen(moving=name):

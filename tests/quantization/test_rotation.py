@@ -199,7 +199,7 @@ def idle_block() -> nn.Module:
 
 
 REASONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "a norm in the stream": (lambda: CausalLM(NormInTheStream), "adds nothing to its input"),
+    "a norm in the stream": (lambda: CausalLM(NormInTheStream), "does not pass its input on"),
     "a scale for each channel": (lambda: CausalLM(ScaledByChannel), "adds a function of the output of down"),
     "a reader of some channels": (lambda: CausalLM(ReadsAPart), "hands part a part of its residual stream"),
     "a clamp": (lambda: CausalLM(Clamped), "layers.0 "),
