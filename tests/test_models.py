@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from model_files import change_tensors, with_zeros
 from tiny_w8a8 import assert_same_model, layers_of, quantized
 from tiny_words import tokenizer, write_gguf
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -155,6 +156,9 @@ def test_a_hub_id(kind: str, float_directory: Path, tmp_path: Path, monkeypatch:
     model, _ = load_model("someone/something")
     assert bool(layers_of(model)) is (kind == "w8a8")
     assert asked == ([("someone/something", False)] if kind == "w8a8" else [])
+    change_tensors(directory, with_zeros(**{"mtp.fc.weight": (4, 8)}))
+    refuses("someone/something", r"holds 1 tensor .*no place for: mtp\.fc\.weight; leave it out with --drop 'mtp\.\*'")
+    assert_same_model(load_model("someone/something", drop=["mtp.*"])[0], model)
 
 
 def test_a_failing_download(float_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
