@@ -174,6 +174,15 @@ def test_a_failing_download(float_directory: Path, tmp_path: Path, monkeypatch: 
     refuses("someone/something", r"someone/something cannot be downloaded from the hub \(connection reset\)")
 
 
+def test_a_hub_id_of_a_model_with_code_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **kwargs: object) -> None:
+        raise ValueError("The repository contains custom code.\nPass the argument `trust_remote_code=True`")
+
+    monkeypatch.setattr(models_under_test, "_is_offline", lambda: False)
+    monkeypatch.setattr(models_under_test.AutoConfig, "from_pretrained", fail)
+    refuses("someone/something", r"^someone/something is one whose code comes with the model \(auto_map\): such code")
+
+
 def test_whether_the_network_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, port: asked.append(host))
