@@ -23,8 +23,8 @@ from .hf_names import to_model_names
 SHOWN = 4  # families of names in a sentence
 _REMEDY = "copy or download the model again, or correct config.json"
 
-# Buffers that older versions of transformers stored and newer ones compute.
-_COMPUTED = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias)$")
+# Buffers that older versions of transformers, and trainers that store every buffer, keep in files; models compute them.
+_COMPUTED = re.compile(r"(^|\.)(inv_freq|(cos|sin)_cached|rope\.freqs|position_ids|masked_bias)$")
 _MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")  # the causal mask, unless the attention has a weight of that name
 # Frequencies of rotary embeddings in a GGUF file: transformers takes them from the configuration.
 _ROPE = r"^rope_(freqs|factors_\w+)\.weight$"
