@@ -42,6 +42,7 @@ _REASONS = {
     "Weights only load failed": "has .bin files that hold more than tensors, and such pickles are never run; take the "
     "model in safetensors",
 }
+OTHER_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx*"]
 CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 
 
@@ -249,6 +250,24 @@ def _cached(name: str, file: str, **options: Any) -> str | None:
     """The path of a file of a model on the hub, after downloading it; ``None`` if there is no such file."""
     options |= {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     return cast("str | None", cached_file(name, file, **options))
+
+
+def local_directory(source: str) -> Path:
+    """The directory of a model: ``source``, or where all files of that model on the hub are, which are downloaded.
+
+    Raises:
+        SmoothQuantError: there is no such model.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise SmoothQuantError(f"{path} is not a directory; name the directory of a saved model")
+    _, offline = _config_from_hub(source)
+    try:
+        return Path(snapshot_download(source, ignore_patterns=OTHER_WEIGHTS, local_files_only=offline))
+    except (OSError, ValueError) as error:
+        raise SmoothQuantError(f"{source} cannot be downloaded from the hub ({first_line(error)})") from error
 
 
 def _is_offline() -> bool:
