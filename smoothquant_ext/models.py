@@ -54,6 +54,7 @@ class _Request:
     dtype: torch.dtype | None
     device: torch.device | str | None
     drop: Sequence[str]
+    as_w8a8: bool = False
 
 
 def load_model(
@@ -61,6 +62,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     drop: Sequence[str] = (),
+    as_w8a8: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a causal LM and its tokenizer.
 
@@ -74,6 +76,7 @@ def load_model(
             GPU, and a model that is too large for it is spread over main memory too.
         drop: shell patterns like ``"mtp.*"`` for names of tensors that the model has no place for and that may be left
             out.
+        as_w8a8: as in ``checkpoint.loading.load``.
 
     Returns:
         The model in evaluation mode, with ``W8A8Linear`` layers if the source is a W8A8 checkpoint, and the tokenizer.
@@ -83,7 +86,7 @@ def load_model(
             be loaded by transformers, or has no tokenizer.
     """
     path = Path(source)
-    request = _Request(str(source) if not path.is_dir() else str(path), dtype, device, tuple(drop))
+    request = _Request(str(source) if not path.is_dir() else str(path), dtype, device, tuple(drop), as_w8a8)
     with quiet_transformers():
         if path.suffix.lower() == ".gguf" and not path.is_dir():
             return _load_gguf(path, request)
@@ -106,13 +109,17 @@ def _load(
     no_tokenizer = f"{request.name} has no tokenizer that transformers can load"
     tokenizer = _call(no_tokenizer, AutoTokenizer, source, config=config, **kwargs)
     if quantized:
-        model = loading.load_as(source, request.device, request.dtype, request.drop, causal=True)
+        model = loading.load_as(
+            source, request.device, request.dtype, request.drop, causal=True, as_w8a8=request.as_w8a8
+        )
     else:
         stored: Collection[str] = ()
         if "gguf_file" in kwargs:
             stored = gguf_names(Path(source) / kwargs["gguf_file"])
             request = _without_superfluous_blocks(request, stored, config)
         else:
+            # It quantizes no weights, and transformers would do what the warning says is not done.
+            vars(config).pop("quantization_config", None)
             stored = stored_names(source) if isinstance(source, Path) else _names_on_hub(source, **kwargs)
             check_experts(request.name, stored)
         load = partial(_load_float, request, loader, source, stored, {"config": config, **kwargs})
@@ -181,7 +188,7 @@ def _load_from_hub(request: _Request) -> tuple[PreTrainedModel, PreTrainedTokeni
         directory = snapshot_download(name, allow_patterns=CHECKPOINT_FILES, local_files_only=offline)
     except (OSError, ValueError) as error:
         raise SmoothQuantError(f"{name} cannot be downloaded from the hub ({first_line(error)})") from error
-    return _load(request, Path(directory), True)
+    return _load(request, Path(directory), find_quantization(Path(directory)) is not None)
 
 
 def _config_from_hub(name: str) -> tuple[Any, bool]:
