@@ -22,11 +22,10 @@ from .hooks import hooked, swapped
 # What every module has, and what an 8-bit one has besides; the values of the latter are looked at when they are used.
 COMMON = {*dir(nn.Module()), "in_features", "out_features", "num_experts", "weight", "bias"}
 INPUT = {"input", "x"}  # what a linear layer's argument is called
-# Questions whose answer is the same for an 8-bit weight.
+# Questions whose answer is the same for an 8-bit weight, which may be packed: its shape is not among them.
 SAME_FOR_8_BITS = {
     *(Tensor.device.__get__, Tensor.is_cuda.__get__, Tensor.is_cpu.__get__, Tensor.is_meta.__get__),  # type: ignore[attr-defined]
-    *(Tensor.requires_grad.__get__, Tensor.grad.__get__, Tensor.grad_fn.__get__, Tensor.is_leaf.__get__),  # type: ignore[attr-defined]
-    *(Tensor.shape.__get__, Tensor.ndim.__get__, Tensor.size, Tensor.dim, Tensor.numel),  # type: ignore[attr-defined]
+    *(Tensor.requires_grad.__get__, Tensor.is_leaf.__get__),  # type: ignore[attr-defined]
 }
 
 
@@ -44,7 +43,9 @@ def stand_ins(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[di
     }
 
     def note(name: str, args: Any, kwargs: Any) -> None:
-        if isinstance(modules[name], nn.Linear | Conv1D) and (len(args) + len(kwargs) != 1 or not kwargs.keys() <= INPUT):
+        if isinstance(modules[name], nn.Linear | Conv1D) and (
+            len(args) + len(kwargs) != 1 or not kwargs.keys() <= INPUT
+        ):
             uses.setdefault(name, "it is called with arguments that an 8-bit layer does not take")
         if id(modules[name]) not in running:
             uses.setdefault(name, "it is called through another reference than its place in the model")
