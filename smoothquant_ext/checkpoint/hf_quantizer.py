@@ -94,7 +94,7 @@ class W8A8Quantizer(HfQuantizer):
         }
         head = model.get_output_embeddings()
         paths = {name for name, module in model.named_modules() if module is head}
-        if model.config.tie_word_embeddings and paths & layers.keys():
+        if getattr(model.config, "tie_word_embeddings", False) and paths & layers.keys():
             raise SmoothQuantError(
                 f"{directory}: {min(paths & layers.keys())} is quantized, but config.json ties it to the "
                 "token embedding; set tie_word_embeddings to false there"
@@ -115,6 +115,7 @@ class W8A8Quantizer(HfQuantizer):
                 )
             model.set_submodule(path, self._empty_layer(layers[name], linear.weight.dtype))
         swap_experts_(model, self.checkpoint, self.experts, self._empty_layer)
+        _untie_(model)
 
     def get_weight_conversions(self) -> list[Any]:
         """The renamings that transformers applies besides those of the model."""
@@ -236,3 +237,13 @@ def _rename_buffer(module: nn.Module, name: str, new_name: str, value: Tensor) -
     buffers = [(new_name, value) if key == name else (key, buffer) for key, buffer in module._buffers.items()]
     module._buffers.clear()
     module._buffers.update(buffers)
+
+
+def _untie_(model: PreTrainedModel) -> None:
+    """Forgets ties of weights that are 8-bit now, as blocks of hybrid models share them: each layer has its own."""
+    tied = getattr(model, "all_tied_weights_keys", None)
+    if tied:
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        model.all_tied_weights_keys = {
+            name: source for name, source in tied.items() if name in parameters and source in parameters
+        }
