@@ -56,7 +56,10 @@ TextField = Annotated[
 Seqlen = Annotated[
     int, typer.Option(help="Tokens in each window; fewer, with a warning, if the model has fewer positions.", min=2)
 ]
-Seed = Annotated[int, typer.Option(help="Seed of the windows' positions; the same seed gives the same windows.")]
+Seed = Annotated[
+    int,
+    typer.Option(help="Seed of the windows' positions; the same seed gives the same windows.", min=0, max=2**63 - 1),
+]
 Drop = Annotated[
     list[str] | None,
     typer.Option(
