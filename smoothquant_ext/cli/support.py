@@ -40,12 +40,15 @@ def load(
         return load_model(source, dtype, device, drop or ())
 
 
-def read_windows(tokenizer: Any, text: str, samples: int, seqlen: int, seed: int) -> Tensor:
-    """Token ids [samples, seqlen] from a text that the user names."""
+def read_windows(
+    loaded: tuple[Any, Any], text: str, samples: int, seqlen: int, seed: int, field: str | None = None
+) -> Tensor:
+    """Token ids [samples, seqlen] from a text that the user names, for a model that was loaded with its tokenizer."""
     with step(f"Reading {text}"):
         from ..text import token_windows
 
-        return token_windows(tokenizer, text, samples, seqlen, seed)
+        model, tokenizer = loaded
+        return token_windows(tokenizer, text, samples, seqlen, seed, model, field)
 
 
 def stored_dtype(loaded: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
