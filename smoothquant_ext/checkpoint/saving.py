@@ -224,6 +224,7 @@ def _split(sizes: Mapping[str, int], max_shard_size: int | str) -> StateDictSpli
 def _write_configs(model: PreTrainedModel, quantization: dict[str, Any], directory: Path) -> None:
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
+    vars(config).pop("auto_map", None)  # names files of code that are not here; the class is transformers' own
     config.dtype = dtype_name(model.dtype)
     for name in config.sub_configs:  # as loading sets them
         part = getattr(config, name, None)

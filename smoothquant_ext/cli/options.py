@@ -46,7 +46,13 @@ Calib = Annotated[
 ]
 Samples = Annotated[int, typer.Option(help="Number of windows, spread evenly over the text.", min=1)]
 Seqlen = Annotated[int, typer.Option(help="Tokens in each window.", min=2)]
-Seed = Annotated[int, typer.Option(help="Seed of the windows' positions; the same seed gives the same windows.")]
+Seed = Annotated[
+    int,
+    typer.Option(help="Seed of the windows' positions; the same seed gives the same windows.", min=0, max=2**63 - 1),
+]
+Temperature = Annotated[
+    float, typer.Option(help="0 always takes the likeliest token; higher values are more random.", min=0.0)
+]
 Drop = Annotated[
     list[str] | None,
     typer.Option(

@@ -9,17 +9,15 @@ import typer
 
 from ..errors import SmoothQuantError
 from .console import err
-from .options import Device, Drop, Dtype, Model, Seed, Served
-from .support import KV_CACHES, choose, load, parse_device, parse_dtype
+from .options import Device, Drop, Dtype, Model, Seed, Served, Temperature
+from .support import KV_CACHES, as_utf8, check_temperature, choose, load, parse_device, parse_dtype
 
 
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue or, with --chat, to answer.")],
     max_new_tokens: Annotated[int, typer.Option(help="Stop after this number of tokens.", min=1)] = 128,
-    temperature: Annotated[
-        float, typer.Option(help="0 always takes the likeliest token; higher values are more random.", min=0.0)
-    ] = 0.0,
+    temperature: Temperature = 0.0,
     chat: Annotated[
         bool, typer.Option("--chat", help="Send PROMPT as a message to an instruction-tuned model.")
     ] = False,
@@ -39,6 +37,8 @@ def generate(
     import torch
     from transformers import TextStreamer
 
+    prompt = as_utf8("PROMPT", prompt)
+    check_temperature(temperature)
     wants_int8_cache = choose("kv-cache", kv_cache, KV_CACHES) == "int8"
     network, tokenizer = load(model, parse_dtype(dtype), parse_device(device), drop)
     if wants_int8_cache:
@@ -125,9 +125,7 @@ def chat(
     model: Served,
     system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 512,
-    temperature: Annotated[
-        float, typer.Option(help="0 always takes the likeliest token; higher values are more random.", min=0.0)
-    ] = 0.0,
+    temperature: Temperature = 0.0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     drop: Drop = None,
@@ -142,6 +140,8 @@ def chat(
     from ..models import loads_as_here
 
     parse_dtype(dtype)
+    check_temperature(temperature)
+    system = None if system is None else as_utf8("--system", system)
     where = str(parse_device(device))
     with loads_as_here(model, drop or ()):
         serving.chat(model, dtype, where, system, max_new_tokens, temperature)

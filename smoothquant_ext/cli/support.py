@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -24,6 +26,7 @@ TEST_TEXT = "Salesforce/wikitext/wikitext-2-raw-v1:test"
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 KV_CACHES = ("auto", "int8")
 TEST_SAMPLES = 64  # windows
+LEAST_TEMPERATURE = 1e-6  # a score is at most 65504 in float16, and a quotient has to be below 3.4e38
 
 
 def load(
@@ -116,6 +119,23 @@ def choose(option: str, value: str, allowed: tuple[str, ...]) -> str | None:
     if value not in allowed:
         raise SmoothQuantError(f"--{option} is {value!r}, expected one of {', '.join(allowed)}")
     return None if value == "auto" else value
+
+
+def check_temperature(value: float) -> None:
+    """Refuses a temperature that would make probabilities of nan: scores are divided by it."""
+    if value != 0 and not LEAST_TEMPERATURE <= value < math.inf:
+        raise SmoothQuantError(
+            f"--temperature is {value:g}, expected a finite number of at least {LEAST_TEMPERATURE:g}, or 0 for the "
+            "likeliest token"
+        )
+
+
+def as_utf8(what: str, argument: str) -> str:
+    """A text of the command line, which is UTF-8 whatever the locale says."""
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except UnicodeError:
+        raise SmoothQuantError(f"{what} is not UTF-8; convert it, for example with iconv") from None
 
 
 def parse_number(option: str, value: str) -> float:

@@ -18,6 +18,7 @@ from ..devices import full_float32, memory_explained
 from ..fusion.fuse import fuse_
 from ..nn.experts import as_experts
 from ..nn.finalize import finalize_
+from ..ops.backends import check_cpu_isa
 from ..probing.blocks import Batch, token_ids
 from ..probing.smoothing_groups import Discovery, discover
 from ..probing.structure import Structure, find_structure
@@ -75,6 +76,7 @@ def quantize(
             form or vocabulary, a non-finite weight or activation, a journal that cannot be written, a GPU that is
             absent or too small. After these, as after any other exception, the model is what it was, where it was.
     """
+    check_cpu_isa()
     remedy = "give shorter windows (--seqlen), fewer of them in a batch, or the device cpu"
     with unchanged_on_error(model), memory_explained(remedy), full_float32():
         _quantize(model, CalibrationData(model.eval(), batches), recipe or Recipe(), progress, journal, device)
