@@ -89,6 +89,7 @@ def _load(
             "directory": str(path),
             "infer_dtype": dtype is None and getattr(config, "dtype", None) is None,
             "ready": on_cpu or bool(options),  # else it has yet to move
+            "drop": list(drop),
         }
         return load_complete(
             model_class(config, str(path), causal),

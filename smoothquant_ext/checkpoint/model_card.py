@@ -96,7 +96,7 @@ def add_measured(directory: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     record["measured"] = [row for row in record.get("measured", ()) if row["text"] not in texts] + list(rows)
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     quantization = parse_quantization_config(config, str(directory / "config.json"))
-    schemes = [scheme for _, scheme in quantization.groups]
+    schemes = [scheme for _, scheme in quantization.groups if scheme is not None]
     text = model_card(directory.resolve().name, quantization.fmt, schemes, len(record["quantized"]), record)
     replace_file(directory / RECORD, json.dumps(record, indent=1) + "\n")
     replace_file(directory / CARD, text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from ..nn.experts import W8A8Experts
 from ..nn.linear import W8A8Linear
 from ..scheme import Scheme, dtype_name
 from .formats.registry import choose_format
-from .hf_names import plain_tensors, to_checkpoint_modules, to_checkpoint_tensors
+from .hf_names import plain_tensors, renamed_alone, to_checkpoint_modules, to_checkpoint_tensors, to_model_names
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,27 @@ def checkpoint_names(
     schemes: dict[str, Scheme] = {}
     for path, layer in layers.items():
         for name in (names[path], path):
-            schemes[_all_experts(name) if _module_of(path) in mixtures else name] = layer.scheme
+            schemes[all_experts(name) if _module_of(path) in mixtures else name] = layer.scheme
     return CheckpointNames(
         {path: names[path] for path in layers},
         schemes,
         list(dict.fromkeys([*(names[path] for path in linears), *linears, *sorted(others)])),
     )
+
+
+def names_of_layers(model: PreTrainedModel, names: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """All names of each of the layers ``names`` of a checkpoint: that in the files, then those in the model.
+
+    A configuration may use any of them, since some tools read names from the files and others from the model.
+    """
+    keys = [f"{name}.weight" for name in sorted(names)]
+    paths, alone = to_model_names(model, keys), renamed_alone(model, keys)
+    return {
+        key.removesuffix(".weight"): tuple(
+            dict.fromkeys(name.removesuffix(".weight") for name in (key, paths[key], alone[key]) if name is not None)
+        )
+        for key in keys
+    }
 
 
 def set_quantization_config_(model: PreTrainedModel) -> dict[str, str]:
@@ -116,6 +131,6 @@ def _module_of(name: str) -> str:
     return name.rpartition(".")[0].rpartition(".")[0]
 
 
-def _all_experts(name: str) -> str:
+def all_experts(name: str) -> str:
     """A target for all layers of all experts of a mixture: there are thousands."""
     return f"re:{re.escape(_module_of(name))}\\.\\d+\\.\\w+$"

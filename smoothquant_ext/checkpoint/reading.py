@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from ..errors import SmoothQuantError
 from ..scheme import Scheme, scheme_of
 from .formats.base import QuantizationMap
-from .formats.registry import config_files, parse_quantization_config
+from .formats.registry import config_files, file_with_details, parse_quantization_config, why_float
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -97,13 +98,25 @@ def read_config(directory: Path) -> dict[str, Any]:
 def find_quantization(directory: Path) -> tuple[Any, Path] | None:
     """The ``quantization_config`` of a model directory and the file that holds it, ``None`` if it is not quantized.
 
+    A configuration that quantizes no weights is none, with a warning that says so.
+
     Raises:
         SmoothQuantError: as ``read_config``.
     """
-    config = read_config(directory)
+    found = _find_configuration(directory, read_config(directory))
+    if found is not None and (reason := why_float(found[0], str(found[1]))):
+        warnings.warn(reason, stacklevel=2)
+        return None
+    return found
+
+
+def _find_configuration(directory: Path, config: Mapping[str, Any]) -> tuple[Any, Path] | None:
     for key in ("quantization_config", "compression_config"):  # the second is compressed-tensors' former name
         if (raw := config.get(key)) is not None:
             inner = raw.get("quantization_config") if key == "compression_config" and isinstance(raw, dict) else None
+            details = file_with_details(raw)
+            if details is not None and (directory / details).is_file():
+                return read_json(directory / details, COPY_AGAIN), directory / details
             return inner or raw, directory / CONFIG
     files = [directory / name for name in config_files() if (directory / name).is_file()]
     return (read_json(files[0], COPY_AGAIN), files[0]) if files else None
@@ -133,17 +146,21 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     return Checkpoint(directory, quantization, tensors, {})
 
 
-def find_layers(checkpoint: Checkpoint, experts: Collection[str] = ()) -> Checkpoint:
+def find_layers(
+    checkpoint: Checkpoint, experts: Collection[str] = (), names: Mapping[str, tuple[str, ...]] | None = None
+) -> Checkpoint:
     """Finds the quantized layers of a checkpoint, and checks the shapes and dtypes of their tensors.
 
     Args:
         checkpoint: from ``open_checkpoint``.
         experts: the names of the layers whose inputs get a scale per token whatever the configuration says.
+        names: all names of each layer, which the configuration may use, that in the files first; ``None`` knows those
+            in the files alone.
 
     Raises:
         SmoothQuantError: as ``read_checkpoint``.
     """
-    layers = dict(_layers(checkpoint.quantization, checkpoint.tensors, experts))
+    layers = dict(_layers(checkpoint.quantization, checkpoint.tensors, experts, names or {}))
     if not layers:
         raise SmoothQuantError(f"{checkpoint.directory} says it is quantized but holds no 8-bit weight; {COPY_AGAIN}")
     return replace(checkpoint, layers=layers)
@@ -159,7 +176,10 @@ def names_of_8_bit_weights(tensors: Mapping[str, CheckpointTensor]) -> list[str]
 
 
 def _layers(
-    quantization: QuantizationMap, tensors: Mapping[str, CheckpointTensor], experts: Collection[str]
+    quantization: QuantizationMap,
+    tensors: Mapping[str, CheckpointTensor],
+    experts: Collection[str],
+    names: Mapping[str, tuple[str, ...]],
 ) -> Iterator[tuple[str, CheckpointLayer]]:
     scale_suffix = "." + quantization.fmt.tensors.weight_scale
     for name in sorted(names_of_8_bit_weights(tensors)):
@@ -168,15 +188,40 @@ def _layers(
             raise SmoothQuantError(
                 f"{weight.file}: {name}.weight is {weight.dtype} but {name}{scale_suffix} is missing; {COPY_AGAIN}"
             )
-        yield name, _layer(name, quantization, tensors, is_expert=name in experts)
+        schemes = quantization.schemes_of(*names.get(name, (name,)))
+        scheme = _choose_scheme(name, schemes, quantization, tensors)
+        yield name, _layer(name, scheme, quantization, tensors, is_expert=name in experts)
+
+
+def _choose_scheme(
+    name: str, schemes: Sequence[Scheme], quantization: QuantizationMap, tensors: Mapping[str, CheckpointTensor]
+) -> Scheme | None:
+    """The first of the schemes that the tensors of a layer agree with, else the first, else ``None``."""
+    names = quantization.fmt.tensors
+    weight, scale = tensors[f"{name}.weight"], tensors[f"{name}.{names.weight_scale}"]
+    is_static = f"{name}.{names.input_scale}" in tensors
+    is_symmetric = f"{name}.{names.input_zero_point}" not in tensors
+    for scheme in schemes if len(schemes) > 1 else ():
+        per_channel = math.prod(scale.shape) == weight.shape[0]
+        if (
+            weight.dtype == EIGHT_BIT[scheme.dtype]
+            and per_channel == (scheme.weight == "channel")
+            and is_static == scheme.is_static
+            and (is_symmetric or not scheme.symmetric)
+        ):
+            return scheme
+    return next(iter(schemes), None)
 
 
 def _layer(
-    name: str, quantization: QuantizationMap, tensors: Mapping[str, CheckpointTensor], is_expert: bool
+    name: str,
+    scheme: Scheme | None,
+    quantization: QuantizationMap,
+    tensors: Mapping[str, CheckpointTensor],
+    is_expert: bool,
 ) -> CheckpointLayer:
     names = quantization.fmt.tensors
     weight = tensors[name + ".weight"]
-    scheme = quantization.scheme_of(name)
     if scheme is None:
         raise SmoothQuantError(
             f"{weight.file}: {name} is quantized but {CONFIG} says it is not; the directory mixes two checkpoints, "

@@ -74,7 +74,7 @@ def check_scales(checkpoint: Checkpoint) -> None:
                 f"{tensors[name].file}: {name} holds {value}{place}, expected positive finite numbers{zero}; {_DAMAGED}"
             )
     needed = {f"{layer}.{suffix}" for layer, of in checkpoint.layers.items() for suffix in _roles(of, names)}
-    others = sorted(name for name in needed - of_weights.keys() if not _is_zero_point(name))
+    others = sorted(name for name in needed - of_weights.keys() if not is_zero_point(name))
     for name, scale in read_tensors(tensors, others):
         if (bad := _not_positive(scale)).any():
             raise SmoothQuantError(
@@ -100,7 +100,7 @@ def unused_scales(checkpoint: Checkpoint) -> dict[str, str]:
     unused = {}
     for name in checkpoint.tensors:
         layer, _, suffix = name.rpartition(".")
-        if suffix not in known and not _is_zero_point(name):
+        if suffix not in known and not is_zero_point(name):
             continue
         if layer not in layers or suffix not in _roles(layers[layer], names):
             unused[name] = suffix
@@ -127,8 +127,9 @@ def _not_positive(scale: Tensor) -> Tensor:
     return ~(scale.isfinite() & (scale >= SMALLEST_SCALE))
 
 
-def _is_zero_point(name: str) -> bool:
-    return name.endswith("_zero_point")
+def is_zero_point(name: str) -> bool:
+    """Whether a tensor is a zero point by its name."""
+    return name.endswith(("_zero_point", "_offset"))  # the second is Ascend's
 
 
 def _read(file: Path, name: str) -> Tensor:

@@ -9,15 +9,18 @@ import typer
 
 from ..errors import SmoothQuantError
 from .console import err
-from .options import Device, Drop, Dtype, Model, Seed, Served, Temperature
-from .support import KV_CACHES, as_utf8, check_temperature, choose, load, parse_device, parse_dtype
+from .options import Device, Drop, Dtype, Model, Seed, Served
+from .prompts import check_temperature, check_text, room_for
+from .support import KV_CACHES, choose, load, parse_device, parse_dtype
 
 
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue or, with --chat, to answer.")],
     max_new_tokens: Annotated[int, typer.Option(help="Stop after this number of tokens.", min=1)] = 128,
-    temperature: Temperature = 0.0,
+    temperature: Annotated[
+        float, typer.Option(help="0 always takes the likeliest token; higher values are more random.", min=0.0)
+    ] = 0.0,
     chat: Annotated[
         bool, typer.Option("--chat", help="Send PROMPT as a message to an instruction-tuned model.")
     ] = False,
@@ -35,11 +38,14 @@ def generate(
     Example: [bold]smoothquant generate smol-w8a8 "The state of our union is" --max-new-tokens 40[/bold]
     """
     import torch
+    from jinja2 import TemplateError
     from transformers import TextStreamer
 
-    prompt = as_utf8("PROMPT", prompt)
-    check_temperature(temperature)
+    from ..compat import first_line
+
     wants_int8_cache = choose("kv-cache", kv_cache, KV_CACHES) == "int8"
+    check_temperature(temperature)
+    check_text("PROMPT", prompt)
     network, tokenizer = load(model, parse_dtype(dtype), parse_device(device), drop)
     if wants_int8_cache:
         from ..nn.int8_kv_cache import use_int8_cache_
@@ -49,12 +55,15 @@ def generate(
         raise SmoothQuantError(f"{model} has no chat template, so it is not a chat model: leave out --chat")
     if chat:
         messages = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise SmoothQuantError(f"the chat template of {model} refuses the prompt: {first_line(error)}") from error
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
-    if inputs.input_ids.shape[1] == 0:
-        raise SmoothQuantError("the prompt is empty: give a text to continue")
+    max_new_tokens = room_for(model, network, inputs.input_ids, max_new_tokens)
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    sampling |= {"num_beams": 1, "num_return_sequences": 1}  # words cannot be printed before the best beam is known
     start = time.perf_counter()
     tokens = cast(Any, network).generate(
         inputs.input_ids.to(network.device),
@@ -88,6 +97,14 @@ def serve(
             help="With --continuous-batching: tokens in the cache for all requests together. Default: 16384.", min=256
         ),
     ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="With --continuous-batching: the temperature of all answers, because requests of one batch cannot "
+            "choose it. 0 always takes the likeliest token. Default: the model's own.",
+            min=0.0,
+        ),
+    ] = None,
     compile_: Annotated[
         bool,
         typer.Option(
@@ -113,19 +130,25 @@ def serve(
     parse_dtype(dtype)
     if cache_tokens is not None and not continuous_batching:
         raise SmoothQuantError("--cache-tokens needs --continuous-batching: give both or neither")
+    if temperature is not None:
+        if not continuous_batching:
+            raise SmoothQuantError("--temperature needs --continuous-batching: otherwise each request says its own")
+        check_temperature(temperature)
     if compile_ and continuous_batching:
         raise SmoothQuantError("--compile has no effect on --continuous-batching, which has CUDA graphs of its own")
-    room = (cache_tokens or serving.CACHE_TOKENS) if continuous_batching else None
+    batching = serving.Batching(cache_tokens or serving.CACHE_TOKENS, temperature) if continuous_batching else None
     where = str(parse_device(device))
     with loads_as_here(model, drop or ()):
-        serving.serve(model, host, port, dtype, where, room, compile_)
+        serving.serve(model, host, port, dtype, where, batching, compile_)
 
 
 def chat(
     model: Served,
     system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 512,
-    temperature: Temperature = 0.0,
+    temperature: Annotated[
+        float, typer.Option(help="0 always takes the likeliest token; higher values are more random.", min=0.0)
+    ] = 0.0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     drop: Drop = None,
@@ -141,7 +164,7 @@ def chat(
 
     parse_dtype(dtype)
     check_temperature(temperature)
-    system = None if system is None else as_utf8("--system", system)
+    check_text("--system", system or "")
     where = str(parse_device(device))
     with loads_as_here(model, drop or ()):
         serving.chat(model, dtype, where, system, max_new_tokens, temperature)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -26,7 +24,6 @@ TEST_TEXT = "Salesforce/wikitext/wikitext-2-raw-v1:test"
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 KV_CACHES = ("auto", "int8")
 TEST_SAMPLES = 64  # windows
-LEAST_TEMPERATURE = 1e-6  # a score is at most 65504 in float16, and a quotient has to be below 3.4e38
 
 
 def load(
@@ -43,12 +40,15 @@ def load(
         return load_model(source, dtype, device, drop or ())
 
 
-def read_windows(tokenizer: Any, text: str, samples: int, seqlen: int, seed: int) -> Tensor:
-    """Token ids [samples, seqlen] from a text that the user names."""
+def read_windows(
+    loaded: tuple[Any, Any], text: str, samples: int, seqlen: int, seed: int, field: str | None = None
+) -> Tensor:
+    """Token ids [samples, seqlen] from a text that the user names, for a model that was loaded with its tokenizer."""
     with step(f"Reading {text}"):
         from ..text import token_windows
 
-        return token_windows(tokenizer, text, samples, seqlen, seed)
+        model, tokenizer = loaded
+        return token_windows(tokenizer, text, samples, seqlen, seed, model, field)
 
 
 def stored_dtype(loaded: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
@@ -119,23 +119,6 @@ def choose(option: str, value: str, allowed: tuple[str, ...]) -> str | None:
     if value not in allowed:
         raise SmoothQuantError(f"--{option} is {value!r}, expected one of {', '.join(allowed)}")
     return None if value == "auto" else value
-
-
-def check_temperature(value: float) -> None:
-    """Refuses a temperature that would make probabilities of nan: scores are divided by it."""
-    if value != 0 and not LEAST_TEMPERATURE <= value < math.inf:
-        raise SmoothQuantError(
-            f"--temperature is {value:g}, expected a finite number of at least {LEAST_TEMPERATURE:g}, or 0 for the "
-            "likeliest token"
-        )
-
-
-def as_utf8(what: str, argument: str) -> str:
-    """A text of the command line, which is UTF-8 whatever the locale says."""
-    try:
-        return os.fsencode(argument).decode("utf-8")
-    except UnicodeError:
-        raise SmoothQuantError(f"{what} is not UTF-8; convert it, for example with iconv") from None
 
 
 def parse_number(option: str, value: str) -> float:

@@ -186,7 +186,7 @@ def test_modelopt_has_another_configuration_file(tmp_path: Path) -> None:
     assert_computes(loaded, dequantized)
 
 
-def test_scales_of_the_cache_are_ignored(tmp_path: Path) -> None:
+def test_scales_of_the_cache_are_ignored_with_a_sentence(tmp_path: Path) -> None:
     directory = tmp_path / "model"
     config = {"quant_method": "fp8", "activation_scheme": "static"}
     foreign.write_fp8(build("llama"), directory, config, ("weight_scale", "input_scale"), False)

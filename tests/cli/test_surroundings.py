@@ -21,7 +21,6 @@ from rich.console import Console
 
 from smoothquant_ext import Recipe, cli, enable, load, quantize
 from smoothquant_ext.cli.console import readable
-from smoothquant_ext.cli.support import as_utf8
 from smoothquant_ext.errors import SmoothQuantError
 from smoothquant_ext.models import load_model
 
@@ -85,18 +84,6 @@ def test_a_narrow_terminal_drops_no_digit(columns: str, work: Path, monkeypatch:
         assert Path(model["name"]).name in shown
 
 
-@pytest.mark.parametrize("locale", ["utf-8", "ascii"])
-def test_a_prompt_is_utf8_in_every_locale(locale: str) -> None:
-    assert as_utf8("PROMPT", "ab – 模".encode().decode(locale, "surrogateescape")) == "ab – 模"
-
-
-@pytest.mark.parametrize("prompt", ["café".encode("latin-1"), b"\xff\xfe", "模型测试".encode("gbk")])
-def test_a_prompt_in_another_encoding(prompt: bytes, work: Path) -> None:
-    expected = "is not UTF-8; convert it, for example with iconv"
-    assert complaint("generate", work / "w8a8", os.fsdecode(prompt)) == f"PROMPT {expected}"
-    assert complaint("chat", work / "w8a8", "--system", os.fsdecode(prompt)) == f"--system {expected}"
-
-
 @pytest.mark.parametrize("command", ["eval", "quantize", "info"])
 def test_output_that_cannot_be_written(command: str, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = {
@@ -108,30 +95,6 @@ def test_output_that_cannot_be_written(command: str, work: Path, monkeypatch: py
         code, said = main(monkeypatch, full, command, *arguments)
     assert code == 2
     assert said.splitlines()[-1] == "error: the system: No space left on device"
-
-
-@pytest.mark.parametrize("value", ["1e-300", "1e-7", "inf"])
-def test_a_temperature_that_gives_no_probabilities(value: str, work: Path) -> None:
-    said = complaint("generate", work / "w8a8", "a", "--temperature", value)
-    assert said.startswith(
-        f"--temperature is {value.replace('e-7', 'e-07')}, expected a finite number of at least 1e-06"
-    )
-    assert complaint("chat", work / "w8a8", "--temperature", value) == said
-
-
-def test_the_lowest_temperature_takes_the_likeliest_token(work: Path) -> None:
-    arguments = ("generate", work / "w8a8", "a", "--max-new-tokens", "8", "--dtype", "float32")  # bfloat16 has ties
-    assert smoothquant(*arguments, "--temperature", "1e-6").stdout == smoothquant(*arguments).stdout
-
-
-@pytest.mark.parametrize("seed", ["-1", str(2**63), str(2**70)])
-def test_a_seed_out_of_range(seed: str, work: Path) -> None:
-    result = smoothquant("generate", work / "w8a8", "a", "--seed", seed, code=2)
-    assert "Invalid value for '--seed'" in result.stderr
-
-
-def test_the_largest_seed(work: Path) -> None:
-    smoothquant("generate", work / "w8a8", "a", "--max-new-tokens", "2", "--temperature", "1", "--seed", 2**63 - 1)
 
 
 def test_an_instruction_set_that_does_not_exist(work: Path) -> None:

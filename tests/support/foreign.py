@@ -69,8 +69,9 @@ def write_compressed_tensors(model: PreTrainedModel, scheme: str, directory: Pat
     ranges = input_ranges(model)
     apply_quantization_config(model, QuantizationConfig.model_validate(config), show_progress=False)
     dequantized = {}
-    for name, linear in linears_of(model).items():
-        if (quantization := getattr(linear, "quantization_scheme", None)) is None:
+    for name, linear in model.named_modules():
+        quantization = getattr(linear, "quantization_scheme", None)
+        if not isinstance(linear, nn.Linear) or quantization is None:
             continue
         args = quantization.weights
         values = linear.weight.detach()
@@ -79,9 +80,10 @@ def write_compressed_tensors(model: PreTrainedModel, scheme: str, directory: Pat
         scale, zero = calculate_qparams(low, high, args)
         linear.weight_scale.data.copy_(scale)
         dequantized[name] = fake_quantize(values, linear.weight_scale, zero, args)
-        if not dynamic:
+        inputs = quantization.input_activations
+        if inputs is not None and not inputs.dynamic:
             bounds = (bound.reshape(1) for bound in ranges[name])
-            scale, zero = calculate_qparams(*bounds, quantization.input_activations)
+            scale, zero = calculate_qparams(*bounds, inputs)
             linear.input_scale.data.copy_(scale)
             linear.input_zero_point.data.copy_(zero)
         linear.quantization_status = QuantizationStatus.FROZEN

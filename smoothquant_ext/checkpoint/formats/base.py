@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...errors import SmoothQuantError
 from ...scheme import Scheme, dtype_name
+from .targets import LINEAR, Targets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
     from ...nn.linear import W8A8Linear
 
 CONVERT_AGAIN = "quantize the original model with smoothquant-ext instead"
+
+
+class FloatWeights(SmoothQuantError):
+    """A ``quantization_config`` that quantizes no weights: the model is one in floating point."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,7 @@ class Format:
         quant_method: the ``quant_method`` of its ``quantization_config``.
         tensors: the names of a layer's tensors.
         config_file: the file that holds the configuration where config.json has none, ``None`` for most formats.
+        config_file_goes_first: whether that file is read even where config.json has a configuration.
         weight_scale_is_per_channel: whether a weight's scale is [N, 1] even where the scheme has one scale per tensor.
         dtypes: the 8-bit dtypes it can store; empty for a format that is only read.
         read_by: the programs that read it, for ``--help``; of a format that is written.
@@ -60,6 +67,7 @@ class Format:
     quant_method: str
     tensors = TensorNames()
     config_file: str | None = None
+    config_file_goes_first = False
     weight_scale_is_per_channel = False
     dtypes: tuple[torch.dtype, ...] = ()
     read_by = ""
@@ -140,37 +148,74 @@ class Format:
 class QuantizationMap:
     """The content of a ``quantization_config``: the format, and the scheme of each layer.
 
+    A layer has several names, in the files and in the model, and a configuration may mean any of them: the methods take
+    them all, that in the files first.
+
     Attributes:
         fmt: the format.
-        groups: (targets, scheme) in order; a target is a class name, a module name, or ``re:`` and a regular
-            expression, as in compressed-tensors.
+        groups: (targets, scheme); a target is what ``targets`` describes. The scheme is ``None`` where the group
+            quantizes something other than weights.
         ignore: targets that stay in floating point whatever ``groups`` says.
         complete: true if every linear layer that is targeted and not ignored must be quantized, and the granularity
             of the scales is that of ``groups``; else the files decide both.
         notes: what is read differently from what the configuration asks for, a sentence each.
+        weight_only: if weights have 8 bits and activations none, who reads that; ``groups`` then quantize activations
+            per token, which is another model than that in the files. Empty for W8A8.
     """
 
     fmt: Format
-    groups: tuple[tuple[tuple[str, ...], Scheme], ...]
+    groups: tuple[tuple[tuple[str, ...], Scheme | None], ...]
     ignore: tuple[str, ...] = ()
     complete: bool = False
     notes: tuple[str, ...] = ()
+    weight_only: str = ""
 
-    def ignores(self, name: str) -> bool:
-        """Whether the configuration says that the linear layer ``name`` stays in floating point."""
-        return any(_targets(target, name) for target in self.ignore)
+    def ignores(self, *names: str, classes: Collection[str] = LINEAR) -> bool:
+        """Whether the configuration says that a linear layer stays in floating point."""
+        return bool(self._ignore.of_name(names) or self._ignore.of_class(classes))
 
-    def scheme_of(self, name: str) -> Scheme | None:
-        """The scheme of the linear layer ``name``, ``None`` if it is ignored or not targeted."""
-        if self.ignores(name):
-            return None
-        return next((scheme for targets, scheme in self.groups if any(_targets(t, name) for t in targets)), None)
+    def scheme_of(self, *names: str, classes: Collection[str] = LINEAR) -> Scheme | None:
+        """The scheme of a linear layer, ``None`` if it is ignored or not targeted."""
+        return next(iter(self.schemes_of(*names, classes=classes)), None)
 
+    def schemes_of(self, *names: str, classes: Collection[str] = LINEAR) -> list[Scheme]:
+        """The schemes that a linear layer may have, the first being that of compressed-tensors' rule.
 
-def _targets(target: str, name: str) -> bool:
-    if target.startswith("re:"):
-        return re.match(target[3:], name) is not None
-    return target in ("Linear", name)
+        There are several where names and expressions of several groups match; the files show which was meant.
+        """
+        if self.ignores(*names, classes=classes):
+            return []
+        return [self._schemes[target] for target in self._targets.of_layer(names, classes)]
+
+    def expects(self, *names: str, classes: Collection[str] = LINEAR) -> bool:
+        """Whether a linear layer whose weight is in floating point contradicts the configuration.
+
+        It need not if a name in ``ignore`` may be meant for the layer, or a group that quantizes no weights.
+        """
+        if not self.complete or self.ignores(*names, classes=classes) or self._ignore.may_mean(names):
+            return False
+        targets = self._all_targets.of_name(names) or self._all_targets.of_class(classes)[:1]
+        return bool(targets) and all(self._all_schemes[target] is not None for target in targets)
+
+    @cached_property
+    def _ignore(self) -> Targets:
+        return Targets(self.ignore)
+
+    @cached_property
+    def _all_schemes(self) -> dict[str, Scheme | None]:
+        return {target: scheme for targets, scheme in self.groups for target in targets}
+
+    @cached_property
+    def _all_targets(self) -> Targets:
+        return Targets(self._all_schemes)
+
+    @cached_property
+    def _schemes(self) -> dict[str, Scheme]:
+        return {target: scheme for targets, scheme in self.groups if scheme is not None for target in targets}
+
+    @cached_property
+    def _targets(self) -> Targets:
+        return Targets(self._schemes)
 
 
 def all_linears(scheme: Scheme) -> tuple[tuple[tuple[str, ...], Scheme], ...]:
@@ -195,9 +240,17 @@ def parse_targets(value: object, where: str) -> tuple[str, ...]:
     raise SmoothQuantError(f"{where} is {value!r}, expected a list of names or 're:' patterns; {CONVERT_AGAIN}")
 
 
+CACHE_NOTE = "the cache of keys and values is kept in floating point, not in 8 bits"
+
+
 def cache_notes(scheme: object) -> tuple[str, ...]:
     """The note on an 8-bit cache of keys and values, if the configuration has a ``scheme`` for one."""
-    return ("the cache of keys and values is kept in floating point, not in 8 bits",) if scheme else ()
+    return (CACHE_NOTE,) if scheme else ()
+
+
+def not_read(subject: str, content: str, readers: str) -> SmoothQuantError:
+    """The error for a checkpoint that is W8A8, but stored as only ``readers`` read it: ``subject`` has ``content``."""
+    return SmoothQuantError(f"{subject} has {content}, which is read by {readers} only; {CONVERT_AGAIN}")
 
 
 def not_w8a8(subject: str, content: str, readers: str) -> SmoothQuantError:

@@ -12,19 +12,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ...errors import SmoothQuantError
 from ...scheme import Scheme, scheme_of
-from .base import CONVERT_AGAIN, Format, QuantizationMap, TensorNames, cache_notes, not_w8a8, parse_targets
+from .base import (
+    CONVERT_AGAIN,
+    FloatWeights,
+    Format,
+    QuantizationMap,
+    TensorNames,
+    cache_notes,
+    not_w8a8,
+    parse_targets,
+)
 
 # The `type` of each dtype, and the `format` that goes with it.
 TYPES = {torch.int8: ("int", "int-quantized"), torch.float8_e4m3fn: ("float", "float-quantized")}
 DTYPES = {type_name: dtype for dtype, (type_name, _) in TYPES.items()}
 # Formats that keep one 8-bit number per weight under the name `weight`; `naive-quantized` is an old name for both.
 READABLE = ("int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
+# What weights without quantized activations are run with if that is asked for: the default of compressed-tensors.
+DYNAMIC = {"num_bits": 8, "strategy": "token", "dynamic": True, "symmetric": True}
+# Who runs 8-bit weights with activations in floating point (W8A16), of those that read them stored one by one.
+WEIGHT_ONLY_READERS = {torch.int8: "transformers", torch.float8_e4m3fn: "vLLM, SGLang and transformers"}
+BLOCK_READERS = {torch.int8: "transformers", torch.float8_e4m3fn: "vLLM, SGLang and transformers"}
 # Extensions that change what the tensors mean; empty or absent in a plain W8A8 checkpoint.
 EXTENSIONS = ("transform_config", "moe_sparsity_config")
 
@@ -52,6 +66,11 @@ class CompressedTensors(Format):
         "5.24 keeps FP8 on some\nGPUs if asked to by `CompressedTensorsConfig(use_optimized_inference=True)`."
     )
 
+    def recognizes(self, config: Mapping[str, Any]) -> bool:
+        # Its own reader takes a configuration without quant_method too.
+        unnamed = config.get("quant_method") is None and "config_groups" in config
+        return unnamed or super().recognizes(config)
+
     def parse(self, config: Mapping[str, Any], where: str) -> QuantizationMap:
         for key in EXTENSIONS:
             if config.get(key):
@@ -59,26 +78,31 @@ class CompressedTensors(Format):
         sparsity = (config.get("sparsity_config") or {}).get("format", "dense")
         if sparsity != "dense":
             raise SmoothQuantError(f"{where}: the weights are stored as {sparsity!r}, not dense; {CONVERT_AGAIN}")
+        raw_groups = config.get("config_groups") or {}
+        cache = cache_notes(config.get("kv_cache_scheme"))
+        if not isinstance(raw_groups, Mapping) or not (raw_groups or cache):
+            raise SmoothQuantError(f"{where}: quantization_config has no config_groups; {CONVERT_AGAIN}")
+        groups: list[_Group] = []
+        for name, raw in raw_groups.items():
+            if not isinstance(raw, Mapping):
+                raise SmoothQuantError(f"{where}: {name} is {raw!r}, expected targets and weights; {CONVERT_AGAIN}")
+            stored = raw.get("format") or config.get("format")
+            if raw.get("weights") and (not isinstance(stored, str) or stored.removesuffix(self.suffix) not in READABLE):
+                raise _not_readable(raw, stored, f"{where}: {name}")
+            targets = parse_targets(raw.get("targets"), f"{where}: the targets of {name}")
+            groups.append(_parse_group(name, raw, targets, where))
+        notes = tuple(dict.fromkeys([*cache, *(group.note for group in groups if group.note)]))
+        if all(group.scheme is None for group in groups):
+            raise FloatWeights(f"{where}: no weights are quantized, and {'; '.join(notes)}")
         status = config.get("quantization_status", "compressed")
         if status not in self.statuses:
             raise SmoothQuantError(
                 f"{where}: quantization_status is {status!r}, so the weights are not stored in 8 bits; {CONVERT_AGAIN}"
             )
-        raw_groups = config.get("config_groups")
-        if not isinstance(raw_groups, Mapping) or not raw_groups:
-            raise SmoothQuantError(f"{where}: quantization_config has no config_groups; {CONVERT_AGAIN}")
-        groups = []
-        for name, group in raw_groups.items():
-            if not isinstance(group, Mapping):
-                raise SmoothQuantError(f"{where}: {name} is {group!r}, expected targets and weights; {CONVERT_AGAIN}")
-            stored = group.get("format") or config.get("format")
-            if not isinstance(stored, str) or stored.removesuffix(self.suffix) not in READABLE:
-                raise SmoothQuantError(f"{where}: {name} is stored as {stored!r}, which is not W8A8; {CONVERT_AGAIN}")
-            targets = parse_targets(group.get("targets"), f"{where}: the targets of {name}")
-            groups.append((targets, _parse_group(group, f"{where}: {name}")))
         ignore = parse_targets(config.get("ignore"), f"{where}: ignore")
-        notes = cache_notes(config.get("kv_cache_scheme"))
-        return QuantizationMap(self, tuple(groups), ignore, complete=True, notes=notes)
+        schemes = tuple((group.targets, group.scheme) for group in groups)
+        weight_only = next((group.weight_only for group in groups if group.weight_only), "")
+        return QuantizationMap(self, schemes, ignore, complete=True, notes=notes, weight_only=weight_only)
 
     def quantization_config(self, schemes: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, Any]:
         names_by_scheme: dict[Scheme, list[str]] = {}
@@ -134,14 +158,46 @@ def _write_group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     }
 
 
-def _parse_group(group: Mapping[str, Any], where: str) -> Scheme:
-    weights, activations = group.get("weights"), group.get("input_activations")
-    if not weights or not activations or group.get("output_activations"):
-        parts = [part for part in ("weights", "input_activations", "output_activations") if group.get(part)]
-        raise SmoothQuantError(
-            f"{where} quantizes {' and '.join(parts) or 'nothing'}, expected weights and input_activations; "
-            f"{CONVERT_AGAIN}"
+class _Group(NamedTuple):
+    """One of the ``config_groups``.
+
+    Attributes:
+        targets: what it quantizes.
+        scheme: ``None`` if it quantizes no weights.
+        note: what is not done of it, a sentence.
+        weight_only: who reads it, if it quantizes weights alone.
+    """
+
+    targets: tuple[str, ...]
+    scheme: Scheme | None
+    note: str = ""
+    weight_only: str = ""
+
+
+def _parse_group(name: str, group: Mapping[str, Any], targets: tuple[str, ...], where: str) -> _Group:
+    weights, inputs, outputs = (group.get(part) for part in ("weights", "input_activations", "output_activations"))
+    if not weights:
+        # Attention, whose class is the target, or the cache, which is the output of k_proj and v_proj.
+        what = " and ".join([*(["inputs"] if inputs else []), *(["outputs"] if outputs else [])]) or "nothing"
+        return _Group(
+            targets, None, f"{name} quantizes no weights, only {what} of {', '.join(targets)}, kept in floating point"
         )
+    note = f"the outputs of the layers of {name} are kept in floating point, not in 8 bits" if outputs else ""
+    same_type = {"type": weights.get("type", "int")} if isinstance(weights, Mapping) else {}
+    scheme = _parse_scheme(weights, inputs or DYNAMIC | same_type, f"{where}: {name}")
+    return _Group(targets, scheme, note, "" if inputs else WEIGHT_ONLY_READERS[scheme.dtype])
+
+
+def _not_readable(group: Mapping[str, Any], stored: object, where: str) -> SmoothQuantError:
+    """The error for a group whose weights are stored otherwise than one 8-bit number each."""
+    weights = group["weights"]
+    if stored == "pack-quantized" and isinstance(weights, Mapping) and not group.get("input_activations"):
+        content = f"weights alone in {weights.get('num_bits', 8)} bits, packed into int32"
+        return not_w8a8(where, content, "vLLM, SGLang and transformers")
+    return SmoothQuantError(f"{where} is stored as {stored!r}, which is not W8A8; {CONVERT_AGAIN}")
+
+
+def _parse_scheme(weights: Any, activations: Any, where: str) -> Scheme:
     for part, arguments in (("weights", weights), ("input_activations", activations)):
         if not isinstance(arguments, Mapping):
             raise SmoothQuantError(f"{where} has {part} {arguments!r}, expected an object; {CONVERT_AGAIN}")
@@ -165,7 +221,8 @@ def _parse_granularity(weights: Mapping[str, Any], activations: Mapping[str, Any
     weight = weights.get("strategy") or "tensor"
     strategy = activations.get("strategy") or ("token" if dynamic else "tensor")
     if {"block", "group"} & {weight, strategy}:
-        raise not_w8a8(where, "weights or activations scaled in blocks", "vLLM")
+        readers = BLOCK_READERS[DTYPES[weights.get("type", "int")]]
+        raise not_w8a8(where, "weights or activations scaled in blocks", readers)
     # One dynamic scale for all tokens of a batch is a makeshift for one per token, which is more exact.
     activation = {("token", True): "token", ("tensor", True): "token", ("tensor", False): "tensor"}.get(
         (strategy, dynamic)

@@ -12,10 +12,19 @@ from typing import Any
 import torch
 
 from ...errors import SmoothQuantError
-from ...scheme import scheme_of
-from .base import CONVERT_AGAIN, Format, QuantizationMap, TensorNames, all_linears, cache_notes, not_w8a8
+from ...scheme import Scheme, scheme_of
+from .base import FloatWeights, Format, QuantizationMap, TensorNames, all_linears, cache_notes, not_read, not_w8a8
 
 E4M3 = torch.float8_e4m3fn
+
+
+# ModelOpt's other algorithms: what they have, and who reads it.
+MODELOPT_REFUSED = {
+    "W8A16": ("INT8 weights and floating-point activations", "TensorRT-LLM"),
+    "MXFP8": ("FP8 weights scaled in blocks of 32", "vLLM and SGLang"),
+    "FP8_PB_WO": ("FP8 weights scaled in blocks, and floating-point activations", "vLLM and TensorRT-LLM"),
+    "NVFP4": ("4-bit weights in blocks of 16", "vLLM, SGLang and TensorRT-LLM"),
+}
 
 
 class Fp8(Format):
@@ -64,20 +73,32 @@ class ModelOpt(Format):
     def recognizes(self, config: Mapping[str, Any]) -> bool:
         if config.get("quant_method") is None:
             return "quant_algo" in config or "quantization" in config
-        return super().recognizes(config)
+        return config["quant_method"] in ("modelopt", "modelopt_fp8", "modelopt_mixed")
 
     def parse(self, config: Mapping[str, Any], where: str) -> QuantizationMap:
         config = config.get("quantization") or config
+        notes = cache_notes(config.get("kv_cache_quant_algo") or config.get("kv_cache_scheme"))
+        if config.get("quant_algo") is None and notes:
+            raise FloatWeights(f"{where}: no weights are quantized, and {notes[0]}")
         algorithm = str(config.get("quant_algo")).upper()
-        if algorithm == "W8A8_SQ_PER_CHANNEL":
-            raise SmoothQuantError(
-                f"{where}: ModelOpt's INT8 SmoothQuant has tensors of its own, which TensorRT-LLM reads; "
-                f"{CONVERT_AGAIN}"
-            )
-        granularities = {"FP8": ("tensor", "tensor"), "FP8_PER_CHANNEL_PER_TOKEN": ("channel", "token")}
-        if algorithm not in granularities:
-            content = "blocks, other bits than 8, or no 8-bit weights"
-            raise not_w8a8(f"{where}: quant_algo {algorithm!r}", content, "vLLM")
-        cache = config.get("kv_cache_quant_algo") or config.get("kv_cache_scheme")
-        scheme = scheme_of(E4M3, *granularities[algorithm])
-        return QuantizationMap(self, all_linears(scheme), notes=cache_notes(cache))
+        layers = config.get("quantized_layers")
+        if algorithm != "MIXED_PRECISION" or not layers:
+            scheme = _scheme_of_algorithm(algorithm, f"{where}: quant_algo {algorithm!r}")
+            return QuantizationMap(self, all_linears(scheme), notes=notes)
+        schemes: dict[Scheme, list[str]] = {}
+        for name, layer in layers.items():
+            algorithm = str(layer.get("quant_algo")).upper()
+            scheme = _scheme_of_algorithm(algorithm, f"{where}: {name} with quant_algo {algorithm!r}")
+            schemes.setdefault(scheme, []).append(name)
+        return QuantizationMap(self, tuple((tuple(names), scheme) for scheme, names in schemes.items()), notes=notes)
+
+
+def _scheme_of_algorithm(algorithm: str, subject: str) -> Scheme:
+    """The scheme of one of ModelOpt's algorithms; ``subject`` has it."""
+    granularities = {"FP8": ("tensor", "tensor"), "FP8_PER_CHANNEL_PER_TOKEN": ("channel", "token")}
+    if algorithm in granularities:
+        return scheme_of(E4M3, *granularities[algorithm])
+    if algorithm == "W8A8_SQ_PER_CHANNEL":
+        raise not_read(subject, "INT8 weights and activations in tensors of ModelOpt's own", "TensorRT-LLM")
+    content, readers = MODELOPT_REFUSED.get(algorithm, ("blocks, other bits than 8, or no 8-bit weights", "vLLM"))
+    raise not_w8a8(subject, content, readers)

@@ -6,14 +6,21 @@ Reading takes any of them. What holds something other than W8A8 gets a sentence 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from dataclasses import replace
+from typing import Any
+
+import torch
 
 from ...errors import SmoothQuantError
 from ...scheme import Scheme
-from .base import CONVERT_AGAIN, Format, QuantizationMap
+from .ascend import Ascend
+from .base import CONVERT_AGAIN, FloatWeights, Format, QuantizationMap
 from .compressed_tensors import CompressedTensors, Smoothed
 from .fp8 import FbgemmFp8, Fp8, ModelOpt
 from .lmdeploy import LMDeploy
+from .quark import Quark
+from .refused import refusal
+from .sglang import SGLang
 
 FORMATS: tuple[Format, ...] = (
     CompressedTensors(),
@@ -22,30 +29,13 @@ FORMATS: tuple[Format, ...] = (
     Fp8(),
     FbgemmFp8(),
     ModelOpt(),
+    Quark(),
+    SGLang("w8a8_int8", torch.int8),
+    SGLang("w8a8_fp8", torch.float8_e4m3fn),
+    Ascend(),
 )
 """Every format. Of those that can store a model, ``save`` takes the first; of those that recognize a configuration, the
 last reads it, so a special case stands behind the general one."""
-
-# Other quantization methods by their quant_method: what they are, and who reads them.
-_NOT_W8A8: Mapping[str, tuple[str, str]] = MappingProxyType(
-    {
-        "gptq": ("GPTQ: weights only, in 4 or 8 bits", "vLLM and transformers"),
-        "awq": ("AWQ: weights only, in 4 bits", "vLLM and transformers"),
-        "auto-round": ("AutoRound: weights only", "vLLM and transformers"),
-        "bitsandbytes": ("bitsandbytes: weights only, or split by outliers", "transformers"),
-        "eetq": ("EETQ: weights only, in 8 bits", "transformers"),
-        "hqq": ("HQQ: weights only", "transformers"),
-        "quanto": ("Quanto: weights only", "transformers"),
-        "aqlm": ("AQLM: weights only, in 2 bits", "transformers"),
-        "bitnet": ("BitNet: ternary weights", "transformers"),
-        "gguf": ("GGUF: weights only", "llama.cpp; name the .gguf file itself and it is dequantized"),
-        "mxfp4": ("MXFP4: 4-bit weights in blocks", "vLLM and transformers"),
-        "mxfp8": ("MXFP8: scaled in blocks of 32", "vLLM"),
-        "nvfp4": ("NVFP4: 4-bit weights in blocks", "vLLM"),
-        "torchao": ("torchao's own kind of tensors", "transformers, with torchao"),
-        "quark": ("AMD Quark's own format", "vLLM, and transformers with amd-quark"),
-    }
-)
 
 
 def quant_methods() -> list[str]:
@@ -63,25 +53,63 @@ def written_formats() -> dict[str, Format]:
     return {fmt.name: fmt for fmt in FORMATS if fmt.dtypes}
 
 
-def parse_quantization_config(config: object, where: str) -> QuantizationMap:
+def parse_quantization_config(config: object, where: str, as_w8a8: bool = False) -> QuantizationMap:
     """Reads the ``quantization_config`` of a config.json.
 
     Args:
         config: its value, or the content of a format's ``config_file``.
         where: the file's name, for messages.
+        as_w8a8: whether 8-bit weights whose activations are in floating point are read too, to run them as W8A8.
 
     Raises:
+        FloatWeights: it quantizes no weights.
         SmoothQuantError: it describes something other than W8A8 with scales per channel or tensor, which it names.
     """
     if not isinstance(config, Mapping):
         raise SmoothQuantError(f"{where}: quantization_config is {config!r}, expected an object; {CONVERT_AGAIN}")
-    fmt = next((fmt for fmt in reversed(FORMATS) if fmt.recognizes(config)), None)
-    if fmt is not None:
-        return fmt.parse(config, where)
-    method = config.get("quant_method")
-    kind, readers = _NOT_W8A8.get(str(method).lower(), ("", ""))
-    description = f"{kind}, read by {readers}" if kind else repr(method)
-    raise SmoothQuantError(f"{where}: the model is quantized with {description}, which is not W8A8; {CONVERT_AGAIN}")
+    if not config:
+        raise FloatWeights(f"{where}: quantization_config is empty, so the model is in floating point")
+    fmt = _recognized(config)
+    if fmt is None:
+        raise refusal(config, where)
+    try:
+        quantization = fmt.parse(config, where)
+    except SmoothQuantError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # a value of another type than its writers use
+        raise SmoothQuantError(
+            f"{where}: the quantization_config of {fmt.quant_method} cannot be read ({error}); {CONVERT_AGAIN}"
+        ) from error
+    if not quantization.weight_only:
+        return quantization
+    if not as_w8a8:
+        raise SmoothQuantError(
+            f"{where}: only the weights have 8 bits (W8A16), which is read by {quantization.weight_only}; to quantize "
+            f"the activations too, run 'smoothquant convert --as-w8a8', or {CONVERT_AGAIN}"
+        )
+    note = "the activations are quantized to 8 bits too, a scale per token, though the checkpoint does not ask for it"
+    return replace(quantization, notes=(*quantization.notes, note))
+
+
+def why_float(config: object, where: str) -> str:
+    """Why a model with this ``quantization_config`` is one in floating point, a sentence; ``""`` if it is not."""
+    try:
+        parse_quantization_config(config, where)
+    except FloatWeights as reason:
+        return str(reason)
+    except SmoothQuantError:
+        pass
+    return ""
+
+
+def file_with_details(config: object) -> str | None:
+    """The name of the file that holds what a ``quantization_config`` only announces, ``None`` for most formats."""
+    fmt = _recognized(config) if isinstance(config, Mapping) else None
+    return fmt.config_file if fmt is not None and fmt.config_file_goes_first else None
+
+
+def _recognized(config: Mapping[str, Any]) -> Format | None:
+    return next((fmt for fmt in reversed(FORMATS) if fmt.recognizes(config)), None)
 
 
 def choose_format(name: str | None, schemes: Sequence[Scheme], explicit: bool = False) -> Format:

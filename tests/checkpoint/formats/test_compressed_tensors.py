@@ -50,17 +50,13 @@ def change(path: str, value: Any) -> dict[str, Any]:
         (change("weights.type", "float"), "mixes int and float"),
         (change("weights.type", "mxfp"), "8-bit mxfp weights"),
         (change("weights.symmetric", False), "asymmetric weights"),
-        (change("weights.strategy", "group"), "scaled in blocks, which is not W8A8 but is read by vLLM"),
-        (change("weights.strategy", "block"), "scaled in blocks, which is not W8A8 but is read by vLLM"),
+        (change("weights.strategy", "group"), "scaled in blocks, which is not W8A8 but is read by transformers"),
+        (change("weights.strategy", "block"), "scaled in blocks, which is not W8A8 but is read by transformers"),
         (change("weights.strategy", "tensor_group"), "weight scales per tensor_group"),
         (change("input_activations.strategy", "group"), "scaled in blocks"),
         (change("input_activations.strategy", "channel"), "dynamic activation scales per channel"),
         (change("input_activations.dynamic", False), "static activation scales per token"),
         (change("input_activations.dynamic", "local"), "activation scales per token"),
-        (
-            change("output_activations", {"num_bits": 8}),
-            "quantizes weights and input_activations and output_activations",
-        ),
     ],
 )
 def test_configurations_that_are_not_w8a8_are_named(config: Any, message: str) -> None:
@@ -78,7 +74,9 @@ def test_float_activations_are_symmetric() -> None:
 def test_weights_without_activations_are_not_w8a8() -> None:
     config = int8_config()
     config["config_groups"]["group_0"]["input_activations"] = None
-    with pytest.raises(SmoothQuantError, match="group_0 quantizes weights, expected weights and input_activations"):
+    with pytest.raises(
+        SmoothQuantError, match=r"only the weights have 8 bits \(W8A16\), which is read by transformers"
+    ):
         parse_quantization_config(config, "config.json")
 
 

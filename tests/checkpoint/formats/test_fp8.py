@@ -59,9 +59,9 @@ def test_an_8_bit_cache_is_noted(config: Any) -> None:
     [
         ({"quant_method": "fp8", "weight_block_size": [128, 128]}, r"FP8 weights scaled in blocks of \[128, 128\]"),
         ({"quant_method": "fp8", "activation_scheme": "no"}, "activation_scheme is 'no', expected static or dynamic"),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo 'NVFP4' has blocks, other bits"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo 'NVFP4' has 4-bit weights in blocks of 16"),
         ({"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "W4A16_AWQ"}}, "quant_algo 'W4A16_AWQ'"),
-        ({"quant_method": "modelopt", "quant_algo": "W8A8_SQ_PER_CHANNEL"}, "which TensorRT-LLM reads"),
+        ({"quant_method": "modelopt", "quant_algo": "W8A8_SQ_PER_CHANNEL"}, "which is read by TensorRT-LLM only"),
     ],
 )  # fmt: skip
 def test_configurations_that_are_not_w8a8_are_named(config: Any, message: str) -> None:

@@ -111,10 +111,10 @@ def test_asymmetric_activations_need_a_zero_point() -> None:
         ("yes", "quantization_config is 'yes', expected an object"),
         (
             {"quant_method": "awq", "bits": 4},
-            "AWQ: weights only, in 4 bits, read by vLLM and transformers, which is not",
+            "AWQ: weights only, in 4 bits, read by vLLM, SGLang and transformers, which is not",
         ),
         ({"quant_method": "something new"}, "quantized with 'something new', which is not W8A8"),
-        ({"bits": 4}, "quantized with None"),
+        ({"bits": 4}, "no quant_method, only bits, so it cannot be told"),
     ],
 )
 def test_other_methods_are_named(config: Any, message: str) -> None:
