@@ -65,9 +65,13 @@ def check_destination(directory: str | os.PathLike[str]) -> Path:
     The directory may be absent, empty, or hold a W8A8 checkpoint and nothing else, which ``save`` replaces as a whole.
 
     Raises:
-        SmoothQuantError: it is a file, holds something else, or cannot be written.
+        SmoothQuantError: it is a file, holds something else, cannot be written, or has a name that is not UTF-8.
     """
     target = Path(directory).resolve()
+    try:
+        str(target).encode()
+    except UnicodeEncodeError:
+        raise SmoothQuantError(f"the name {os.fsencode(target)!r} is not UTF-8; choose another directory") from None
     if target.exists():
         if not target.is_dir():
             raise SmoothQuantError(f"{target} is a file; name a directory to save to")

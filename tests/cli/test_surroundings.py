@@ -37,7 +37,7 @@ def main(monkeypatch: pytest.MonkeyPatch, out: TextIO, *arguments: object) -> tu
     return int(ended.value.code or 0), err.read()
 
 
-@pytest.mark.parametrize("name", ["w8a8 [final]", "[red]w8a8", "a[bold", "ünï 模型", "{name} %s"])
+@pytest.mark.parametrize("name", ["w8a8 [final]", "[red]w8a8", "ünï {name} %s 模型"])
 def test_a_name_is_printed_and_used_as_it_is(name: str, work: Path) -> None:
     source, target = work / f"model {name}", work / name
     shutil.copytree(work / "model", source)
@@ -145,3 +145,36 @@ def test_a_checkpoint_names_no_code_that_it_lacks(work: Path, tmp_path: Path) ->
     path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": code}))
     smoothquant("quantize", tmp_path / "model", "-o", tmp_path / "out", "--calib", work / "text.txt", *SMALL)
     assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", b"\xff", "模型测试".encode("gbk")])
+def test_a_directory_whose_name_is_no_text(name: bytes, work: Path) -> None:
+    target = work / os.fsdecode(name)
+    arguments = ("--calib", work / "text.txt", *SMALL)
+    said = complaint("quantize", work / "model", "-o", target, *arguments)
+    assert said == f"the name {os.fsencode(target)!r} is not UTF-8; choose another directory"
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("command", ["quantize", "inspect"])
+def test_a_model_that_is_in_8_bits_already(command: str, work: Path) -> None:
+    output = ("-o", work / "twice") if command == "quantize" else ()
+    said = complaint(command, work / "w8a8", *output, "--calib", work / "text.txt", *SMALL)
+    assert said == "LlamaForCausalLM is in 8 bits already; take the model that it was made of"
+
+
+@pytest.mark.parametrize("file", ["model", "picture.xyz", "picture"])
+def test_a_picture_of_no_known_kind_is_refused_before_the_work(file: str, work: Path) -> None:
+    said = complaint("inspect", work / "never loaded", "--calib", work / "text.txt", "--plot", work / file)
+    assert said == f"--plot is {work / file}, expected a file that ends in .png, .svg, .pdf"
+
+
+def test_an_empty_quantization_config_is_none(work: Path, tmp_path: Path) -> None:
+    shutil.copytree(work / "model", tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {}}))
+    arguments = ("--max-new-tokens", "4", "--dtype", "float32")
+    plain = smoothquant("generate", work / "model", "a", *arguments)
+    said = smoothquant("generate", tmp_path / "model", "a", *arguments)
+    assert said.stdout == plain.stdout
+    assert "quantization_config is empty, so the model is in floating point" in said.stderr
