@@ -105,6 +105,8 @@ def _load(
     # The configuration is loaded first: an error in it would otherwise appear as one of the tokenizer. It is passed on
     # because a GGUF file takes seconds to parse.
     config = _call(unloadable, AutoConfig, source, **kwargs)
+    if getattr(config, "quantization_config", None) == {}:  # transformers would miss its quant_method
+        del config.quantization_config
     loader = None if quantized else model_class(config, request.name, causal=True)
     no_tokenizer = f"{request.name} has no tokenizer that transformers can load"
     tokenizer = _call(no_tokenizer, AutoTokenizer, source, config=config, **kwargs)
