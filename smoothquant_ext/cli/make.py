@@ -11,6 +11,7 @@ import typer
 from .console import out, step
 from .options import (
     AlphaOrAuto,
+    AsW8A8,
     AutoSkip,
     Calib,
     Clipping,
@@ -149,13 +150,15 @@ def convert(
     ],
     format: StoredFormat = "auto",  # noqa: A002
     drop: Drop = None,
+    as_w8a8: AsW8A8 = False,
 ) -> None:
     """Writes a W8A8 checkpoint from any tool in another format, without rounding again.
 
     Example: [bold]smoothquant convert smol-w8a8 -o smol-lmdeploy --format lmdeploy[/bold]
 
-    Reads compressed-tensors, LMDeploy, and the FP8 formats of vLLM, transformers, FBGEMM and ModelOpt. Tensors that
-    the model's class does not know, such as layers for multi-token prediction, and other files go along.
+    Reads compressed-tensors, the formats of LMDeploy, SGLang, Quark and Ascend, and the FP8 formats of vLLM,
+    transformers, FBGEMM and ModelOpt. Tensors that the model's class does not know, such as layers for multi-token
+    prediction, and other files go along.
     """
     from ..checkpoint import converting
     from ..checkpoint.completeness import name_families
@@ -165,7 +168,7 @@ def convert(
     chosen = choose("format", format, ("auto", *written_formats()))
     directory = local_directory(source)
     with step(f"Converting {source}"):
-        done = converting.convert(directory, output, chosen, drop=drop or ())
+        done = converting.convert(directory, output, chosen, drop=drop or (), as_w8a8=as_w8a8)
     for names, what in ((done.unknown, "copied as they are"), (done.dropped, "dropped")):
         if names:
             count = f"{len(names)} tensors" if len(names) > 1 else "1 tensor"

@@ -67,6 +67,14 @@ Drop = Annotated[
         help="Load the model without its tensors of matching names, like 'mtp.*', which its class has no place for.",
     ),
 ]
+AsW8A8 = Annotated[
+    bool,
+    typer.Option(
+        "--as-w8a8",
+        help="Also take a checkpoint whose weights alone have 8 bits (W8A16). Its activations are then quantized, with "
+        "a scale per token: another model, to be compared with the original.",
+    ),
+]
 Dtype = Annotated[
     str,
     typer.Option(

@@ -19,6 +19,7 @@ from ..errors import SmoothQuantError
 from ..fusion.fuse import fuse_
 from ..nn.experts import as_experts
 from ..nn.finalize import finalize_
+from ..ops.backends import check_cpu_isa
 from ..probing.blocks import Batch, run_model, token_ids
 from ..probing.hooks import replace_
 from ..probing.smoothing_groups import Discovery, discover
@@ -79,6 +80,7 @@ def quantize(
             form or vocabulary, a non-finite weight or activation, a journal that cannot be written, a GPU that is
             absent or too small. After these, as after any other exception, the model is what it was, where it was.
     """
+    check_cpu_isa()
     remedy = "give shorter windows (--seqlen), fewer of them in a batch, or the device cpu"
     with unchanged_on_error(model), memory_explained(remedy), full_float32():
         _quantize(model, CalibrationData(model.eval(), batches), recipe or Recipe(), progress, journal, device)

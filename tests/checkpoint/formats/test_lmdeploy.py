@@ -2,8 +2,8 @@
 
 The rules are those of lmdeploy/pytorch/nn/linear/w8a8.py and its kernels (0.18): ``quant_dtype`` names an attribute of
 torch; a layer has ``weight`` [N, K] of that dtype, ``scale`` fp32 [N, 1] and, where its model has one, ``bias`` [N] in
-the model's dtype, here float16; q/k/v and gate/up are concatenated along N. An input row is divided by its absmax / QMAX
-and rounded, and a product multiplied by both scales.
+the model's dtype, here float16; q/k/v and gate/up are concatenated along N. An input row is divided by its absmax /
+QMAX and rounded, and a product multiplied by both scales.
 """
 
 from __future__ import annotations
