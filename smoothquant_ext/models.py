@@ -36,11 +36,11 @@ from .compat import first_line, quiet_transformers
 from .devices import loaded_on, move_
 from .errors import SmoothQuantError
 
-# What some of transformers' and torch's errors mean for a user, by a part of theirs.
+# What some errors of transformers and torch mean for a user, by a part of their text.
 _REASONS = {
-    "trust_remote_code": OWN_CODE,
-    "Weights only load failed": "its .bin files hold more than tensors, and such pickles are never run; take the model "
-    "in safetensors",
+    "trust_remote_code": f"is one {OWN_CODE}",
+    "Weights only load failed": "has .bin files that hold more than tensors, and such pickles are never run; take the "
+    "model in safetensors",
 }
 OTHER_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx*"]
 CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
@@ -105,6 +105,8 @@ def _load(
     # The configuration is loaded first: an error in it would otherwise appear as one of the tokenizer. It is passed on
     # because a GGUF file takes seconds to parse.
     config = _call(unloadable, AutoConfig, source, **kwargs)
+    if getattr(config, "quantization_config", None) == {}:  # transformers would miss its quant_method
+        del config.quantization_config
     loader = None if quantized else model_class(config, request.name, causal=True)
     no_tokenizer = f"{request.name} has no tokenizer that transformers can load"
     tokenizer = _call(no_tokenizer, AutoTokenizer, source, config=config, **kwargs)
@@ -150,7 +152,7 @@ def _load_float(
 ) -> PreTrainedModel:
     """A complete model in floating point; ``arguments`` and ``options`` are for ``from_pretrained``."""
     unloadable = f"{request.name}: transformers cannot load this model"
-    with _said_of(unloadable):
+    with _said_of(request.name, unloadable):
         model = load_complete(
             loader,
             source,
@@ -291,17 +293,19 @@ def _is_offline() -> bool:
 
 def _call(problem: str, auto_class: Any, source: Path | str, **kwargs: Any) -> Any:
     """Calls ``auto_class.from_pretrained``; any exception becomes a ``SmoothQuantError`` of one sentence."""
-    with _said_of(problem):
+    with _said_of(source, problem):
         return auto_class.from_pretrained(source, trust_remote_code=False, **kwargs)
 
 
 @contextmanager
-def _said_of(problem: str) -> Iterator[None]:
-    """Turns what transformers raises into a ``SmoothQuantError`` that begins with ``problem``."""
+def _said_of(source: Path | str, problem: str) -> Iterator[None]:
+    """Turns what transformers raises about a model into a ``SmoothQuantError`` that begins with ``problem``."""
     try:
         yield
     except (SmoothQuantError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        reasons = (reason for sign, reason in _REASONS.items() if sign in str(error))
-        raise SmoothQuantError(f"{problem} ({next(reasons, first_line(error))})") from error
+        for sign, reason in _REASONS.items():
+            if sign in str(error):
+                raise SmoothQuantError(f"{source} {reason}") from error
+        raise SmoothQuantError(f"{problem} ({first_line(error)})") from error

@@ -135,6 +135,7 @@ class W8A8Quantizer(HfQuantizer):
                 )
             model.set_submodule(path, self._empty_layer(layers[name], linear.weight.dtype))
         swap_experts_(model, self.checkpoint, self.experts, self._empty_layer)
+        _untie_(model)
         self._leave_out_scales(model)
         if self.quantization_config.directory is None:  # else the caller asks for it, and knows what may be dropped
             self._listen_(model)
@@ -341,3 +342,13 @@ def _rename_buffer(module: nn.Module, name: str, new_name: str, value: Tensor) -
     buffers = [(new_name, value) if key == name else (key, buffer) for key, buffer in module._buffers.items()]
     module._buffers.clear()
     module._buffers.update(buffers)
+
+
+def _untie_(model: PreTrainedModel) -> None:
+    """Forgets ties of weights that are 8-bit now, as blocks of hybrid models share them: each layer has its own."""
+    tied = getattr(model, "all_tied_weights_keys", None)
+    if tied:
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        model.all_tied_weights_keys = {
+            name: source for name, source in tied.items() if name in parameters and source in parameters
+        }

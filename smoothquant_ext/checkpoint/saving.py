@@ -65,9 +65,13 @@ def check_destination(directory: str | os.PathLike[str]) -> Path:
     The directory may be absent, empty, or hold a W8A8 checkpoint and nothing else, which ``save`` replaces as a whole.
 
     Raises:
-        SmoothQuantError: it is a file, holds something else, or cannot be written.
+        SmoothQuantError: it is a file, holds something else, cannot be written, or has a name that is not UTF-8.
     """
     target = Path(directory).resolve()
+    try:
+        str(target).encode()
+    except UnicodeEncodeError:
+        raise SmoothQuantError(f"the name {os.fsencode(target)!r} is not UTF-8; choose another directory") from None
     if target.exists():
         if not target.is_dir():
             raise SmoothQuantError(f"{target} is a file; name a directory to save to")
@@ -279,6 +283,7 @@ def _split(sizes: Mapping[str, int], max_shard_size: int | str) -> StateDictSpli
 def _write_configs(model: PreTrainedModel, quantization: dict[str, Any], directory: Path) -> None:
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
+    vars(config).pop("auto_map", None)  # names files of code that are not here; the class is transformers' own
     config.dtype = dtype_name(model.dtype)
     for name in config.sub_configs:  # as loading sets them
         part = getattr(config, name, None)

@@ -114,11 +114,7 @@ DAMAGED_TENSORS = {
         lambda tensors: tensors.pop("model.layers.1.self_attn.q_proj.bias"),
         "q_proj.bias is missing, but config.json makes the layer have one",
     ),
-    "norm missing": (
-        "dynamic",
-        lambda tensors: tensors.pop("model.norm.weight"),
-        r"lacks 1 tensor that its configuration calls for: model\.norm\.weight; copy or download",
-    ),
+    "norm missing": ("dynamic", lambda tensors: tensors.pop("model.norm.weight"), r"lacks 1 tensor .*: model\.norm\.w"),
     "norm of the wrong shape": (
         "dynamic",
         lambda tensors: tensors.update({"model.norm.weight": torch.ones(32)}),
