@@ -106,9 +106,11 @@ class W8A8Quantizer(HfQuantizer):
             warnings.warn(f"{directory}: {note}", stacklevel=2)
         self.optional = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
         self.experts = find_experts(model, self.checkpoint, names_of_8_bit_weights(self.checkpoint.tensors))
+        had_some = bool(names_of_8_bit_weights(self.checkpoint.tensors))
         self.checkpoint = self._without_unknown_layers(model)
         eight_bit = names_of_8_bit_weights(self.checkpoint.tensors)
-        self.checkpoint = find_layers(self.checkpoint, self.experts.paths, names_of_layers(model, eight_bit))
+        if eight_bit or not had_some:  # else all its names are wrong, as completeness says better
+            self.checkpoint = find_layers(self.checkpoint, self.experts.paths, names_of_layers(model, eight_bit))
         check_scales(self.checkpoint)
         layers = self.checkpoint.layers
         head = model.get_output_embeddings()

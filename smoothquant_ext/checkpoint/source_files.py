@@ -45,7 +45,7 @@ def check_directory(directory: Path) -> None:
         SmoothQuantError: it is no directory, holds an adapter or pointers of Git LFS in place of files, or has a
             configuration that transformers cannot read.
     """
-    for file in directory.iterdir():
+    for file in directory.iterdir() if directory.is_dir() else ():
         if file.is_file() and file.stat().st_size < LFS_LIMIT and file.read_bytes().startswith(LFS_POINTER):
             raise SmoothQuantError(
                 f"{file} is a pointer of Git LFS, not the file itself; run 'git lfs pull' there, or download the model"
