@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -30,7 +30,7 @@ from .checkpoint.completeness import (
 )
 from .checkpoint.formats.registry import config_files
 from .checkpoint.model_classes import OWN_CODE, is_multimodal, model_class
-from .checkpoint.reading import find_quantization
+from .checkpoint.reading import COPY_AGAIN, INDEX, find_quantization, read_json
 from .checkpoint.source_files import check_directory, check_experts, gguf_names, stored_names, superfluous_blocks
 from .compat import first_line, quiet_transformers
 from .devices import loaded_on, move_
@@ -42,6 +42,7 @@ _REASONS = {
     "Weights only load failed": "its .bin files hold more than tensors, and such pickles are never run; take the model "
     "in safetensors",
 }
+OTHER_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx*"]
 CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 
 
@@ -53,7 +54,6 @@ class _Request:
     dtype: torch.dtype | None
     device: torch.device | str | None
     drop: Sequence[str]
-    as_w8a8: bool = False
 
 
 def load_model(
@@ -61,7 +61,6 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     drop: Sequence[str] = (),
-    as_w8a8: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a causal LM and its tokenizer.
 
@@ -75,7 +74,6 @@ def load_model(
             GPU, and a model that is too large for it is spread over main memory too.
         drop: shell patterns like ``"mtp.*"`` for names of tensors that the model has no place for and that may be left
             out.
-        as_w8a8: as in ``checkpoint.loading.load``.
 
     Returns:
         The model in evaluation mode, with ``W8A8Linear`` layers if the source is a W8A8 checkpoint, and the tokenizer.
@@ -85,7 +83,7 @@ def load_model(
             be loaded by transformers, or has no tokenizer.
     """
     path = Path(source)
-    request = _Request(str(source) if not path.is_dir() else str(path), dtype, device, tuple(drop), as_w8a8)
+    request = _Request(str(source) if not path.is_dir() else str(path), dtype, device, tuple(drop))
     with quiet_transformers():
         if path.suffix.lower() == ".gguf" and not path.is_dir():
             return _load_gguf(path, request)
@@ -108,17 +106,16 @@ def _load(
     no_tokenizer = f"{request.name} has no tokenizer that transformers can load"
     tokenizer = _call(no_tokenizer, AutoTokenizer, source, config=config, **kwargs)
     if quantized:
-        model = loading.load_as(
-            source, request.device, request.dtype, request.drop, causal=True, as_w8a8=request.as_w8a8
-        )
+        model = loading.load_as(source, request.device, request.dtype, request.drop, causal=True)
     else:
         stored: Collection[str] = ()
         if "gguf_file" in kwargs:
-            request = _without_superfluous_blocks(request, Path(source) / kwargs["gguf_file"], config)
-        elif isinstance(source, Path):
-            # It quantizes no weights, and transformers would do what the warning says is not done.
+            stored = gguf_names(Path(source) / kwargs["gguf_file"])
+            request = _without_superfluous_blocks(request, stored, config)
+        else:
+            # What it holds quantizes no weights, and transformers would do what the warning says is not done.
             vars(config).pop("quantization_config", None)
-            stored = stored_names(source)
+            stored = stored_names(source) if isinstance(source, Path) else _names_on_hub(source, **kwargs)
             check_experts(request.name, stored)
         load = partial(_load_float, request, loader, source, stored, {"config": config, **kwargs})
         model = load({}) if "gguf_file" in kwargs else loaded_on(request.device, load)
@@ -127,9 +124,8 @@ def _load(
     return model, tokenizer
 
 
-def _without_superfluous_blocks(request: _Request, file: Path, config: Any) -> _Request:
+def _without_superfluous_blocks(request: _Request, names: Collection[str], config: Any) -> _Request:
     """The request for a GGUF file without the patterns for blocks beyond the header's number, which have to go."""
-    names = gguf_names(file)
     extra = superfluous_blocks(names, config.get_text_config().num_hidden_layers)
     left = [name for name in extra if not is_dropped(name, request.drop)]
     if left:
@@ -200,6 +196,12 @@ def _config_from_hub(name: str) -> tuple[Any, bool]:
     return _call(f"{absent} that can be reached", AutoConfig, name, local_files_only=offline), offline
 
 
+def _names_on_hub(name: str, **options: Any) -> Collection[str]:
+    """The names of a model's tensors, from its index; none for a model in one file, which has no index."""
+    index = _cached(name, INDEX, **options)
+    return () if index is None else read_json(Path(index), COPY_AGAIN).get("weight_map", {})
+
+
 @contextmanager
 def loads_as_here(source: str, drop: Sequence[str] = ()) -> Iterator[None]:
     """Within it transformers, or a server that calls it, loads ``source`` by the rules of ``load_model`` or not at all.
@@ -243,12 +245,31 @@ def _is_quantized(name: str, config: Any, offline: bool) -> bool:
     """Whether a model on the hub is quantized, by its config.json or by the file of a format beside it."""
     if getattr(config, "quantization_config", None) or getattr(config, "compression_config", None):
         return True
-    options = {
-        "local_files_only": offline,
-        "_raise_exceptions_for_missing_entries": False,
-        "_raise_exceptions_for_connection_errors": False,
-    }
-    return any(cached_file(name, file, **options) is not None for file in config_files())
+    return any(_cached(name, file, local_files_only=offline) is not None for file in config_files())
+
+
+def _cached(name: str, file: str, **options: Any) -> str | None:
+    """The path of a file of a model on the hub, after downloading it; ``None`` if there is no such file."""
+    options |= {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    return cast("str | None", cached_file(name, file, **options))
+
+
+def local_directory(source: str) -> Path:
+    """The directory of a model: ``source``, or where all files of that model on the hub are, which are downloaded.
+
+    Raises:
+        SmoothQuantError: there is no such model.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise SmoothQuantError(f"{path} is not a directory; name the directory of a saved model")
+    _, offline = _config_from_hub(source)
+    try:
+        return Path(snapshot_download(source, ignore_patterns=OTHER_WEIGHTS, local_files_only=offline))
+    except (OSError, ValueError) as error:
+        raise SmoothQuantError(f"{source} cannot be downloaded from the hub ({first_line(error)})") from error
 
 
 def _is_offline() -> bool:

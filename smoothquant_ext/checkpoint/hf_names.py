@@ -44,6 +44,31 @@ def plain_tensors(model: nn.Module, besides: tuple[type[nn.Module], ...]) -> dic
     return kept
 
 
+def is_kept_in_fp32(model: nn.Module, tensor: str, dtype: torch.dtype = torch.float16) -> bool:
+    """Whether transformers loads a tensor in fp32 though ``dtype`` is asked for."""
+    kinds = {torch.float16: ("", "_strict"), torch.bfloat16: ("_strict",)}.get(dtype, ())
+    patterns = [pattern for kind in kinds for pattern in getattr(model, f"_keep_in_fp32_modules{kind}", None) or ()]
+    return any(re.search(pattern.replace("*", ".*"), tensor) for pattern in patterns)
+
+
+def cast_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts a model as ``from_pretrained(dtype=dtype)`` does: what transformers keeps in fp32 stays.
+
+    A model that has this dtype already is left as it is: what is fp32 in it is so on purpose.
+    """
+    if getattr(model, "dtype", None) == dtype:
+        return
+    kept = {
+        name: tensor.data
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if tensor.dtype == torch.float32 and is_kept_in_fp32(model, name, dtype)
+    }
+    model.to(dtype)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in kept:
+            tensor.data = kept[name]
+
+
 def to_checkpoint_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Converts tensors from a model's names and shapes to those of its checkpoints: renames, splits and merges them."""
     converted: dict[str, Tensor] = revert_weight_conversion(model, dict(tensors))
@@ -94,17 +119,26 @@ def expert_names(model: nn.Module, path: str, reading: ExpertsLayout) -> dict[st
 
 def to_model_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str | None]:
     """The name in the model of each tensor of a checkpoint, ``None`` for those that are split or merged on loading."""
+    return {name: None if is_converted else place for name, (place, is_converted) in _places(model, names).items()}
+
+
+def places_of(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """The name in the model of each tensor of a checkpoint; of those that are split or merged that of the whole."""
+    return {name: place for name, (place, _) in _places(model, names).items()}
+
+
+def _places(model: PreTrainedModel, names: Iterable[str]) -> dict[str, tuple[str, bool]]:
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     state = model.state_dict()
-    renamed: dict[str, str | None] = {}
+    places: dict[str, tuple[str, bool]] = {}
     for name in names:
         target, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if target not in state and name in state:
             target, converter = rename_source_key(name, [], [], model.base_model_prefix, state)
-        renamed[name] = target if converter is None else None
-    return renamed
+        places[name] = target, converter is not None
+    return places
 
 
 def renamed_alone(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from ..nn.linear import W8A8Linear
 from ..probing.linears import Linear, weight_nk
 from .completeness import check_loaded
 from .formats.base import not_read
-from .hf_names import to_model_names
+from .hf_names import expert_key, renamed_alone, to_model_names
 from .loading_experts import CheckpointExperts, find_experts, finish_experts_, swap_experts_
 from .naming import names_of_layers, set_quantization_config_
 from .reading import (
@@ -55,6 +56,7 @@ class W8A8Config(QuantizationConfigMixin):
         infer_dtype: whether neither the caller nor the configuration names a dtype for what is not quantized.
         ready: whether to pack and fuse the loaded layers where they are.
         as_w8a8: whether to quantize the activations of a checkpoint that has 8-bit weights alone.
+        drop: shell patterns for the tensors of 8-bit layers that the model has no place for and that may be left out.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class W8A8Config(QuantizationConfigMixin):
         infer_dtype: bool = False,
         ready: bool = True,
         as_w8a8: bool = False,
+        drop: Sequence[str] = (),
         quant_method: str = METHOD,
     ) -> None:
         self.quant_method = quant_method
@@ -70,6 +73,7 @@ class W8A8Config(QuantizationConfigMixin):
         self.infer_dtype = infer_dtype
         self.ready = ready
         self.as_w8a8 = as_w8a8
+        self.drop = list(drop)
 
 
 @register_quantizer(METHOD)
@@ -83,6 +87,7 @@ class W8A8Quantizer(HfQuantizer):
         self.checkpoint: Checkpoint
         self.experts = CheckpointExperts()
         self.info: dict[str, set[Any]] = {}  # what transformers finds missing and unexpected
+        self.unused: frozenset[str] = frozenset()  # names of scales in the files
         self.optional: Any = None  # the class's own list of tensors that it does without
         if quantization_config.directory is not None:
             self.checkpoint = open_checkpoint(Path(quantization_config.directory), quantization_config.as_w8a8)
@@ -104,9 +109,9 @@ class W8A8Quantizer(HfQuantizer):
         for note in self.checkpoint.quantization.notes:
             warnings.warn(f"{directory}: {note}", stacklevel=2)
         self.optional = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
+        self.experts = find_experts(model, self.checkpoint, names_of_8_bit_weights(self.checkpoint.tensors))
         self.checkpoint = self._without_unknown_layers(model)
         eight_bit = names_of_8_bit_weights(self.checkpoint.tensors)
-        self.experts = find_experts(model, self.checkpoint, eight_bit)
         self.checkpoint = find_layers(self.checkpoint, self.experts.paths, names_of_layers(model, eight_bit))
         check_scales(self.checkpoint)
         layers = self.checkpoint.layers
@@ -119,8 +124,9 @@ class W8A8Quantizer(HfQuantizer):
             )
         self._check_shapes(model)
         self._check_complete(model)
+        placeless = self._placeless(model, layers)
         for name, path, linear in list(self._linears(model, layers)):
-            if name in self.experts.paths:
+            if name in self.experts.paths or name in placeless:
                 continue
             if linear is None and isinstance(dict(model.named_modules()).get(path), nn.Embedding):
                 raise not_read(f"{directory}: {name}", "the 8-bit weights of an embedding", "transformers")
@@ -150,16 +156,19 @@ class W8A8Quantizer(HfQuantizer):
         vars(model)["_adjust_missing_and_unexpected_keys"] = listen
 
     def _without_unknown_layers(self, model: PreTrainedModel) -> Checkpoint:
-        """The checkpoint without the 8-bit layers that the model does without by its class's own list."""
+        """The checkpoint without the 8-bit layers that the model does not have and that may be left out."""
+        checkpoint, tensors = self.checkpoint, self.checkpoint.tensors
+        unknown = set(unknown_layers(model, names_of_8_bit_weights(tensors))) - self.experts.paths.keys()
         patterns = [re.compile(pattern) for pattern in self.optional or ()]
-        unknown = {
-            name
-            for name in names_of_8_bit_weights(self.checkpoint.tensors)
-            if any(pattern.search(f"{name}.weight") for pattern in patterns)
-        }
-        tensors = self.checkpoint.tensors
+        for name in sorted(unknown):
+            weight = f"{name}.weight"
+            is_optional = any(pattern.search(weight) for pattern in patterns)
+            if not is_optional and not any(fnmatchcase(weight, pattern) for pattern in self.quantization_config.drop):
+                raise SmoothQuantError(
+                    f"{checkpoint.directory}: {name} is quantized, but {type(model).__name__} has no linear layer there"
+                )
         return replace(
-            self.checkpoint,
+            checkpoint,
             tensors={name: tensors[name] for name in tensors if name.rpartition(".")[0] not in unknown},
         )
 
@@ -184,6 +193,7 @@ class W8A8Quantizer(HfQuantizer):
                 f"{checkpoint.directory}: {len(told)} scales that no layer here uses are left out: {describe(told)}",
                 stacklevel=2,
             )
+        self.unused = frozenset(unused)
         if unused:
             suffixes = "|".join(sorted(map(re.escape, set(unused.values()))))
             model._keys_to_ignore_on_load_unexpected = {*(self.optional or ()), rf"\.({suffixes})$"}
@@ -241,6 +251,18 @@ class W8A8Quantizer(HfQuantizer):
             path = (renamed or "").removesuffix(".weight")
             module = modules.get(path)
             yield key.removesuffix(".weight"), path, module if isinstance(module, nn.Linear | Conv1D) else None
+
+    def _placeless(self, model: PreTrainedModel, names: Iterable[str]) -> set[str]:
+        """The layers that the model has no module for: their tensors are refused like all others without a place."""
+        modules = dict(model.named_modules())
+        merged = renamed_alone(model, [f"{name}.weight" for name in names])
+        placeless = set()
+        for name, path, _ in self._linears(model, names):
+            key = None if path else expert_key(merged[f"{name}.weight"])
+            where = path if key is None else key.path
+            if where and where not in modules:
+                placeless.add(name)
+        return placeless
 
     def _check_shapes(self, model: PreTrainedModel) -> None:
         """Refuses tensors that do not fit the model, which older versions of transformers would load nevertheless."""
@@ -309,6 +331,17 @@ class W8A8Quantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def unknown_layers(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """Those of the layers ``names`` of a checkpoint for which the model has no module at all."""
+    modules = {name for name, _ in model.named_modules()}
+    places = to_model_names(model, [f"{name}.weight" for name in names])
+    return [
+        weight.removesuffix(".weight")
+        for weight, place in places.items()
+        if place is None or place.removesuffix(".weight") not in modules
+    ]
 
 
 def make_ready_(model: PreTrainedModel) -> None:

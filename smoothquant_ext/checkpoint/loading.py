@@ -93,6 +93,7 @@ def _load(
             "infer_dtype": dtype is None and getattr(config, "dtype", None) is None,
             "ready": on_cpu or bool(options),  # else it has yet to move
             "as_w8a8": as_w8a8,
+            "drop": list(drop),
         }
         return load_complete(
             model_class(config, str(path), causal),

@@ -78,7 +78,7 @@ def checkpoint_names(
     schemes: dict[str, Scheme] = {}
     for path, layer in layers.items():
         for name in (names[path], path):
-            schemes[_all_experts(name) if _module_of(path) in mixtures else name] = layer.scheme
+            schemes[all_experts(name) if _module_of(path) in mixtures else name] = layer.scheme
     return CheckpointNames(
         {path: names[path] for path in layers},
         schemes,
@@ -131,6 +131,6 @@ def _module_of(name: str) -> str:
     return name.rpartition(".")[0].rpartition(".")[0]
 
 
-def _all_experts(name: str) -> str:
+def all_experts(name: str) -> str:
     """A target for all layers of all experts of a mixture: there are thousands."""
     return f"re:{re.escape(_module_of(name))}\\.\\d+\\.\\w+$"

@@ -6,10 +6,11 @@ import copy
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,13 +26,16 @@ from ..nn.linear import W8A8Linear
 from ..scheme import dtype_name
 from .atomic import check_free_space, check_place, replace_directory
 from .formats.base import Format
-from .formats.registry import choose_format, parse_quantization_config
+from .formats.registry import choose_format, config_files, parse_quantization_config
 from .model_card import CARD, model_card
 from .model_classes import check_loadable
 from .naming import checkpoint_names, count_quantized, float_tensors, quantized_layers
+from .other_files import copy_files, other_files
 from .reading import CONFIG, INDEX, find_quantization
-from .record import RECORD
+from .record import RECORD, read_record
 from .scales import is_positive, wrong_scale
+
+FORMER_CARD = "README.original.md"  # that of another tool, see ``converting``
 
 # The files that a save writes, those of tokenizers included. A directory with any other file is not replaced.
 _OUR_FILES = (
@@ -51,6 +55,7 @@ _OUR_FILES = (
     "additional_chat_templates",
     RECORD,
     CARD,
+    FORMER_CARD,
 )
 
 
@@ -68,13 +73,22 @@ def check_destination(directory: str | os.PathLike[str]) -> Path:
             raise SmoothQuantError(f"{target} is a file; name a directory to save to")
         if not os.access(target, os.R_OK | os.W_OK | os.X_OK):
             raise SmoothQuantError(f"{target} is not readable and writable; choose an empty or a new directory")
+        copied = _copied_files(target)
         for entry in sorted(target.iterdir()):
-            if not any(fnmatchcase(entry.name, pattern) for pattern in _OUR_FILES):
+            if entry.name not in copied and not any(fnmatchcase(entry.name, pattern) for pattern in _OUR_FILES):
                 raise SmoothQuantError(f"{target} already holds {entry.name}; choose an empty or a new directory")
         if any(target.iterdir()):
             _check_replaceable(target)
     check_place(target)
     return target
+
+
+def _copied_files(target: Path) -> Collection[str]:
+    """The names in a directory that its record says were copied by the save that wrote it."""
+    try:
+        return list(map(str, read_record(target).get("files") or ()))
+    except SmoothQuantError:  # there is none, or another one's
+        return ()
 
 
 def _check_replaceable(target: Path) -> None:
@@ -95,6 +109,7 @@ def save(
     tokenizer: PreTrainedTokenizerBase | None = None,
     format: str | None = None,  # noqa: A002
     max_shard_size: int | str = "5GB",
+    files_from: str | os.PathLike[str] | None = None,
 ) -> None:
     """Writes a quantized model as a Hugging Face directory that other engines can load too.
 
@@ -111,6 +126,7 @@ def save(
             (read by this package alone); ``None`` is the first of these that can store the model. Only the second
             stores FP8 e5m2, only the third explicit smoothing.
         max_shard_size: the most bytes of a safetensors file, as a number or like ``"5GB"``.
+        files_from: the directory that the model comes from, whose other files go along: licence, processors, code.
 
     Raises:
         SmoothQuantError: nothing is quantized, the format cannot store the scheme, a scale is not positive and finite,
@@ -121,25 +137,21 @@ def save(
     is_explicit = any(layer.smooth is not None for layer in layers.values())
     fmt = choose_format(format, [layer.scheme for layer in layers.values()], is_explicit)
     record = getattr(model, "smoothquant_record", None)
+    others: list[Path] = []
+    if files_from is not None:
+        written = frozenset({CONFIG, INDEX, CARD, RECORD, *config_files()})
+        others = [file for file, is_part in other_files(Path(files_from), besides=written) if is_part]
+    if record is not None:
+        record = with_files(record, others)
     schemes = [scheme for scheme, _ in Counter(layer.scheme for layer in layers.values()).most_common()]
     card = model_card(target.name, fmt, schemes, count_quantized(model), record)
     with quiet_transformers():
         tensors = _Tensors(model, layers, fmt)
-        shards = _split(tensors.sizes, max_shard_size)
         check_free_space(target, sum(tensors.sizes.values()))
         with replace_directory(target) as unfinished:
-            try:
-                for file, names in shards.filename_to_tensors.items():
-                    save_file(
-                        {name: tensors.read(name) for name in names}, unfinished / file, metadata={"format": "pt"}
-                    )
-            except SafetensorError as error:
-                raise SmoothQuantError(
-                    f"{target} could not be written: {first_line(error)}; free some space there or choose another place"
-                ) from error
-            if shards.is_sharded:
-                index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-                (unfinished / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            if files_from is not None:
+                copy_files(Path(files_from), unfinished, others)
+            write_shards(unfinished, tensors.sizes, tensors.read, max_shard_size)
             _write_configs(model, fmt.quantization_config(tensors.names.schemes, tensors.names.ignore), unfinished)
             if record is not None:
                 (unfinished / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -204,9 +216,53 @@ class _Tensors:
         self._readers[name] = reader
 
     def read(self, name: str) -> Tensor:
-        """The tensor on the CPU, contiguous, in a storage of its own (safetensors refuses shared ones)."""
-        tensor = self._readers[name]().cpu().contiguous()
-        return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+        """The tensor, to be written."""
+        return own_copy(self._readers[name]())
+
+
+def write_shards(
+    directory: Path,
+    sizes: Mapping[str, int],
+    read: Callable[[str], Tensor],
+    max_shard_size: int | str,
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Writes tensors to safetensors files, with an index if there are several; the memory of one file is needed.
+
+    Args:
+        directory: to write to.
+        sizes: the bytes of each tensor.
+        read: gives a tensor by its name, contiguous, on the CPU, in a storage of its own.
+        max_shard_size: as in ``save``.
+        metadata: of each file, besides its format.
+
+    Raises:
+        SmoothQuantError: the files cannot be written, or ``max_shard_size`` is no size.
+    """
+    shards = _split(sizes, max_shard_size)
+    try:
+        for file, names in shards.filename_to_tensors.items():
+            save_file({name: read(name) for name in names}, directory / file, metadata={**metadata, "format": "pt"})
+    except SafetensorError as error:
+        raise SmoothQuantError(
+            f"{directory} could not be written: {first_line(error)}; free some space there or choose another place"
+        ) from error
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def with_files(record: Mapping[str, Any], files: Iterable[Path]) -> dict[str, Any]:
+    """The record with the names of copied files, so that another save may replace the directory."""
+    names = {file.parts[0] for file in files}
+    foreign = sorted(name for name in names if not any(fnmatchcase(name, pattern) for pattern in _OUR_FILES))
+    return {key: value for key, value in record.items() if key != "files"} | ({"files": foreign} if foreign else {})
+
+
+def own_copy(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU, contiguous, in a storage of its own (safetensors refuses shared ones)."""
+    tensor = tensor.cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _split(sizes: Mapping[str, int], max_shard_size: int | str) -> StateDictSplit:

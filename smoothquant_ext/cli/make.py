@@ -8,7 +8,6 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from ..errors import SmoothQuantError
 from .console import out, step
 from .options import (
     AlphaOrAuto,
@@ -31,6 +30,7 @@ from .options import (
     Skip,
     StoredDtype,
     StoredFormat,
+    TextField,
 )
 from .support import (
     CALIBRATION_TEXT,
@@ -67,6 +67,7 @@ def quantize(
     calib: Calib = CALIBRATION_TEXT,
     samples: Samples = 128,
     seqlen: Seqlen = 512,
+    text_field: TextField = None,
     skip: Skip = None,
     only: Only = None,
     device: Device = "auto",
@@ -93,6 +94,7 @@ def quantize(
     """
     from ..checkpoint import saving
     from ..checkpoint.formats.registry import choose_format, written_formats
+    from ..checkpoint.hf_names import cast_
     from ..quantization.pipeline import quantize as quantize_
     from ..quantization.recipe import AUTO, Recipe
     from ..reporting.tables import render_report
@@ -115,13 +117,14 @@ def quantize(
 
     start = time.perf_counter()
     network, tokenizer = load(model, drop=drop)
-    windows = read_windows(tokenizer, calib, samples, seqlen, seed)
-    tests = None if test is None else read_windows(tokenizer, test, TEST_SAMPLES, seqlen, seed)
+    loaded = network, tokenizer
+    windows = read_windows(loaded, calib, samples, seqlen, seed, text_field)
+    tests = None if test is None else read_windows(loaded, test, TEST_SAMPLES, seqlen, seed)
     quantize_(network, windows, recipe, journal=target.with_name(f".{target.name}.search"), device=where)
-    network.to(stored_dtype(network.dtype, stored))
+    cast_(network, stored_dtype(network.dtype, stored))
     network.smoothquant_record["calibration"]["text"] = name_of_text(calib)
     with step(f"Saving to {output}"):
-        saving.save(network, output, tokenizer, chosen.name)
+        saving.save(network, output, tokenizer, chosen.name, files_from=model if Path(model).is_dir() else None)
 
     out.print(render_report(network.smoothquant_report))
     files = sum(file.stat().st_size for file in output.glob("*.safetensors"))
@@ -132,6 +135,7 @@ def quantize(
         add_to_card(output, str(test), measured)
     out.print("Next:", style="bold")
     text = "" if calib == CALIBRATION_TEXT else f" --text {quoted(calib)}"
+    text += "" if text_field is None else f" --text-field {quoted(text_field)}"
     out.print(f"  smoothquant compare {quoted(model)} {quoted(output)}{text}", soft_wrap=True, highlight=False)
     out.print(f'  smoothquant generate {quoted(output)} "Once upon a time"', soft_wrap=True, highlight=False)
 
@@ -150,19 +154,24 @@ def convert(
     Example: [bold]smoothquant convert smol-w8a8 -o smol-lmdeploy --format lmdeploy[/bold]
 
     Reads compressed-tensors, the formats of LMDeploy, SGLang, Quark and Ascend, and the FP8 formats of vLLM,
-    transformers, FBGEMM and ModelOpt.
+    transformers, FBGEMM and ModelOpt. Tensors that the model's class does not know, such as layers for multi-token
+    prediction, and other files go along.
     """
-    from ..checkpoint import saving
+    from ..checkpoint import converting
+    from ..checkpoint.completeness import name_families
     from ..checkpoint.formats.registry import written_formats
-    from ..checkpoint.naming import count_quantized
+    from ..models import local_directory
 
     chosen = choose("format", format, ("auto", *written_formats()))
-    target = saving.check_destination(output)
-    if target == Path(source).resolve():
-        raise SmoothQuantError(f"--output is {output}, the checkpoint to convert; name another directory")
-    network, tokenizer = load(source, drop=drop, as_w8a8=as_w8a8)
-    if not count_quantized(network):
-        raise SmoothQuantError(f"{source} is not quantized; run 'smoothquant quantize' on it")
-    with step(f"Saving to {output}"):
-        saving.save(network, output, tokenizer, chosen)
-    out.print(f"{count_quantized(network)} layers in 8 bits, unchanged, saved to {output}.", soft_wrap=True)
+    directory = local_directory(source)
+    with step(f"Converting {source}"):
+        done = converting.convert(directory, output, chosen, drop=drop or (), as_w8a8=as_w8a8)
+    for names, what in ((done.unknown, "copied as they are"), (done.dropped, "dropped")):
+        if names:
+            count = f"{len(names)} tensors" if len(names) > 1 else "1 tensor"
+            out.print(f"{count} that the model's class does not know: {what}: {name_families(names)}.", soft_wrap=True)
+    if done.left_out:
+        out.print(
+            f"Not copied, because they are other weights or tools' own: {', '.join(done.left_out)}.", soft_wrap=True
+        )
+    out.print(f"{done.layers} layers in 8 bits, unchanged, saved to {output}.", soft_wrap=True)

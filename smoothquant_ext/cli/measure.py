@@ -9,7 +9,7 @@ import typer
 
 from ..errors import SmoothQuantError
 from .console import out
-from .options import Alpha, Calib, Device, Drop, Dtype, Json, Model, Samples, Seed, Seqlen, Text
+from .options import Alpha, Calib, Device, Drop, Dtype, Json, Model, Samples, Seed, Seqlen, Text, TextField
 from .support import CALIBRATION_TEXT, TEST_TEXT, add_to_card, load, parse_device, parse_dtype, read_windows, show
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def eval(  # noqa: A001
     ] = None,
     samples: Samples = 64,
     seqlen: Seqlen = 512,
+    text_field: TextField = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     drop: Drop = None,
@@ -40,7 +41,7 @@ def eval(  # noqa: A001
 
     wanted, where = parse_dtype(dtype), parse_device(device)
     network, tokenizer = load(model, wanted, where, drop)
-    windows = read_windows(tokenizer, text, samples, seqlen, seed)
+    windows = read_windows((network, tokenizer), text, samples, seqlen, seed, text_field)
     models, base = {model: network}, None
     if reference is not None:
         base, _ = load(reference, wanted, where, drop)
@@ -57,6 +58,7 @@ def compare(
     text: Text = TEST_TEXT,
     samples: Samples = 64,
     seqlen: Seqlen = 512,
+    text_field: TextField = None,
     prefill: Annotated[int, typer.Option(help="Tokens of the prompt in the speed measurement.", min=1)] = 512,
     decode: Annotated[int, typer.Option(help="Tokens generated after it in the speed measurement.", min=1)] = 32,
     rounds: Annotated[int, typer.Option(help="Rounds of the speed measurement (median); 0: none.", min=0)] = 5,
@@ -87,7 +89,7 @@ def compare(
     for name in dict.fromkeys([base, *quantized]):
         models[name], tokenizer = load(name, wanted, where, drop)
         if name == base:
-            windows = read_windows(tokenizer, text, samples, seqlen, seed)
+            windows = read_windows((models[name], tokenizer), text, samples, seqlen, seed, text_field)
     results = evaluate_all(models, windows, models[base], progress=True)
     speeds = measure_speed(models, prefill, decode, rounds, batch, progress=True) if rounds else {}
     measured = [Measured(name, results[name], model_bytes(models[name]), speeds.get(name)) for name in models]
@@ -101,6 +103,7 @@ def inspect(
     calib: Calib = CALIBRATION_TEXT,
     samples: Samples = 16,
     seqlen: Seqlen = 512,
+    text_field: TextField = None,
     alpha: Alpha = None,
     scheme: Annotated[str, typer.Option(help="The scheme whose default alpha is used without --alpha.")] = "int8",
     plot: Annotated[
@@ -124,7 +127,7 @@ def inspect(
     if plot is not None and not plot.absolute().parent.is_dir():
         raise SmoothQuantError(f"{plot} cannot be written: {plot.absolute().parent} does not exist, make it first")
     network, tokenizer = load(model, parse_dtype(dtype), drop=drop)
-    windows = read_windows(tokenizer, calib, samples, seqlen, seed)
+    windows = read_windows((network, tokenizer), calib, samples, seqlen, seed, text_field)
     inputs = measure_outliers(network, windows, recipe, progress=True, device=where)
     out.print(outlier_table(inputs))
     if plot is not None:
@@ -147,6 +150,7 @@ def report(
     text: Text = TEST_TEXT,
     samples: Samples = 64,
     seqlen: Seqlen = 512,
+    text_field: TextField = None,
     rounds: Annotated[int, typer.Option(help="Rounds of the speed measurement (median); 0: none.", min=0)] = 5,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -178,7 +182,7 @@ def report(
     if base is not None:
         models: dict[str, nn.Module] = {}
         models[base], tokenizer = load(base, wanted, where, drop)
-        windows = read_windows(tokenizer, text, samples, seqlen, seed)
+        windows = read_windows((models[base], tokenizer), text, samples, seqlen, seed, text_field)
         models[str(directory)], _ = load(str(directory), wanted, where, drop)
         results = evaluate_all(models, windows, models[base], progress=True)
         speeds = measure_speed(models, rounds=rounds, progress=True) if rounds else {}

@@ -33,20 +33,33 @@ Text = Annotated[
     str,
     typer.Option(
         "--text",
-        help="Text to test on: a text or jsonl file, a folder of them, or a dataset as NAME\\[/CONFIG]\\[:SPLIT].",
+        help="Text to test on: a file of text or of rows (json, jsonl, csv, parquet), a folder of them, or a dataset "
+        "as NAME\\[/CONFIG]\\[:SPLIT].",
     ),
 ]
 Calib = Annotated[
     str,
     typer.Option(
         "--calib",
-        help="Text to calibrate on: a text or jsonl file, a folder of them, or a dataset as NAME\\[/CONFIG]\\[:SPLIT]. "
-        "Text like the text the model will read later works best.",
+        help="Text to calibrate on: a file of text or of rows (json, jsonl, csv, parquet), a folder of them, or a "
+        "dataset as NAME\\[/CONFIG]\\[:SPLIT]. Conversations go through the model's chat template. Text like the text "
+        "the model will read later works best.",
     ),
 ]
 Samples = Annotated[int, typer.Option(help="Number of windows, spread evenly over the text.", min=1)]
-Seqlen = Annotated[int, typer.Option(help="Tokens in each window.", min=2)]
-Seed = Annotated[int, typer.Option(help="Seed of the windows' positions; the same seed gives the same windows.")]
+TextField = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="The field of rows that holds the text or the conversation, where it cannot be told."
+    ),
+]
+Seqlen = Annotated[
+    int, typer.Option(help="Tokens in each window; fewer, with a warning, if the model has fewer positions.", min=2)
+]
+Seed = Annotated[
+    int,
+    typer.Option(help="Seed of the windows' positions; the same seed gives the same windows.", min=0, max=2**63 - 1),
+]
 Drop = Annotated[
     list[str] | None,
     typer.Option(

@@ -10,6 +10,7 @@ import typer
 from ..errors import SmoothQuantError
 from .console import err
 from .options import Device, Drop, Dtype, Model, Seed, Served
+from .prompts import check_temperature, check_text, room_for
 from .support import KV_CACHES, choose, load, parse_device, parse_dtype
 
 
@@ -37,9 +38,14 @@ def generate(
     Example: [bold]smoothquant generate smol-w8a8 "The state of our union is" --max-new-tokens 40[/bold]
     """
     import torch
+    from jinja2 import TemplateError
     from transformers import TextStreamer
 
+    from ..compat import first_line
+
     wants_int8_cache = choose("kv-cache", kv_cache, KV_CACHES) == "int8"
+    check_temperature(temperature)
+    check_text("PROMPT", prompt)
     network, tokenizer = load(model, parse_dtype(dtype), parse_device(device), drop)
     if wants_int8_cache:
         from ..nn.int8_kv_cache import use_int8_cache_
@@ -49,12 +55,15 @@ def generate(
         raise SmoothQuantError(f"{model} has no chat template, so it is not a chat model: leave out --chat")
     if chat:
         messages = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise SmoothQuantError(f"the chat template of {model} refuses the prompt: {first_line(error)}") from error
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
-    if inputs.input_ids.shape[1] == 0:
-        raise SmoothQuantError("the prompt is empty: give a text to continue")
+    max_new_tokens = room_for(model, network, inputs.input_ids, max_new_tokens)
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    sampling |= {"num_beams": 1, "num_return_sequences": 1}  # words cannot be printed before the best beam is known
     start = time.perf_counter()
     tokens = cast(Any, network).generate(
         inputs.input_ids.to(network.device),
@@ -88,6 +97,14 @@ def serve(
             help="With --continuous-batching: tokens in the cache for all requests together. Default: 16384.", min=256
         ),
     ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="With --continuous-batching: the temperature of all answers, because requests of one batch cannot "
+            "choose it. 0 always takes the likeliest token. Default: the model's own.",
+            min=0.0,
+        ),
+    ] = None,
     compile_: Annotated[
         bool,
         typer.Option(
@@ -113,12 +130,16 @@ def serve(
     parse_dtype(dtype)
     if cache_tokens is not None and not continuous_batching:
         raise SmoothQuantError("--cache-tokens needs --continuous-batching: give both or neither")
+    if temperature is not None:
+        if not continuous_batching:
+            raise SmoothQuantError("--temperature needs --continuous-batching: otherwise each request says its own")
+        check_temperature(temperature)
     if compile_ and continuous_batching:
         raise SmoothQuantError("--compile has no effect on --continuous-batching, which has CUDA graphs of its own")
-    room = (cache_tokens or serving.CACHE_TOKENS) if continuous_batching else None
+    batching = serving.Batching(cache_tokens or serving.CACHE_TOKENS, temperature) if continuous_batching else None
     where = str(parse_device(device))
     with loads_as_here(model, drop or ()):
-        serving.serve(model, host, port, dtype, where, room, compile_)
+        serving.serve(model, host, port, dtype, where, batching, compile_)
 
 
 def chat(
@@ -142,6 +163,8 @@ def chat(
     from ..models import loads_as_here
 
     parse_dtype(dtype)
+    check_temperature(temperature)
+    check_text("--system", system or "")
     where = str(parse_device(device))
     with loads_as_here(model, drop or ()):
         serving.chat(model, dtype, where, system, max_new_tokens, temperature)

@@ -31,22 +31,24 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     drop: Sequence[str] | None = None,
-    as_w8a8: bool = False,
 ) -> tuple[Any, Any]:
-    """Loads a model, ready to run, by default on the CPU, and its tokenizer; ``drop`` and ``as_w8a8`` are options."""
+    """Loads a model, ready to run, by default on the CPU, and its tokenizer; ``drop`` is the option of that name."""
     # While it downloads or dequantizes, transformers draws progress bars.
     with step(f"Loading {source}", spinner=Path(source).is_dir()):
         from ..models import load_model
 
-        return load_model(source, dtype, device, drop or (), as_w8a8)
+        return load_model(source, dtype, device, drop or ())
 
 
-def read_windows(tokenizer: Any, text: str, samples: int, seqlen: int, seed: int) -> Tensor:
-    """Token ids [samples, seqlen] from a text that the user names."""
+def read_windows(
+    loaded: tuple[Any, Any], text: str, samples: int, seqlen: int, seed: int, field: str | None = None
+) -> Tensor:
+    """Token ids [samples, seqlen] from a text that the user names, for a model that was loaded with its tokenizer."""
     with step(f"Reading {text}"):
         from ..text import token_windows
 
-        return token_windows(tokenizer, text, samples, seqlen, seed)
+        model, tokenizer = loaded
+        return token_windows(tokenizer, text, samples, seqlen, seed, model, field)
 
 
 def stored_dtype(loaded: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:

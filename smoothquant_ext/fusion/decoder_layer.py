@@ -7,9 +7,9 @@ adapters, or caches keys and values in another way runs module by module as befo
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,10 @@ from ..nn.int8_kv_cache import Int8Layer
 from ..nn.kv_cache import Buffers, GrowingLayer
 from ..nn.linear import W8A8Linear
 from ..nn.placement import has_ops
+from ..probing.copies import copy_of
 from ..probing.hooks import hooked, is_watched
+from ..probing.trying import Failed, attempt
+from ..probing.values import map_values
 from .mixin import fuse_as_, unfuse_
 from .mlp import FusedMLP
 from .rms_norm import FusedRMSNorm
@@ -61,13 +64,13 @@ class FusedDecoderLayer:
 
     parts: Parts
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """[B, T, K] -> [B, T, K]"""
-        if not args and self._is_understood(hidden_states, kwargs):
-            output = self._run(hidden_states, kwargs)
+        if len(args) == 1 and self._is_understood(args[0], kwargs):
+            output = self._run(args[0], kwargs)
             if output is not None:
                 return output
-        return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc, no-any-return]
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def _is_understood(self, x: Tensor, kwargs: dict[str, Any]) -> bool:
         if not has_ops(x) or x.dim() != 3 or x.shape[0] * x.shape[1] > MOST_ROWS or needs_grad(x):
@@ -206,13 +209,18 @@ def fuse_layers_(model: PreTrainedModel) -> list[str]:
         layer = model.get_submodule(name)
         for parts in candidates[name]:
             fuse_as_(layer, FusedDecoderLayer, {"parts": parts})
-            with torch.no_grad():
-                output = _own_output(layer, args, kwargs)
-                if (output is not None and torch.equal(output, expected)) or _is_the_same_on_cpu(layer, args, kwargs):
-                    fused.append(name)
-                    break
+            if attempt(partial(_computes, layer, args, kwargs, expected), layer) is True:
+                fused.append(name)
+                break
             unfuse_(layer, {"parts": parts})
     return fused
+
+
+def _computes(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], expected: Tensor) -> bool:
+    """Whether a fused layer's op returns what the layer returned in the model."""
+    args, kwargs = map_values(torch.clone, (args, kwargs))
+    output = _own_output(layer, args, kwargs)
+    return (output is not None and torch.equal(output, expected)) or _is_the_same_on_cpu(layer, args, kwargs)
 
 
 def _is_the_same_on_cpu(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -224,7 +232,7 @@ def _is_the_same_on_cpu(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[st
         return False
     tensors = {id(each): nn.Parameter(each.cpu(), requires_grad=False) for each in layer.parameters()}
     tensors |= {id(each): each.cpu() for each in layer.buffers()}  # type: ignore[misc]
-    twin = copy.deepcopy(layer, tensors)
+    twin = copy_of(layer, tensors)
     args, kwargs = tree_map_only(Tensor, Tensor.cpu, (args, kwargs))
     output = _own_output(twin, args, kwargs)
     plain: Any = type(twin).__bases__[1]
@@ -272,15 +280,20 @@ def _candidates(layer: nn.Module) -> Iterator[Parts]:
 
 def _capture_calls(model: PreTrainedModel, names: Any) -> dict[str, tuple[tuple[Any, ...], dict[str, Any], Tensor]]:
     """Arguments and result of every named layer in one pass over three tokens; only of those that return a tensor."""
+    given: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     calls = {}
 
-    def capture(name: str, args: Any, kwargs: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            calls[name] = (args, dict(kwargs), output)
+    def keep(name: str, args: Any, kwargs: Any) -> None:
+        given[name] = map_values(lambda tensor: tensor.detach().clone(), (args, kwargs))
 
-    try:
-        with hooked({name: model.get_submodule(name) for name in names}, after=capture), torch.no_grad():
+    def capture(name: str, _args: Any, _kwargs: Any, output: Any) -> None:
+        args, kwargs = given.pop(name)
+        if isinstance(output, Tensor):
+            calls[name] = (args, kwargs, output.clone())
+
+    def run() -> None:
+        with hooked({name: model.get_submodule(name) for name in names}, keep, capture):
             model(input_ids=torch.arange(3, device=model.device).unsqueeze(0), use_cache=False)
-    except Exception:  # a model that wants other inputs runs module by module
-        return {}
-    return calls
+
+    # A model that wants other inputs runs module by module.
+    return {} if isinstance(attempt(run, model), Failed) else calls

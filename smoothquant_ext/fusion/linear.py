@@ -15,9 +15,9 @@ class FusedLinear:
     bias: Tensor | None
     most_rows: int
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """[..., K] -> [..., N]"""
-        weight = self.weight
+        x, weight = input, self.weight
         is_few = x.numel() <= self.most_rows * x.shape[-1]
         is_ours = x.is_cpu and weight.dtype == x.dtype == torch.bfloat16 and is_few
         if is_ours and not torch.is_grad_enabled():

@@ -16,6 +16,7 @@ from ..nn.placement import has_ops
 from ..packing import PANEL
 from ..probing.hooks import hooked, is_watched, output_of
 from ..probing.numerics import same_elements
+from ..probing.values import first_argument
 
 # Of the last layer's input, in the dtype of the activations: the activation, a cast, a product and another cast.
 ROUNDINGS = 4
@@ -45,8 +46,11 @@ class FusedMLP:
     fused_roles: Roles
     fused_halves: tuple[Tensor, ops.Layer, ops.Layer] | None
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """[..., K] -> [..., N]"""
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """[..., K] -> [..., N]; what it is called with besides is for its own class."""
+        if len(args) != 1 or kwargs:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        hidden_states: Tensor = args[0]
         roles, modules = self.fused_roles, self._modules  # type: ignore[attr-defined]
         gate, down = modules[roles.gate], modules[roles.down]
         up = None if roles.up is None else modules[roles.up]
@@ -95,8 +99,8 @@ def _find_roles(module: nn.Module, linears: dict[str, W8A8Linear], width: int) -
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
 
-    def capture(name: str, args: Any, _kwargs: Any, output: Tensor) -> None:
-        inputs[name], outputs[name] = args[0], output
+    def capture(name: str, args: Any, kwargs: Any, output: Tensor) -> None:
+        inputs[name], outputs[name] = first_argument(args, kwargs), output
 
     noise = torch.randn(3, width, generator=torch.Generator().manual_seed(0)) * 2
     with hooked(linears, after=capture):

@@ -24,12 +24,13 @@ class FusedRMSNorm:
     fused_eps: float
     fused_offset: float
 
-    def forward(self, hidden_states: Tensor, *gate: Tensor | None) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """[..., K] -> [..., K]; called with a gate too, as some norms may be, it is computed by its own class."""
-        is_ours = has_ops(hidden_states) and not gate and not needs_grad(hidden_states)
-        if is_ours and not needs_grad(self.weight):
-            return ops.rms_norm(hidden_states, self.weight, self.fused_eps, self.fused_offset)
-        return super().forward(hidden_states, *gate)  # type: ignore[misc, no-any-return]
+        if len(args) == 1 and not kwargs:
+            x: Tensor = args[0]
+            if has_ops(x) and not needs_grad(x) and not needs_grad(self.weight):
+                return ops.rms_norm(x, self.weight, self.fused_eps, self.fused_offset)
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
 def rms_norm_attributes(module: nn.Module) -> dict[str, Any] | None:

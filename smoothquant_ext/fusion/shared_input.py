@@ -19,6 +19,8 @@ from .. import ops
 from ..nn.linear import W8A8Linear, have_one_input_scale, join_
 from ..nn.placement import has_ops
 from ..probing.hooks import hooked
+from ..probing.trying import Failed, attempt
+from ..probing.values import first_argument, version_of
 
 
 class SharedInput:
@@ -33,7 +35,7 @@ class SharedInput:
         if torch.compiler.is_compiling():  # no graph can ask whether x has changed
             return None
         waiting = self._waiting  # read once: another thread may exchange it
-        if waiting is not None and waiting[0] is x and waiting[1] == _version(x):
+        if waiting is not None and waiting[0] is x and waiting[1] == version_of(x):
             result = waiting[2].pop(layer, None)
             if not waiting[2]:
                 self._waiting = None
@@ -43,7 +45,7 @@ class SharedInput:
             return None
         layers = ops.as_lists(member.tensors for member in self.layers)
         first, *others = ops.w8a8_linear_group(x, *layers, layer.input_scale)
-        self._waiting = (x, _version(x), dict(zip(self.layers[1:], others, strict=True)))
+        self._waiting = (x, version_of(x), dict(zip(self.layers[1:], others, strict=True)))
         return first
 
     def _is_here(self, x: Tensor) -> bool:
@@ -56,11 +58,6 @@ class SharedInput:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"layers": self.layers, "_waiting": None}
-
-
-def _version(x: Tensor) -> int:
-    """Counts changes in place, where torch does."""
-    return -1 if x.is_inference() else x._version
 
 
 def share_inputs_(model: nn.Module) -> list[str]:
@@ -83,16 +80,18 @@ def _same_inputs(model: PreTrainedModel, layers: dict[str, W8A8Linear]) -> list[
     """Names of layers that got the same tensor, in the order of their calls, and can be computed together."""
     inputs: list[tuple[Tensor, list[str]]] = []  # holds the tensors, so that none takes the place of another
 
-    def note(name: str, args: tuple[Tensor, ...], _kwargs: Any) -> None:
-        if inputs and inputs[-1][0] is args[0]:
+    def note(name: str, args: tuple[Tensor, ...], kwargs: Any) -> None:
+        x = first_argument(args, kwargs)
+        if inputs and inputs[-1][0] is x:
             inputs[-1][1].append(name)
         else:
-            inputs.append((args[0], [name]))
+            inputs.append((x, [name]))
 
-    try:
-        with hooked(layers, before=note), torch.no_grad():
+    def run() -> None:
+        with hooked(layers, before=note):
             model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
-    except Exception:  # a model that wants other inputs runs its layers one by one
+
+    if isinstance(attempt(run, model), Failed):  # a model that wants other inputs runs its layers one by one
         return []
     calls = [name for _, names in inputs for name in names]
     groups = [[name for name in names if calls.count(name) == 1] for _, names in inputs]

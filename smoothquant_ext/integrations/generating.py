@@ -35,20 +35,29 @@ class Room:
 
     Args:
         positions: of the model; ``None`` if it has no limit.
+        vocabulary: the number of tokens that the model knows; ``None`` if prompts hold others, such as images.
         cache: tokens in the cache of continuous batching; ``None`` without.
     """
 
-    def __init__(self, positions: int | None, cache: int | None = None) -> None:
-        self.positions, self.cache = positions, cache
+    def __init__(self, positions: int | None, vocabulary: int | None = None, cache: int | None = None) -> None:
+        self.positions, self.vocabulary, self.cache = positions, vocabulary, cache
 
-    def fit_(self, prompt: int, config: GenerationConfig) -> None:
+    def fit_(self, input_ids: Any, config: GenerationConfig) -> None:
         """Sets ``config.max_new_tokens``, to what the client asked or to what is left.
 
+        Args:
+            input_ids: the prompt, a list or ids [1, tokens].
+            config: of the request.
+
         Raises:
-            HTTPException: 400, the prompt is empty, or it and the answer are too long.
+            HTTPException: 400, the prompt is empty or has unknown tokens, or it and the answer are too long.
         """
+        ids = input_ids if isinstance(input_ids, list) else input_ids.flatten().tolist()
+        prompt = len(ids)
         if prompt == 0:
             raise HTTPException(400, "the prompt is empty: it has no tokens, so there is nothing to continue")
+        if self.vocabulary is not None and max(ids) >= self.vocabulary:
+            raise HTTPException(400, f"the prompt has token {max(ids)}, but the model knows {self.vocabulary} tokens")
         wanted = next((asked.get()[field] for field in MAX_TOKENS if field in asked.get()), None)
         usual = wanted or config.max_new_tokens or DEFAULT_TOKENS
         limits = {
@@ -70,16 +79,12 @@ class Room:
 def apply_(config: GenerationConfig) -> None:
     """Puts into ``config`` what the client asked for and transformers' server leaves out."""
     body = asked.get()
+    config.num_beams = config.num_return_sequences = 1  # one answer, token by token, as OpenAI's
     if "temperature" in body or "top_p" in body:  # transformers samples only if the model's own config says so
         config.do_sample = body.get("temperature", 1.0) > 0
     if "logit_bias" in body:
         biases = {(int(token),): float(bias) for token, bias in body["logit_bias"].items()}
         config.sequence_bias = biases or None
-
-
-def length(input_ids: Any) -> int:
-    """The number of tokens of a prompt: a list, or ids [1, tokens]."""
-    return len(input_ids) if isinstance(input_ids, list) else int(input_ids.shape[-1])
 
 
 class Left(StoppingCriteria):
@@ -122,7 +127,7 @@ class OneByOne(GenerateManager):
         return None if self._thread._thread.is_alive() else "the thread that generates has ended"
 
     def _prepare(self, model: Any, inputs: Any, config: GenerationConfig) -> tuple[Any, dict[str, Any], Left]:
-        self.room.fit_(length(inputs["input_ids"]), config)
+        self.room.fit_(inputs["input_ids"], config)
         apply_(config)
         left = Left()
         if "seed" in asked.get():
@@ -165,14 +170,18 @@ class OneByOne(GenerateManager):
 class Batched(CBGenerateManager):
     """Continuous batching. It starts with the server: transformers would start it with the first request, whose
     sampling all later ones would get.
+
+    Args:
+        room: for a prompt and its answer.
+        batching: the ``ContinuousBatchingConfig``.
+        model: the model.
+        sampling: what all requests share, see ``shared_sampling``.
     """
 
-    def __init__(self, room: Room, batching: Any, model: Any) -> None:
+    def __init__(self, room: Room, batching: Any, model: Any, sampling: GenerationConfig) -> None:
         super().__init__(cb_config=batching)
         self.room = room
-        config = GenerationConfig(**model.generation_config.to_dict())
-        config.use_cache = False  # it has a cache of its own
-        self.init_cb(model, config)
+        self.init_cb(model, sampling)
 
     def failure(self) -> str | None:
         """Why it answers no more."""
@@ -184,7 +193,7 @@ class Batched(CBGenerateManager):
     def generate_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, response_parser: Any = None
     ) -> tuple[Any, Any]:
-        self.room.fit_(length(inputs["input_ids"]), gen_config)
+        self.room.fit_(inputs["input_ids"], gen_config)
         started: tuple[Any, Any] = super().generate_streaming(
             model, processor, inputs, gen_config, request_id, response_parser
         )
@@ -193,7 +202,7 @@ class Batched(CBGenerateManager):
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
     ) -> Any:
-        self.room.fit_(length(inputs["input_ids"]), gen_config)
+        self.room.fit_(inputs["input_ids"], gen_config)
         try:
             return await super().generate_non_streaming(model, processor, inputs, gen_config, request_id)
         except asyncio.CancelledError:
@@ -201,8 +210,18 @@ class Batched(CBGenerateManager):
             raise
 
 
+def shared_sampling(config: GenerationConfig, temperature: float | None) -> GenerationConfig:
+    """The settings of all requests of a batch: the model's own, but for a temperature that the server was given."""
+    shared = GenerationConfig(**config.to_dict())
+    shared.use_cache = False  # continuous batching has a cache of its own
+    shared.num_return_sequences = 1
+    if temperature is not None:
+        shared.do_sample, shared.temperature = temperature > 0, temperature or 1.0
+    return shared
+
+
 def sampling_of(config: GenerationConfig) -> dict[str, float]:
-    """What all requests of a batch share, under the names of the requests' fields."""
+    """The same under the names of the requests' fields."""
     values: dict[str, float | None] = {
         "do_sample": float(bool(config.do_sample)),
         "temperature": (1.0 if config.temperature is None else config.temperature) if config.do_sample else 0.0,

@@ -8,41 +8,51 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.cli.serve import Serve
 
-from .generating import Batched, OneByOne, Room, sampling_of
+from .generating import Batched, OneByOne, Room, sampling_of, shared_sampling
 from .guard import Guard
 from .request_checks import Served
 
 
 class GuardedServer(Serve):
-    """Takes the arguments of transformers' ``Serve``, of which ``force_model`` is needed."""
+    """transformers' ``Serve``, whose argument ``force_model`` is needed here.
+
+    Args:
+        temperature: of all answers under continuous batching; ``None`` is the model's.
+        options: the arguments of ``Serve``.
+    """
+
+    def __init__(self, temperature: float | None = None, **options: Any) -> None:
+        self.temperature = temperature
+        super().__init__(**options)
 
     def start_server(self) -> None:
         """``Serve`` calls this once the model is loaded and before the port is open."""
         models, state = self._model_manager, self._generation_state
         name = models.process_model_name(models.force_model)
         model, processor = models.load_model_and_processor(name)
-        modality = models.get_model_modality(model, processor=processor)
+        batches = state.use_continuous_batching(model, models.get_model_modality(model, processor=processor))
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        batching, sampling = state._cb_config, None
-        self.manager: Any
-        if state.use_continuous_batching(model, modality):
-            self.manager = Batched(Room(positions, batching.num_blocks * batching.block_size), batching, model)
-            state._cb_manager, state._cb_model_id = self.manager, name
-            sampling = sampling_of(model.generation_config)
-        else:
-            self.manager = OneByOne(Room(positions))
-            state._generate_managers[name] = self.manager
-        tokenizer = getattr(processor, "tokenizer", processor)
-        served = Served(
+        known = model.get_input_embeddings().weight.shape[0]
+        sampling = shared_sampling(model.generation_config, self.temperature)
+        self.served = Served(
             model=models.force_model,
             template=_template(processor),
             template_arguments=_arguments(processor),
-            vocabulary=model.config.get_text_config().vocab_size,
+            vocabulary=known,
             text_only=isinstance(processor, PreTrainedTokenizerBase),
-            streams=hasattr(tokenizer, "_tokenizer"),
-            sampling=sampling,
+            streams=hasattr(getattr(processor, "tokenizer", processor), "_tokenizer"),
+            sampling=sampling_of(sampling) if batches else None,
         )
-        self.server.config.app = Guard(self.server.config.app, served, self.failure)
+        self.manager: Any
+        if batches:
+            config = state._cb_config
+            room = Room(positions, known, config.num_blocks * config.block_size)
+            self.manager = Batched(room, config, model, sampling)
+            state._cb_manager, state._cb_model_id = self.manager, name
+        else:
+            self.manager = OneByOne(Room(positions, known if self.served.text_only else None))
+            state._generate_managers[name] = self.manager
+        self.server.config.app = Guard(self.server.config.app, self.served, self.failure)
         super().start_server()
 
     def failure(self) -> str | None:

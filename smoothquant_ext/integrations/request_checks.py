@@ -16,6 +16,7 @@ from .message_checks import check_input, check_messages, check_tools, shown
 Check = Callable[[Any], str | None]  # what was expected, or None if the value is right
 
 BODY_BYTES = 64 << 20  # images come inside of the body
+COLDEST = 1e-6  # temperature
 STOPS = 4  # OpenAI's limit
 
 
@@ -117,6 +118,12 @@ def _config(value: Any) -> str | None:
     return None
 
 
+def _temperature(value: Any) -> str | None:
+    """Logits divided by almost nothing overflow."""
+    fits = _number(0, 2)(value) is None and (value == 0 or value >= COLDEST)
+    return None if fits else f"0 or a number between {COLDEST:g} and 2"
+
+
 _TRUTH = _kind(bool, "true or false")
 _ANY: Check = lambda _: None  # noqa: E731 (an entry of a table)
 _SEED = _whole(-(2**63), 2**64 - 1)  # what torch.manual_seed takes
@@ -124,7 +131,7 @@ _SEED = _whole(-(2**63), 2**64 - 1)  # what torch.manual_seed takes
 CONFIG: dict[str, Check] = {
     "max_new_tokens": _whole(1),
     "do_sample": _TRUTH,
-    "temperature": _number(0, 2),
+    "temperature": _temperature,
     "top_k": _whole(0),
     "top_p": _number(0, 1),
     "min_p": _number(0, 1),
@@ -133,7 +140,7 @@ CONFIG: dict[str, Check] = {
 }
 COMMON: dict[str, Check] = {
     "model": _ANY,  # compared with the served one
-    "temperature": _number(0, 2),
+    "temperature": _temperature,
     "top_p": _number(0, 1),
     "seed": _SEED,
     "stream": _TRUTH,
@@ -299,8 +306,8 @@ def _check_batched(_: str, body: dict[str, Any], served: Served) -> None:
         idle = field in ("top_p", "top_k", "min_p") and served.sampling["temperature"] == 0
         if value is not None and not idle and float(value) != set_:
             raise Refusal(
-                f"{field} is {shown(value)}, but under --continuous-batching it is {shown(set_)} for all requests, as "
-                f"the model's generation_config.json says: leave it out, or serve without --continuous-batching",
+                f"{field} is {shown(value)}, but under --continuous-batching it is {shown(set_)} for all requests: "
+                f"leave it out, or serve with another --temperature or without --continuous-batching",
                 field,
             )
     for field in ("seed", "stop", "logit_bias"):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import logging
+import re
 import signal
 import socket
+import sys
 import tempfile
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +28,26 @@ LAST_STREAMS = 5  # seconds in which clients may read the end of it
 PACKAGES = ("accelerate", "fastapi", "openai", "uvicorn")
 
 
+@dataclass(frozen=True)
+class Batching:
+    """Continuous batching.
+
+    Args:
+        cache_tokens: tokens in the cache of all requests together.
+        temperature: of all answers; ``None`` is the model's own.
+    """
+
+    cache_tokens: int = CACHE_TOKENS
+    temperature: float | None = None
+
+
 def serve(
     model: str,
     host: str,
     port: int,
     dtype: str = "auto",
     device: str = "cpu",
-    cache_tokens: int | None = None,
+    batching: Batching | None = None,
     compiled: bool = False,
 ) -> None:
     """Serves a model until SIGINT or SIGTERM, then finishes the running requests and returns.
@@ -41,21 +58,22 @@ def serve(
         port: port to listen on.
         dtype: dtype of the parts in floating point; ``"auto"`` is the checkpoint's.
         device: a torch device.
-        cache_tokens: tokens in the cache of continuous batching; ``None`` answers requests one by one.
+        batching: of requests; ``None`` answers them one by one.
         compiled: whether to answer from a static cache, which on a GPU also compiles; see ``use_static_cache_``.
 
     Raises:
-        SmoothQuantError: a package is missing, the port is taken, or the model cannot be loaded.
+        SmoothQuantError: a package is missing, the port is taken, the model cannot be loaded, or the worker died.
     """
     _check_packages()
     _check_port(host, port)
     options: dict[str, Any] = {"compile": True} if compiled else {}
-    if cache_tokens is not None:
+    if batching is not None:
         options |= {
             "continuous_batching": True,
             "cb_block_size": BLOCK,
-            "cb_num_blocks": -(-cache_tokens // BLOCK),
+            "cb_num_blocks": -(-batching.cache_tokens // BLOCK),
             "cb_max_batch_tokens": STEP_TOKENS,
+            "temperature": batching.temperature,
         }
     server = _start(model, host, port, dtype, device, **options)
     stopped = threading.Event()
@@ -69,7 +87,7 @@ def serve(
     failure = server.failure()
     if failure:
         stopped.wait(LAST_ANSWERS)  # long enough for clients on their way, and for those who watch /health
-    elif not stopped.is_set() and not failure:
+    elif not stopped.is_set():
         raise SmoothQuantError(f"the server on {host}:{port} ended by itself; its last messages are above")
     _stop(server, LAST_STREAMS if failure else None)
     if failure:
@@ -87,9 +105,12 @@ def chat(
     """Starts a chat with a model in the terminal, through a local server that ends with the chat.
 
     Raises:
-        SmoothQuantError: a package is missing, or the model cannot be loaded.
+        SmoothQuantError: a package is missing, the model cannot be loaded or has no chat template, or it cannot go on,
+            as when the conversation is longer than the model.
     """
     _check_packages()
+    if sys.stdin is None:
+        raise SmoothQuantError("a chat needs a keyboard or a file to read from, but its input is closed")
     from transformers.cli.chat import Chat
 
     with socket.socket() as free:
@@ -99,9 +120,19 @@ def chat(
         logging.getLogger(name).addFilter(lambda entry: entry.levelno >= logging.WARNING)
     server = _start(model, "127.0.0.1", port, dtype, device, log_level="error")
     flags = [f"max_new_tokens={max_new_tokens}", f"do_sample={temperature > 0}"]
-    flags += [f"temperature={temperature}"] if temperature else []
+    flags += [f"temperature={temperature:.6f}"] if temperature else []
     try:
+        if server.served.template is None:
+            raise SmoothQuantError(
+                f"{model} has no chat template, so it is not a chat model: use 'smoothquant generate'"
+            )
         Chat(model, f"http://127.0.0.1:{port}", flags, system_prompt=system, save_folder=tempfile.gettempdir())
+    except EOFError:  # nobody is at the keyboard any more
+        pass
+    except SmoothQuantError:
+        raise
+    except Exception as error:  # transformers' chat lets errors of the server and of its own commands through
+        raise SmoothQuantError(f"the chat has ended: {_reason(error)}") from error
     finally:
         _stop(server)
 
@@ -136,6 +167,12 @@ def _stop(server: Any, patience: int | None = None) -> None:
     server.server.should_exit = True
     server._thread.join()
     server.kill_server()
+
+
+def _reason(error: Exception) -> str:
+    """The server's sentence in an error of its client; else the error's own."""
+    found = re.search(r"\{'message'.*\}", str(error))  # it shows the server's object as Python does
+    return str(ast.literal_eval(found[0])["message"]) if found else first_line(error)
 
 
 def _check_packages() -> None:

@@ -18,6 +18,7 @@ from transformers.masking_utils import sdpa_mask
 
 from .. import ops
 from ..errors import SmoothQuantError
+from .batched_prompts import checked_, generate_batch
 from .placement import has_ops
 
 IMPLEMENTATION = "smoothquant"
@@ -69,6 +70,7 @@ def use_attention_(model: nn.Module) -> bool:
         return False
     model.set_attn_implementation(IMPLEMENTATION)
     vars(model)["init_continuous_batching"] = partial(_init_continuous_batching, model)
+    vars(model)["generate_batch"] = partial(generate_batch, model)
     return True
 
 
@@ -85,7 +87,7 @@ def _init_continuous_batching(model: PreTrainedModel, *args: Any, **kwargs: Any)
         raise
     if ours:
         manager._original_attn_impl = IMPLEMENTATION  # what it goes back to when it stops
-    return manager
+    return checked_(manager, model)
 
 
 def attention_forward(

@@ -75,8 +75,14 @@ class W8A8Linear(nn.Module):
         self.register_buffer("smooth", None)
         self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N] in the dtype of ``x``. Its gradient is that of the dequantized weight."""
+    def forward(self, x: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:
+        """[..., K] -> [..., N] in the dtype of ``x``. Its gradient is that of the dequantized weight.
+
+        By name ``x`` may be given as ``input`` too, as it is called in ``nn.Linear``.
+        """
+        x = input if x is None else x
+        if x is None:
+            raise TypeError("W8A8Linear: the input is missing")
         if needs_grad(x):
             output: Tensor = StraightThrough.apply(x, self)
             return output

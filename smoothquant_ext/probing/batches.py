@@ -53,6 +53,7 @@ class Batches(Iterable[Batch]):
         """
         self._limits, self._what = limits, what
         self._arguments = _arguments(model)
+        self._dtype = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
         is_decoder = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         self._unread = BY_PRODUCTS | ({"labels"} if is_decoder else set())
         self._said: set[str] = set()
@@ -112,7 +113,7 @@ class Batches(Iterable[Batch]):
         if not pieces:
             self._say("empty", f"{where} has no token that counts: it is left out, as are others like it")
         for piece in pieces:
-            self._check_vocabulary(piece, where)
+            self._check(piece, where)
         return [piece["input_ids"] if list(piece) == ["input_ids"] else piece for piece in pieces]
 
     def _fields(self, raw: Mapping[str, Any], where: str) -> dict[str, Tensor]:
@@ -134,6 +135,8 @@ class Batches(Iterable[Batch]):
         for name, value in data.items():
             label, expected = f"{name!r} of {where}", EXPECTED.get(name, "expected numbers")
             tensors[name], lengths = read_tensor(value, label, expected)
+            if name == "inputs_embeds" and tensors[name].is_floating_point():
+                tensors[name] = tensors[name].to(self._dtype)
             if lengths is not None and name in TOKENS and MASK not in data:
                 tensors[MASK] = _mask_of(lengths)
         if isinstance(given.get(MASK), Mapping):  # a mask for each kind of layer, as transformers prepares them
@@ -196,7 +199,12 @@ class Batches(Iterable[Batch]):
         first = torch.arange(most)
         return {name: _picked(value, rows, length, torch.arange(rows), first) for name, value in tensors.items()}
 
-    def _check_vocabulary(self, tensors: dict[str, Tensor], where: str) -> None:
+    def _check(self, tensors: dict[str, Tensor], where: str) -> None:
+        width, embeds = self._limits.width, tensors.get("inputs_embeds")
+        if embeds is not None and width not in (None, embeds.shape[-1]):
+            raise SmoothQuantError(
+                f"'inputs_embeds' of {where} has {embeds.shape[-1]} channels and the model's embedding has {width}"
+            )
         ids, vocabulary = tensors.get("input_ids"), self._limits.vocabulary
         if ids is None or vocabulary is None:
             return
@@ -244,7 +252,7 @@ def _arguments(model: nn.Module) -> set[str] | None:
 def _tokens(raw: Any, where: str) -> dict[str, Tensor]:
     """Token ids that come without a name."""
     ids, lengths = read_tensor(raw, where, NOT_DATA)
-    if ids.is_floating_point() or ids.is_complex():
+    if ids.is_floating_point():
         raise SmoothQuantError(f"{where} is {_shape(ids)}, {NOT_DATA}")
     return {"input_ids": ids} if lengths is None else {"input_ids": ids, MASK: _mask_of(lengths)}
 
@@ -261,10 +269,10 @@ def _main(tensors: Mapping[str, Tensor]) -> str | None:
 
 def _as_rows(tensors: dict[str, Tensor], main: str, where: str) -> dict[str, Tensor]:
     """The same with the rows of a batch as first dimension, where it was left out, and int64 token ids."""
-    tokens = tensors[main]
-    wanted = 2 if main == "input_ids" else 3
-    is_right_dtype = main != "input_ids" or not (tokens.is_floating_point() or tokens.dtype == torch.bool)
-    if tokens.dim() not in (wanted, wanted - 1) or not is_right_dtype:
+    tokens, is_ids = tensors[main], main == "input_ids"
+    wanted = 2 if is_ids else 3
+    is_whole = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
+    if tokens.dim() not in (wanted, wanted - 1) or (tokens.numel() > 0 and is_ids != is_whole):
         raise SmoothQuantError(f"{where} is {_shape(tokens)}, {EXPECTED[main]}")
     if tokens.dim() == wanted - 1:
         length = tokens.shape[0]

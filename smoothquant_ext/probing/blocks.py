@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
+from ..errors import SmoothQuantError
 from .hooks import hooked
 from .linears import find_linears
+from .trying import NOT_OF_THE_MODULE, in_words, repeatable, uncompiled
+from .values import map_values, tensors_in, version_of
 
 Batch = Tensor | Mapping[str, Tensor]
 
@@ -34,11 +37,28 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def run_model(model: nn.Module, batch: Batch) -> Any:
-    """One forward pass without a cache: ``batch`` is token ids [B, T], or the keyword arguments of ``forward``."""
-    inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+    """One forward pass without a cache: ``batch`` is token ids [B, T], or the keyword arguments of ``forward``.
+
+    Raises:
+        SmoothQuantError: the model raises something, other than that memory is exhausted.
+    """
     device = next(model.parameters()).device
-    with torch.no_grad():
-        return model(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False)
+    inputs = map_values(lambda tensor: tensor.to(device), {"input_ids": batch} if isinstance(batch, Tensor) else batch)
+    if _takes_use_cache(model):
+        inputs = {"use_cache": False, **inputs}
+    try:
+        with torch.no_grad(), uncompiled():
+            return model(**inputs)
+    except (*NOT_OF_THE_MODULE, SmoothQuantError):
+        raise
+    except Exception as error:
+        shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items() if isinstance(value, Tensor))
+        raise SmoothQuantError(f"{type(model).__name__} fails on a batch of {shapes} ({in_words(error)})") from error
+
+
+def _takes_use_cache(model: nn.Module) -> bool:
+    parameters = inspect.signature(model.forward).parameters.values()
+    return any(each.name == "use_cache" or each.kind is each.VAR_KEYWORD for each in parameters)
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -69,18 +89,22 @@ class BlockCall:
     def replay(self, block: nn.Module, dtype: torch.dtype | None = None) -> list[Tensor]:
         """Runs ``block`` on copies of the captured arguments, floating-point ones as ``dtype``; its output tensors.
 
-        The copies are on the device of the block, wherever the arguments were captured.
+        Of a block that returns none, the arguments that it wrote into. The copies are on the device of the block,
+        wherever the arguments were captured. Random numbers are the same each time.
         """
         device = device_of(block)
+        given: list[tuple[Tensor, int]] = []
 
-        def fresh(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            return value.to(device, dtype if dtype and value.is_floating_point() else value.dtype, copy=True)
+        def fresh(tensor: Tensor) -> Tensor:
+            kind = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+            copied = tensor.detach().to(device, kind, copy=True)
+            given.append((copied, version_of(copied)))
+            return copied
 
-        with torch.no_grad():
-            output = block(*tree_map(fresh, self.args), **tree_map(fresh, self.kwargs))
-        return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        args, kwargs = map_values(fresh, (self.args, self.kwargs))
+        with torch.no_grad(), uncompiled(), repeatable(device):
+            output = block(*args, **kwargs)
+        return tensors_in(output) or [tensor for tensor, version in given if version_of(tensor) != version]
 
 
 def capture_calls(model: nn.Module, blocks: Mapping[str, nn.Module], batch: Batch) -> dict[str, BlockCall]:
@@ -92,7 +116,7 @@ def capture_calls(model: nn.Module, blocks: Mapping[str, nn.Module], batch: Batc
 
     def capture(name: str, args: Any, kwargs: Any) -> None:
         if name not in calls:
-            calls[name] = BlockCall(*tree_map(_detached, (args, kwargs)))
+            calls[name] = BlockCall(*map_values(lambda tensor: tensor.detach().clone(), (args, kwargs)))
 
     with hooked(blocks, before=capture):
         run_model(model, batch)
@@ -107,7 +131,3 @@ def probe_batch(batch: Batch, rows: int = 2, tokens: int = 12) -> Batch:
     if main is None or any(value.shape[:2] != main.shape[:2] for value in batch.values()):
         return batch  # images, of which ids among the tokens speak, or masks and positions of other shapes
     return {name: value[:rows, :tokens] for name, value in batch.items()}
-
-
-def _detached(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value

@@ -12,11 +12,12 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from .experts import ExpertsLayout, looks_like_experts
 from .linears import as_linear, find_linears, is_linear, values_of, weight_nk
 from .numerics import same_elements
+from .trying import attempt
+from .values import tensors_in
 
 # Powers of two commute with rounding, but a kernel may sum in another order, and a softmax or sigmoid may follow.
 ROUTER_ROUNDINGS = 8
@@ -57,15 +58,15 @@ def _is_router(module: nn.Module) -> bool:
     k = weight.shape[1]
     x = torch.randn(4, k, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(values["weight"])
     factor = torch.exp2(torch.arange(k) % 5 - 2.0).to(values["weight"])
-    try:
-        with torch.no_grad():
-            before = tree_leaves(torch.func.functional_call(module, values, (x,)))
-            scaled = values | {"weight": values["weight"] * factor}
-            after = tree_leaves(torch.func.functional_call(module, scaled, (x / factor,)))
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
-        return False
-    pairs = [(a, b) for a, b in zip(after, before, strict=True) if isinstance(b, Tensor)]
-    return bool(pairs) and all(same_elements(a, b, ROUTER_ROUNDINGS) for a, b in pairs)
+
+    def examine() -> bool:
+        before = tensors_in(torch.func.functional_call(module, values, (x,)))
+        scaled = values | {"weight": values["weight"] * factor}
+        after = tensors_in(torch.func.functional_call(module, scaled, (x / factor,)))
+        pairs = list(zip(after, before, strict=True))
+        return bool(pairs) and all(same_elements(a, b, ROUTER_ROUNDINGS) for a, b in pairs)
+
+    return attempt(examine, module) is True
 
 
 def _wide(value: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..activations import ACTIVATIONS
 from .numerics import same_rows
+from .trying import attempt
 
 TOKENS, SLOTS = 5, 2  # of the trial
 SIZES = (1.0, 2.0, 8.0, 64.0, 512.0)  # of the tokens' values: a limit that cuts off large ones has to show
@@ -220,11 +221,11 @@ def _layer(part: ExpertPart, parameters: Mapping[str, Tensor], expert: int, x: T
 
 
 def _output_of(module: nn.Module, parameters: Mapping[str, Tensor], *arguments: Tensor) -> Tensor | None:
-    try:
-        with torch.no_grad(), plain_forward(module):
-            output = torch.func.functional_call(module, dict(parameters), arguments)
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
-        return None
+    def run() -> Any:
+        with plain_forward(module):
+            return torch.func.functional_call(module, dict(parameters), arguments)
+
+    output = attempt(run, module)
     return output if isinstance(output, Tensor) else None
 
 

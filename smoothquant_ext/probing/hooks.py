@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from .trying import attempt
 
 Before = Callable[[str, Any, Any], Any]
 After = Callable[[str, Any, Any, Any], Any]
@@ -39,25 +40,38 @@ def hooked(
 
 def output_of(module: nn.Module, x: Tensor) -> Tensor | None:
     """The module's output for x, or ``None`` if it is not a function of one tensor."""
-    try:
-        with torch.no_grad():
-            output = module(x)
-    except (RuntimeError, TypeError, ValueError, IndexError):
-        return None
+    output = attempt(lambda: module(x), module)
     return output if isinstance(output, Tensor) else None
 
 
 @contextmanager
 def swapped(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """Puts ``modules`` in the places of the modules of ``model`` with these names, until the ``with`` body ends."""
-    originals = {name: model.get_submodule(name) for name in modules}
+    originals = {id(module): model.get_submodule(name) for name, module in modules.items()}
+    places = replace_(model, modules)
     try:
-        for name, module in modules.items():
-            model.set_submodule(name, module)
         yield
     finally:
-        for name, module in originals.items():
-            model.set_submodule(name, module)
+        for parent, name, module in places:
+            parent._modules[name] = originals[id(module)]
+
+
+def replace_(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Puts ``modules`` in the places of the modules of ``model`` with these names, wherever else these are registered.
+
+    Returns:
+        The places: the parent, the name in it, and what is there now.
+    """
+    others = {id(model.get_submodule(name)): module for name, module in modules.items()}
+    places = [
+        (parent, name, others[id(child)])
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if id(child) in others
+    ]
+    for parent, name, module in places:
+        parent._modules[name] = module
+    return places
 
 
 def is_watched(module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .experts import ExpertsLayout, agrees, looks_like_experts, match_layouts
 from .numerics import same_elements
+from .trying import attempt
 
 if TYPE_CHECKING:
     Linear: TypeAlias = nn.Linear  # what is used of a Conv1D, it has too
@@ -21,22 +22,31 @@ LINEAR_ROUNDINGS = 4
 
 
 def is_linear(module: nn.Module) -> bool:
-    """True for ``nn.Linear``, GPT-2's ``Conv1D``, and subclasses that compute just what ``nn.Linear`` computes."""
-    if type(module) in (nn.Linear, Conv1D):
+    """True for ``nn.Linear``, GPT-2's ``Conv1D``, and subclasses that compute just what ``nn.Linear`` computes.
+
+    Hooks, and a forward pass that was put in an instance's own, count as parts of a subclass.
+    """
+    if type(module) in (nn.Linear, Conv1D) and not _is_altered(module):
         return True
-    return isinstance(module, nn.Linear) and _computes_linear(module)
+    return isinstance(module, nn.Linear | Conv1D) and _computes_linear(as_linear(module))
 
 
-def _computes_linear(module: nn.Linear) -> bool:
-    x = torch.linspace(-1, 1, 2 * module.in_features, device=module.weight.device, dtype=module.weight.dtype)
-    try:
-        with torch.no_grad():
-            x = x.reshape(2, -1)
-            y, expected = module(x), nn.functional.linear(x, module.weight, module.bias)
-            # A router returns its choice, no tensor. Damaged weights are reported elsewhere.
-            return isinstance(y, Tensor) and same_elements(y, expected, LINEAR_ROUNDINGS, equal_nan=True)
-    except (RuntimeError, TypeError):
-        return False
+def _is_altered(module: nn.Module) -> bool:
+    """Whether something else than the class has a say in the output; accelerate only moves tensors."""
+    own = vars(module)
+    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or ("forward" in own and "_hf_hook" not in own))
+
+
+def _computes_linear(module: Linear) -> bool:
+    def examine() -> bool:
+        weight = weight_nk(module)
+        x = torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device, dtype=weight.dtype)
+        rows = x.reshape(2, -1)
+        y, expected = module(rows), nn.functional.linear(rows, weight, module.bias)
+        # A router returns its choice, no tensor. Damaged weights are reported elsewhere.
+        return isinstance(y, Tensor) and same_elements(y, expected, LINEAR_ROUNDINGS, equal_nan=True)
+
+    return attempt(examine, module) is True
 
 
 def find_linears(module: nn.Module) -> dict[str, Linear]:

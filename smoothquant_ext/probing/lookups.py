@@ -32,17 +32,21 @@ class Limits:
         vocabulary: token ids are below this; ``None`` if unknown.
         positions: the most tokens of a row; ``None`` if no table of positions was found.
         trained: the most tokens that the configuration speaks of; ``None`` if it does not.
+        width: channels of a token's embedding; ``None`` if unknown.
     """
 
     vocabulary: int | None = None
     positions: int | None = None
     trained: int | None = None
+    width: int | None = None
 
     @staticmethod
     def least(limits: Iterable[Limits]) -> Limits:
         """The limits of several models that are given the same tokens."""
         each = list(limits)
-        return Limits(*(_least(getattr(one, name) for one in each) for name in ("vocabulary", "positions", "trained")))
+        return Limits(
+            *(_least(getattr(one, name) for one in each) for name in ("vocabulary", "positions", "trained", "width"))
+        )
 
 
 def find_limits(model: nn.Module) -> Limits:
@@ -54,10 +58,11 @@ def find_limits(model: nn.Module) -> Limits:
     """
     tokens, trained = _token_table(model), _trained_positions(model)
     rows: int | None = getattr(tokens, "num_embeddings", None)
+    width: int | None = getattr(tokens, "embedding_dim", None)
     config = getattr(model, "config", None)
     declared = getattr(config, "max_seq_len", None)  # of MPT, which builds its biases for so many
     if rows is not None and not _has_other_tables(model, tokens):
-        return Limits(rows, _least([declared]), trained)
+        return Limits(rows, _least([declared]), trained, width)
     bare = [token for token in ORDER if token != getattr(config, "pad_token_id", None)]
     ids = torch.tensor([[token % rows if rows else token for token in bare]])
     watch = _Lookups(ids)
@@ -66,7 +71,7 @@ def find_limits(model: nn.Module) -> Limits:
     with contextlib.suppress(Exception), torch.no_grad(), _until_end_of_first_block(model), watch:
         model(input_ids=ids.to(device), use_cache=False)
     positions = _least([*watch.positions, declared])
-    return Limits(_least([*watch.vocabularies, rows]), positions, trained)
+    return Limits(_least([*watch.vocabularies, rows]), positions, trained, width)
 
 
 class _EndOfFirstBlockError(Exception):
@@ -137,11 +142,10 @@ def _has_other_tables(model: nn.Module, tokens: nn.Module | None) -> bool:
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module is not tokens:
             return True
-        parameters = [
-            values for name, values in module.named_parameters(recurse=False) if name not in ("weight", "bias")
-        ]
-        held = [value for value in vars(module).values() if isinstance(value, Tensor)]
-        if any(t.dim() > 1 and t.is_floating_point() for t in (*parameters, *module.buffers(recurse=False), *held)):
+        own = dict([*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)])
+        others = [tensor for name, tensor in own.items() if name not in ("weight", "weight_scale", "bias")]
+        others += [value for value in vars(module).values() if isinstance(value, Tensor)]
+        if any(tensor.dim() > 1 and tensor.is_floating_point() for tensor in others):
             return True
     return False
 

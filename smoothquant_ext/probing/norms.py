@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .linears import values_of
 from .numerics import same_elements
+from .trying import Failed, attempt
 
 # In fp32: the norm's product, the difference and the sum of two responses, and a product with it, each of numbers a few
 # times larger than the result.
@@ -46,17 +47,18 @@ def norm_offset(norm: nn.Module, *args: Any) -> float | None:
     fixed = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in norm.named_parameters(recurse=False)}
 
     def response(values: Tensor) -> Tensor:
-        with torch.no_grad():
-            output: Tensor = torch.func.functional_call(norm, {**fixed, "weight": values.to(device)}, (x, *args[1:]))
+        output: Tensor = torch.func.functional_call(norm, {**fixed, "weight": values.to(device)}, (x, *args[1:]))
         return output.float()
 
-    try:
+    def examine() -> float | None:
         at_zero, at_one = response(torch.zeros(size)), response(torch.ones(size))
         slope = at_one - at_zero
         offset = float((at_zero / slope).median())
+        if not math.isfinite(offset) or round(offset) not in (0, 1):
+            return None
         noise = torch.randn(size, generator=generator)
         predicted = (round(offset) + noise.to(device)) * slope
-        fits = same_elements(response(noise), predicted, NORM_ROUNDINGS)
-    except (AttributeError, RuntimeError, TypeError, ValueError):  # needs more than that: no norm that can be tested
-        return None
-    return float(round(offset)) if fits and math.isfinite(offset) and round(offset) in (0, 1) else None
+        return float(round(offset)) if same_elements(response(noise), predicted, NORM_ROUNDINGS) else None
+
+    offset = attempt(examine, norm)  # one that needs more than that is no norm that can be tested
+    return None if isinstance(offset, Failed) else offset

@@ -19,23 +19,25 @@ Only one decoder block runs at a time, on a few tokens, so the cost is small bes
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .channel_code import append_digit, digit_count, mapped_channels, read_exponents, spell
 from .consumers import columns_of
+from .copies import copy_of, raised_
 from .experts import ExpertsLayout
 from .hooks import hooked
 from .linears import output_width
 from .norms import looks_like_norm, norm_offset
 from .numerics import relative_error
 from .structure import Block, Structure
+from .trying import Failed, attempt
+from .values import first_argument, with_first_argument
 
 SMALLEST_CHUNK = 16  # a packed projection is split no finer than this when looking for its homogeneous part
 MOST_CHUNKS = 96  # and tried in at most this many pieces
@@ -98,7 +100,13 @@ def discover(
     discovery = Discovery()
     hints: dict[tuple[type, str, int], Tensor | None] = {}
     for name in progress(structure.called):
-        BlockProber(structure.blocks[name], structure.tied, hints, running).find_groups(discovery)
+
+        def probe(name: str = name) -> None:
+            BlockProber(structure.blocks[name], structure.tied, hints, running).find_groups(discovery)
+
+        outcome = attempt(probe)
+        if isinstance(outcome, Failed):
+            discovery.rejected[name or "the model"] = f"it fails when it runs alone ({outcome.reason})"
     return discovery
 
 
@@ -138,10 +146,11 @@ class BlockProber:
         """
         assert block.call is not None
         self.block, self.call, self.tied, self.hints = block, block.call, tied, hints
-        # In float16 underflow would hide factors; a copy of one 16-bit block in fp32 is small beside the model.
-        is_wide = next(block.module.parameters()).dtype in (torch.float32, torch.float64)
-        self.module = block.module if is_wide else copy.deepcopy(block.module).float()
-        self.dtype = next(self.module.parameters()).dtype
+        # A copy, which is small beside the model: a block may keep what it computes, count its calls and so on. In
+        # float16 underflow would hide factors.
+        dtypes = {each.dtype for each in block.module.parameters() if each.is_floating_point()}
+        self.dtype = torch.float64 if dtypes == {torch.float64} else torch.float32
+        self.module = raised_(copy_of(block.module), self.dtype)
         self.consumers = {local: self.module.get_submodule(local) for local in block.consumers}
         self.widths = {
             local: columns_of(module, block.experts.get(local))[0].shape[1] for local, module in self.consumers.items()
@@ -155,7 +164,14 @@ class BlockProber:
         full_name, layouts = self.block.full_name, self.block.experts
         claimed: set[str] = set()
         for producer, offset in self.producers.items():
-            maps, reason = self._consumers_of(producer)
+
+            def probe(producer: str = producer) -> tuple[dict[str, Tensor], str]:
+                return self._consumers_of(producer)
+
+            outcome = attempt(probe)
+            if isinstance(outcome, Failed):
+                outcome = {}, f"its block fails when its output is replaced by noise ({outcome.reason})"
+            maps, reason = outcome
             if reason:
                 discovery.rejected[full_name(producer)] = reason
             if not maps or claimed & maps.keys():
@@ -181,9 +197,10 @@ class BlockProber:
         offsets: dict[str, float] = {}
         modules = dict(self.module.named_modules())
 
-        def note(name: str, args: Any, _kwargs: Any, output: Any) -> None:
+        def note(name: str, args: Any, kwargs: Any, output: Any) -> None:
             if name in offsets:
                 return
+            args = args or tuple(kwargs.values())
             if name in self.block.linears:
                 offsets[name] = 0.0
                 if output.numel():
@@ -195,7 +212,7 @@ class BlockProber:
 
         with hooked(modules, after=note):
             self.call.replay(self.module, self.dtype)
-        return {name: offset for name, offset in offsets.items() if self.block.full_name(name) not in self.tied}
+        return offsets
 
     def _consumers_of(self, producer: str) -> tuple[dict[str, Tensor], str]:
         """Channel maps of the linear layers that can undo a scaling of ``producer``; or why these cannot."""
@@ -208,8 +225,14 @@ class BlockProber:
             maps = self._packed_maps(producer, channels, baseline)
         if not maps:
             return {}, ""
+        if self.block.full_name(producer) in self.tied:
+            return {}, "its weight is used under another name too"
         if any(self.block.full_name(consumer) in self.tied for consumer in maps):
             return {}, "a consumer shares its weight with another layer"
+        if any(_is_computed(self.module.get_submodule(member)) for member in (producer, *maps)):
+            return {}, "its weight, or a consumer's, is computed from other parameters"
+        if not output:
+            return {}, "its block returns no tensor to compare"
         if self.idle and not is_linear:
             return {}, f"{min(self.idle)} did not run while probing, and may read it too"
         exponents = torch.where(mapped_channels(maps, channels), torch.arange(channels) % 3 + 1, 0)
@@ -324,11 +347,12 @@ class BlockProber:
             return noise * factor.to(output)
 
         def take_input(name: str, args: Any, kwargs: Any) -> Any:
-            if not started or not args or (x := args[0]).numel() == 0:  # an expert may be given no token
+            x = first_argument(args, kwargs)
+            if not started or x is None or x.numel() == 0:  # an expert may be given no token
                 return None
             if undo is not None and name in undo:
                 gain = torch.where(undo[name] >= 0, factor[undo[name].clamp(min=0)], 1.0)
-                return (x / gain.to(x), *args[1:]), kwargs
+                return with_first_argument(args, kwargs, x / gain.to(x))
             rows = x.detach().reshape(-1, x.shape[-1])
             inputs[name] = torch.cat([inputs[name], rows]) if name in inputs else rows
             return None
@@ -350,6 +374,11 @@ class BlockProber:
 def _is_same(actual: Tensor, expected: Tensor) -> bool:
     eps = torch.finfo(expected.dtype).eps if expected.is_floating_point() else 0.0
     return relative_error(actual, expected) <= COMPENSATED_ROUNDINGS * eps
+
+
+def _is_computed(module: nn.Module) -> bool:
+    """Whether the weight is made anew for every call, as parametrizations do: a change of it would be lost."""
+    return isinstance(getattr(module, "weight", None), Tensor) and "weight" not in module._parameters
 
 
 def _chunks(start: int, stop: int, size: int) -> list[tuple[int, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import nn
 
@@ -11,6 +12,8 @@ from .blocks import Batch, BlockCall, capture_calls, find_blocks, probe_batch
 from .consumers import find_consumers
 from .experts import ExpertsLayout
 from .linears import Linear, find_experts, find_linears
+from .trying import Failed, attempt
+from .usage import stand_ins
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class Structure:
         blocks: the decoder blocks by name, in the order of registration.
         called: names of the blocks that the probe batch ran, in running order.
         tied: names of modules whose parameters are used under more than one name.
+        misused: linear layers and experts that no other module can take the place of, by name, with the reason.
+        batch: what the model was run with.
     """
 
     model: nn.Module
@@ -70,6 +75,8 @@ class Structure:
     blocks: Mapping[str, Block]
     called: tuple[str, ...]
     tied: frozenset[str]
+    misused: Mapping[str, str] = field(default_factory=dict)
+    batch: Batch = field(default_factory=dict)
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -83,13 +90,39 @@ def find_structure(model: nn.Module, batch: Batch) -> Structure:
     Args:
         model: a causal LM in floating point; left as it is.
         batch: token ids [B, T], or the keyword arguments of ``forward``.
+
+    Raises:
+        SmoothQuantError: the model fails on the batch.
     """
     linears, experts = find_linears(model), find_experts(model)
     modules = find_blocks(model)
-    calls = capture_calls(model, modules, probe_batch(batch)) if linears or experts else {}
+    replaceable = {name: model.get_submodule(name) for name in (*linears, *experts)}
+    calls, misused, probed = _watch(model, modules, replaceable, batch) if replaceable else ({}, {}, batch)
     layouts = {name: layout for name, layout in experts.items() if layout is not None}
     blocks = {name: _examine(name, module, layouts, calls.get(name)) for name, module in modules.items()}
-    return Structure(model, linears, experts, blocks, tuple(calls), frozenset(tied_modules(model)))
+    return Structure(model, linears, experts, blocks, tuple(calls), frozenset(tied_modules(model)), misused, probed)
+
+
+def _watch(
+    model: nn.Module, blocks: Mapping[str, nn.Module], replaceable: Mapping[str, nn.Module], batch: Batch
+) -> tuple[dict[str, BlockCall], dict[str, str], Batch]:
+    """The calls of the blocks, the uses of ``replaceable`` that forbid to replace them, and the batch that was run.
+
+    The first few tokens may be too few for the model, or a stand-in may be what it does not expect: then the whole batch
+    is taken, or no stand-in, and nothing is known of such uses.
+    """
+
+    def watch(few: Batch, places: Mapping[str, nn.Module]) -> tuple[dict[str, BlockCall], dict[str, str]]:
+        with stand_ins(model, places) as uses:
+            return capture_calls(model, blocks, few), uses
+
+    short = probe_batch(batch)
+    for few, places in ((short, replaceable), (batch, replaceable), (short, {}), (batch, {})):
+        outcome = attempt(partial(watch, few, places), model)
+        if not isinstance(outcome, Failed):
+            return *outcome, few
+    assert isinstance(outcome, Failed)
+    raise outcome.error
 
 
 def tied_modules(model: nn.Module) -> set[str]:

@@ -37,6 +37,8 @@ def read_tensor(value: Any, where: str, expected: str) -> tuple[Tensor, Tensor |
     Raises:
         SmoothQuantError: the value is no array of numbers.
     """
+    if str(getattr(value, "dtype", "")) == "object":  # a column of pandas with a list in each row
+        value = list(value)
     if isinstance(value, (list, tuple)):
         tensor, lengths = _from_list(value, where, expected)
     else:
@@ -49,7 +51,10 @@ def read_tensor(value: Any, where: str, expected: str) -> tuple[Tensor, Tensor |
 
 def _from_array(value: Any, where: str, expected: str) -> Tensor:
     try:
-        return torch.as_tensor(value)
+        if isinstance(value, (Tensor, list)) or not is_array(value):
+            return torch.as_tensor(value)
+        array = value.__array__()
+        return torch.as_tensor(array if array.flags.writeable else array.copy())
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise SmoothQuantError(f"{where} is {_described(value)}, {expected}") from None
 

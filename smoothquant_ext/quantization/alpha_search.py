@@ -7,7 +7,6 @@ on held-out calibration windows is compared with that of the original block.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,8 @@ from torch import Tensor
 
 from ..nn.linear import W8A8Linear
 from ..probing.blocks import BlockCall
+from ..probing.copies import copy_of
+from ..probing.hooks import replace_
 from ..probing.linears import as_linear
 from ..probing.smoothing_groups import Group
 from ..probing.structure import Block
@@ -45,8 +46,10 @@ def block_error(outputs: Sequence[Sequence[Tensor]], expected: Sequence[Sequence
     """
     tokens, whole = 0.0, 0.0
     for window, reference in zip(outputs, expected, strict=True):
-        actual = _hidden(window).double()
-        wanted = _hidden(reference).to(actual)
+        hidden, wanted = _hidden(window), _hidden(reference)
+        if hidden is None or wanted is None:
+            continue
+        actual, wanted = hidden.double(), wanted.to(hidden.device, torch.float64)
         error, size = (actual - wanted).square().sum(-1), wanted.square().sum(-1)
         tiny = torch.finfo(torch.float32).tiny
         tokens += float((error / size.clamp(min=tiny)).mean())
@@ -88,8 +91,8 @@ class Trial:
         self.block = block
         self.scheme, self.calls, self.expected, self.schemes = scheme, calls, expected, schemes
         self.absmax = {name: values for name, values in absmax.items() if block.holds(name)}
-        self.float_block = copy.deepcopy(block.module).float()
-        self.int8_block = copy.deepcopy(block.module)
+        self.float_block = copy_of(block.module).float()
+        self.int8_block = copy_of(block.module)
         self.folds: dict[int, tuple[Group, Tensor]] = {}
         for name in self.absmax:
             self._quantize(name)
@@ -133,13 +136,13 @@ class Trial:
         local, source = self.block.local_name(name), self.block.find(name, self.float_block)
         if local in self.block.experts:
             experts = quantize_experts(source, self.block.experts[local], self.scheme)
-            self.int8_block.set_submodule(local, experts)
+            replace_(self.int8_block, {local: experts})
             return
         is_explicit = any(name in group.consumers for group, _ in self.folds.values() if group.kind == "explicit")
         smooth = self.input_scale(name) if is_explicit else None
         scheme = self.schemes.get(name, self.scheme)
         layer = quantize_linear(as_linear(source), self.smoothed_absmax(name), scheme, smooth=smooth)
-        self.int8_block.set_submodule(local, layer)
+        replace_(self.int8_block, {local: layer})
 
     def _copy(self, name: str) -> None:
         source = dict(self.block.find(name, self.float_block).named_parameters(recurse=False))
@@ -178,6 +181,6 @@ def search_alphas_(trial: Trial, groups: Sequence[Group], start: float) -> list[
     return choices
 
 
-def _hidden(tensors: Sequence[Tensor]) -> Tensor:
-    """The hidden states among the tensors that a block returns: the first in floating point."""
-    return next(tensor for tensor in tensors if tensor.is_floating_point())
+def _hidden(tensors: Sequence[Tensor]) -> Tensor | None:
+    """The hidden states among the tensors that a block returns: the first in floating point, if any."""
+    return next((tensor for tensor in tensors if tensor.is_floating_point()), None)

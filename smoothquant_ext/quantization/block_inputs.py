@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, equal, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ..probing.blocks import BlockCall
 from ..probing.hooks import hooked
+from ..probing.values import leaves_of, map_values, tensors_in, version_of
 
 COMPARED = 8  # how many recorded tensors of one shape a new one is compared with before it is kept as another
 
@@ -65,26 +65,24 @@ class BlockInputRecorder:
         calls = self._calls.setdefault(name, [])
         self._recorded = len(calls) == self.windows  # not the second run in one pass, nor one that came late
         if self._recorded:
-            calls.append(BlockCall(*tree_map(self._keep, (args, kwargs))))
+            calls.append(BlockCall(*map_values(self._keep, (args, kwargs))))
         else:
             self.repeated.add(name)
 
     def _after(self, name: str, _args: Any, _kwargs: Any, output: Any) -> None:
-        leaves = [(leaf, leaf._version) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        leaves = [(tensor, version_of(tensor)) for tensor in tensors_in(output)]
         self._last, self._last_block = leaves if self._recorded else [], name
 
-    def _keep(self, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
+    def _keep(self, value: Tensor) -> Tensor | FromPrevious:
         for index, (tensor, version) in enumerate(self._last):
-            if tensor is value and tensor._version == version:  # the very same, and not changed in place meanwhile
+            if tensor is value and version_of(tensor) == version:  # the very same, and not changed in place meanwhile
                 return FromPrevious(self._last_block, index)
         kept = self._kept.setdefault((value.shape, value.dtype, value.device), [])
         for tensor in kept[-COMPARED:]:
             if equal(tensor, value):
-                return tensor
+                return tensor.detach()  # another object: equal arguments need not be the same one
         kept.append(value.detach().clone())
-        return kept[-1]
+        return kept[-1].detach()
 
     def calls(self, name: str, previous: Sequence[list[Tensor]]) -> list[BlockCall]:
         """The calls of a block, one a window.
@@ -95,10 +93,10 @@ class BlockInputRecorder:
         """
 
         def filled(call: BlockCall, outputs: list[Tensor]) -> BlockCall:
-            def fill(value: Any) -> Any:
+            def fill(value: Tensor | FromPrevious) -> Tensor:
                 return outputs[value.index] if isinstance(value, FromPrevious) else value
 
-            return BlockCall(*tree_map(fill, (call.args, call.kwargs)))
+            return BlockCall(*map_values(fill, (call.args, call.kwargs), (Tensor, FromPrevious)))
 
         recorded = self._calls[name]
         return [filled(call, outputs) for call, outputs in zip(recorded, previous or [[]] * len(recorded), strict=True)]
@@ -108,8 +106,7 @@ class BlockInputRecorder:
         """The blocks that can be replayed: in every window they ran, and after the one before them here."""
         names: list[str] = []
         for name, calls in self._calls.items():
-            leaves = tree_leaves([(call.args, call.kwargs) for call in calls])
-            sources = {leaf.block for leaf in leaves if isinstance(leaf, FromPrevious)}
+            sources = {each.block for call in calls for each in leaves_of((call.args, call.kwargs), FromPrevious)}
             if len(calls) == self.windows and sources <= set(names[-1:]):
                 names.append(name)
         return names

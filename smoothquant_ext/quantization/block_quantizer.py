@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import SmoothQuantError
 from ..nn.experts import W8A8Experts
 from ..nn.linear import W8A8Linear
 from ..probing.blocks import BlockCall, device_of
@@ -16,6 +17,7 @@ from ..probing.hooks import swapped
 from ..probing.linears import Linear, as_linear, weight_nk
 from ..probing.smoothing_groups import Group, explicit_groups
 from ..probing.structure import Block, Structure
+from ..probing.trying import NOT_OF_THE_MODULE, Failed, attempt, in_words
 from ..scheme import Scheme
 from .alpha_search import Choice, Trial, block_error, search_alphas_
 from .block_statistics import BlockInput, collect_statistics
@@ -102,17 +104,36 @@ def quantize_blocks(
     previous: Sequence[list[Tensor]] = ()
     for name in progress(recorder.names):
         # A function, so that of one block nothing but this is left when the next one begins.
-        previous = _quantize_block(run, name, recorder.calls(name, previous), groups_of.get(name, []), quantized)
+        outputs = _quantize_block(run, name, recorder.calls(name, previous), groups_of.get(name, []), quantized)
+        if outputs is None:
+            break  # the next one needs them
+        previous = outputs
+    for name in groups_of.keys() - run.report.blocks.keys():
+        run.report.failed.setdefault(name, "its calls could not be repeated, so it was quantized as it is")
     return quantized
 
 
 def _quantize_block(
     run: Run, name: str, calls: Sequence[BlockCall], groups: Sequence[Group], quantized: QuantizedBlocks
-) -> Sequence[list[Tensor]]:
-    """Adds the 8-bit layers of a block; the tensors that it returns in floating point, for each window."""
+) -> Sequence[list[Tensor]] | None:
+    """Adds the 8-bit layers of a block; the tensors that it returns in floating point, for each window.
+
+    ``None`` if the block does not run alone: its layers are converted as layers outside of all blocks are.
+    """
     home = device_of(run.structure.blocks[name].module)
-    quantizer = BlockQuantizer(run, run.placement.copy(run.structure.blocks[name]), calls)
-    quantizer.apply_(quantizer.decide(groups))
+    quantizer = attempt(lambda: BlockQuantizer(run, run.placement.copy(run.structure.blocks[name]), calls))
+    if isinstance(quantizer, Failed):
+        run.report.failed[name or "the model"] = f"it fails when it runs alone ({quantizer.reason})"
+        return None
+    try:
+        quantizer.apply_(quantizer.decide(groups))
+    except (*NOT_OF_THE_MODULE, SmoothQuantError):
+        raise
+    except Exception as error:
+        raise SmoothQuantError(
+            f"{name or 'the model'} fails with 8-bit layers in it ({in_words(error)}): leave it, or the layers that "
+            f"matter, in floating point with --skip {f'{name}.*'!r}"
+        ) from error
     quantized.linears |= run.placement.sent_home(quantizer.linears, home)
     quantized.experts |= run.placement.sent_home(quantizer.experts, home)
     quantized.folds[name] = quantizer.folds

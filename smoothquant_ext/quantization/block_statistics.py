@@ -17,6 +17,7 @@ from ..probing.blocks import BlockCall
 from ..probing.hooks import hooked
 from ..probing.linears import Linear
 from ..probing.numerics import outlier_ratio
+from ..probing.values import first_argument, version_of
 
 MOST_ROWS = 512  # of each input, kept to measure the layers that consume it
 
@@ -101,11 +102,11 @@ def collect_statistics(
     handed: list[tuple[str, Tensor, int]] = []
     counted: set[str] = set()
 
-    def collect(name: str, args: Any, _kwargs: Any) -> None:
-        x = args[0]
-        handed.append((name, x, x._version))
+    def collect(name: str, args: Any, kwargs: Any) -> None:
+        x = first_argument(args, kwargs)
+        handed.append((name, x, version_of(x)))
         if name not in first_consumer:
-            first = next(other for other, tensor, version in handed if tensor is x and version == x._version)
+            first = next(other for other, tensor, version in handed if tensor is x and version == version_of(x))
             first_consumer[name] = first_consumer.get(first, first)
             statistics.inputs.setdefault(first_consumer[name], BlockInput([])).consumers.append(name)
         first = first_consumer[name]

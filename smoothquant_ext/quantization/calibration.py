@@ -17,6 +17,7 @@ from ..probing.batches import Batches
 from ..probing.blocks import Batch, count_tokens, run_model, token_ids
 from ..probing.hooks import hooked
 from ..probing.lookups import find_limits
+from ..probing.values import first_argument
 from .block_inputs import BlockInputRecorder
 from .expert_smoothing import HiddenRanges
 
@@ -51,10 +52,11 @@ def calibrate(
     """
     absmax: dict[str, Tensor] = {}
 
-    def measure(name: str, args: Any, _kwargs: Any) -> None:
-        if not args or args[0].numel() == 0:  # an expert may be given no token
+    def measure(name: str, args: Any, kwargs: Any) -> None:
+        x = first_argument(args, kwargs)
+        if x is None or x.numel() == 0:  # an expert may be given no token
             return
-        x = args[0].detach()
+        x = x.detach()
         largest = x.reshape(-1, x.shape[-1]).abs().amax(dim=0).float()
         absmax[name] = torch.maximum(absmax[name], largest) if name in absmax else largest
 

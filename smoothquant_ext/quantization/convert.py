@@ -11,6 +11,7 @@ from .. import ops
 from ..nn.experts import W8A8Experts
 from ..nn.linear import W8A8Linear
 from ..probing.experts import ExpertsLayout
+from ..probing.hooks import replace_
 from ..probing.linears import Linear, as_linear, weight_nk
 from ..scheme import QMAX, SMALLEST_SCALE, Scheme
 
@@ -27,13 +28,13 @@ def convert_(model: nn.Module, names: Iterable[str], absmax: Mapping[str, Tensor
     """
     for name in names:
         linear = as_linear(model.get_submodule(name))
-        model.set_submodule(name, quantize_linear(linear, absmax.get(name), scheme))
+        replace_(model, {name: quantize_linear(linear, absmax.get(name), scheme)})
 
 
 def convert_experts_(model: nn.Module, layouts: Mapping[str, ExpertsLayout], scheme: Scheme) -> None:
     """Replaces the named experts of ``model`` by ``W8A8Experts``, freeing the float weights."""
     for name, layout in layouts.items():
-        model.set_submodule(name, quantize_experts(model.get_submodule(name), layout, scheme))
+        replace_(model, {name: quantize_experts(model.get_submodule(name), layout, scheme)})
 
 
 def quantize_linear(

@@ -49,7 +49,8 @@ class HiddenRanges:
         with hooked(self._modules, before=self._measure):
             yield
 
-    def _measure(self, name: str, args: Any, _kwargs: Any) -> None:
+    def _measure(self, name: str, args: Any, kwargs: Any) -> None:
+        args = (*args, *kwargs.values())
         layout, parameters, experts = self._layouts[name], _parameters(self._modules[name]), len(self.tokens[name])
         x = args[0].detach()
         parameters = {kind: values.to(x.device) for kind, values in parameters.items()}  # a copy may run, elsewhere

@@ -14,6 +14,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from ..nn.linear import W8A8Linear
+from ..probing.copies import copy_of
 from ..probing.structure import Block, Structure
 from .alpha_search import Choice
 from .smoothing import fold_, gather_scale
@@ -56,7 +57,7 @@ def _folded(
     block: Block, choices: Sequence[Choice], members: Collection[str]
 ) -> tuple[dict[str, nn.Module], list[Tensor]]:
     """Folded copies of those members of a block, and what the consumers of each group are multiplied by."""
-    copies = {name: copy.deepcopy(block.find(name)) for name in sorted(members)}
+    copies = {name: copy_of(block.find(name)) for name in sorted(members)}
     scales = []
     for choice in choices:
         group = choice.group

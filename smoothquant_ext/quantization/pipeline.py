@@ -15,12 +15,15 @@ from transformers import PreTrainedModel
 from ..checkpoint.hf_names import expert_names
 from ..checkpoint.naming import set_quantization_config_
 from ..devices import full_float32, memory_explained
+from ..errors import SmoothQuantError
 from ..fusion.fuse import fuse_
 from ..nn.experts import as_experts
 from ..nn.finalize import finalize_
-from ..probing.blocks import Batch, token_ids
+from ..probing.blocks import Batch, run_model, token_ids
+from ..probing.hooks import replace_
 from ..probing.smoothing_groups import Discovery, discover
 from ..probing.structure import Structure, find_structure
+from ..probing.trying import Failed, attempt, untouched
 from ..progress import track
 from ..scheme import Scheme
 from .block_inputs import BlockInputRecorder
@@ -97,7 +100,7 @@ def _quantize(
     selection = select_linears(structure, recipe)
     check_finite_weights(selection.modules(model))
 
-    with placement.running(structure, unchanged=True):
+    with placement.running(structure, unchanged=True), untouched(model):
         calibration = _calibrate(structure, selection, data, recipe, bar("Calibrating"))
     report.calibration = {"windows": data.windows, "tokens": data.tokens}
     report.layers = {name: LayerReport(absmax, absmax) for name, absmax in calibration.absmax.items()}
@@ -114,11 +117,16 @@ def _quantize(
     report.failed |= discovery.rejected
     quantized = quantize_blocks(run, discovery.groups, bar("Quantizing blocks"))
     if recipe.skips:
-        with placement.running(structure):
+        with placement.running(structure), untouched(model):
             _leave_out_worst(run, selection, quantized, list(data.held_out.values()), bar("Measuring each layer"))
 
     _install_(structure, selection, quantized, calibration.absmax, recipe.resolved_scheme)
     report.fused = fuse_(model)
+    outcome = attempt(lambda: run_model(model, structure.batch), model)
+    if isinstance(outcome, Failed):
+        raise SmoothQuantError(
+            f"with 8-bit layers {outcome.reason}: leave the layers that it needs in floating point with --skip"
+        ) from outcome.error
     if isinstance(model, PreTrainedModel):
         finalize_(model, refused=set_quantization_config_(model))
     state.remove()
@@ -175,8 +183,7 @@ def _install_(
     int8_modules: dict[str, nn.Module] = {**quantized.linears, **quantized.experts}
     names = {name: expert_names(model, name, layout) for name, layout in selection.experts.items()}
     fold_rest_(structure, quantized.folds, int8_modules)
-    for name, module in int8_modules.items():
-        model.set_submodule(name, module)
+    replace_(model, int8_modules)
     convert_(model, [name for name in selection.linears if name not in int8_modules], absmax, scheme)
     outside = {name: layout for name, layout in selection.experts.items() if name not in int8_modules}
     convert_experts_(model, outside, scheme)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from torch.utils._pytree import tree_map
 from ..devices import free_memory, named_device
 from ..errors import SmoothQuantError
 from ..probing.blocks import device_of, find_blocks
+from ..probing.copies import copy_of
 from ..probing.structure import Block, Structure
 from ..progress import say
 
@@ -164,7 +164,7 @@ def _copy_on(module: Module, device: torch.device | None) -> Module:
     forward = vars(module).get("forward")
     if isinstance(forward, _Streamed):
         memo[id(forward)] = forward
-    other = copy.deepcopy(module, memo)
+    other = copy_of(module, memo)
     if isinstance(forward, _Streamed):
         del other.forward
     return other if device is None else other.to(device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -10,6 +9,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
+from ..checkpoint.hf_names import is_kept_in_fp32
 from ..errors import SmoothQuantError
 from ..probing.experts import ExpertsLayout
 from ..probing.linears import Linear, values_of, weight_nk
@@ -67,6 +67,8 @@ def select_linears(structure: Structure, recipe: Recipe) -> Selection:
                     f"--{option} pattern {pattern!r} matches no linear layer; names look like {_examples(linears)}"
                 )
     reasons = _default_skips(model, linears)
+    misused = {name: f"{reason}, so nothing can take its place" for name, reason in structure.misused.items()}
+    reasons = misused | reasons
     selection = Selection(skipped=_unsupported_weights(model, {*linears, *experts}))
     for name in (*linears, *experts):
         layout = experts.get(name)
@@ -144,12 +146,6 @@ def _default_skips(model: nn.Module, linears: Mapping[str, Linear]) -> dict[str,
             reasons[name] = "expert router"
         elif weight_nk(linear).shape[0] == 1:
             reasons[name] = "gate of one output"
-        elif _is_kept_in_fp32(model, f"{name}.weight"):
-            reasons[name] = "transformers keeps it in fp32"
+        elif is_kept_in_fp32(model, f"{name}.weight"):
+            reasons[name] = "transformers keeps it in fp32"  # the code around it may cast its input to that dtype
     return reasons
-
-
-def _is_kept_in_fp32(model: nn.Module, tensor: str) -> bool:
-    """Whether transformers never loads a tensor in 16 bits: the code around it may cast its input to that dtype."""
-    patterns = (getattr(model, f"_keep_in_fp32_modules{which}", None) or () for which in ("", "_strict"))
-    return any(re.search(pattern.replace("*", ".*"), tensor) for of_kind in patterns for pattern in of_kind)

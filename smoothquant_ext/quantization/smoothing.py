@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ..probing.blocks import BlockCall
 from ..probing.consumers import columns_of
+from ..probing.copies import copy_of, raised_
 from ..probing.linears import as_linear, is_linear, values_of, weight_nk
 from ..probing.numerics import outlier_ratio, relative_error
 from ..probing.smoothing_groups import Group
 from ..probing.structure import Block
+from ..probing.trying import Failed, attempt
 from ..scheme import Scheme
 from .report import SmoothedGroup
 
@@ -105,18 +107,21 @@ class Proof:
         call = call or block.call
         assert call is not None
         self._call = call
+        self._expected: list[Tensor] = []
+        self._failure = ""
         dtype = next(parameter.dtype for parameter in block.module.parameters() if parameter.is_floating_point())
-        self._raise_to(torch.float64 if dtype == torch.float32 else torch.float32)
+        # Some kernels (grouped products of experts) have no fp64.
+        for raised in (torch.float64, torch.float32) if dtype == torch.float32 else (torch.float32,):
+            outcome = attempt(partial(self._raise_to, raised))
+            if not isinstance(outcome, Failed):
+                self._failure = "" if self._expected else "its block returns no tensor to compare"
+                break
+            self._failure = f"its block fails in {str(raised).removeprefix('torch.')} ({outcome.reason})"
 
     def _raise_to(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.module = copy.deepcopy(self.block.module).to(dtype)
-        try:
-            self._expected = self._run()
-        except RuntimeError:
-            if dtype != torch.float64:
-                raise
-            self._raise_to(torch.float32)  # some kernels (grouped products of experts) have no fp64
+        self.module = raised_(copy_of(self.block.module), dtype)
+        self._expected = self._run()
 
     def try_fold(self, group: Group, s: Tensor) -> str:
         """Folds the copy; if its output changes, undoes that and returns by how much, else returns ''."""
@@ -126,16 +131,22 @@ class Proof:
 
     def attempt(self, modules: Iterable[nn.Module], change: Callable[[], object]) -> str:
         """Changes parameters of the copy's ``modules``; as ``try_fold``."""
+        if self._failure:
+            return self._failure
         parameters = [parameter for module in modules for parameter in module.parameters(recurse=False)]
         before = {parameter: parameter.detach().clone() for parameter in parameters}
-        change()
-        errors = (relative_error(actual, want) for actual, want in zip(self._run(), self._expected, strict=True))
-        error = max(errors, default=0.0)
-        if error <= PROOF_TOLERANCE:
+        error = attempt(partial(self._error_after, change))
+        if not isinstance(error, Failed) and error <= PROOF_TOLERANCE:
             return ""
         for parameter, value in before.items():
             parameter.data.copy_(value)
+        if isinstance(error, Failed):
+            return f"its block fails when it is folded ({error.reason}), so it was undone"
         return f"folding it changes the block's output by {error:.1e} (relative), so it was undone"
+
+    def _error_after(self, change: Callable[[], object]) -> float:
+        change()
+        return max(relative_error(actual, want) for actual, want in zip(self._run(), self._expected, strict=True))
 
     def _run(self) -> list[Tensor]:
         return self._call.replay(self.module, self.dtype)

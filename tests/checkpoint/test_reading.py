@@ -144,7 +144,7 @@ DAMAGED_TENSORS = {
                 if "layers.0" in name
             }
         ),
-        "layers.7.* is quantized, but Qwen2ForCausalLM has no linear layer there",
+        r"holds 19 tensors that Qwen2ForCausalLM has no place for: model\.layers\.7\..*--drop 'model\.layers\.7\.\*'",
     ),
     "LMDeploy, scale missing": ("lmdeploy", remove("scale"), "up_proj.weight is I8 but .*up_proj.scale is missing"),
     "LMDeploy, weight missing": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
@@ -204,6 +205,7 @@ def test_servers_and_chats_run_where_they_are_told_to(monkeypatch):
     seen = []
     monkeypatch.setattr(serving, "serve", lambda *arguments: seen.append(arguments))
     monkeypatch.setattr(serving, "chat", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr("smoothquant_ext.models.loads_as_here", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for command in ("serve", "chat"):
         smoothquant(command, "a model")

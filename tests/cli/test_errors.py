@@ -11,7 +11,7 @@ import time
 import pytest
 from command_line import SMALL, complaint, smoothquant
 from command_line import work as work  # the fixture
-from tiny_text import some_text
+from tiny_text import some_text, write_tiny_model
 from typer.testing import CliRunner
 
 from smoothquant_ext import cli
@@ -158,8 +158,9 @@ def test_as_a_program_it_fails_in_one_line(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_as_a_program_it_ends_quietly_when_interrupted(work):
-    prompt = [*ENTRY, "generate", str(work / "model"), "go", "--max-new-tokens", "100000"]
+def test_as_a_program_it_ends_quietly_when_interrupted(tmp_path):
+    model = write_tiny_model(tmp_path / "model", max_position_embeddings=1_000_000)
+    prompt = [*ENTRY, "generate", str(model), "go", "--max-new-tokens", "100000"]
     process = subprocess.Popen(
         prompt, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"}
     )

@@ -122,7 +122,9 @@ def test_what_cannot_be_served_is_said_first(model: Path, monkeypatch: pytest.Mo
 def test_a_server_that_ends_by_itself_is_an_error(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped = threading.Thread(target=lambda: None)
     stopped.start()
-    monkeypatch.setattr(serving, "_start", lambda *_, **__: types.SimpleNamespace(_thread=stopped))
+    monkeypatch.setattr(
+        serving, "_start", lambda *_, **__: types.SimpleNamespace(_thread=stopped, failure=lambda: None)
+    )
     with pytest.raises(SmoothQuantError, match="ended by itself"):
         serving.serve(str(model), "127.0.0.1", free_port())
 
@@ -135,13 +137,14 @@ def test_options_reach_the_server(model: Path, monkeypatch: pytest.MonkeyPatch) 
             given.append(options)
             raise ValueError("enough")
 
-    monkeypatch.setattr("transformers.cli.serve.Serve", Server)
-    for options in ({"compiled": True}, {"cache_tokens": 64}, {}):
+    monkeypatch.setattr("smoothquant_ext.integrations.guarded_server.GuardedServer", Server)
+    for options in ({"compiled": True}, {"batching": serving.Batching(64, 0.5)}, {}):
         with pytest.raises(SmoothQuantError, match="enough"):
             serving.serve(str(model), "127.0.0.1", free_port(), device="cuda:0", **options)
     assert [options["device"] for options in given] == ["cuda:0"] * 3
     assert [options.get("compile", False) for options in given] == [True, False, False]
     assert [options.get("cb_num_blocks") for options in given] == [None, 2, None]
+    assert [options.get("temperature") for options in given] == [None, 0.5, None]
 
 
 def test_modelopts_own_file_is_not_overlooked(tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_two_requests_at_once_do_not_disturb_each_other(server: tuple[str, str])
     for thread in threads:
         thread.join()
     texts = [text_of(LEGACY, got[prompt][1]) for prompt in ("ab", "cd", "ef")]
-    assert [len(text) for text in texts] == [500] * 3
+    assert [got[prompt][1]["usage"]["completion_tokens"] for prompt in ("ab", "cd", "ef")] == [500] * 3
     # The attention of a batch rounds by what is in it, and one other token changes all that follow.
     sure = 6 if way == "batched" else 500
     assert [text[:sure] for text in texts] == [text[:sure] for text in alone]
@@ -276,16 +276,19 @@ Processor._generation_step = dying
 
 def test_a_dead_worker_ends_the_server_and_leaves_nobody_waiting(tmp_path: Path) -> None:
     large = write_model(tmp_path / "model", positions=1_000_000)
-    endless = RIGHT[LEGACY] | {"max_tokens": 5_000}
+    endless = RIGHT[LEGACY] | {"max_tokens": 5_000, "temperature": 0.5}
     log = tmp_path / "log"
-    options = ("--continuous-batching", "--cache-tokens", "20000")
+    options = ("--continuous-batching", "--cache-tokens", "20000", "--temperature", "0.5")
     with served(large, *options, before=DYING, log=log) as (client, name, process):
         base = str(client.base_url).removesuffix("/v1/")
+        for asked in (0, 1.0):
+            said = complaint_of(*send(base, LEGACY, endless | {"temperature": asked}))
+            assert "it is 0.5 for all requests: leave it out, or serve with another --temperature" in said
         got: list[tuple[int, Any]] = []
         waiting = [threading.Thread(target=lambda: got.append(send(base, LEGACY, endless))) for _ in range(2)]
         for thread in waiting:
             thread.start()
-        stream = client.completions.create(model=name, prompt="once", max_tokens=5_000, temperature=0, stream=True)
+        stream = client.completions.create(model=name, prompt="once", max_tokens=5_000, temperature=0.5, stream=True)
         next(iter(stream))
         while send(base, "/health", method="GET")[1]["running"] < 3:
             assert process.poll() is None

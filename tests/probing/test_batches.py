@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import tiny
@@ -21,7 +22,7 @@ from smoothquant_ext.probing.lookups import Limits
 
 MODEL = tiny.build("llama")
 IDS = tiny.token_ids(3, 8)
-LIMITS = Limits(tiny.VOCAB, None, 128)
+LIMITS = Limits(tiny.VOCAB, None, 128, 64)
 
 
 def read(batches: Any, limits: Limits = LIMITS, model: nn.Module = MODEL) -> list[Any]:
@@ -65,6 +66,10 @@ PLAIN: dict[str, tuple[Callable[[], Any], list[Tensor]]] = {
     "a data loader of tensors": (lambda: DataLoader(IDS, batch_size=2), [IDS[:2], IDS[2:]]),
     "a data loader of a TensorDataset": (lambda: DataLoader(TensorDataset(IDS), batch_size=2), [IDS[:2], IDS[2:]]),
     "a data loader of dicts": (lambda: DataLoader([{"input_ids": row} for row in IDS], batch_size=3), [IDS]),
+    "an array that is read only": (lambda: np.frombuffer(IDS.numpy().tobytes(), np.int64).reshape(3, 8), ROWS),
+    "a column of lists": (lambda: [np.array([np.array(row) for row in RAGGED], dtype=object)], AS_RAGGED),
+    "a column of a dataset": (lambda: datasets.Dataset.from_dict({"input_ids": RAGGED})["input_ids"], AS_RAGGED),
+    "a dataset": (lambda: datasets.Dataset.from_dict({"input_ids": RAGGED}), AS_RAGGED),
     "a generator": (lambda: (row for row in IDS), ROWS),
 }  # fmt: skip
 
@@ -102,6 +107,8 @@ BAD: dict[str, tuple[Any, str]] = {
     "a text for ids": ([{"input_ids": "hello"}], "'input_ids' of calibration batch 1 is text, expected token ids"),
     "ids and embeddings": ([{"input_ids": IDS, "inputs_embeds": EMBEDDINGS}], "both 'input_ids' and 'inputs_embeds'"),
     "embeddings of ids": ([{"inputs_embeds": IDS[0]}], r"'inputs_embeds' of .* 1 is torch\.int64 \[8\], expected"),
+    "embeddings of another width": ([{"inputs_embeds": EMBEDDINGS[..., :5]}], "1 has 5 channels and the model's embed"),
+    "complex numbers": ([IDS * 1j], r"calibration batch 1 is torch\.complex64 \[3, 8\], expected token ids"),
     "a mask of another shape": ([{"input_ids": IDS, "attention_mask": IDS[:, :5] * 0 + 1}],
                                 r"attention_mask of calibration batch 1 is \[3, 5\], expected \[3, 8\] as 'input_ids'"),
     "a mask to add": ([{"input_ids": IDS, "attention_mask": torch.full((3, 8), -1e4)}], "values other than 0 and 1"),
@@ -109,7 +116,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "a mask of NaN": ([{"input_ids": IDS, "attention_mask": torch.full((3, 8), torch.nan)}], "values other than 0 and"),
     "no values": ([IDS.to("meta")], "calibration batch 1 is on the meta device and has no values"),
     "sparse": ([IDS.to_sparse()], r"calibration batch 1 has the layout torch\.sparse_coo, expected token ids"),
-    "objects of numpy": ([np.array(["a", None])], "calibration batch 1 is of type ndarray, expected token ids"),
+    "objects of numpy": ([np.array(["a", None])], "calibration batch 1 is text, expected token ids"),
     "different shapes": ([[IDS, IDS[0].tolist()]], r"1 is a list of tensors of different shapes \(\[3, 8\], \[8\]\)"),
 }  # fmt: skip
 
@@ -212,6 +219,11 @@ def test_embeddings_are_cut_like_ids() -> None:
     kept = batch["attention_mask"].bool()
     for row, piece in enumerate(read([batch])):
         assert torch.equal(piece["inputs_embeds"], EMBEDDINGS[row][kept[row]][None])
+
+
+def test_embeddings_have_the_dtype_of_the_model() -> None:
+    (piece,) = read([{"inputs_embeds": EMBEDDINGS.double().numpy()}], model=tiny.build("llama", torch.bfloat16))
+    assert torch.equal(piece["inputs_embeds"], EMBEDDINGS.bfloat16())
 
 
 def test_positions_of_three_axes_are_cut_by_their_last() -> None:

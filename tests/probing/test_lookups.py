@@ -124,5 +124,5 @@ def test_a_model_is_run_to_the_end_of_its_first_block_and_left_as_it_was() -> No
 
 
 def test_the_limits_of_several_models_are_those_of_all() -> None:
-    both = Limits.least([Limits(5, None, 9), Limits(7, 3, None), Limits()])
-    assert both == Limits(5, 3, 9)
+    both = Limits.least([Limits(5, None, 9), Limits(7, 3, None, 64), Limits()])
+    assert both == Limits(5, 3, 9, 64)

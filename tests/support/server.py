@@ -75,7 +75,9 @@ def send(
 ) -> tuple[int, Any]:
     """The status of an answer and its body, which is text where it is no JSON."""
     data = raw if raw is not None or body is None else json.dumps(body).encode()
-    request = urllib.request.Request(f"{base}{route}", data=data, method=method, headers=dict(headers))
+    request = urllib.request.Request(
+        f"{base}{route}", data=data, method=method, headers={"Content-Type": "application/json", **headers}
+    )
     try:
         with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
             status, text = answer.status, answer.read()

@@ -82,14 +82,14 @@ KEPT_IN_FP32 = (
 """Families of which transformers loads ``gate.weight`` in fp32."""
 
 
-def build(family: str, dtype: torch.dtype) -> PreTrainedModel:
+def build(family: str, dtype: torch.dtype, **overrides: object) -> PreTrainedModel:
     """A randomly initialized mixture, in the dtypes that ``from_pretrained(dtype=dtype)`` gives its tensors."""
     kind = CONFIG_MAPPING[family]
     known = {*getattr(kind, "__annotations__", {}), *inspect.signature(kind.__init__).parameters}
     wanted = tiny.SIZES | tiny.LLAMA_LIKE | {name: size for name, size in SIZES.items() if name in known}
     settings = {name: size for name, size in (wanted | FAMILIES.get(family, {})).items() if size is not None}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(kind(**settings))
+    model = AutoModelForCausalLM.from_config(kind(**settings | overrides))
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
         return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()

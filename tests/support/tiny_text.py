@@ -16,7 +16,11 @@ SPECIAL = ("<unk>", "<s>", "</s>")
 CHARACTERS = [c for c in string.printable if c not in "\r\x0b\x0c\t~|`"][: VOCAB - len(SPECIAL)]
 
 
-def tiny_tokenizer(bos: bool = False) -> Any:
+# Each message after its role in brackets.
+CHATML = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+
+
+def tiny_tokenizer(bos: bool = False, chat_template: str | None = None) -> Any:
     """One token per character; with ``bos`` it puts <s> before a text, as Llama's does."""
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *CHARACTERS])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
@@ -24,9 +28,11 @@ def tiny_tokenizer(bos: bool = False) -> Any:
     tokenizer.decoder = decoders.Fuse()
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
+    made = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
     )
+    made.chat_template = chat_template
+    return made
 
 
 def some_text(characters: int, seed: int = 0) -> str:

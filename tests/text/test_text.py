@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import build
 from tiny_text import some_text, tiny_tokenizer
 
 from smoothquant_ext import SmoothQuantError
@@ -58,16 +59,17 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
         ("empty.jsonl", "\n\n", r"empty\.jsonl is empty"),
         ("latin.txt", b"caf\xe9", r"latin\.txt is not UTF-8 text \(byte 3\)"),
         ("broken.jsonl", '{"text": "ok"}\n{"text": ', r"broken\.jsonl, line 2, is not JSON"),
-        ("list.jsonl", "[1, 2]", r"list\.jsonl, line 1, is not a JSON object"),
+        ("list.jsonl", "[1, 2]", r"list\.jsonl, row 1, is not a JSON object"),
         (
             "two.jsonl",
-            '{"question": "a", "answer": "b"}',
-            r"no string field 'text' \(its fields: 'question', 'answer'\)",
+            '{"left": "a", "right": "b"}',
+            r"no string field 'text' \(its fields: 'left', 'right'\): .* name it with --text-field",
         ),
         ("none.jsonl", '{"id": 3}', r"no string field 'text' \(its fields: 'id'\)"),
         ("nothing.jsonl", "{}", r"no string field 'text' \(its fields: none\)"),
-        ("table.csv", "a,b", r"table\.csv is neither text nor jsonl"),
-        ("archive.gz", b"\x1f\x8b", r"archive\.gz is neither text nor jsonl"),
+        ("table.csv", "a,b", r"table\.csv is empty"),
+        ("archive.zip", b"PK", r"archive\.zip is neither text nor rows of text"),
+        ("archive.gz", b"\x1f\x8b", r"archive\.gz cannot be decompressed .*: it is damaged or cut off"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, complaint):
@@ -88,7 +90,7 @@ def test_an_unreadable_file_is_named(tmp_path, monkeypatch):
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(type(path), "read_text", refuse)
+    monkeypatch.setattr(type(path), "read_bytes", refuse)
     with pytest.raises(SmoothQuantError, match=r"a\.txt cannot be read: Permission denied"):
         read_text(path)
 
@@ -164,7 +166,7 @@ def test_offline_the_cache_of_datasets_is_read(monkeypatch):
         ({("corpus",): ValueError("Bad split: tset")}, "Bad split: tset"),
         ({("corpus",): RuntimeError()}, r"\(RuntimeError\)"),
         ({("corpus",): []}, "corpus is empty"),
-        ({("corpus",): [{"a": "1", "b": "2"}]}, "a row of dataset corpus, has no string field 'text'"),
+        ({("corpus",): [{"a": "1", "b": "2"}]}, "row 1 of dataset corpus, has no string field 'text'"),
     ],
 )
 def test_a_bad_dataset_is_one_sentence(monkeypatch, known, complaint):
@@ -250,3 +252,27 @@ def test_less_than_a_window_is_an_error_that_counts_the_tokens(tmp_path):
 def test_numbers_out_of_range_are_named(samples, seqlen, culprit):
     with pytest.raises(SmoothQuantError, match=culprit):
         token_windows(TOKENIZER, [some_text(100)], samples, seqlen)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "opt", "mpt"])
+def test_windows_are_no_longer_than_the_positions_of_the_model(architecture):
+    limit = {"max_seq_len" if architecture == "mpt" else "max_position_embeddings": 16}
+    model = build(architecture, **limit)
+    with pytest.warns(UserWarning, match="the model has 16 positions: windows have 16 tokens, not 32"):
+        windows = token_windows(TOKENIZER, [some_text(400)], 4, 32, model=model)
+    assert windows.shape == (4, 16)
+    assert torch.equal(windows, token_windows(TOKENIZER, [some_text(400)], 4, 16))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("architecture", ["llama", "bloom"])
+def test_windows_of_models_without_a_table_of_positions_are_as_long_as_asked(architecture):
+    settings = {} if architecture == "bloom" else {"max_position_embeddings": 16}
+    assert token_windows(TOKENIZER, [some_text(400)], 4, 32, model=build(architecture, **settings)).shape == (4, 32)
+
+
+def test_without_a_model_the_tokenizer_is_asked():
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 16
+    with pytest.warns(UserWarning, match="windows have 32 tokens, and the tokenizer speaks of 16 at most"):
+        assert token_windows(tokenizer, [some_text(400)], 4, 32).shape == (4, 32)
