@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedModel
 from ..compat import first_line, quiet_transformers
 from ..devices import loaded_on, move_
 from ..errors import SmoothQuantError
+from ..ops.backends import check_cpu_isa
 from .completeness import load_complete
 from .hf_quantizer import METHOD, make_ready_
 from .model_classes import model_class
@@ -63,6 +64,7 @@ def load_as(
     as_w8a8: bool = False,
 ) -> PreTrainedModel:
     """``load``; with ``causal`` it is a causal language model or an error."""
+    check_cpu_isa()
     path = Path(directory)
     check_directory(path)  # says what is missing before transformers does
     on_cpu = device is None or torch.device(device).type == "cpu"
@@ -93,7 +95,6 @@ def _load(
             "infer_dtype": dtype is None and getattr(config, "dtype", None) is None,
             "ready": on_cpu or bool(options),  # else it has yet to move
             "as_w8a8": as_w8a8,
-            "drop": list(drop),
         }
         return load_complete(
             model_class(config, str(path), causal),

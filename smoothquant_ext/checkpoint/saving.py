@@ -65,9 +65,13 @@ def check_destination(directory: str | os.PathLike[str]) -> Path:
     The directory may be absent, empty, or hold a W8A8 checkpoint and nothing else, which ``save`` replaces as a whole.
 
     Raises:
-        SmoothQuantError: it is a file, holds something else, or cannot be written.
+        SmoothQuantError: it is a file, holds something else, cannot be written, or has a name that is not UTF-8.
     """
     target = Path(directory).resolve()
+    try:
+        str(target).encode()
+    except UnicodeEncodeError:
+        raise SmoothQuantError(f"the name {os.fsencode(target)!r} is not UTF-8; choose another directory") from None
     if target.exists():
         if not target.is_dir():
             raise SmoothQuantError(f"{target} is a file; name a directory to save to")
@@ -237,16 +241,15 @@ def write_shards(
         metadata: of each file, besides its format.
 
     Raises:
-        SmoothQuantError: the files cannot be written, or ``max_shard_size`` is no size.
+        OSError: the files cannot be written.
+        SmoothQuantError: ``max_shard_size`` is no size.
     """
     shards = _split(sizes, max_shard_size)
     try:
         for file, names in shards.filename_to_tensors.items():
             save_file({name: read(name) for name in names}, directory / file, metadata={**metadata, "format": "pt"})
     except SafetensorError as error:
-        raise SmoothQuantError(
-            f"{directory} could not be written: {first_line(error)}; free some space there or choose another place"
-        ) from error
+        raise OSError(first_line(error)) from error  # as the file system says it; replace_directory names the place
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -280,6 +283,7 @@ def _split(sizes: Mapping[str, int], max_shard_size: int | str) -> StateDictSpli
 def _write_configs(model: PreTrainedModel, quantization: dict[str, Any], directory: Path) -> None:
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
+    vars(config).pop("auto_map", None)  # names files of code that are not here; the class is transformers' own
     config.dtype = dtype_name(model.dtype)
     for name in config.sub_configs:  # as loading sets them
         part = getattr(config, name, None)

@@ -19,6 +19,7 @@ from .model_classes import check_known
 from .reading import COPY_AGAIN, INDEX, WEIGHTS, read_config, read_headers, read_json
 
 ADAPTER = "adapter_config.json"
+LFS_POINTER, LFS_LIMIT = b"version https://git-lfs.github.com/spec/", 1024  # bytes; its specification has this limit
 _GENERATION = "generation_config.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -41,8 +42,14 @@ def check_directory(directory: Path) -> None:
     """Checks the small files of a model's directory.
 
     Raises:
-        SmoothQuantError: it is no directory, holds an adapter, or has a configuration that transformers cannot read.
+        SmoothQuantError: it is no directory, holds an adapter or pointers of Git LFS in place of files, or has a
+            configuration that transformers cannot read.
     """
+    for file in directory.iterdir():
+        if file.is_file() and file.stat().st_size < LFS_LIMIT and file.read_bytes().startswith(LFS_POINTER):
+            raise SmoothQuantError(
+                f"{file} is a pointer of Git LFS, not the file itself; run 'git lfs pull' there, or download the model"
+            )
     if (directory / ADAPTER).is_file():
         base = read_json(directory / ADAPTER, COPY_AGAIN).get("base_model_name_or_path") or "another model"
         raise SmoothQuantError(

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from . import machine, make, measure, run
-from .console import Commands, out
+from .console import Commands, out, print_any_character
 
 app = typer.Typer(
     cls=Commands,
@@ -51,4 +51,5 @@ def smoothquant(
 
 def main() -> None:
     """The console entry point."""
+    print_any_character()
     app()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -15,12 +18,25 @@ from typer.core import TyperGroup
 
 from ..errors import SmoothQuantError
 
-out = Console()
+NARROWEST = 80  # characters; in fewer, tables would drop digits
+
+
+def readable(console: Console) -> Console:
+    """Makes a console of a narrow terminal wider, in place: the terminal then wraps the lines."""
+    if console.width < NARROWEST:
+        console.width = NARROWEST
+    return console
+
+
+out = readable(Console(markup=False))  # names may hold brackets
 err = Console(stderr=True)
 
 
 class Commands(TyperGroup):
-    """The commands. Bad input prints one sentence in red and exits with 2; a warning prints one in yellow."""
+    """The commands. Bad input prints one sentence in red and exits with 2; a warning prints one in yellow.
+
+    What the system refuses (a full disk, a file without permission) is bad input, too.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         with warnings.catch_warnings():
@@ -30,6 +46,19 @@ class Commands(TyperGroup):
             except SmoothQuantError as error:
                 _say("red", "error", str(error))
                 raise typer.Exit(2) from error
+            except OSError as error:
+                if error.errno == errno.EPIPE:  # the reader of the output has gone, as `head` does
+                    raise
+                said = error.strerror or (str(error).splitlines() or [type(error).__name__])[0]
+                _say("red", "error", f"{error.filename or 'the system'}: {said}")
+                raise typer.Exit(2) from error
+
+
+def print_any_character() -> None:
+    """Lets output hold characters that the terminal's encoding lacks; they are printed as question marks."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None if it is closed
+            stream.reconfigure(errors="replace")
 
 
 @contextmanager

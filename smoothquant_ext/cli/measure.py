@@ -15,6 +15,8 @@ from .support import CALIBRATION_TEXT, TEST_TEXT, add_to_card, load, parse_devic
 if TYPE_CHECKING:
     from torch import nn
 
+PICTURES = (".png", ".svg", ".pdf")
+
 
 def eval(  # noqa: A001
     model: Model,
@@ -124,6 +126,8 @@ def inspect(
     from ..reporting.outliers import measure_outliers, outlier_table, plot_outliers
 
     recipe, where = Recipe(scheme, alpha), parse_device(device)
+    if plot is not None and plot.suffix.lower() not in PICTURES:
+        raise SmoothQuantError(f"--plot is {plot}, expected a file that ends in {', '.join(PICTURES)}")
     if plot is not None and not plot.absolute().parent.is_dir():
         raise SmoothQuantError(f"{plot} cannot be written: {plot.absolute().parent} does not exist, make it first")
     network, tokenizer = load(model, parse_dtype(dtype), drop=drop)

@@ -13,6 +13,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from ..checkpoint.formats.registry import parse_quantization_config, quant_methods
 from ..checkpoint.hf_quantizer import W8A8Config
 from ..errors import SmoothQuantError
+from ..ops.backends import check_cpu_isa
 from .lora import forget_adapters, use_adapters
 
 
@@ -51,6 +52,7 @@ def enable() -> None:
     quantization load as before. The argument ``quantization_config`` raises an error for a W8A8 checkpoint. If PEFT is
     installed, it can put LoRA adapters on the 8-bit layers. A second call changes nothing.
     """
+    check_cpu_isa()
     use_adapters()
     for method in quant_methods():
         former = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..errors import SmoothQuantError
 from . import library
 from .declare import DECLARED, Declaration
 
@@ -57,6 +58,14 @@ def cpu_isa() -> str:
     """
     isa: str = torch.ops.sq.cpu_isa()
     return isa
+
+
+def check_cpu_isa() -> None:
+    """Raises SmoothQuantError if SMOOTHQUANT_CPU_ISA is not an instruction set that this machine runs."""
+    try:
+        cpu_isa()
+    except RuntimeError as error:
+        raise SmoothQuantError(str(error).splitlines()[0]) from error
 
 
 # By kernel: Zen 5 and Emerald Rapids, November 2026. The portable one is slower than torch's.

@@ -19,6 +19,7 @@ from ..errors import SmoothQuantError
 from ..fusion.fuse import fuse_
 from ..nn.experts import as_experts
 from ..nn.finalize import finalize_
+from ..ops.backends import check_cpu_isa
 from ..probing.blocks import Batch, run_model, token_ids
 from ..probing.hooks import replace_
 from ..probing.smoothing_groups import Discovery, discover
@@ -37,6 +38,7 @@ from .recipe import Recipe
 from .report import LayerReport, Report, UnitReport
 from .restoring import unchanged_on_error
 from .resume import SearchState, fingerprint
+from .rotation import rotate_
 from .selection import Selection, check_finite_weights, select_linears
 from .sensitivity import Unit
 from .skipping import choose_skips, with_dynamic_scale
@@ -78,6 +80,7 @@ def quantize(
             form or vocabulary, a non-finite weight or activation, a journal that cannot be written, a GPU that is
             absent or too small. After these, as after any other exception, the model is what it was, where it was.
     """
+    check_cpu_isa()
     remedy = "give shorter windows (--seqlen), fewer of them in a batch, or the device cpu"
     with unchanged_on_error(model), memory_explained(remedy), full_float32():
         _quantize(model, CalibrationData(model.eval(), batches), recipe or Recipe(), progress, journal, device)
@@ -99,6 +102,9 @@ def _quantize(
     structure = find_structure(model, data.first)
     selection = select_linears(structure, recipe)
     check_finite_weights(selection.modules(model))
+    if recipe.rotate:
+        report.rotations = rotate_(structure, data.first, recipe.rotate, placement, bar("Rotating"))
+        structure = find_structure(model, data.first)  # its blocks' calls are rotated now
 
     with placement.running(structure, unchanged=True), untouched(model):
         calibration = _calibrate(structure, selection, data, recipe, bar("Calibrating"))

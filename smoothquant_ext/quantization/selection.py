@@ -11,6 +11,7 @@ from torch import nn
 
 from ..checkpoint.hf_names import is_kept_in_fp32
 from ..errors import SmoothQuantError
+from ..nn.linear import W8A8Linear
 from ..probing.experts import ExpertsLayout
 from ..probing.linears import Linear, values_of, weight_nk
 from ..probing.structure import Structure
@@ -85,6 +86,8 @@ def select_linears(structure: Structure, recipe: Recipe) -> Selection:
         else:
             selection.skipped[name] = "experts that compute something other than down(act(gate(x)) * up(x))"
     if not selection.names:
+        if any(isinstance(module, W8A8Linear) for module in model.modules()):
+            raise SmoothQuantError(f"{type(model).__name__} is in 8 bits already; take the model that it was made of")
         kinds = sorted({type(module).__name__ for module in model.modules() if not list(module.children())})
         raise SmoothQuantError(
             f"{type(model).__name__} has no linear layer to quantize"
@@ -127,7 +130,8 @@ def _unsupported_weights(model: nn.Module, known: set[str]) -> dict[str, str]:
         weight = values_of(module, "weight")
         is_matrix = weight is not None and weight.dim() == 2
         if is_matrix or any(parameter.dim() > 2 for parameter in module.parameters(recurse=False)):
-            reasons[name] = f"{type(module).__name__} is not a linear layer"
+            what = "computes something else than" if isinstance(module, nn.Linear) else "is not"
+            reasons[name] = f"{type(module).__name__} {what} a linear layer"
     return reasons
 
 

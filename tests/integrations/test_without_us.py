@@ -18,11 +18,16 @@ from tiny_w8a8 import quantized
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
 
-from smoothquant_ext import Recipe, quantize, save
+from smoothquant_ext import Recipe, disable, quantize, save
 from smoothquant_ext.scheme import SCHEMES
 
 IDS = tiny.token_ids()
 LAYER = "model.layers.0.mlp.up_proj"
+
+
+@pytest.fixture(autouse=True)
+def _without_us() -> None:
+    disable()
 
 
 def logits(model: PreTrainedModel) -> Tensor:
