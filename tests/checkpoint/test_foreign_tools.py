@@ -139,6 +139,20 @@ def test_ascend(announced: object, tmp_path: Path) -> None:
     assert_near(loaded, tiny.build("llama"))
 
 
+@pytest.mark.parametrize("tool", ["ascend", "quark int8", "w8a8_fp8"])
+def test_they_are_converted(tool: str, tmp_path: Path) -> None:
+    source, target = tmp_path / "model", tmp_path / "out"
+    if tool == "ascend":
+        dequantized, scheme = write_ascend(source), "int8"
+    else:
+        config, names, per_channel, dtype, scheme = TOOLS[tool]
+        dequantized = foreign.write_fp8(tiny.build("llama"), source, config, names, per_channel, dtype)
+    smoothquant("convert", source, "-o", target)
+    assert_loaded(load(target), dequantized, scheme)
+    suffixes = {name.rpartition(".")[2] for name in load_file(target / "model.safetensors")}
+    assert suffixes == {"weight", "weight_scale"} | ({"input_scale"} if scheme.endswith("static") else set())
+
+
 def test_ascend_says_what_it_is_where_it_is_not_read(tmp_path: Path) -> None:
     write_ascend(tmp_path / "static", kind="W8A8")
     with pytest.raises(
