@@ -17,9 +17,11 @@ from model_files import change_config, change_tensors, prefixed, said, with_zero
 from safetensors.torch import load_file, save_file
 from tiny_w8a8 import assert_same_model, quantized
 from tiny_words import tokenizer, write_gguf
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import smoothquant_ext
 from smoothquant_ext.checkpoint import loading, saving
+from smoothquant_ext.checkpoint.completeness import load_complete
 from smoothquant_ext.models import load_model, loads_as_here
 
 MTP = with_zeros(**{"mtp.0.norm.weight": (64,), "mtp.0.up_proj.weight": (4, 4), "mtp.1.norm.weight": (64,)})
@@ -126,8 +128,6 @@ def test_an_8_bit_model(fault: str, copy: Callable[[str], Path]) -> None:
         assert said(lambda load=load: load(directory)).startswith(f"{directory}{message}")
     smoothquant_ext.enable()
     try:
-        from transformers import AutoModelForCausalLM
-
         if "holds" in message:
             with pytest.warns(UserWarning, match=r"holds \d+ tensors .*: left out"):
                 model = AutoModelForCausalLM.from_pretrained(directory)
@@ -175,6 +175,10 @@ OLD_BUFFERS: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
     "rotary frequencies": (
         "llama",
         {"model.layers.0.self_attn.rotary_emb.inv_freq": (8,), "model.rotary_emb.inv_freq": (8,)},
+    ),
+    "all buffers of a trainer": (
+        "mistral",
+        {f"model.layers.0.self_attn.rotary_emb.{name}_cached": (128, 16) for name in ("cos", "sin")},
     ),
     "masks of GPT-2": ("gpt2", {"transformer.h.0.attn.bias": (1, 1, 8, 8), "transformer.h.1.attn.masked_bias": ()}),
     "masks of GPT-NeoX": (
@@ -230,6 +234,33 @@ def test_names_that_transformers_understands(copy: Callable[[str], Path], tmp_pa
         write(tied, tmp_path / name)
         change_tensors(tmp_path / name, change)
         assert_same_model(load_model(tmp_path / name)[0], tied)
+
+
+@pytest.mark.parametrize("architecture", sorted(tiny.CONFIGS))
+def test_every_architecture(architecture: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """As transformers writes it, it is complete; without any one of a few tensors it is not."""
+    model = tiny.build(architecture)
+    directory = write(model, tmp_path / "model")
+    assert_same_model(load_model(directory)[0], model)
+    assert [str(warning.message) for warning in recwarn if " tensor" in str(warning.message)] == []
+    tensors = load_file(directory / "model.safetensors")
+    for name in sorted(tensors)[:: max(1, len(tensors) // 3)]:
+        save_file({key: tensor for key, tensor in tensors.items() if key != name}, directory / "model.safetensors")
+        lost = "2 tensors" if name in model.all_tied_weights_keys.values() else "1 tensor"  # with the head tied to it
+        sentence = said(lambda: load_model(directory))
+        assert f" lacks {lost} that " in sentence, name
+        assert sentence.partition(": ")[2].partition(";")[0].rpartition(".")[2] == name.rpartition(".")[2]
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
+def test_device_maps(device_map: Any, copy: Callable[[str], Path]) -> None:
+    directory = copy("float")
+    change_tensors(directory, without("model.norm.weight"))
+    assert "lacks 1 tensor that its configuration calls for: model.norm.weight" in said(
+        lambda: load_complete(AutoModelForCausalLM, directory, device_map=device_map)
+    )
+    change_tensors(directory, lambda tensors: MTP(tensors) | {"model.norm.weight": torch.ones(64)})
+    assert "--drop 'mtp.*'" in said(lambda: load_complete(AutoModelForCausalLM, directory, device_map=device_map))
 
 
 def test_shards(tmp_path: Path) -> None:
@@ -317,8 +348,6 @@ def test_gguf_files(blocks: int, lost: str, message: str, tmp_path: Path, monkey
 @pytest.mark.parametrize("kind", ["float", "w8a8"])
 def test_whoever_else_loads_it(kind: str, copy: Callable[[str], Path]) -> None:
     """The server and the chat call transformers, which loads anything."""
-    from transformers import AutoModelForCausalLM, LlamaForCausalLM
-
     directory = copy(kind)
     expected, _ = load_model(directory)
     before = LlamaForCausalLM.from_pretrained.__func__

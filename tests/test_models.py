@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from model_files import change_tensors, with_zeros
 from tiny_w8a8 import assert_same_model, layers_of, quantized
 from tiny_words import tokenizer, write_gguf
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -155,6 +156,9 @@ def test_a_hub_id(kind: str, float_directory: Path, tmp_path: Path, monkeypatch:
     model, _ = load_model("someone/something")
     assert bool(layers_of(model)) is (kind == "w8a8")
     assert asked == ([("someone/something", False)] if kind == "w8a8" else [])
+    change_tensors(directory, with_zeros(**{"mtp.fc.weight": (4, 8)}))
+    refuses("someone/something", r"holds 1 tensor .*no place for: mtp\.fc\.weight; leave it out with --drop 'mtp\.\*'")
+    assert_same_model(load_model("someone/something", drop=["mtp.*"])[0], model)
 
 
 def test_a_failing_download(float_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,6 +172,15 @@ def test_a_failing_download(float_directory: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(models_under_test.AutoConfig, "from_pretrained", lambda *arguments, **kwargs: config)
     monkeypatch.setattr(models_under_test, "snapshot_download", fail)
     refuses("someone/something", r"someone/something cannot be downloaded from the hub \(connection reset\)")
+
+
+def test_a_hub_id_of_a_model_with_code_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **kwargs: object) -> None:
+        raise ValueError("The repository contains custom code.\nPass the argument `trust_remote_code=True`")
+
+    monkeypatch.setattr(models_under_test, "_is_offline", lambda: False)
+    monkeypatch.setattr(models_under_test.AutoConfig, "from_pretrained", fail)
+    refuses("someone/something", r"^someone/something is one whose code comes with the model \(auto_map\): such code")
 
 
 def test_whether_the_network_is_there(monkeypatch: pytest.MonkeyPatch) -> None:

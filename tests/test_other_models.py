@@ -90,7 +90,7 @@ def test_directories_that_are_no_model(tmp_path: Path) -> None:
     torch.save(tensors, directory / "pytorch_model.bin")
     assert "lacks 1 tensor that its configuration calls for: model.norm.weight" in said(lambda: load_model(directory))
     torch.save({"path": Path("x")}, directory / "pytorch_model.bin")
-    assert "its .bin files hold more than tensors, and such pickles are never run" in said(
+    assert "has .bin files that hold more than tensors, and such pickles are never run" in said(
         lambda: load_model(directory)
     )
 

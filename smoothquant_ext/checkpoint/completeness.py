@@ -5,6 +5,7 @@ transformers fills what is missing with random numbers and leaves out what it ha
 
 from __future__ import annotations
 
+import glob
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -15,14 +16,15 @@ from typing import Any, cast
 
 from transformers import PreTrainedModel
 
+from ..compat import quiet_transformers
 from ..errors import SmoothQuantError
 from .hf_names import to_model_names
 
 SHOWN = 4  # families of names in a sentence
 _REMEDY = "copy or download the model again, or correct config.json"
 
-# Buffers that older versions of transformers stored and newer ones compute.
-_COMPUTED = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias)$")
+# Buffers that older versions of transformers, and trainers that store every buffer, keep in files; models compute them.
+_COMPUTED = re.compile(r"(^|\.)(inv_freq|(cos|sin)_cached|rope\.freqs|position_ids|masked_bias)$")
 _MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")  # the causal mask, unless the attention has a weight of that name
 # Frequencies of rotary embeddings in a GGUF file: transformers takes them from the configuration.
 _ROPE = r"^rope_(freqs|factors_\w+)\.weight$"
@@ -68,7 +70,8 @@ def only_complete_models(drop: Sequence[str] = ()) -> Iterator[None]:
         def load(_: object, **more: Any) -> Any:
             return former.__func__(cls, source, *arguments, **more)
 
-        return load_complete(_Loader(load), source, drop, **options)
+        with quiet_transformers():  # its report of what is missing
+            return load_complete(_Loader(load), source, drop, **options)
 
     PreTrainedModel.from_pretrained = classmethod(from_pretrained)
     try:
@@ -155,7 +158,7 @@ def _missing(where: str, kind: str, missing: Collection[str], unexpected: Collec
         who = f", {_PREFIXES[prefix]}" if prefix in _PREFIXES else ""
         return (
             f"{where}: the names of {counted(len(unexpected), 'tensor')} start with {prefix!r}{who}, so {kind} finds "
-            "none of them; save the model below that wrapper again"
+            "none of them; save the model below that wrapper, or rename the tensors"
         )
     lacks = (
         f"{where} lacks {counted(len(missing), 'tensor')} that its configuration calls for: {name_families(missing)}"
@@ -205,7 +208,7 @@ def drop_patterns(names: Iterable[str], needed: Collection[str]) -> list[str]:
     for name in sorted(names, key=_natural):
         parts = name.split(".")
         end = next((end for end in range(1, len(parts)) if ".".join(parts[:end]) not in inner), len(parts))
-        exact = ".".join(parts[:end]) + (".*" if end < len(parts) else "")
+        exact = glob.escape(".".join(parts[:end])) + (".*" if end < len(parts) else "")
         wide = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", exact)
         patterns[exact if _matches(wide, needed) else wide] = None
     return list(patterns)

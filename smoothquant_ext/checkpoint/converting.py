@@ -104,6 +104,7 @@ def convert(
     format: str | None = None,  # noqa: A002
     max_shard_size: int | str = "5GB",
     drop: Sequence[str] = (),
+    as_w8a8: bool = False,
 ) -> Converted:
     """Writes a W8A8 checkpoint of any tool in another format; every number stays what it is.
 
@@ -118,6 +119,7 @@ def convert(
         format: as in ``save``.
         max_shard_size: as in ``save``.
         drop: shell patterns for names of tensors that the model's class has no place for and that are not copied.
+        as_w8a8: as in ``load``.
 
     Raises:
         SmoothQuantError: the checkpoint cannot be read as ``load`` reads it, the format cannot store it, a tensor has 8
@@ -127,7 +129,7 @@ def convert(
     if place == path.resolve() or path.resolve() in place.parents:
         raise SmoothQuantError(f"{target} is the checkpoint to convert, or lies in it; name another directory")
     with quiet_transformers():
-        source = _read(path, drop)
+        source = _read(path, drop, as_w8a8)
     checkpoint = source.checkpoint
     schemes = [scheme for scheme, _ in Counter(map(source.scheme, checkpoint.layers)).most_common()]
     fmt = choose_format(format, schemes, any(layer.smooth for layer in checkpoint.layers.values()))
@@ -154,11 +156,11 @@ def convert(
     return Converted(layers, source.unknown, source.dropped, left_out)
 
 
-def _read(path: Path, drop: Sequence[str]) -> _Source:
+def _read(path: Path, drop: Sequence[str], as_w8a8: bool) -> _Source:
     """Reads a checkpoint with the checks that ``load`` makes, on a model that has no memory for its weights."""
-    stored = open_checkpoint(path)
+    stored = open_checkpoint(path, as_w8a8)
     model = _skeleton(path)
-    quantizer = W8A8Quantizer(W8A8Config(str(path), drop=["*"]))
+    quantizer = W8A8Quantizer(W8A8Config(str(path), as_w8a8=as_w8a8))
     quantizer._process_model_before_weight_loading(model)
     known, experts = quantizer.checkpoint, quantizer.experts
     _check_missing(stored, model, list(experts.readings))

@@ -11,7 +11,6 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ class W8A8Config(QuantizationConfigMixin):
         directory: the directory of the checkpoint; ``None`` if transformers finds the files.
         infer_dtype: whether neither the caller nor the configuration names a dtype for what is not quantized.
         ready: whether to pack and fuse the loaded layers where they are.
-        drop: shell patterns for the tensors of 8-bit layers that the model has no place for and that may be left out.
+        as_w8a8: whether to quantize the activations of a checkpoint that has 8-bit weights alone.
     """
 
     def __init__(
@@ -63,14 +62,14 @@ class W8A8Config(QuantizationConfigMixin):
         directory: str | None = None,
         infer_dtype: bool = False,
         ready: bool = True,
-        drop: Sequence[str] = (),
+        as_w8a8: bool = False,
         quant_method: str = METHOD,
     ) -> None:
         self.quant_method = quant_method
         self.directory = directory
         self.infer_dtype = infer_dtype
         self.ready = ready
-        self.drop = list(drop)
+        self.as_w8a8 = as_w8a8
 
 
 @register_quantizer(METHOD)
@@ -87,7 +86,7 @@ class W8A8Quantizer(HfQuantizer):
         self.unused: frozenset[str] = frozenset()  # names of scales in the files
         self.optional: Any = None  # the class's own list of tensors that it does without
         if quantization_config.directory is not None:
-            self.checkpoint = open_checkpoint(Path(quantization_config.directory))
+            self.checkpoint = open_checkpoint(Path(quantization_config.directory), quantization_config.as_w8a8)
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         # Left alone, transformers would take the dtype of the first tensor, which may be an FP8 weight or a scale.
@@ -121,9 +120,8 @@ class W8A8Quantizer(HfQuantizer):
             )
         self._check_shapes(model)
         self._check_complete(model)
-        placeless = self._placeless(model, layers)
         for name, path, linear in list(self._linears(model, layers)):
-            if name in self.experts.paths or name in placeless:
+            if name in self.experts.paths:
                 continue
             if linear is None and isinstance(dict(model.named_modules()).get(path), nn.Embedding):
                 raise not_read(f"{directory}: {name}", "the 8-bit weights of an embedding", "transformers")
@@ -137,6 +135,7 @@ class W8A8Quantizer(HfQuantizer):
                 )
             model.set_submodule(path, self._empty_layer(layers[name], linear.weight.dtype))
         swap_experts_(model, self.checkpoint, self.experts, self._empty_layer)
+        _untie_(model)
         self._leave_out_scales(model)
         if self.quantization_config.directory is None:  # else the caller asks for it, and knows what may be dropped
             self._listen_(model)
@@ -153,19 +152,14 @@ class W8A8Quantizer(HfQuantizer):
         vars(model)["_adjust_missing_and_unexpected_keys"] = listen
 
     def _without_unknown_layers(self, model: PreTrainedModel) -> Checkpoint:
-        """The checkpoint without the 8-bit layers that the model does not have and that may be left out."""
-        checkpoint, tensors = self.checkpoint, self.checkpoint.tensors
+        """The checkpoint without the 8-bit layers that the model has no module for.
+
+        Their tensors are refused, or left out, like all others without a place: see ``completeness``.
+        """
+        tensors = self.checkpoint.tensors
         unknown = set(unknown_layers(model, names_of_8_bit_weights(tensors))) - self.experts.paths.keys()
-        patterns = [re.compile(pattern) for pattern in self.optional or ()]
-        for name in sorted(unknown):
-            weight = f"{name}.weight"
-            is_optional = any(pattern.search(weight) for pattern in patterns)
-            if not is_optional and not any(fnmatchcase(weight, pattern) for pattern in self.quantization_config.drop):
-                raise SmoothQuantError(
-                    f"{checkpoint.directory}: {name} is quantized, but {type(model).__name__} has no linear layer there"
-                )
         return replace(
-            checkpoint,
+            self.checkpoint,
             tensors={name: tensors[name] for name in tensors if name.rpartition(".")[0] not in unknown},
         )
 
@@ -249,18 +243,6 @@ class W8A8Quantizer(HfQuantizer):
             module = modules.get(path)
             yield key.removesuffix(".weight"), path, module if isinstance(module, nn.Linear | Conv1D) else None
 
-    def _placeless(self, model: PreTrainedModel, names: Iterable[str]) -> set[str]:
-        """The layers that the model has no module for: their tensors are refused like all others without a place."""
-        modules = dict(model.named_modules())
-        merged = renamed_alone(model, [f"{name}.weight" for name in names])
-        placeless = set()
-        for name, path, _ in self._linears(model, names):
-            key = None if path else expert_key(merged[f"{name}.weight"])
-            where = path if key is None else key.path
-            if where and where not in modules:
-                placeless.add(name)
-        return placeless
-
     def _check_shapes(self, model: PreTrainedModel) -> None:
         """Refuses tensors that do not fit the model, which older versions of transformers would load nevertheless."""
         expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -330,15 +312,18 @@ class W8A8Quantizer(HfQuantizer):
         return True
 
 
-def unknown_layers(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+def unknown_layers(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
     """Those of the layers ``names`` of a checkpoint for which the model has no module at all."""
     modules = {name for name, _ in model.named_modules()}
-    places = to_model_names(model, [f"{name}.weight" for name in names])
-    return [
-        weight.removesuffix(".weight")
-        for weight, place in places.items()
-        if place is None or place.removesuffix(".weight") not in modules
-    ]
+    weights = [f"{name}.weight" for name in names]
+    merged = renamed_alone(model, weights)
+    unknown = []
+    for weight, place in to_model_names(model, weights).items():
+        key = None if place else expert_key(merged[weight])
+        path = key.path if key is not None else (place or "").removesuffix(".weight")
+        if path and path not in modules:
+            unknown.append(weight.removesuffix(".weight"))
+    return unknown
 
 
 def make_ready_(model: PreTrainedModel) -> None:
@@ -357,3 +342,13 @@ def _rename_buffer(module: nn.Module, name: str, new_name: str, value: Tensor) -
     buffers = [(new_name, value) if key == name else (key, buffer) for key, buffer in module._buffers.items()]
     module._buffers.clear()
     module._buffers.update(buffers)
+
+
+def _untie_(model: PreTrainedModel) -> None:
+    """Forgets ties of weights that are 8-bit now, as blocks of hybrid models share them: each layer has its own."""
+    tied = getattr(model, "all_tied_weights_keys", None)
+    if tied:
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        model.all_tied_weights_keys = {
+            name: source for name, source in tied.items() if name in parameters and source in parameters
+        }

@@ -29,6 +29,7 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     drop: Sequence[str] = (),
+    as_w8a8: bool = False,
 ) -> PreTrainedModel:
     """Loads a W8A8 checkpoint of this package or of another tool, ready to run on 8-bit kernels.
 
@@ -41,6 +42,8 @@ def load(
         dtype: the dtype of everything that is not quantized; ``None`` takes that of the checkpoint.
         drop: shell patterns like ``"mtp.*"`` for names of tensors that the model has no place for and that may be left
             out.
+        as_w8a8: whether a checkpoint with 8-bit weights and activations in floating point (W8A16) is loaded too. Its
+            activations are then quantized, with a scale per token, which is another model than the checkpoint's.
 
     Returns:
         The model in evaluation mode, of the class that config.json names.
@@ -49,7 +52,7 @@ def load(
         SmoothQuantError: the checkpoint is incomplete, damaged, inconsistent, or not W8A8, or holds tensors that the
             model has no place for.
     """
-    return load_as(directory, device, dtype, drop, causal=False)
+    return load_as(directory, device, dtype, drop, causal=False, as_w8a8=as_w8a8)
 
 
 def load_as(
@@ -58,6 +61,7 @@ def load_as(
     dtype: torch.dtype | None,
     drop: Sequence[str],
     causal: bool,
+    as_w8a8: bool = False,
 ) -> PreTrainedModel:
     """``load``; with ``causal`` it is a causal language model or an error."""
     check_cpu_isa()
@@ -65,7 +69,7 @@ def load_as(
     check_directory(path)  # says what is missing before transformers does
     on_cpu = device is None or torch.device(device).type == "cpu"
     with quiet_transformers():
-        model = loaded_on(device, partial(_load, path, dtype, on_cpu, drop, causal))
+        model = loaded_on(device, partial(_load, path, dtype, on_cpu, drop, causal, as_w8a8))
     _attach_record(model, path)
     model.eval()
     if move_(model, device):
@@ -79,6 +83,7 @@ def _load(
     on_cpu: bool,
     drop: Sequence[str],
     causal: bool,
+    as_w8a8: bool,
     options: Mapping[str, Any],
 ) -> PreTrainedModel:
     """The model; ``options`` are for ``from_pretrained``."""
@@ -89,7 +94,7 @@ def _load(
             "directory": str(path),
             "infer_dtype": dtype is None and getattr(config, "dtype", None) is None,
             "ready": on_cpu or bool(options),  # else it has yet to move
-            "drop": list(drop),
+            "as_w8a8": as_w8a8,
         }
         return load_complete(
             model_class(config, str(path), causal),

@@ -131,8 +131,12 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     return find_layers(open_checkpoint(directory))
 
 
-def open_checkpoint(directory: Path) -> Checkpoint:
+def open_checkpoint(directory: Path, as_w8a8: bool = False) -> Checkpoint:
     """Reads the configuration and the headers of a W8A8 checkpoint, which has no ``layers`` yet.
+
+    Args:
+        directory: the checkpoint's.
+        as_w8a8: whether 8-bit weights whose activations are in floating point will do.
 
     Raises:
         SmoothQuantError: as ``read_checkpoint``.
@@ -140,7 +144,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     configuration = find_quantization(directory)
     if configuration is None:
         raise SmoothQuantError(f"{directory} is not quantized; run it through 'smoothquant quantize' first")
-    quantization = parse_quantization_config(configuration[0], str(configuration[1]))
+    quantization = parse_quantization_config(configuration[0], str(configuration[1]), as_w8a8)
     tensors = read_headers(directory)
     quantization = replace(quantization, fmt=quantization.fmt.variant(tensors))
     return Checkpoint(directory, quantization, tensors, {})

@@ -241,16 +241,15 @@ def write_shards(
         metadata: of each file, besides its format.
 
     Raises:
-        SmoothQuantError: the files cannot be written, or ``max_shard_size`` is no size.
+        OSError: the files cannot be written.
+        SmoothQuantError: ``max_shard_size`` is no size.
     """
     shards = _split(sizes, max_shard_size)
     try:
         for file, names in shards.filename_to_tensors.items():
             save_file({name: read(name) for name in names}, directory / file, metadata={**metadata, "format": "pt"})
     except SafetensorError as error:
-        raise SmoothQuantError(
-            f"{directory} could not be written: {first_line(error)}; free some space there or choose another place"
-        ) from error
+        raise OSError(first_line(error)) from error  # as the file system says it; replace_directory names the place
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -11,6 +11,7 @@ import typer
 from .console import out, step
 from .options import (
     AlphaOrAuto,
+    AsW8A8,
     AutoSkip,
     Calib,
     Clipping,
@@ -21,6 +22,7 @@ from .options import (
     Model,
     NoSmooth,
     Only,
+    Rotate,
     Rounding,
     Samples,
     SchemeName,
@@ -63,6 +65,7 @@ def quantize(
     max_ppl_increase: MaxPplIncrease = None,
     rounding: Rounding = None,
     clipping: Clipping = None,
+    rotate: Rotate = None,
     calib: Calib = CALIBRATION_TEXT,
     samples: Samples = 128,
     seqlen: Seqlen = 512,
@@ -107,6 +110,7 @@ def quantize(
         cast(Any, clipping),
         0 if auto_skip is None else parse_count_or_share("auto-skip", auto_skip),
         None if max_ppl_increase is None else parse_number("max-ppl-increase", max_ppl_increase),
+        tuple(filter(None, (rotate or "").split(","))),
         tuple(skip or ()),
         tuple(only or ()),
     )
@@ -146,13 +150,15 @@ def convert(
     ],
     format: StoredFormat = "auto",  # noqa: A002
     drop: Drop = None,
+    as_w8a8: AsW8A8 = False,
 ) -> None:
     """Writes a W8A8 checkpoint from any tool in another format, without rounding again.
 
     Example: [bold]smoothquant convert smol-w8a8 -o smol-lmdeploy --format lmdeploy[/bold]
 
-    Reads compressed-tensors, LMDeploy, and the FP8 formats of vLLM, transformers, FBGEMM and ModelOpt. Tensors that
-    the model's class does not know, such as layers for multi-token prediction, and other files go along.
+    Reads compressed-tensors, the formats of LMDeploy, SGLang, Quark and Ascend, and the FP8 formats of vLLM,
+    transformers, FBGEMM and ModelOpt. Tensors that the model's class does not know, such as layers for multi-token
+    prediction, and other files go along.
     """
     from ..checkpoint import converting
     from ..checkpoint.completeness import name_families
@@ -162,7 +168,7 @@ def convert(
     chosen = choose("format", format, ("auto", *written_formats()))
     directory = local_directory(source)
     with step(f"Converting {source}"):
-        done = converting.convert(directory, output, chosen, drop=drop or ())
+        done = converting.convert(directory, output, chosen, drop=drop or (), as_w8a8=as_w8a8)
     for names, what in ((done.unknown, "copied as they are"), (done.dropped, "dropped")):
         if names:
             count = f"{len(names)} tensors" if len(names) > 1 else "1 tensor"

@@ -67,6 +67,14 @@ Drop = Annotated[
         help="Load the model without its tensors of matching names, like 'mtp.*', which its class has no place for.",
     ),
 ]
+AsW8A8 = Annotated[
+    bool,
+    typer.Option(
+        "--as-w8a8",
+        help="Also take a checkpoint whose weights alone have 8 bits (W8A16). Its activations are then quantized, with "
+        "a scale per token: another model, to be compared with the original.",
+    ),
+]
 Dtype = Annotated[
     str,
     typer.Option(
@@ -98,6 +106,15 @@ Explicit = Annotated[
         "--explicit",
         help="Also smooth layers where no previous layer can absorb the scale, as after a GELU; it is then applied at "
         "run time. Only smoothquant-ext reads such a checkpoint.",
+    ),
+]
+Rotate = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KINDS",
+        help="Rotate activations before smoothing, which spreads outliers over all channels, at no cost at run time: "
+        "residual (the residual stream; a head that shares its weight with the token embedding is stored apart then), "
+        "heads (the values of attention), or residual,heads. For INT8; FP8 loses by it.",
     ),
 ]
 AutoSkip = Annotated[

@@ -31,13 +31,14 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     drop: Sequence[str] | None = None,
+    as_w8a8: bool = False,
 ) -> tuple[Any, Any]:
-    """Loads a model, ready to run, by default on the CPU, and its tokenizer; ``drop`` is the option of that name."""
+    """Loads a model, ready to run, by default on the CPU, and its tokenizer; ``drop`` and ``as_w8a8`` are options."""
     # While it downloads or dequantizes, transformers draws progress bars.
     with step(f"Loading {source}", spinner=Path(source).is_dir()):
         from ..models import load_model
 
-        return load_model(source, dtype, device, drop or ())
+        return load_model(source, dtype, device, drop or (), as_w8a8)
 
 
 def read_windows(

@@ -68,7 +68,7 @@ def measure_speed(
         if number < 1:
             raise SmoothQuantError(f"{what} is {number}, expected at least 1")
     limits = Limits.least(map(find_limits, models.values()))
-    prefill = _fitting_prompt(limits.positions, prefill, decode)
+    prefill = _fitting_prompt(limits, prefill, decode)
     vocabulary = limits.vocabulary or 2
     prompt = torch.randint(vocabulary, (batch, prefill), generator=torch.Generator().manual_seed(0))
     names = list(models)
@@ -85,9 +85,12 @@ def measure_speed(
     }
 
 
-def _fitting_prompt(positions: int | None, prefill: int, decode: int) -> int:
+def _fitting_prompt(limits: Limits, prefill: int, decode: int) -> int:
     """The tokens of a prompt that leave room for the answer."""
+    positions, trained = limits.positions, limits.trained
     if positions is None or prefill + decode <= positions:
+        if trained is not None and prefill + decode > trained:
+            warnings.warn(f"{prefill} + {decode} tokens are timed, and the model was made for {trained}", stacklevel=3)
         return prefill
     if decode >= positions:
         raise SmoothQuantError(f"decode is {decode} and the model has {positions} positions: ask for a shorter answer")

@@ -15,7 +15,7 @@ class FusedLinear:
     bias: Tensor | None
     most_rows: int
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # its name in nn.Linear
         """[..., K] -> [..., N]"""
         x, weight = input, self.weight
         is_few = x.numel() <= self.most_rows * x.shape[-1]

@@ -75,7 +75,7 @@ class W8A8Linear(nn.Module):
         self.register_buffer("smooth", None)
         self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
 
-    def forward(self, x: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:  # noqa: A002
         """[..., K] -> [..., N] in the dtype of ``x``. Its gradient is that of the dequantized weight.
 
         By name ``x`` may be given as ``input`` too, as it is called in ``nn.Linear``.

@@ -108,8 +108,8 @@ def _watch(
 ) -> tuple[dict[str, BlockCall], dict[str, str], Batch]:
     """The calls of the blocks, the uses of ``replaceable`` that forbid to replace them, and the batch that was run.
 
-    The first few tokens may be too few for the model, or a stand-in may be what it does not expect: then the whole batch
-    is taken, or no stand-in, and nothing is known of such uses.
+    The first few tokens may be too few for the model, or a stand-in may be what it does not expect: then the whole
+    batch is taken, or no stand-in, and nothing is known of such uses.
     """
 
     def watch(few: Batch, places: Mapping[str, nn.Module]) -> tuple[dict[str, BlockCall], dict[str, str]]:

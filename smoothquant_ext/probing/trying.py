@@ -101,8 +101,8 @@ def repeatable(device: torch.device) -> Iterator[None]:
     torch.default_generator.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
-    for gpu, _ in surroundings.gpus:
-        torch.cuda.default_generators[gpu.index or 0].manual_seed(0)
+    for generator, _ in surroundings.gpus:
+        generator.manual_seed(0)
     try:
         yield
     finally:
@@ -119,8 +119,9 @@ class _Surroundings:
     """What a forward pass may change besides its model."""
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
-        gpus = [device for device in devices if device.type == "cuda"] if torch.cuda.is_initialized() else []
-        self.gpus = [(device, torch.cuda.get_rng_state(device)) for device in gpus]
+        # There are no generators before the first use of a GPU.
+        gpus = {device.index or 0 for device in devices if device.type == "cuda"}
+        self.gpus = [(each, each.get_state()) for each in map(_generator, sorted(gpus)) if each is not None]
         self.random = torch.get_rng_state(), random.getstate(), np.random.get_state()
         self.settings = torch.get_default_dtype(), torch.is_grad_enabled()
 
@@ -129,11 +130,16 @@ class _Surroundings:
         torch.set_rng_state(torch_state)
         random.setstate(python_state)
         np.random.set_state(numpy_state)
-        for device, state in self.gpus:
-            torch.cuda.set_rng_state(state, device)
+        for generator, state in self.gpus:
+            generator.set_state(state)
         dtype, grad = self.settings
         torch.set_default_dtype(dtype)
         torch.set_grad_enabled(grad)
+
+
+def _generator(gpu: int) -> torch.Generator | None:
+    generators = torch.cuda.default_generators
+    return generators[gpu] if gpu < len(generators) else None
 
 
 class _Writes(TorchDispatchMode):

@@ -22,11 +22,10 @@ from .hooks import hooked, swapped
 # What every module has, and what an 8-bit one has besides; the values of the latter are looked at when they are used.
 COMMON = {*dir(nn.Module()), "in_features", "out_features", "num_experts", "weight", "bias"}
 INPUT = {"input", "x"}  # what a linear layer's argument is called
-# Questions whose answer is the same for an 8-bit weight.
+# Questions whose answer is the same for an 8-bit weight, which may be packed: its shape is not among them.
 SAME_FOR_8_BITS = {
     *(Tensor.device.__get__, Tensor.is_cuda.__get__, Tensor.is_cpu.__get__, Tensor.is_meta.__get__),  # type: ignore[attr-defined]
-    *(Tensor.requires_grad.__get__, Tensor.grad.__get__, Tensor.grad_fn.__get__, Tensor.is_leaf.__get__),  # type: ignore[attr-defined]
-    *(Tensor.shape.__get__, Tensor.ndim.__get__, Tensor.size, Tensor.dim, Tensor.numel),  # type: ignore[attr-defined]
+    *(Tensor.requires_grad.__get__, Tensor.is_leaf.__get__),  # type: ignore[attr-defined]
 }
 
 

@@ -130,7 +130,8 @@ def _unsupported_weights(model: nn.Module, known: set[str]) -> dict[str, str]:
         weight = values_of(module, "weight")
         is_matrix = weight is not None and weight.dim() == 2
         if is_matrix or any(parameter.dim() > 2 for parameter in module.parameters(recurse=False)):
-            reasons[name] = f"{type(module).__name__} is not a linear layer"
+            what = "computes something else than" if isinstance(module, nn.Linear) else "is not"
+            reasons[name] = f"{type(module).__name__} {what} a linear layer"
     return reasons
 
 

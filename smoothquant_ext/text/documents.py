@@ -11,7 +11,7 @@ from typing import Any
 from ..compat import first_line
 from ..errors import SmoothQuantError
 from .files import COMPRESSED, JSONL_SUFFIXES, OTHER_FORMATS, TEXT_SUFFIXES, Row, in_folder, read_file, suffix_of
-from .rows import Rows, encodable
+from .rows import Document, Rows, encodable
 
 ROW_SUFFIXES = (".json", ".csv", ".tsv", ".parquet", ".arrow")
 Source = str | os.PathLike[str]
@@ -42,6 +42,13 @@ def read_text(
         SmoothQuantError: when the source does not exist, cannot be decoded, holds no text, or has a row of which the
             text cannot be told, which is named.
     """
+    return [document.text for document in read_documents(source, max_characters, tokenizer, field)]
+
+
+def read_documents(
+    source: Source, max_characters: int | None = None, tokenizer: Any = None, field: str | None = None
+) -> list[Document]:
+    """``read_text`` with what is a conversation."""
     path, rows = Path(source).expanduser(), Rows(str(source), tokenizer, field)
     if path.is_dir():
         documents = [document for file in _files_of(path) for document in _documents_of(file, rows)]
@@ -52,27 +59,27 @@ def read_text(
     else:
         documents = _read_dataset(str(source), max_characters, rows)
     rows.conclude()
-    documents = [document for document in documents if document.strip()]
+    documents = [document for document in documents if document.text.strip()]
     if not documents:
         raise SmoothQuantError(f"{source} is empty: give a source that holds text")
     return documents
 
 
-def to_documents(source: Iterable[Any], tokenizer: Any, field: str | None = None) -> list[str]:
+def to_documents(source: Iterable[Any], tokenizer: Any, field: str | None = None) -> list[Document]:
     """The documents of texts, rows and conversations in memory.
 
     Raises:
         SmoothQuantError: one of them is none of these.
     """
     rows = Rows("the text", tokenizer, field)
-    documents: list[str] = []
+    documents: list[Document] = []
     for number, each in enumerate(source, 1):
         if not isinstance(each, (str, dict, list, tuple)):
             kind = "None" if each is None else f"of type {type(each).__name__}"
             raise SmoothQuantError(f"document {number} is {kind}, expected a text, a row with its fields or messages")
         documents.append(rows.document(each, f"document {number}"))
     rows.conclude()
-    return documents
+    return [document for document in documents if document.text.strip()]
 
 
 def _files_of(folder: Path) -> list[Path]:
@@ -90,13 +97,13 @@ def _files_of(folder: Path) -> list[Path]:
     return read
 
 
-def _documents_of(path: Path, rows: Rows) -> list[str]:
+def _documents_of(path: Path, rows: Rows) -> list[Document]:
     content = read_file(path)
     if not isinstance(content, str):
         return [rows.document(row, where) for where, row in content]
     if rows.field is not None:
         raise SmoothQuantError(f"{path} is text without fields: leave out --text-field {rows.field}")
-    return [encodable(content)]
+    return [Document(encodable(content))]
 
 
 def _looks_like_a_path(source: str) -> bool:
@@ -104,7 +111,7 @@ def _looks_like_a_path(source: str) -> bool:
     return source.startswith((".", "/", "~")) or "\\" in source or source.lower().endswith(known) or not source
 
 
-def _read_dataset(source: str, max_characters: int | None, rows: Rows) -> list[str]:
+def _read_dataset(source: str, max_characters: int | None, rows: Rows) -> list[Document]:
     try:
         import datasets
     except ImportError as error:
@@ -113,12 +120,12 @@ def _read_dataset(source: str, max_characters: int | None, rows: Rows) -> list[s
             "run pip install datasets, or give a text file"
         ) from error
     name, _, split = source.partition(":")
-    documents: list[str] = []
+    documents: list[Document] = []
     characters = 0
     try:
         for where, row in _dataset_rows(datasets, name, split or "train"):
             documents.append(rows.document(row, where))
-            characters += len(documents[-1])
+            characters += len(documents[-1].text)
             if max_characters is not None and characters > max_characters:
                 break
     except SmoothQuantError:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from ..errors import SmoothQuantError
 from ..progress import say
@@ -33,6 +33,21 @@ WORD_STARTS = re.compile(r"(?<=[a-z\d])(?=[A-Z])|[-. ]")  # docId, doc-id
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 
+class Document(NamedTuple):
+    """A text; of a conversation with all that the chat template writes, to its end."""
+
+    text: str = ""
+    is_conversation: bool = False
+
+
+def joined(documents: Iterable[Document]) -> str:
+    """Texts with a blank line between them; a conversation follows another as the chat template ends it."""
+    parts: list[str] = []
+    for document in documents:
+        parts += (document.text, "") if document.is_conversation else (document.text.strip("\n"), "\n\n")
+    return "".join(parts[:-1])
+
+
 class Rows:
     """Turns rows into documents, and counts what it reads and what it leaves out."""
 
@@ -43,14 +58,14 @@ class Rows:
         self.empty = self.refused = 0
         self.reason = ""
 
-    def document(self, row: Any, where: str) -> str:
+    def document(self, row: Any, where: str) -> Document:
         """The text of a row; empty where it has none.
 
         Raises:
             SmoothQuantError: it cannot be told which field is the text, or it is none.
         """
         if isinstance(row, str):
-            return encodable(row)
+            return Document(encodable(row))
         if is_conversation(row):
             row = {"messages": row}
         if not isinstance(row, Mapping):
@@ -68,39 +83,39 @@ class Rows:
         named = _for_text(row)
         if has_room or (named and not any(row[name] for name in named)):
             self.empty += 1
-            return ""
+            return Document()
         fields = ", ".join(map(repr, row)) or "none"
         raise SmoothQuantError(
             f"{where}, has no string field 'text' (its fields: {fields}): rename the field of the text to 'text', "
             "or name it with --text-field"
         )
 
-    def _of_field(self, row: Mapping[str, Any], field: str, where: str) -> str:
+    def _of_field(self, row: Mapping[str, Any], field: str, where: str) -> Document:
         if field not in row:
             fields = ", ".join(map(repr, row)) or "none"
             raise SmoothQuantError(f"{where}, has no field {field!r} (its fields: {fields}): name another")
         value = row[field]
         if not value:
             self.empty += 1
-            return ""
+            return Document()
         if not isinstance(value, str) and not is_conversation(value):
             raise SmoothQuantError(f"{where}, has no text in its field {field!r}, but a {type(value).__name__}")
         return self._text((field,), value if isinstance(value, str) else to_messages(value, where), row)
 
-    def _text(self, names: tuple[str, ...], value: str | list[Message], row: Mapping[str, Any]) -> str:
+    def _text(self, names: tuple[str, ...], value: str | list[Message], row: Mapping[str, Any]) -> Document:
         if isinstance(value, str):
             self.empty += not value.strip()
             self.read[_listed(names), False] += bool(value.strip())
-            return encodable(value)
+            return Document(encodable(value))
         try:
             tools = row.get("tools")
             text = self.template.text(value, tools if isinstance(tools, list) else None)
         except RefusedError as error:
             self.refused += 1
             self.reason = self.reason or str(error)
-            return ""
+            return Document()
         self.read[_listed(names), True] += 1
-        return encodable(text)
+        return Document(encodable(text), self.template.exists)
 
     def conclude(self) -> None:
         """Says which fields were read, and warns of what was left out.

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..errors import SmoothQuantError
 from ..probing.lookups import find_limits
-from .documents import Source, read_text, to_documents
+from .documents import Source, read_documents, to_documents
+from .rows import joined
 
 CHARACTERS_PER_TOKEN = 16
 """An upper bound of the characters per token, averaged over a window."""
@@ -60,10 +61,10 @@ def token_windows(
         raise SmoothQuantError(f"seqlen is {seqlen}, expected at least {2 + len(prefix)}")
     wanted = samples * seqlen * CHARACTERS_PER_TOKEN
     if isinstance(source, (str, os.PathLike)):
-        name, documents = str(source), read_text(source, 2 * wanted, tokenizer, field)
+        name, documents = str(source), read_documents(source, 2 * wanted, tokenizer, field)
     else:
         name, documents = "the text", to_documents(source, tokenizer, field)
-    text = "\n\n".join(document.strip("\n") for document in documents)
+    text = joined(documents)
     length = seqlen - len(prefix)
     stretches = _stretches(tokenizer, text, samples, length)
     if not stretches:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from tiny_others import OTHERS, build_other, outputs, quantize_other_
 from tiny_w8a8 import config_of, same_bits
 from torch import nn
 
+import smoothquant_ext
 from smoothquant_ext.checkpoint import loading, saving
 from smoothquant_ext.checkpoint.naming import count_quantized
 from smoothquant_ext.errors import SmoothQuantError
+from smoothquant_ext.models import load_model
 from smoothquant_ext.quantization.convert import convert_
 from smoothquant_ext.scheme import SCHEMES
 
@@ -153,3 +156,36 @@ def test_configurations_of_no_class(changes: dict[str, Any], message: str, tmp_p
     with pytest.raises(SmoothQuantError, match=message) as caught:
         loading.load(tmp_path / "model")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["BertForSequenceClassification", "T5ForConditionalGeneration", "LlamaModel"])
+def test_through_transformers(name: str, tmp_path: Path) -> None:
+    """After ``enable`` the class itself loads it, saves it, and another class that lacks tensors is refused."""
+    model = quantize_other_(build_other(name))
+    saving.save(model, tmp_path / "model")
+    smoothquant_ext.enable()
+    try:
+        loaded = type(model).from_pretrained(tmp_path / "model")
+        loaded.save_pretrained(tmp_path / "again")
+        other = {
+            "BertForSequenceClassification": transformers.BertForMaskedLM,
+            "T5ForConditionalGeneration": transformers.T5ForTokenClassification,
+            "LlamaModel": transformers.LlamaForCausalLM,
+        }[name]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pytest.raises(SmoothQuantError, match=r" lacks \d+ tensors? that its configuration calls for: "):
+                other.from_pretrained(tmp_path / "model")
+    finally:
+        smoothquant_ext.disable()
+    for again in (loaded, loading.load(tmp_path / "again")):
+        for one, expected in zip(outputs(again, name), outputs(model, name), strict=True):
+            assert torch.equal(one, expected)
+
+
+def test_a_save_over_a_save_of_another_class(tmp_path: Path) -> None:
+    for name in ("BertModel", "LlamaModel", "BertModel"):
+        saving.save(quantize_other_(build_other(name)), tmp_path / "model")
+        assert type(loading.load(tmp_path / "model")).__name__ == name
+    with pytest.raises(SmoothQuantError, match="is BertModel, an encoder; name a causal language model"):
+        load_model(tmp_path / "model")

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from stored_files import change_config, change_tensors
 from tiny_w8a8 import assert_same_model, layers_of, logits, quantized
 from torch import Tensor
 
@@ -36,18 +37,6 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def copies(pristine: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
     return lambda name: Path(shutil.copytree(pristine[name], tmp_path / name))
-
-
-def change_tensors(directory: Path, change: Change) -> None:
-    tensors = load_file(directory / "model.safetensors")
-    change(tensors)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-
-
-def change_config(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    config = json.loads((directory / "config.json").read_text())
-    change(config)
-    (directory / "config.json").write_text(json.dumps(config))
 
 
 def assign(**values: Tensor) -> Change:
@@ -125,11 +114,7 @@ DAMAGED_TENSORS = {
         lambda tensors: tensors.pop("model.layers.1.self_attn.q_proj.bias"),
         "q_proj.bias is missing, but config.json makes the layer have one",
     ),
-    "norm missing": (
-        "dynamic",
-        lambda tensors: tensors.pop("model.norm.weight"),
-        r"lacks 1 tensor that its configuration calls for: model\.norm\.weight; copy or download",
-    ),
+    "norm missing": ("dynamic", lambda tensors: tensors.pop("model.norm.weight"), r"lacks 1 tensor .*: model\.norm\.w"),
     "norm of the wrong shape": (
         "dynamic",
         lambda tensors: tensors.update({"model.norm.weight": torch.ones(32)}),

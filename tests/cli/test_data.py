@@ -67,7 +67,7 @@ def test_conversations_are_read_by_the_chat_template_and_it_is_said(learned: Pat
     windows = token_windows(AutoTokenizer.from_pretrained(learned / "model"), path, samples=4, seqlen=24)
     expected = smoothquant("eval", learned / "model", "--text", path, "--json", *SMALL).stdout
     assert json.loads(expected)[0]["tokens"] == windows.numel() - len(windows)
-    text = "\n\n".join(f"[user]{some_text(40, n)}[assistant]yes" for n in range(40))
+    text = "".join(f"[user]{some_text(40, n)}[assistant]yes" for n in range(40))
     assert all(tiny_tokenizer().decode(window) in text for window in windows)
 
 

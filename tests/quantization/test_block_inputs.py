@@ -12,6 +12,7 @@ from tiny_blocks import InPlaceBlock, PairBlock, Stack, batches
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from smoothquant_ext.errors import SmoothQuantError
 from smoothquant_ext.probing.blocks import Batch, find_blocks, run_model
 from smoothquant_ext.quantization.block_inputs import BlockInputRecorder
 
@@ -170,6 +171,6 @@ def test_hooks_are_removed_when_the_model_fails() -> None:
         raise RuntimeError("broken")
 
     model = Stack(between=fail)
-    with pytest.raises(RuntimeError, match="broken"):
+    with pytest.raises(SmoothQuantError, match="broken"):
         recorded(model, batches())
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in model.layers)

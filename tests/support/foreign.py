@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from smoothquant_ext.scheme import QMAX
+
 Weights: TypeAlias = dict[str, Tensor]
 IDS = tiny.token_ids()
 # What llm-compressor calls it -> (type, granularity of weights, of activations, dynamic, symmetric activations)
@@ -95,9 +97,14 @@ def write_compressed_tensors(model: PreTrainedModel, scheme: str, directory: Pat
 
 
 def write_fp8(
-    model: PreTrainedModel, directory: Path, config: Mapping[str, Any], names: tuple[str, str | None], per_channel: bool
+    model: PreTrainedModel,
+    directory: Path,
+    config: Mapping[str, Any],
+    names: tuple[str, str | None],
+    per_channel: bool,
+    dtype: torch.dtype = torch.float8_e4m3fn,
 ) -> Weights:
-    """Writes ``model`` in FP8 as the tools without a format library do; the dequantized weights by layer name.
+    """Writes ``model`` in FP8 or INT8 as tools without a format library do; the dequantized weights by layer name.
 
     ``names`` are those of the weight's scale and of the static activation scale, ``None`` for dynamic activations.
     """
@@ -109,13 +116,14 @@ def write_fp8(
     for name, linear in linears_of(model).items():
         weight = linear.weight.detach()
         absmax = weight.abs().amax(1, keepdim=True) if per_channel else weight.abs().amax()
-        scale = absmax / 448
-        tensors[f"{name}.weight"] = (weight / scale).to(torch.float8_e4m3fn)
+        scale = absmax / QMAX[dtype]
+        steps = weight / scale
+        tensors[f"{name}.weight"] = (steps if dtype.is_floating_point else steps.round()).to(dtype)
         tensors[f"{name}.{names[0]}"] = scale
         dequantized[name] = tensors[f"{name}.weight"].float() * scale
         if names[1] is not None:
             low, high = ranges[name]
-            tensors[f"{name}.{names[1]}"] = torch.maximum(-low, high) / 448
+            tensors[f"{name}.{names[1]}"] = torch.maximum(-low, high) / QMAX[dtype]
     directory.mkdir()
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     model.config.architectures = [type(model).__name__]

@@ -18,6 +18,10 @@ def tensors_of(directory: Path) -> dict[str, Tensor]:
     }
 
 
+def names_in(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
 def change_tensors(directory: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     tensors = load_file(directory / "model.safetensors")
     change(tensors)

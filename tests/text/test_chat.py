@@ -41,7 +41,7 @@ def text_of(messages: list[dict[str, Any]], template: str | None, **row: Any) ->
 
 
 def read_rows(rows: list[dict[str, Any]], template: str | None) -> list[str]:
-    return [text for text in to_documents(rows, tiny_tokenizer(chat_template=template)) if text]
+    return [text for text, _ in to_documents(rows, tiny_tokenizer(chat_template=template)) if text]
 
 
 @pytest.mark.parametrize(
@@ -135,6 +135,18 @@ def test_what_a_tokenizer_and_a_template_both_put_first_is_there_once(seed: int)
     assert (windows[:, 0] == 1).all()
     assert (windows == 1)[:, 2:].any(), "conversations in a window begin as the template says"
     assert not (windows[:, 1] == 1).any()
+
+
+def test_conversations_follow_one_another_as_the_template_ends_them() -> None:
+    tokenizer = tiny_tokenizer(chat_template=CHATML + ".{{ '\\n' }}")
+    mixed = ["\nfirst\n\n", [HI, HO], {"messages": [MORE, HO]}, "last\n"]
+    expected = "first\n\n[user]hi[assistant]ho.\n[user]more[assistant]ho.\nlast"
+    (window,) = token_windows(tokenizer, mixed, samples=1, seqlen=len(expected))
+    assert tokenizer.decode(window) == expected
+    plain = "first\n\nhi\n\nho\n\nmore\n\nho\n\nlast"
+    with pytest.warns(UserWarning, match="no chat template"):
+        (window,) = token_windows(tiny_tokenizer(), mixed, samples=1, seqlen=len(plain))
+    assert tokenizer.decode(window) == plain
 
 
 def test_windows_of_conversations_are_what_the_template_writes() -> None:

@@ -131,5 +131,5 @@ def test_one_broken_row_of_many_is_named_with_its_line(tmp_path: Any) -> None:
 
 def test_half_characters_are_replaced() -> None:
     """No tokenizer takes them."""
-    assert Rows("a").document({"text": "a\ud83dz"}, "row") == "a\ufffdz"
-    assert Rows("a").document({"text": "a\U0001f600z"}, "row") == "a\U0001f600z"
+    assert Rows("a").document({"text": "a\ud83dz"}, "row").text == "a\ufffdz"
+    assert Rows("a").document({"text": "a\U0001f600z"}, "row").text == "a\U0001f600z"

@@ -86,9 +86,11 @@ def refusal(config: Mapping[str, Any], where: str) -> SmoothQuantError:
             f"{where}: quant_method {method!r} means {what}, so the weights here are in floating point; remove "
             "quantization_config, and quantize the model with smoothquant-ext"
         )
-    kind = _torchao_kind(config) if str(method).lower() == "torchao" else ""
-    description = f"{what}{kind}, read by {readers}" if what else repr(method)
-    return SmoothQuantError(f"{where}: the model is quantized with {description}, which is not W8A8; {CONVERT_AGAIN}")
+    description = f"{what}, read by {readers}" if what else repr(method)
+    end = "which is not W8A8"
+    if str(method).lower() == "torchao":  # one of its many kinds is W8A8
+        description, end = f"{what}{_torchao_kind(config)}", f"which are read by {readers}"
+    return SmoothQuantError(f"{where}: the model is quantized with {description}, {end}; {CONVERT_AGAIN}")
 
 
 def _without_method(config: Mapping[str, Any]) -> tuple[str, str]:
