@@ -35,6 +35,7 @@ from smoothquant_ext.probing.linears import weight_nk
 from smoothquant_ext.probing.smoothing_groups import discover
 from smoothquant_ext.probing.structure import find_structure
 from smoothquant_ext.quantization.calibration import calibrate
+from smoothquant_ext.quantization.recipe import ROTATIONS
 from smoothquant_ext.quantization.selection import select_linears
 from smoothquant_ext.quantization.smoothing import fold_, group_modules
 from smoothquant_ext.text import token_windows
@@ -65,11 +66,15 @@ VARIANTS = (
     ours("int8, alpha auto", alpha="auto"),
     ours("int8, alpha auto, nearest", alpha="auto", rounding="nearest"),
     ours("int8, alpha auto, skip 5 %", alpha="auto", auto_skip=0.05),
+    ours("int8, rotated, not smoothed", smooth=False, rotate=ROTATIONS),
+    ours("int8, rotated, alpha auto", alpha="auto", rotate=ROTATIONS),
+    ours("int8-static, rotated, alpha auto", scheme="int8-static", alpha="auto", rotate=ROTATIONS),
     ours("int8-static, alpha 0.8", scheme="int8-static"),
     ours("int8-static, alpha auto", scheme="int8-static", alpha="auto"),
     ours("fp8, not smoothed", scheme="fp8", smooth=False),
     ours("fp8, alpha 0.5", scheme="fp8", alpha=0.5),
     ours("fp8, alpha auto", scheme="fp8", alpha="auto"),
+    ours("fp8, rotated, alpha 0.5", scheme="fp8", alpha=0.5, rotate=ROTATIONS),
     ours("fp8-e5m2, not smoothed", scheme="fp8-e5m2", smooth=False),
     ours("fp8-e5m2, alpha 0.5", scheme="fp8-e5m2", alpha=0.5),
     Variant("LMDeploy's rule", lambda model, windows: lmdeploy(model, windows)),

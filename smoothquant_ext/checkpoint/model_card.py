@@ -56,6 +56,7 @@ def model_card(
         layers=layers,
         recipe=record.get("recipe"),
         calibration=record.get("calibration") or {},
+        rotated=_rotated(record.get("rotations") or {}),
         groups=len(record.get("groups") or ()),
         skipped={reason: len(names) for reason, names in by_reason(record.get("skipped") or {}).items()},
         is_static=any(scheme.is_static for scheme in schemes),
@@ -100,6 +101,11 @@ def add_measured(directory: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     text = model_card(directory.resolve().name, quantization.fmt, schemes, len(record["quantized"]), record)
     replace_file(directory / RECORD, json.dumps(record, indent=1) + "\n")
     replace_file(directory / CARD, text)
+
+
+def _rotated(rotations: Mapping[str, Any]) -> list[str]:
+    names = {"residual": "the residual stream", "heads": "the values of attention"}
+    return [name for key, name in names.items() if rotations.get(key)]
 
 
 def _quantized_layers(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -22,6 +22,7 @@ from .options import (
     Model,
     NoSmooth,
     Only,
+    Rotate,
     Rounding,
     Samples,
     SchemeName,
@@ -64,6 +65,7 @@ def quantize(
     max_ppl_increase: MaxPplIncrease = None,
     rounding: Rounding = None,
     clipping: Clipping = None,
+    rotate: Rotate = None,
     calib: Calib = CALIBRATION_TEXT,
     samples: Samples = 128,
     seqlen: Seqlen = 512,
@@ -108,6 +110,7 @@ def quantize(
         cast(Any, clipping),
         0 if auto_skip is None else parse_count_or_share("auto-skip", auto_skip),
         None if max_ppl_increase is None else parse_number("max-ppl-increase", max_ppl_increase),
+        tuple(filter(None, (rotate or "").split(","))),
         tuple(skip or ()),
         tuple(only or ()),
     )

@@ -108,6 +108,15 @@ Explicit = Annotated[
         "run time. Only smoothquant-ext reads such a checkpoint.",
     ),
 ]
+Rotate = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KINDS",
+        help="Rotate activations before smoothing, which spreads outliers over all channels, at no cost at run time: "
+        "residual (the residual stream; a head that shares its weight with the token embedding is stored apart then), "
+        "heads (the values of attention), or residual,heads. For INT8; FP8 loses by it.",
+    ),
+]
 AutoSkip = Annotated[
     str | None,
     typer.Option(

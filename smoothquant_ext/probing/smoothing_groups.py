@@ -159,11 +159,13 @@ class BlockProber:
         self.producers = self._producers_in_order()
         self.noise: dict[tuple[Any, ...], Tensor] = {}
 
-    def find_groups(self, discovery: Discovery) -> None:
-        """Appends this block's groups. A layer's input is smoothed once: by its first producer."""
+    def find_groups(self, discovery: Discovery, kinds: Collection[str] = ("norm", "linear")) -> None:
+        """Appends this block's groups of these kinds. A layer's input is smoothed once: by its first producer."""
         full_name, layouts = self.block.full_name, self.block.experts
         claimed: set[str] = set()
         for producer, offset in self.producers.items():
+            if ("linear" if producer in self.block.linears else "norm") not in kinds:
+                continue
 
             def probe(producer: str = producer) -> tuple[dict[str, Tensor], str]:
                 return self._consumers_of(producer)

@@ -38,6 +38,7 @@ from .recipe import Recipe
 from .report import LayerReport, Report, UnitReport
 from .restoring import unchanged_on_error
 from .resume import SearchState, fingerprint
+from .rotation import rotate_
 from .selection import Selection, check_finite_weights, select_linears
 from .sensitivity import Unit
 from .skipping import choose_skips, with_dynamic_scale
@@ -101,6 +102,9 @@ def _quantize(
     structure = find_structure(model, data.first)
     selection = select_linears(structure, recipe)
     check_finite_weights(selection.modules(model))
+    if recipe.rotate:
+        report.rotations = rotate_(structure, data.first, recipe.rotate, placement, bar("Rotating"))
+        structure = find_structure(model, data.first)  # its blocks' calls are rotated now
 
     with placement.running(structure, unchanged=True), untouched(model):
         calibration = _calibrate(structure, selection, data, recipe, bar("Calibrating"))

@@ -12,6 +12,7 @@ from ..scheme import SCHEMES, Scheme
 Rounding: TypeAlias = Literal["nearest", "clip", "gptq"]
 Clipping: TypeAlias = Literal["absmax", "percentile", "mse", "kl", "auto"]
 AUTO = "auto"
+ROTATIONS = ("residual", "heads")
 ROUNDINGS: tuple[Rounding, ...] = ("nearest", "clip", "gptq")
 CLIPPINGS: tuple[Clipping, ...] = ("absmax", "percentile", "mse", "kl", "auto")
 
@@ -35,6 +36,7 @@ class Recipe:
             a share of all.
         max_ppl_increase: leave out as many layers as needed to keep the perplexity on held-out calibration text within
             this of the original's, relative: 0.005 is 0.5 %.
+        rotate: which activations are rotated, see ``rotation.rotate_``: ``"residual"``, ``"heads"``; empty for none.
         skip: glob patterns of module names to leave in floating point, besides the output embedding and MoE routers.
         only: glob patterns of the only module names to quantize; empty means all.
 
@@ -50,6 +52,7 @@ class Recipe:
     clipping: Clipping | None = None
     auto_skip: float = 0
     max_ppl_increase: float | None = None
+    rotate: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
 
@@ -70,6 +73,9 @@ class Recipe:
                 object.__setattr__(self, name, tuned if self.alpha == AUTO else default)
             elif chosen not in allowed:
                 raise SmoothQuantError(f"{name} is {chosen!r}, expected one of {', '.join(allowed)}")
+        for kind in self.rotate:
+            if kind not in ROTATIONS:
+                raise SmoothQuantError(f"rotate holds {kind!r}, expected some of {', '.join(ROTATIONS)}")
         if not 0 <= self.auto_skip < math.inf or (self.auto_skip >= 1 and self.auto_skip != int(self.auto_skip)):
             raise SmoothQuantError(f"auto_skip is {self.auto_skip}, expected a number of layers or a share below 1")
         if self.max_ppl_increase is not None and not self.max_ppl_increase > 0:

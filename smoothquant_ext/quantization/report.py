@@ -99,6 +99,23 @@ class UnitReport:
 
 
 @dataclass
+class Rotations:
+    """What was rotated.
+
+    Attributes:
+        residual: whether the residual stream was.
+        heads: for each block in which the values of attention are rotated the channels of a head.
+        untied: bytes that a head takes which shared its weight with the token embedding.
+        refused: why the residual stream was not rotated, or ''.
+    """
+
+    residual: bool = False
+    heads: dict[str, int] = field(default_factory=dict)
+    untied: int = 0
+    refused: str = ""
+
+
+@dataclass
 class Report:
     """The facts of one run of ``quantize``.
 
@@ -115,6 +132,7 @@ class Report:
         fused: names of the norms, MLPs and so on that run in one pass now.
         seconds: wall-clock seconds of each step.
         base: where the model was loaded from: a hub id, or the last part of a path; empty if that is not known.
+        rotations: what was rotated.
         calibration: ``windows`` and ``tokens`` of the calibration data, and the name of the ``text`` where it is known.
     """
 
@@ -131,6 +149,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     base: str = ""
     calibration: dict[str, Any] = field(default_factory=dict)
+    rotations: Rotations = field(default_factory=Rotations)
 
     @property
     def unsmoothed(self) -> list[str]:

@@ -162,6 +162,8 @@ def render_report(report: Report) -> Group:
     if report.experts:
         count += f" and the experts of {len(report.experts)} mixtures"
     parts: list[Any] = [Text(f"{count} run in {recipe.resolved_scheme.name} ({took:.0f} s)", style="bold")]
+    if recipe.rotate:
+        parts += _rotation_lines(report)
     if report.groups:
         parts.append(_groups_table(report.groups))
     for heading, reasons in (
@@ -180,6 +182,28 @@ def render_report(report: Report) -> Group:
     if report.fused:
         parts.append(Text(f"Fused into one pass: {collapse(report.fused)}"))
     return Group(*parts)
+
+
+def _rotation_lines(report: Report) -> list[Text]:
+    rotations, kinds = report.rotations, report.recipe.rotate
+    lines = []
+    if rotations.residual:
+        apart = (
+            f"; the head is stored apart from the embedding, {rotations.untied / 1e6:.1f} MB"
+            if rotations.untied
+            else ""
+        )
+        lines.append(Text(f"Rotated: the residual stream{apart}"))
+    elif "residual" in kinds:
+        lines.append(Text(f"The residual stream is not rotated, because {rotations.refused}"))
+    if "heads" in kinds:
+        blocks = f"heads of {', '.join(map(str, sorted(set(rotations.heads.values()))))} channels"
+        lines.append(
+            Text(f"Rotated: the values of attention in {len(rotations.heads)} blocks, {blocks}")
+            if rotations.heads
+            else Text("The values of attention are not rotated, because no block passes them on by averages alone")
+        )
+    return lines
 
 
 def _groups_table(groups: Iterable[SmoothedGroup]) -> Table:

@@ -26,6 +26,7 @@ RECIPES = {
     "explicit": Recipe(explicit=True),
     "searched": Recipe(alpha="auto", rounding="nearest"),
     "static": Recipe("int8-static", rounding="gptq", clipping="auto", auto_skip=3),
+    "rotated": Recipe(alpha="auto", rotate=("residual", "heads")),
     "clip": Recipe("fp8", rounding="clip"),
     "fp8-static": Recipe("fp8-static", clipping="kl", max_ppl_increase=0.05),
     "fp8-e5m2": Recipe("fp8-e5m2", skip=("*.o_proj",)),
