@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .blocks import find_blocks
 from .hooks import hooked
+from .trying import attempt
 
 ORDER = (5, 3, 8, 4, 7, 6, 9)  # token ids that are not consecutive, as positions are
 aten = torch.ops.aten
@@ -67,9 +68,12 @@ def find_limits(model: nn.Module) -> Limits:
     ids = torch.tensor([[token % rows if rows else token for token in bare]])
     watch = _Lookups(ids)
     device = next(itertools.chain(model.parameters(), model.buffers()), ids).device
-    # Whatever the model raises here, it raises again, and to more purpose, where it is used.
-    with contextlib.suppress(Exception), torch.no_grad(), _until_end_of_first_block(model), watch:
-        model(input_ids=ids.to(device), use_cache=False)
+
+    def run() -> None:
+        with _until_end_of_first_block(model), watch:
+            model(input_ids=ids.to(device), use_cache=False)
+
+    attempt(run, model)  # whatever the model raises here, it raises again, and to more purpose, where it is used
     positions = _least([*watch.positions, declared])
     return Limits(_least([*watch.vocabularies, rows]), positions, trained, width)
 
