@@ -87,7 +87,8 @@ def assert_close_in_8_bits(model: nn.Module, data: list[Tensor], recipe: Recipe)
         quantize(model, data, recipe, progress=False)
         report: Report = model.smoothquant_report
         assert report.quantized
-        assert all("did not run while probing" in reason for reason in report.failed.values())
+        reasons = ("did not run while probing", "its calls could not be repeated")
+    assert all(any(each in reason for each in reasons) for reason in report.failed.values())
         for name in report.quantized:
             assert isinstance(model.get_submodule(name), W8A8Linear)
         for ids, want in zip(data, expected, strict=True):
