@@ -54,6 +54,7 @@ from .reading import (
 from .record import RECORD, read_record
 from .saving import FORMER_CARD, check_destination, own_copy, with_files, write_shards
 from .scales import is_zero_point
+from .source_files import check_directory
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,7 @@ def convert(
 
 def _read(path: Path, drop: Sequence[str], as_w8a8: bool) -> _Source:
     """Reads a checkpoint with the checks that ``load`` makes, on a model that has no memory for its weights."""
+    check_directory(path)
     stored = open_checkpoint(path, as_w8a8)
     model = _skeleton(path)
     quantizer = W8A8Quantizer(W8A8Config(str(path), as_w8a8=as_w8a8))
