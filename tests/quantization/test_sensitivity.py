@@ -106,7 +106,7 @@ def test_the_model_is_as_before_also_after_a_failure(monkeypatch: pytest.MonkeyP
     with pytest.raises(SmoothQuantError, match="ZeroDivisionError"):
         sensitivity.kl(unit, layers)
     assert is_untouched(model, modules)
-    with pytest.raises(SmoothQuantError, match="ZeroDivisionError"), swapped(model, layers):
+    with pytest.raises(ZeroDivisionError), swapped(model, layers):
         model(data[0])
     assert is_untouched(model, modules)
     monkeypatch.setattr(model, "between", lambda _: 1 / 0)
