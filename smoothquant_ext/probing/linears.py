@@ -24,7 +24,7 @@ LINEAR_ROUNDINGS = 4
 def is_linear(module: nn.Module) -> bool:
     """True for ``nn.Linear``, GPT-2's ``Conv1D``, and subclasses that compute just what ``nn.Linear`` computes.
 
-    Hooks, and a forward pass that was put in an instance's own, count as parts of a subclass.
+    Hooks that follow it, and a forward pass that was put in an instance, count as those of a subclass.
     """
     if type(module) in (nn.Linear, Conv1D) and not _is_altered(module):
         return True
@@ -34,7 +34,7 @@ def is_linear(module: nn.Module) -> bool:
 def _is_altered(module: nn.Module) -> bool:
     """Whether something else than the class has a say in the output; accelerate only moves tensors."""
     own = vars(module)
-    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or ("forward" in own and "_hf_hook" not in own))
+    return bool(own["_forward_hooks"]) or ("forward" in own and "_hf_hook" not in own)
 
 
 def _computes_linear(module: Linear) -> bool:

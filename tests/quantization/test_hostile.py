@@ -88,7 +88,7 @@ def assert_close_in_8_bits(model: nn.Module, data: list[Tensor], recipe: Recipe)
         report: Report = model.smoothquant_report
         assert report.quantized
         reasons = ("did not run while probing", "its calls could not be repeated")
-    assert all(any(each in reason for each in reasons) for reason in report.failed.values())
+        assert all(any(each in reason for each in reasons) for reason in report.failed.values())
         for name in report.quantized:
             assert isinstance(model.get_submodule(name), W8A8Linear)
         for ids, want in zip(data, expected, strict=True):

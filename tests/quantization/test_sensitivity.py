@@ -11,6 +11,7 @@ import torch
 from tiny_blocks import PairBlock, Stack, batches
 from torch import Tensor, nn
 
+from smoothquant_ext.errors import SmoothQuantError
 from smoothquant_ext.evaluation.accuracy import log_likelihood, mean_kl
 from smoothquant_ext.nn.linear import W8A8Linear
 from smoothquant_ext.probing.blocks import find_blocks
@@ -102,14 +103,14 @@ def test_the_model_is_as_before_also_after_a_failure(monkeypatch: pytest.MonkeyP
         sensitivity.kl(Unit("layers.2", ("layers.2.up", "layers.2.missing")), layers)
     assert is_untouched(model, modules)
     monkeypatch.setattr(W8A8Linear, "forward", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(SmoothQuantError, match="ZeroDivisionError"):
         sensitivity.kl(unit, layers)
     assert is_untouched(model, modules)
     with pytest.raises(ZeroDivisionError), swapped(model, layers):
         model(data[0])
     assert is_untouched(model, modules)
     monkeypatch.setattr(model, "between", lambda _: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(SmoothQuantError, match="ZeroDivisionError"):
         Sensitivity(find_structure(model, data[0]), data)
     assert is_untouched(model, modules)
 
