@@ -29,6 +29,8 @@ NOTES = """
 - *alpha auto*: `--alpha auto`. The search chooses one alpha, or no smoothing, for each smoothing group. It minimizes
   the error of the decoder block's output on held-out windows, with weights and activations quantized as they will run.
   GPTQ then rounds the weights, unless the row says nearest.
+- *rotated*: `--rotate residual,heads`, folded into the weights. The head shares its weight with the token embedding in
+  this model and is stored apart then.
 - *skip 5 %*: `--auto-skip 5%`. Each set of layers that share an input was quantized alone to measure its KL divergence.
   The worst layers, at most 5 % of all, stayed in floating point.
 - *int8-static, alpha auto*: an input gets a scale per token if its largest token is more than four times its median
@@ -52,7 +54,7 @@ def page() -> str:
     """The whole page."""
     parts = [INTRODUCTION]
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS]
-    for run in sorted(runs, key=lambda run: float(run["amplify"])):
+    for run in sorted(runs, key=lambda run: (float(run["amplify"]), "title" in run)):
         parts += section(run)
     return "\n".join(parts) + NOTES
 
@@ -61,6 +63,7 @@ def section(run: dict[str, Any]) -> list[str]:
     """One run: a heading, a table, the machine and the versions."""
     factor = run["amplify"]
     title = "SmolLM2-135M-Instruct" + (f", with outliers {factor:g} times larger" if factor != 1 else "")
+    title = run.get("title", title)
     texts = run["results"]
     lines = [f"## {title}", ""]
     lines.append(" | ".join(["| model", *(f"{t}: KL | perplexity | top-1" for t in texts), "made in |"]))
