@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -50,11 +51,37 @@ def count_quantized(model: nn.Module) -> int:
 
 
 def float_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The tensors that a checkpoint stores besides those of the 8-bit layers, by name in the checkpoint."""
-    tensors = to_checkpoint_tensors(model, plain_tensors(model, besides=(W8A8Linear, W8A8Experts)))
+    """The tensors that a checkpoint stores besides those of the 8-bit layers, by name in the checkpoint.
+
+    A tensor that transformers stores in one with the weights of 8-bit layers has its name in the model.
+    """
+    plain = plain_tensors(model, besides=(W8A8Linear, W8A8Experts))
+    tensors = to_checkpoint_tensors(model, plain)
+    for merged, parts in _merged_with_8_bits(model, plain, tensors).items():
+        del tensors[merged]
+        tensors |= {name: plain[name] for name in parts}
     for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
         tensors.pop(name, None)
     return tensors
+
+
+def _merged_with_8_bits(
+    model: PreTrainedModel, plain: Mapping[str, Tensor], stored: Mapping[str, Tensor]
+) -> dict[str, list[str]]:
+    """The tensors ``stored`` that would be larger if no layer had 8 bits, with the tensors that each is made of."""
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, W8A8Linear)}
+    shapes: dict[str, Sequence[int]] = {name: tensor.shape for name, tensor in plain.items()}
+    shapes |= {f"{path}.weight": (layer.out_features, layer.in_features) for path, layer in layers.items()}
+    try:
+        whole = to_checkpoint_tensors(model, {name: torch.empty(*shapes[name], device="meta") for name in shapes})
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, ValueError):
+        return {}  # a conversion that needs the values
+    partial = {name for name, tensor in stored.items() if name in whole and whole[name].shape != tensor.shape}
+    parts: dict[str, list[str]] = {name: [] for name in partial}
+    for name in plain if partial else ():
+        for key in partial & to_checkpoint_tensors(model, {name: plain[name]}).keys():
+            parts[key].append(name)
+    return parts
 
 
 def checkpoint_names(

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_w8a8 import COMPRESSED, DYNAMIC, IDS, assert_same_model, config_of, layers_of, logits, quantized
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from smoothquant_ext.checkpoint import loading, saving
 from smoothquant_ext.errors import SmoothQuantError
@@ -33,6 +33,21 @@ def test_every_architecture_comes_back_to_the_bit(model_type: str, tmp_path: Pat
     assert list(layers_of(loaded)) == list(layers_of(model))
     assert not loaded.training
     assert not any(tensor.is_meta for tensor in (*loaded.parameters(), *loaded.buffers()))
+
+
+@pytest.mark.skipif("lara_mini" not in CONFIG_MAPPING, reason="this transformers has no model that stores such tensors")
+def test_floats_that_are_stored_in_one_tensor_with_8_bit_weights_come_back(tmp_path: Path) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+    heads = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16}
+    sizes = tiny.SIZES | tiny.LLAMA_LIKE | experts | heads | {"linear_value_head_dim": 16}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["lara_mini"](**sizes)).eval()
+    quantize(model, IDS, progress=False)
+    parts = [module for name, module in model.named_modules() if ".in_proj_" in name]  # stored as one tensor, in_proj
+    assert {isinstance(part, W8A8Linear) for part in parts} == {True, False}
+    saving.save(model, tmp_path / "model")
+    loaded = loading.load(tmp_path / "model")
+    assert torch.equal(logits(loaded), logits(model))
 
 
 @pytest.mark.parametrize("scheme", COMPRESSED)
