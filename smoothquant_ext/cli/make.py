@@ -110,7 +110,7 @@ def quantize(
         cast(Any, clipping),
         0 if auto_skip is None else parse_count_or_share("auto-skip", auto_skip),
         None if max_ppl_increase is None else parse_number("max-ppl-increase", max_ppl_increase),
-        tuple(filter(None, (rotate or "").split(","))),
+        rotate or (),
         tuple(skip or ()),
         tuple(only or ()),
     )

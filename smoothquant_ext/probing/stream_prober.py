@@ -49,7 +49,7 @@ class StreamProber:
 
     Attributes:
         rotation: [D, D], in the dtype of the module.
-        direction: [D], of unit length: noise.
+        direction: [D], noise.
         norms: the norms over D channels that the recorded run called, with their offsets.
         inputs: of matrices and norms, for each call.
         outputs: likewise.

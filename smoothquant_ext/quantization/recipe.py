@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -36,7 +37,8 @@ class Recipe:
             a share of all.
         max_ppl_increase: leave out as many layers as needed to keep the perplexity on held-out calibration text within
             this of the original's, relative: 0.005 is 0.5 %.
-        rotate: which activations are rotated, see ``rotation.rotate_``: ``"residual"``, ``"heads"``; empty for none.
+        rotate: which activations are rotated, see ``rotation.rotate_``: some of ``ROTATIONS``, or their names in one
+            text, ``"residual,heads"``; empty for none.
         skip: glob patterns of module names to leave in floating point, besides the output embedding and MoE routers.
         only: glob patterns of the only module names to quantize; empty means all.
 
@@ -52,7 +54,7 @@ class Recipe:
     clipping: Clipping | None = None
     auto_skip: float = 0
     max_ppl_increase: float | None = None
-    rotate: tuple[str, ...] = ()
+    rotate: str | Sequence[str] = ()
     skip: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
 
@@ -73,9 +75,14 @@ class Recipe:
                 object.__setattr__(self, name, tuned if self.alpha == AUTO else default)
             elif chosen not in allowed:
                 raise SmoothQuantError(f"{name} is {chosen!r}, expected one of {', '.join(allowed)}")
-        for kind in self.rotate:
+        kinds = self.rotate.split(",") if isinstance(self.rotate, str) and self.rotate else self.rotate or ()
+        if not isinstance(kinds, list | tuple):
+            raise SmoothQuantError(f"rotate is {kinds!r}, expected some of {', '.join(ROTATIONS)}")
+        kinds = tuple(dict.fromkeys(kind.strip() if isinstance(kind, str) else kind for kind in kinds))
+        for kind in kinds:
             if kind not in ROTATIONS:
                 raise SmoothQuantError(f"rotate holds {kind!r}, expected some of {', '.join(ROTATIONS)}")
+        object.__setattr__(self, "rotate", kinds)
         if not 0 <= self.auto_skip < math.inf or (self.auto_skip >= 1 and self.auto_skip != int(self.auto_skip)):
             raise SmoothQuantError(f"auto_skip is {self.auto_skip}, expected a number of layers or a share below 1")
         if self.max_ppl_increase is not None and not self.max_ppl_increase > 0:

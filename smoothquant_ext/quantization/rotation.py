@@ -65,12 +65,13 @@ def rotate_(
     result = Rotations()
     blocks = placement.blocks_of(structure).blocks
     hints: dict[tuple[type, str, int], Any] = {}
+    headless: set[tuple[type, str, int]] = set()
     rotator = _ResidualRotator(structure, blocks) if "residual" in kinds else None
     for name in progress(structure.called):
         if rotator is not None and not rotator.refused:
             rotator.examine(name, seed)
         if "heads" in kinds:
-            _rotate_heads_(structure, blocks[name], seed + 1, hints, result)
+            _rotate_heads_(structure, blocks[name], seed + 1, hints, headless, result)
     if rotator is not None:
         with placement.running(structure):
             rotator.rotate_(probe_batch(batch), result)
@@ -267,31 +268,41 @@ def _wide(tensor: Tensor | None) -> Tensor:
 
 
 def _rotate_heads_(
-    structure: Structure, block: Block, seed: int, hints: dict[tuple[type, str, int], Any], result: Rotations
+    structure: Structure,
+    block: Block,
+    seed: int,
+    hints: dict[tuple[type, str, int], Any],
+    headless: set[tuple[type, str, int]],
+    result: Rotations,
 ) -> None:
-    """Rotates the values of a block's attention, in heads as large as the block allows."""
+    """Rotates the values of a block's attention, in heads as large as the block allows.
+
+    ``hints`` are of ``BlockProber``. ``headless`` are producers of earlier blocks, by the class of their block, that no
+    size fits, such as up in ``silu(gate) * up``; updated.
+    """
     discovery = Discovery()
     BlockProber(block, structure.tied, hints).find_groups(discovery, kinds=("linear",))
     for group in discovery.groups:
         consumer, channel_map = next(iter(group.consumers.items()))
         if len(group.consumers) > 1 or not is_linear(block.find(consumer)):
             continue
-        key = type(block.module), f"heads of {block.local_name(group.producer)}", group.channels
-        sizes = [hints[key]] if key in hints else _head_sizes(channel_map)
-        hints[key] = 0
-        proof = Proof(block) if any(sizes) else None
-        for size in filter(None, sizes):
+        key = type(block.module), block.local_name(group.producer), group.channels
+        sizes = [] if key in headless else _head_sizes(channel_map)
+        proof = Proof(block) if sizes else None
+        for size in sizes:
             assert proof is not None
             heads, turn = _heads(channel_map, size), rotation(size, seed)
             members = block.find(group.producer, proof.module), block.find(consumer, proof.module)
             if not proof.attempt(members, partial(_fold_heads_, *members, heads, turn)):
-                hints[key] = result.heads[block.name] = size
+                result.heads[block.name] = size
                 home = [structure.model.get_submodule(name) for name in (group.producer, consumer)]
                 producer, reader = copies = [copy_of(module) for module in home]
                 _fold_heads_(producer, reader, heads, turn)
                 for module, other in zip(home, copies, strict=True):
                     module._parameters.update(other._parameters)
                 break
+        else:
+            headless.add(key)
 
 
 def _head_sizes(channel_map: Tensor) -> list[int]:

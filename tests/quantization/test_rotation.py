@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -259,9 +260,42 @@ def test_a_failure_leaves_the_model_as_it_was(architecture: str, monkeypatch: py
     assert model.config.tie_word_embeddings == tied
 
 
-def test_an_unknown_kind_is_refused() -> None:
-    with pytest.raises(SmoothQuantError, match="rotate holds 'spin', expected some of residual, heads"):
-        Recipe(rotate=("spin",))
+@pytest.mark.parametrize(
+    "rotate", ["spin", ("spin",), ["residual", "spin"], "residual,,heads", 3, {"residual": 1}, [None]]
+)
+def test_an_unknown_kind_is_refused(rotate: Any) -> None:
+    with pytest.raises(SmoothQuantError, match=r"rotate (is|holds) .*, expected some of residual, heads"):
+        Recipe(rotate=rotate)
+
+
+@pytest.mark.parametrize("rotate", ["residual, heads", ["residual", "heads"], ("residual", "heads", "residual")])
+def test_kinds_are_a_list_or_one_text(rotate: Any) -> None:
+    assert Recipe(rotate=rotate).rotate == BOTH
+    assert Recipe(rotate="").rotate == Recipe(rotate=None).rotate == ()
+
+
+class SmallHeads(nn.Module):
+    """Attention of four heads of 8 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(WIDTH, 32, bias=False) for _ in range(3))
+        self.o_proj = nn.Linear(32, WIDTH, bias=False)
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+        layers = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (layer(hidden_states).unflatten(-1, (4, 8)).transpose(1, 2) for layer in layers)
+        values = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o_proj(values.transpose(1, 2).flatten(2)), None
+
+
+def test_blocks_of_one_class_may_have_heads_of_other_sizes() -> None:
+    model = tiny.build("llama", num_hidden_layers=3)
+    model.model.layers[1].self_attn = SmallHeads()
+    expected = tiny.logits(model, IDS)
+    rotations = rotate(model)
+    assert list(rotations.heads.values()) == [HEAD, 8, HEAD]
+    assert tiny.relative_error(model, expected, IDS) <= SAME
 
 
 def test_one_kind_leaves_the_other_alone() -> None:
