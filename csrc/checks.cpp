@@ -14,10 +14,11 @@ namespace sq {
 namespace {
 
 void check_quantize(const OpString& op, const Tensor& x, ScalarType dtype, const OptionalTensor& smooth,
-                    const OptionalTensor& scale) {
+                    const OptionalTensor& scale, int64_t rotate) {
   const char* name = op.value.c_str();
   check_activation(name, x);
   check_8bit(name, "dtype", dtype);
+  check_rotate(name, rotate, x.size(x.dim() - 1));
   check_smooth(name, smooth, x);
   check_static_scale(name, "scale", scale, "x", x);
 }
@@ -29,9 +30,9 @@ void check_norm_quantize_op(const OpString& op, const Tensor& x, const Tensor& w
 }
 
 void check_activate_quantize_op(const OpString& op, const Tensor& gate, const OptionalTensor& up, ScalarType dtype,
-                                const OptionalTensor& scale, const OpString& approximate) {
+                                const OptionalTensor& scale, const OpString& approximate, int64_t rotate) {
   const Activation any = gelu_kind(op.value.c_str(), approximate);
-  const char* name = check_activate_quantize(op.value.c_str(), {any, gate, up, dtype, scale});
+  const char* name = check_activate_quantize(op.value.c_str(), {any, gate, up, dtype, scale, rotate});
   check_static_scale(op.value.c_str(), "scale", scale, name, gate);
 }
 
@@ -42,26 +43,27 @@ void check_gemm(const Tensor& a, const Tensor& b, const Tensor& a_scale, const T
 
 void check_w8a8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const OptionalTensor& bias,
                        const OptionalTensor& input_scale, const OptionalTensor& smooth,
-                       std::optional<ScalarType> out_dtype) {
+                       std::optional<ScalarType> out_dtype, int64_t rotate) {
   constexpr const char* kOp = "w8a8_linear";
-  check_linear(kOp, x, {weight, weight_scale, bias}, out_dtype);
+  check_linear(kOp, x, {weight, weight_scale, bias}, out_dtype, rotate);
   check_smooth(kOp, smooth, x);
   check_static_scale(kOp, "input_scale", input_scale, "x", x);
 }
 
 void check_linear_group_op(const Tensor& x, const std::vector<Tensor>& weight, const std::vector<Tensor>& weight_scale,
                            const OptionalTensors& bias, const OptionalTensor& input_scale,
-                           std::optional<ScalarType> out_dtype) {
+                           std::optional<ScalarType> out_dtype, int64_t rotate) {
   constexpr const char* kOp = "w8a8_linear_group";
-  check_linear_group(kOp, x, {weight, weight_scale, bias}, out_dtype);
+  check_linear_group(kOp, x, {weight, weight_scale, bias}, out_dtype, rotate);
   check_static_scale(kOp, "input_scale", input_scale, "x", x);
 }
 
 void check_mlp_op(const Tensor& x, const std::vector<Tensor>& weight, const std::vector<Tensor>& weight_scale,
-                  const OptionalTensors& bias, const OptionalTensors& input_scale, const OpString& activation) {
+                  const OptionalTensors& bias, const OptionalTensors& input_scale, const OpString& activation,
+                  int64_t rotate) {
   constexpr const char* kOp = "w8a8_mlp";
   const LayerLists layers{weight, weight_scale, bias};
-  check_mlp(kOp, x, layers, input_scale);
+  check_mlp(kOp, x, layers, input_scale, rotate);
   activation_kind(kOp, activation);
   for (size_t i = 0; i < 2; ++i) {
     check_static_scale(kOp, mlp_input_scale_name(layers, i), element_of(input_scale, i), "x", x);
@@ -70,10 +72,10 @@ void check_mlp_op(const Tensor& x, const std::vector<Tensor>& weight, const std:
 
 // All but the values of top_k_index.
 void check_experts_op(const Tensor& x, const Tensor& index, const Tensor& weights, const std::vector<Tensor>& weight,
-                      const std::vector<Tensor>& weight_scale, const OptionalTensors& bias,
-                      const OpString& activation) {
+                      const std::vector<Tensor>& weight_scale, const OptionalTensors& bias, const OpString& activation,
+                      int64_t rotate) {
   constexpr const char* kOp = "w8a8_experts";
-  check_experts(kOp, x, index, weights, {weight, weight_scale, bias});
+  check_experts(kOp, x, index, weights, {weight, weight_scale, bias}, rotate);
   activation_kind(kOp, activation);
 }
 
@@ -84,12 +86,12 @@ void check_decoder_layer_op(const Tensor& x, const Tensor& norm, const Tensor& p
                             const Tensor& sin, const Tensor& keys, const Tensor& values, int64_t past,
                             const OptionalTensor& mask, double scale, bool causal, const OpString& activation,
                             const OptionalTensor& keys_scale, const OptionalTensor& values_scale,
-                            const OptionalTensor& q_norm, const OptionalTensor& k_norm,
-                            const OptionalTensor& positions) {
+                            const OptionalTensor& q_norm, const OptionalTensor& k_norm, const OptionalTensor& positions,
+                            int64_t rotate) {
   constexpr const char* kOp = "w8a8_decoder_layer_";
   const LayerLists layers{weight, weight_scale, bias};
   check_decoder_layer(kOp, {x, norm, post_norm, layers, input_scale, cos, sin, keys, values, past, mask, scale, causal,
-                            keys_scale, values_scale, q_norm, k_norm, positions});
+                            keys_scale, values_scale, q_norm, k_norm, positions, rotate});
   activation_kind(kOp, activation);
   for (size_t i = 0; i < 4; ++i) {
     check_static_scale(kOp, decoder_input_scale_name(i), element_of(input_scale, i), "x", x);

@@ -147,6 +147,16 @@ inline void check_smooth(const char* op, const OptionalTensor& smooth, const Ten
   SQ_CHECK(smooth->numel() == k, op, ": smooth has ", smooth->numel(), " elements, expected K=", k);
 }
 
+// The size of the blocks of k values that a Hadamard matrix rotates, 0 for none. What kernels keep in registers, or
+// exchange within a warp, is this long.
+constexpr int64_t kSmallestRotation = 16, kLargestRotation = 256;
+inline void check_rotate(const char* op, int64_t rotate, int64_t k) {
+  const bool is_power = (rotate & (rotate - 1)) == 0;
+  SQ_CHECK(rotate == 0 || (kSmallestRotation <= rotate && rotate <= kLargestRotation && is_power && k % rotate == 0),
+           op, ": rotate is ", rotate, ", expected 0 or a power of two from ", kSmallestRotation, " to ",
+           kLargestRotation, " that divides the ", k, " values of a row");
+}
+
 // Elements of a [..., K] in front of its last dimension.
 inline int64_t row_count(const Tensor& a) {
   int64_t rows = 1;

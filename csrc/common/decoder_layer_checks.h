@@ -22,6 +22,7 @@ struct DecoderArguments {
   double scale;
   bool causal;
   const OptionalTensor &keys_scale, &values_scale, &q_norm, &k_norm, &positions;
+  int64_t rotate;
 
   int64_t width() const { return x.size(2); }
   int64_t head_width() const { return cos.size(2); }
@@ -139,6 +140,7 @@ inline DecoderShapes check_decoder_layer(const char* op, const DecoderArguments&
   check_score_scale(op, arguments.scale);
   check_decoder_norms(op, arguments);
   const DecoderShapes shapes = check_decoder_layers(op, arguments);
+  check_rotate(op, arguments.rotate, shapes[kDown].k);
   const int64_t d = arguments.head_width(), kv_heads = shapes[kK].n / d;
   SQ_CHECK(arguments.keys_scale.has_value() == arguments.values_scale.has_value(), op,
            ": one of keys_scale and values_scale is given, expected both or neither");

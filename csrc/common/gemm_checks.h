@@ -116,9 +116,10 @@ inline GemmShape check_w8a8_gemm(const Tensor& a, const Tensor& a_scale, const L
 }
 
 inline GemmShape check_linear(const char* op, const Tensor& x, const LayerTensors& layer,
-                              std::optional<ScalarType> out_dtype, const LayerNames& names = {}) {
+                              std::optional<ScalarType> out_dtype, int64_t rotate, const LayerNames& names = {}) {
   check_activation(op, x);
   const GemmShape shape = check_layer(op, names, x, layer);
+  check_rotate(op, rotate, shape.k);
   check_float(op, "out_dtype", out_dtype.value_or(x.scalar_type()));
   return shape;
 }
@@ -157,14 +158,14 @@ inline void check_lists(const char* op, const LayerLists& layers) {
 
 // The layers of w8a8_linear_group.
 inline std::vector<GemmShape> check_linear_group(const char* op, const Tensor& x, const LayerLists& layers,
-                                                 std::optional<ScalarType> out_dtype) {
+                                                 std::optional<ScalarType> out_dtype, int64_t rotate) {
   check_activation(op, x);
   SQ_CHECK(layers.size() > 0, op, ": weight has no elements, expected at least one");
   check_lists(op, layers);
   const ScalarType dtype = layers.weight[0].scalar_type();
   std::vector<GemmShape> shapes;
   for (size_t i = 0; i < layers.size(); ++i) {
-    shapes.push_back(check_linear(op, x, layers[i], out_dtype, names_in_lists("x", i)));
+    shapes.push_back(check_linear(op, x, layers[i], out_dtype, rotate, names_in_lists("x", i)));
     const ScalarType own = layers.weight[i].scalar_type();
     SQ_CHECK(own == dtype, op, ": weight[0] is ", dtype_text(dtype), " and weight[", i, "] is ", dtype_text(own),
              ", expected one dtype");
@@ -211,7 +212,7 @@ inline void check_gate_and_up(const char* op, const LayerNames& gate_names, cons
 
 // The layers' shapes, in their order.
 inline std::vector<GemmShape> check_mlp(const char* op, const Tensor& x, const LayerLists& layers,
-                                        const OptionalTensors& input_scale) {
+                                        const OptionalTensors& input_scale, int64_t rotate) {
   check_activation(op, x);
   check_mlp_lists(op, layers);
   check_optional_list(op, "input_scale", input_scale, 2);
@@ -222,6 +223,7 @@ inline std::vector<GemmShape> check_mlp(const char* op, const Tensor& x, const L
     check_gate_and_up(op, mlp_names(layers, 0), layers[0], shapes[0].n, mlp_names(layers, 1), layers[1], shapes[1].n);
   }
   shapes.push_back(check_layer(op, mlp_names(layers, down), x, shapes[0].n, layers[down]));
+  check_rotate(op, rotate, shapes[down].k);
   return shapes;
 }
 

@@ -83,6 +83,7 @@ struct ActivateQuantizeInputs {
   const OptionalTensor& up;
   ScalarType dtype;
   const OptionalTensor& scale;
+  int64_t rotate;
 };
 
 // Returns what messages call the first argument.
@@ -91,6 +92,7 @@ inline const char* check_activate_quantize(const char* op, const ActivateQuantiz
   check_activation(op, inputs.gate, name);
   check_8bit(op, "dtype", inputs.dtype);
   if (inputs.up.has_value()) check_alike(op, "up", *inputs.up, name, inputs.gate);
+  check_rotate(op, inputs.rotate, inputs.gate.size(inputs.gate.dim() - 1));
   return name;
 }
 

@@ -27,24 +27,24 @@ struct NormActivationOps {
   }
 
   static Quantized silu_mul_quantize(const Tensor& gate, const Tensor& up, ScalarType dtype,
-                                     const OptionalTensor& scale) {
-    return gated("silu_mul_quantize", Activation::kSilu, gate, up, dtype, scale);
+                                     const OptionalTensor& scale, int64_t rotate) {
+    return gated("silu_mul_quantize", Activation::kSilu, gate, up, dtype, scale, rotate);
   }
 
   static Quantized gelu_mul_quantize(const Tensor& gate, const Tensor& up, ScalarType dtype,
-                                     const OptionalTensor& scale, const OpString& approximate) {
+                                     const OptionalTensor& scale, const OpString& approximate, int64_t rotate) {
     constexpr const char* kOp = "gelu_mul_quantize";
-    return gated(kOp, gelu_kind(kOp, approximate), gate, up, dtype, scale);
+    return gated(kOp, gelu_kind(kOp, approximate), gate, up, dtype, scale, rotate);
   }
 
   static Quantized gelu_quantize(const Tensor& x, ScalarType dtype, const OptionalTensor& scale,
-                                 const OpString& approximate) {
+                                 const OpString& approximate, int64_t rotate) {
     constexpr const char* kOp = "gelu_quantize";
-    return plain(kOp, gelu_kind(kOp, approximate), x, dtype, scale);
+    return plain(kOp, gelu_kind(kOp, approximate), x, dtype, scale, rotate);
   }
 
-  static Quantized relu_quantize(const Tensor& x, ScalarType dtype, const OptionalTensor& scale) {
-    return plain("relu_quantize", Activation::kRelu, x, dtype, scale);
+  static Quantized relu_quantize(const Tensor& x, ScalarType dtype, const OptionalTensor& scale, int64_t rotate) {
+    return plain("relu_quantize", Activation::kRelu, x, dtype, scale, rotate);
   }
 
   // Registers them all on the device.
@@ -60,13 +60,13 @@ struct NormActivationOps {
 
  private:
   static Quantized gated(const char* op, Activation activation, const Tensor& gate, const OptionalTensor& up,
-                         ScalarType dtype, const OptionalTensor& scale) {
-    return Device::activate_quantize(op, {activation, gate, up, dtype, scale});
+                         ScalarType dtype, const OptionalTensor& scale, int64_t rotate) {
+    return Device::activate_quantize(op, {activation, gate, up, dtype, scale, rotate});
   }
 
   static Quantized plain(const char* op, Activation activation, const Tensor& x, ScalarType dtype,
-                         const OptionalTensor& scale) {
-    return gated(op, activation, x, std::nullopt, dtype, scale);
+                         const OptionalTensor& scale, int64_t rotate) {
+    return gated(op, activation, x, std::nullopt, dtype, scale, rotate);
   }
 };
 

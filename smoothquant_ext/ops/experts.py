@@ -20,6 +20,7 @@ def w8a8_experts(
     weight_scale: Sequence[Tensor],
     bias: Sequence[Tensor | None] | None = None,
     activation: str = "silu",
+    rotate: int = 0,
 ) -> Tensor:
     """The experts of a mixture of 8-bit MLPs: ``y = sum over slots s of top_k_weights[s] * mlp_e(x)``.
 
@@ -39,6 +40,7 @@ def w8a8_experts(
         bias: fp32, bf16 or fp16, one [E, N] for each weight, or ``None`` where the layers have none; ``None`` or an
             empty list if no layer has one.
         activation: as in ``w8a8_mlp``.
+        rotate: the same.
 
     Returns:
         y, of the dtype of ``x`` [..., N]; 0 for a token without an expert. The GPU's kernels give NaN to a token with

@@ -83,6 +83,7 @@ def w8a8_linear(
     input_scale: Tensor | None = None,
     smooth: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    rotate: int = 0,
 ) -> Tensor:
     """Quantizes ``x`` and multiplies it with an 8-bit weight: a linear layer in one call.
 
@@ -97,12 +98,14 @@ def w8a8_linear(
             ``quantize_per_token``).
         smooth: fp32 [K], divides ``x`` first, or ``None``.
         out_dtype: fp32, bf16 or fp16; ``None`` is the dtype of ``x``.
+        rotate: the size of the blocks of ``x`` that are rotated, after the division, see ``quantize_per_token``; 0 for
+            none. The weight is that of a layer whose rows were rotated alike.
 
     Returns:
         y, of ``out_dtype`` [..., N].
 
     Raises:
-        RuntimeError: for dtypes, shapes or devices that do not fit, or an INT8 K above 131071.
+        RuntimeError: for dtypes, shapes, devices or a ``rotate`` that do not fit, or an INT8 K above 131071.
     """
     return x.new_empty((*x.shape[:-1], out_features(weight, weight_scale)), dtype=out_dtype or x.dtype)
 
@@ -115,6 +118,7 @@ def w8a8_linear_group(
     bias: Sequence[Tensor | None] | None = None,
     input_scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    rotate: int = 0,
 ) -> list[Tensor]:
     """Several linear layers of one input, such as q, k and v: ``w8a8_linear(x, weight[i], ...)`` of each.
 
@@ -128,6 +132,7 @@ def w8a8_linear_group(
         bias: one for each weight, or ``None`` where a layer has none; ``None`` or an empty list if no layer has one.
         input_scale: fp32, one element, or ``None`` for a scale per row.
         out_dtype: fp32, bf16 or fp16; ``None`` is the dtype of ``x``.
+        rotate: as in ``w8a8_linear``.
 
     Returns:
         One y, of ``out_dtype`` [..., N], for each weight.
@@ -147,6 +152,7 @@ def w8a8_mlp(
     bias: Sequence[Tensor | None] | None = None,
     input_scale: Sequence[Tensor | None] | None = None,
     activation: str = "silu",
+    rotate: int = 0,
 ) -> Tensor:
     """An MLP of 8-bit linear layers: ``down(act(gate(x)) * up(x))`` of three, ``down(act(first(x)))`` of two.
 
@@ -161,6 +167,7 @@ def w8a8_mlp(
         input_scale: fp32, one element, of ``x`` and of the input of down, ``None`` for a scale per row; ``None`` or an
             empty list for scales per row of both.
         activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"relu"``, see ``silu_mul_quantize`` and the others.
+        rotate: of what down reads, as in ``w8a8_linear``.
 
     Returns:
         y, of the dtype of ``x`` [..., N].

@@ -86,7 +86,7 @@ def layer_norm_quantize(
 
 @op("norm_activation", cuda=("norm_activation",))
 def silu_mul_quantize(
-    gate: Tensor, up: Tensor, dtype: torch.dtype, scale: Tensor | None = None
+    gate: Tensor, up: Tensor, dtype: torch.dtype, scale: Tensor | None = None, rotate: int = 0
 ) -> tuple[Tensor, Tensor]:
     """The activation of a SwiGLU MLP and its quantization in one pass: quantizes ``gate / (1 + exp(-gate)) * up``.
 
@@ -97,19 +97,26 @@ def silu_mul_quantize(
         up: the same dtype and shape.
         dtype: ``torch.int8``, ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
         scale: fp32, one element, or ``None`` for a scale per row.
+        rotate: the size of the blocks that are rotated before, see ``quantize_per_token``; 0 for none.
 
     Returns:
         q, of ``dtype`` [..., K]; scale, fp32 [...], with a static scale this one, or NaN for a row that is not finite.
 
     Raises:
-        RuntimeError: for dtypes, shapes or devices that do not fit, or a scale that is not positive and finite.
+        RuntimeError: for dtypes, shapes, devices or a ``rotate`` that do not fit, or a scale that is not positive and
+            finite.
     """
     return quantized(gate, dtype)
 
 
 @op("norm_activation", cuda=("norm_activation",))
 def gelu_mul_quantize(
-    gate: Tensor, up: Tensor, dtype: torch.dtype, scale: Tensor | None = None, approximate: str = "none"
+    gate: Tensor,
+    up: Tensor,
+    dtype: torch.dtype,
+    scale: Tensor | None = None,
+    approximate: str = "none",
+    rotate: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The activation of a GeGLU MLP and its quantization in one pass: quantizes ``gelu(gate, approximate) * up``.
 
@@ -120,7 +127,7 @@ def gelu_mul_quantize(
 
 @op("norm_activation", cuda=("norm_activation",))
 def gelu_quantize(
-    x: Tensor, dtype: torch.dtype, scale: Tensor | None = None, approximate: str = "none"
+    x: Tensor, dtype: torch.dtype, scale: Tensor | None = None, approximate: str = "none", rotate: int = 0
 ) -> tuple[Tensor, Tensor]:
     """GELU (Hendrycks and Gimpel 2016) and quantization in one pass.
 
@@ -133,19 +140,20 @@ def gelu_quantize(
         dtype: ``torch.int8``, ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
         scale: fp32, one element, or ``None`` for a scale per row.
         approximate: ``"none"`` or ``"tanh"``, as in torch.
+        rotate: as in ``silu_mul_quantize``.
 
     Returns:
         As ``silu_mul_quantize``.
 
     Raises:
-        RuntimeError: for dtypes, shapes or devices that do not fit, another approximation, or a scale that is not
-            positive and finite.
+        RuntimeError: for dtypes, shapes, devices or a ``rotate`` that do not fit, another approximation, or a scale
+            that is not positive and finite.
     """
     return quantized(x, dtype)
 
 
 @op("norm_activation", cuda=("norm_activation",))
-def relu_quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def relu_quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None = None, rotate: int = 0) -> tuple[Tensor, Tensor]:
     """Quantizes ``relu(x)`` in one pass. A NaN stays one, and -inf becomes 0.
 
     See ``silu_mul_quantize`` for arguments and results.

@@ -47,6 +47,7 @@ def w8a8_decoder_layer_(
     k_norm: Tensor | None = None,
     head_eps: float = 0.0,
     positions: Tensor | None = None,
+    rotate: int = 0,
 ) -> Tensor:
     """See ``ops.w8a8_decoder_layer_``."""
     biases = bias or [None] * 7
@@ -75,4 +76,4 @@ def w8a8_decoder_layer_(
     attended = attention(rotate(q, cos, sin), *visible, mask, scale=scale, causal=causal, **cache_scales)
     h = x + w8a8_linear(attended.flatten(2), *o, o_scale)
     mlp = weight[4:], weight_scale[4:], biases[4:], [mlp_scale, down_scale]
-    return h + w8a8_mlp(rms_norm(h, post_norm, post_eps, offset), *mlp, activation)
+    return h + w8a8_mlp(rms_norm(h, post_norm, post_eps, offset), *mlp, activation, rotate)

@@ -20,6 +20,7 @@ def w8a8_experts(
     weight_scale: Sequence[Tensor],
     bias: Sequence[Tensor | None] | None = None,
     activation: str = "silu",
+    rotate: int = 0,
 ) -> Tensor:
     """See ``ops.w8a8_experts``. Every expert computes every token; a token adds up those that it chose."""
     experts = weight[0].shape[0]
@@ -30,7 +31,7 @@ def w8a8_experts(
         scales = [each.reshape(experts, -1)[expert] for each in weight_scale]
         biases = [None if each is None else each[expert] for each in bias or [None] * len(weight)]
         layers = list(zip(weights, scales, biases, strict=True))
-        return mlp(x, layers, (None, None), activation, torch.float32)
+        return mlp(x, layers, (None, None), activation, torch.float32, rotate)
 
     every = torch.stack([of_expert(expert) for expert in range(experts)])
     total = torch.zeros(every.shape[1:])

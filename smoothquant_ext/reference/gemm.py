@@ -66,9 +66,10 @@ def w8a8_linear(
     input_scale: Tensor | None = None,
     smooth: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    rotate: int = 0,
 ) -> Tensor:
     """See ``ops.w8a8_linear``."""
-    q, scale = quantize_with(x, weight.dtype, input_scale, smooth)
+    q, scale = quantize_with(x, weight.dtype, input_scale, smooth, rotate)
     return w8a8_gemm(q, weight, scale, weight_scale, bias, out_dtype or x.dtype)
 
 
@@ -79,10 +80,11 @@ def w8a8_linear_group(
     bias: Sequence[Tensor | None] | None = None,
     input_scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    rotate: int = 0,
 ) -> list[Tensor]:
     """See ``ops.w8a8_linear_group``."""
     layers = zip(weight, weight_scale, bias or [None] * len(weight), strict=True)
-    return [w8a8_linear(x, *layer, input_scale, out_dtype=out_dtype) for layer in layers]
+    return [w8a8_linear(x, *layer, input_scale, out_dtype=out_dtype, rotate=rotate) for layer in layers]
 
 
 def w8a8_mlp(
@@ -92,10 +94,11 @@ def w8a8_mlp(
     bias: Sequence[Tensor | None] | None = None,
     input_scale: Sequence[Tensor | None] | None = None,
     activation: str = "silu",
+    rotate: int = 0,
 ) -> Tensor:
     """See ``ops.w8a8_mlp``."""
     layers = list(zip(weight, weight_scale, bias or [None] * len(weight), strict=True))
-    return mlp(x, layers, input_scale or (None, None), activation, x.dtype)
+    return mlp(x, layers, input_scale or (None, None), activation, x.dtype, rotate)
 
 
 def mlp(
@@ -104,6 +107,7 @@ def mlp(
     input_scale: Sequence[Tensor | None],
     activation: str,
     out_dtype: torch.dtype,
+    rotate: int,
 ) -> Tensor:
     """``w8a8_mlp`` with a result of any dtype."""
     *first, down = layers
@@ -112,4 +116,4 @@ def mlp(
     values = ACTIVATIONS[activation](gate)
     for factor in up:
         values = values * factor.float()
-    return w8a8_linear(values, *down, down_scale, out_dtype=out_dtype)
+    return w8a8_linear(values, *down, down_scale, out_dtype=out_dtype, rotate=rotate)

@@ -151,29 +151,34 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def silu_mul_quantize(
-    gate: Tensor, up: Tensor, dtype: torch.dtype, scale: Tensor | None = None
+    gate: Tensor, up: Tensor, dtype: torch.dtype, scale: Tensor | None = None, rotate: int = 0
 ) -> tuple[Tensor, Tensor]:
     """See ``ops.silu_mul_quantize``."""
-    return quantize_with(silu(gate) * up.float(), dtype, scale)
+    return quantize_with(silu(gate) * up.float(), dtype, scale, rotate=rotate)
 
 
 def gelu_mul_quantize(
-    gate: Tensor, up: Tensor, dtype: torch.dtype, scale: Tensor | None = None, approximate: str = "none"
+    gate: Tensor,
+    up: Tensor,
+    dtype: torch.dtype,
+    scale: Tensor | None = None,
+    approximate: str = "none",
+    rotate: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """See ``ops.gelu_mul_quantize``."""
-    return quantize_with(_gelu_of_kind(gate, approximate) * up.float(), dtype, scale)
+    return quantize_with(_gelu_of_kind(gate, approximate) * up.float(), dtype, scale, rotate=rotate)
 
 
 def gelu_quantize(
-    x: Tensor, dtype: torch.dtype, scale: Tensor | None = None, approximate: str = "none"
+    x: Tensor, dtype: torch.dtype, scale: Tensor | None = None, approximate: str = "none", rotate: int = 0
 ) -> tuple[Tensor, Tensor]:
     """See ``ops.gelu_quantize``."""
-    return quantize_with(_gelu_of_kind(x, approximate), dtype, scale)
+    return quantize_with(_gelu_of_kind(x, approximate), dtype, scale, rotate=rotate)
 
 
-def relu_quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def relu_quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None = None, rotate: int = 0) -> tuple[Tensor, Tensor]:
     """See ``ops.relu_quantize``."""
-    return quantize_with(relu(x), dtype, scale)
+    return quantize_with(relu(x), dtype, scale, rotate=rotate)
 
 
 def _gelu_of_kind(x: Tensor, approximate: str) -> Tensor:

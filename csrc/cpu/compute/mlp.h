@@ -12,6 +12,7 @@ struct Mlp {
   PackedWeight down;
   Activation activation;
   float input_scale, down_input_scale;  // static scales, or 0
+  int64_t rotate;                       // blocks of what down reads, or 0
 
   // Rows done together, so that what lies between the products stays within a cache that threads share.
   int64_t rows_together(int64_t element) const {
@@ -46,7 +47,7 @@ struct Mlp {
       source.gate = gates;
       source.up = up.has_value() ? ups : nullptr;
       source.dtype = dtype;
-      parallel_activate_quantize(kernels, source, hidden.target(down_input_scale), rows);
+      parallel_activate_quantize(kernels, source, hidden.target(down_input_scale), rotate, rows);
       hidden.multiply({down.product(static_cast<uint8_t*>(y) + row * down.n() * element, dtype)}, down.dtype(), rows);
     }
   }

@@ -24,10 +24,6 @@ void parallel_rows(int64_t rows, int64_t row_bytes, const Work& work) {
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { work(Range{begin, end}); });
 }
 
-inline void parallel_quantize(QuantizeRows quantize, const QuantizeArgs& args, int64_t rows) {
-  parallel_rows(rows, args.k * element_size(args.x_dtype), [&](Range range) { quantize(args, range); });
-}
-
 // Quantizes fp32 values that produce(rows, v) computes a few rows at a time, so that they stay in cache. row_bytes is
 // what computing a row costs, in bytes that could be moved meanwhile.
 template <class Produce>
@@ -44,19 +40,36 @@ void parallel_produce_quantize(QuantizeRows quantize, const QuantizeArgs& args, 
       const int64_t last = std::min(range.end, row + block);
       produce(Range{row, last}, reinterpret_cast<float*>(values.data()));
       target.q = args.q + row * args.q_stride;
-      target.scale = args.scale + row;
+      target.scale = args.scale == nullptr ? nullptr : args.scale + row;
       quantize(target, {0, last - row});
     }
   });
 }
 
+// rotate: the size of blocks that a Hadamard matrix rotates before they are quantized, or 0.
+inline void parallel_quantize(const Kernels& kernels, const QuantizeArgs& args, int64_t rotate, int64_t rows) {
+  const int64_t row_bytes = args.k * element_size(args.x_dtype);
+  if (rotate == 0) {
+    parallel_rows(rows, row_bytes, [&](Range range) { kernels.quantize.run(args, range); });
+    return;
+  }
+  QuantizeArgs target = args;
+  target.smooth = nullptr;
+  parallel_produce_quantize(kernels.quantize.run, target, rows, row_bytes, [&](Range range, float* values) {
+    kernels.norm_activation.hadamard({args.k, rotate, args.x, args.x_dtype, args.smooth, values}, range);
+  });
+}
+
 inline void parallel_activate_quantize(const Kernels& kernels, const ActivateArgs& source, const QuantizeArgs& target,
-                                       int64_t rows) {
+                                       int64_t rotate, int64_t rows) {
   // An exponential costs about as much as moving 32 bytes.
   parallel_produce_quantize(kernels.quantize.run, target, rows, source.k * 32, [&](Range range, float* values) {
     ActivateArgs args = source;
     args.v = values;
     kernels.norm_activation.activate(args, range);
+    if (rotate == 0) return;
+    kernels.norm_activation.hadamard({args.k, rotate, values, DType::kFloat32, nullptr, values},
+                                     {0, range.end - range.begin});
   });
 }
 

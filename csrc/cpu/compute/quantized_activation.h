@@ -48,7 +48,7 @@ class QuantizedActivation {
     QuantizeArgs args = target(static_scale);
     args.x = x;
     args.x_dtype = x_dtype;
-    parallel_quantize(kernels_.quantize.run, args, rows);
+    parallel_quantize(kernels_, args, 0, rows);
   }
 
   // The products of the first rows with weights, in one parallel region. Those without scales for the activation get the

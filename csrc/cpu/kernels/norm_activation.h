@@ -4,6 +4,8 @@
 //   activate_rows  v = act(gate), or act(gate) * up, in fp32 for the quantizer, see activation.h
 //   rotate_rows    y = x cos + rotate_half(x) sin, where rotate_half is (-x2, x1) of the halves (x1, x2) of a head; each
 //                  product and the sum are rounded to the dtype, as torch's single operators do
+//   hadamard_rows  v = x, or x / smooth, in fp32, each block of B values (B a power of two) times Sylvester's Hadamard matrix:
+//                  for h = 1, 2, 4, ... B / 2 the pairs (a, b) of values h apart become (a + b, a - b); then v * (1 / sqrt(B))
 //   add_rows       y = x + residual, rounded
 //   combine_rows   y = the weighted sum of a few rows of fp32, in the order in which they are named; 0 of none
 // Otherwise every step is one fp32 operation. A sum has kSumLanes partial sums, lane k % kSumLanes taking element k, which
@@ -54,6 +56,14 @@ struct RotateArgs {
   int64_t y_batch, y_head, y_time;  // strides of y, in elements; the d of a head are contiguous
 };
 
+struct HadamardArgs {
+  int64_t k, block;  // block divides k
+  const void* x;     // contiguous rows of k elements
+  DType dtype;
+  const float* smooth;  // [k], or null
+  float* v;             // rows.begin is its first row; x itself, if rows begin at 0
+};
+
 struct AddArgs {
   DType dtype;
   int64_t k;
@@ -73,6 +83,7 @@ struct CombineArgs {
 using NormRows = void (*)(const NormArgs& args, Range rows);
 using ActivateRows = void (*)(const ActivateArgs& args, Range rows);
 using RotateRows = void (*)(const RotateArgs& args, Range rows);
+using HadamardRows = void (*)(const HadamardArgs& args, Range rows);
 using AddRows = void (*)(const AddArgs& args, Range rows);
 using CombineRows = void (*)(const CombineArgs& args, Range rows);
 
@@ -81,6 +92,7 @@ struct NormActivationKernels {
   NormRows norm;
   ActivateRows activate;
   RotateRows rotate;
+  HadamardRows hadamard;
   AddRows add;
   CombineRows combine;
 };

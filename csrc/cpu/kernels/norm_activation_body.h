@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "cpu/kernels/norm_activation.h"
 
@@ -158,6 +159,73 @@ SQ_ROWS_INLINE void rotate_rows(const RotateArgs& args, Range rows) {
   }
 }
 
+template <int64_t kHalf, size_t... kLane>
+SQ_ROWS_INLINE Part lanes_apart(Part part, std::index_sequence<kLane...>) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(part, part, (kLane ^ kHalf)...);
+#else
+  typedef int32_t Lanes __attribute__((vector_size(sizeof(Part))));
+  return __builtin_shuffle(part, Lanes{static_cast<int32_t>(kLane ^ kHalf)...});
+#endif
+}
+
+// The steps of a Hadamard transform whose pairs are within a register: a + b in the lower lane of a pair, a - b in the upper.
+template <int64_t kHalf = 1>
+SQ_ROWS_INLINE Part hadamard_lanes(Part part) {
+  Part signs;
+  for (int64_t lane = 0; lane < kPartLanes; ++lane) signs[lane] = (lane & kHalf) == 0 ? 1.0f : -1.0f;
+  part = lanes_apart<kHalf>(part, std::make_index_sequence<kPartLanes>()) + part * signs;
+  if constexpr (2 * kHalf < kPartLanes) part = hadamard_lanes<2 * kHalf>(part);
+  return part;
+}
+
+template <int64_t kBlock, class T>
+SQ_ROWS_INLINE void hadamard_rows(const HadamardArgs& args, Range rows) {
+  constexpr int64_t kCount = kBlock / kPartLanes;
+  const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(kBlock)));
+  const T* x = static_cast<const T*>(args.x) + rows.begin * args.k;
+  for (int64_t first = 0; first < (rows.end - rows.begin) * args.k; first += kBlock) {
+    Part parts[kCount];
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kCount; ++i) {
+      parts[i] = load_part(x + first + i * kPartLanes);
+      if (args.smooth != nullptr) parts[i] /= load_part(args.smooth + first % args.k + i * kPartLanes);
+      parts[i] = hadamard_lanes(parts[i]);
+    }
+#pragma GCC unroll 8
+    for (int64_t half = 1; half < kCount; half *= 2) {
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kCount; ++i) {
+        if ((i & half) != 0) continue;
+        const Part a = parts[i], b = parts[i + half];
+        parts[i] = a + b;
+        parts[i + half] = a - b;
+      }
+    }
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kCount; ++i) {
+      const Part scaled = parts[i] * scale;
+      std::memcpy(args.v + first + i * kPartLanes, &scaled, sizeof scaled);
+    }
+  }
+}
+
+template <class T>
+SQ_ROWS_INLINE void hadamard_rows(const HadamardArgs& args, Range rows) {
+  switch (args.block) {
+    case 16:
+      return hadamard_rows<16, T>(args, rows);
+    case 32:
+      return hadamard_rows<32, T>(args, rows);
+    case 64:
+      return hadamard_rows<64, T>(args, rows);
+    case 128:
+      return hadamard_rows<128, T>(args, rows);
+    default:
+      return hadamard_rows<256, T>(args, rows);
+  }
+}
+
 template <class T>
 SQ_ROWS_INLINE void add_rows(const AddArgs& args, Range rows) {
   const int64_t begin = rows.begin * args.k, count = (rows.end - rows.begin) * args.k;
@@ -207,6 +275,17 @@ SQ_ROWS_TARGET void run_rotate(const RotateArgs& args, Range rows) {
   }
 }
 
+SQ_ROWS_TARGET void run_hadamard(const HadamardArgs& args, Range rows) {
+  switch (args.dtype) {
+    case DType::kBFloat16:
+      return hadamard_rows<BFloat16>(args, rows);
+    case DType::kFloat16:
+      return hadamard_rows<Float16>(args, rows);
+    default:
+      return hadamard_rows<float>(args, rows);
+  }
+}
+
 SQ_ROWS_TARGET void run_add(const AddArgs& args, Range rows) {
   switch (args.dtype) {
     case DType::kBFloat16:
@@ -244,7 +323,7 @@ SQ_ROWS_TARGET void run_activate(const ActivateArgs& args, Range rows) {
 
 }  // namespace
 
-constexpr NormActivationKernels SQ_ROWS_KERNELS = {SQ_ROWS_NAME, run_norm, run_activate,
-                                                   run_rotate,   run_add,  run_combine};
+constexpr NormActivationKernels SQ_ROWS_KERNELS = {SQ_ROWS_NAME, run_norm, run_activate, run_rotate,
+                                                   run_hadamard, run_add,  run_combine};
 
 }  // namespace sq

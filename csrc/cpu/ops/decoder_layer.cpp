@@ -31,26 +31,27 @@ Tensor w8a8_decoder_layer_cpu(const Tensor& x_in, const Tensor& norm, const Tens
                               const Tensor& keys, const Tensor& values, int64_t past, const OptionalTensor& mask_in,
                               double scale, bool causal, const OpString& activation, const OptionalTensor& keys_scale,
                               const OptionalTensor& values_scale, const OptionalTensor& q_norm,
-                              const OptionalTensor& k_norm, double head_eps, const OptionalTensor& positions) {
+                              const OptionalTensor& k_norm, double head_eps, const OptionalTensor& positions,
+                              int64_t rotate) {
   const LayerLists layers{weight, weight_scale, bias};
   const DecoderShapes shapes =
       check_decoder_layer(kOp, {x_in, norm, post_norm, layers, input_scale, cos_in, sin_in, keys, values, past, mask_in,
-                                scale, causal, keys_scale, values_scale, q_norm, k_norm, positions});
+                                scale, causal, keys_scale, values_scale, q_norm, k_norm, positions, rotate});
   const auto packed = [&](DecoderRole role) { return PackedWeight(shapes[role], layers[role]); };
   const auto static_scale = [&](size_t index) {
     return checked_static_scale(kOp, decoder_input_scale_name(index), element_of(input_scale, index), "x", x_in);
   };
-  const DecoderLayer layer{
-      packed(kQ),
-      packed(kK),
-      packed(kV),
-      packed(kO),
-      {packed(kGate), packed(kUp), packed(kDown), activation_kind(kOp, activation), static_scale(2), static_scale(3)},
-      {norm, post_norm, q_norm, k_norm, static_cast<float>(eps), static_cast<float>(post_eps),
-       static_cast<float>(head_eps), offset},
-      static_scale(0),
-      static_scale(1),
-      cos_in.size(2)};
+  const DecoderLayer layer{packed(kQ),
+                           packed(kK),
+                           packed(kV),
+                           packed(kO),
+                           {packed(kGate), packed(kUp), packed(kDown), activation_kind(kOp, activation),
+                            static_scale(2), static_scale(3), rotate},
+                           {norm, post_norm, q_norm, k_norm, static_cast<float>(eps), static_cast<float>(post_eps),
+                            static_cast<float>(head_eps), offset},
+                           static_scale(0),
+                           static_scale(1),
+                           cos_in.size(2)};
 
   const Tensor x = as_contiguous(x_in), cos = as_contiguous(cos_in), sin = as_contiguous(sin_in);
   const OptionalTensor mask = as_contiguous(mask_in);

@@ -38,7 +38,8 @@ Tensor w8a8_gemm_cpu(const Tensor& a_in, const Tensor& b, const Tensor& a_scale_
 
 // Quantizes x once and multiplies it with every weight.
 void quantize_and_multiply(const char* op, const Tensor& x_in, const OptionalTensor& smooth_in,
-                           const OptionalTensor& input_scale, DType dtype, const std::vector<GemmArgs>& products) {
+                           const OptionalTensor& input_scale, int64_t rotate, DType dtype,
+                           const std::vector<GemmArgs>& products) {
   check_smooth(op, smooth_in, x_in);
   const Tensor x = as_contiguous(x_in);
   const OptionalTensor smooth = as_contiguous(smooth_in);
@@ -52,28 +53,29 @@ void quantize_and_multiply(const char* op, const Tensor& x_in, const OptionalTen
   args.x = x.const_data_ptr();
   args.x_dtype = kernel_dtype(x.scalar_type());
   args.smooth = pointer<float>(smooth);
-  parallel_quantize(kernels.quantize.run, args, m);
+  parallel_quantize(kernels, args, rotate, m);
   activation.multiply(products, dtype, m);
 }
 
 Tensor w8a8_linear_cpu(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const OptionalTensor& bias,
                        const OptionalTensor& input_scale, const OptionalTensor& smooth,
-                       std::optional<ScalarType> out_dtype) {
+                       std::optional<ScalarType> out_dtype, int64_t rotate) {
   constexpr const char* kOp = "w8a8_linear";
   const LayerTensors layer{weight, weight_scale, bias};
-  const GemmShape shape = check_linear(kOp, x, layer, out_dtype);
+  const GemmShape shape = check_linear(kOp, x, layer, out_dtype, rotate);
   const PackedWeight packed(shape, layer);
   Tensor y = empty_cpu(replace_last(x, shape.n), out_dtype.value_or(x.scalar_type()));
-  quantize_and_multiply(kOp, x, smooth, input_scale, packed.dtype(), {packed.product(y)});
+  quantize_and_multiply(kOp, x, smooth, input_scale, rotate, packed.dtype(), {packed.product(y)});
   return y;
 }
 
 std::vector<Tensor> w8a8_linear_group_cpu(const Tensor& x, const std::vector<Tensor>& weight,
                                           const std::vector<Tensor>& weight_scale, const OptionalTensors& bias,
-                                          const OptionalTensor& input_scale, std::optional<ScalarType> out_dtype) {
+                                          const OptionalTensor& input_scale, std::optional<ScalarType> out_dtype,
+                                          int64_t rotate) {
   constexpr const char* kOp = "w8a8_linear_group";
   const LayerLists layers{weight, weight_scale, bias};
-  const std::vector<GemmShape> shapes = check_linear_group(kOp, x, layers, out_dtype);
+  const std::vector<GemmShape> shapes = check_linear_group(kOp, x, layers, out_dtype, rotate);
   std::vector<PackedWeight> packed;
   std::vector<Tensor> outputs;
   std::vector<GemmArgs> products;
@@ -82,7 +84,7 @@ std::vector<Tensor> w8a8_linear_group_cpu(const Tensor& x, const std::vector<Ten
     outputs.push_back(empty_cpu(replace_last(x, shapes[i].n), out_dtype.value_or(x.scalar_type())));
     products.push_back(packed.back().product(outputs.back()));
   }
-  quantize_and_multiply(kOp, x, std::nullopt, input_scale, packed.front().dtype(), products);
+  quantize_and_multiply(kOp, x, std::nullopt, input_scale, rotate, packed.front().dtype(), products);
   return outputs;
 }
 

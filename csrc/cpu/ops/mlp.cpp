@@ -12,7 +12,7 @@ namespace {
 constexpr const char* kOp = "w8a8_mlp";
 
 Mlp packed_mlp(const LayerLists& layers, const std::vector<GemmShape>& shapes, Activation activation, float input_scale,
-               float down_input_scale) {
+               float down_input_scale, int64_t rotate) {
   const size_t down = layers.size() - 1;
   std::optional<PackedWeight> up;
   if (is_gated(layers)) up.emplace(shapes[1], layers[1]);
@@ -21,17 +21,20 @@ Mlp packed_mlp(const LayerLists& layers, const std::vector<GemmShape>& shapes, A
           PackedWeight(shapes[down], layers[down]),
           activation,
           input_scale,
-          down_input_scale};
+          down_input_scale,
+          rotate};
 }
 
 Tensor w8a8_mlp_cpu(const Tensor& x_in, const std::vector<Tensor>& weight, const std::vector<Tensor>& weight_scale,
-                    const OptionalTensors& bias, const OptionalTensors& input_scale, const OpString& activation) {
+                    const OptionalTensors& bias, const OptionalTensors& input_scale, const OpString& activation,
+                    int64_t rotate) {
   const LayerLists layers{weight, weight_scale, bias};
-  const std::vector<GemmShape> shapes = check_mlp(kOp, x_in, layers, input_scale);
+  const std::vector<GemmShape> shapes = check_mlp(kOp, x_in, layers, input_scale, rotate);
   const auto static_scale = [&](size_t index) {
     return checked_static_scale(kOp, mlp_input_scale_name(layers, index), element_of(input_scale, index), "x", x_in);
   };
-  const Mlp mlp = packed_mlp(layers, shapes, activation_kind(kOp, activation), static_scale(0), static_scale(1));
+  const Mlp mlp =
+      packed_mlp(layers, shapes, activation_kind(kOp, activation), static_scale(0), static_scale(1), rotate);
   const Tensor x = as_contiguous(x_in);
   Tensor y = empty_cpu(replace_last(x, mlp.down.n()), x.scalar_type());
   mlp.run(current_kernels(), x.const_data_ptr(), row_count(x), kernel_dtype(x.scalar_type()), y.mutable_data_ptr());

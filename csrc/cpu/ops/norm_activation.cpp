@@ -97,7 +97,7 @@ struct Cpu {
     args.gate = gate.const_data_ptr();
     args.up = up.has_value() ? up->const_data_ptr() : nullptr;
     args.dtype = kernel_dtype(gate.scalar_type());
-    parallel_activate_quantize(current_kernels(), args, target.args, row_count(gate));
+    parallel_activate_quantize(current_kernels(), args, target.args, inputs.rotate, row_count(gate));
     return {target.q, target.scale};
   }
 };

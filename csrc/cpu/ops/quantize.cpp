@@ -10,12 +10,13 @@
 namespace sq {
 namespace {
 
-std::tuple<Tensor, Tensor> quantize_per_token_cpu(const Tensor& x_in, ScalarType dtype,
-                                                  const OptionalTensor& smooth_in) {
+std::tuple<Tensor, Tensor> quantize_per_token_cpu(const Tensor& x_in, ScalarType dtype, const OptionalTensor& smooth_in,
+                                                  int64_t rotate) {
   constexpr const char* kOp = "quantize_per_token";
   check_activation(kOp, x_in);
   check_8bit(kOp, "dtype", dtype);
   check_smooth(kOp, smooth_in, x_in);
+  check_rotate(kOp, rotate, x_in.size(x_in.dim() - 1));
   const Tensor x = as_contiguous(x_in);
   const OptionalTensor smooth = as_contiguous(smooth_in);
   Tensor q = empty_cpu(shape_of(x), dtype);
@@ -30,14 +31,15 @@ std::tuple<Tensor, Tensor> quantize_per_token_cpu(const Tensor& x_in, ScalarType
   args.q_stride = args.k;
   args.q_dtype = kernel_dtype(dtype);
   args.scale = static_cast<float*>(scale.mutable_data_ptr());
-  parallel_quantize(current_kernels().quantize.run, args, row_count(x));
+  parallel_quantize(current_kernels(), args, rotate, row_count(x));
   return {q, scale};
 }
 
-Tensor quantize_static_cpu(const Tensor& x_in, const Tensor& scale, ScalarType dtype) {
+Tensor quantize_static_cpu(const Tensor& x_in, const Tensor& scale, ScalarType dtype, int64_t rotate) {
   constexpr const char* kOp = "quantize_static";
   check_activation(kOp, x_in);
   check_8bit(kOp, "dtype", dtype);
+  check_rotate(kOp, rotate, x_in.size(x_in.dim() - 1));
   const float static_scale = checked_static_scale(kOp, "scale", scale, "x", x_in);
   const Tensor x = as_contiguous(x_in);
   Tensor q = empty_cpu(shape_of(x), dtype);
@@ -50,7 +52,7 @@ Tensor quantize_static_cpu(const Tensor& x_in, const Tensor& scale, ScalarType d
   args.q_stride = args.k;
   args.q_dtype = kernel_dtype(dtype);
   args.static_scale = static_scale;
-  parallel_quantize(current_kernels().quantize.run, args, row_count(x));
+  parallel_quantize(current_kernels(), args, rotate, row_count(x));
   return q;
 }
 

@@ -134,11 +134,11 @@ void test_rows(const Kernels& kernels, int64_t rows, int64_t k) {
     return bytes;
   };
   test_threads("parallel_quantize", [&] {
-    parallel_quantize(kernels.quantize.run, target, rows);
+    parallel_quantize(kernels, target, 0, rows);
     return result();
   });
   test_threads("parallel_activate_quantize", [&] {
-    parallel_activate_quantize(kernels, source, target, rows);
+    parallel_activate_quantize(kernels, source, target, 0, rows);
     return result();
   });
 }
