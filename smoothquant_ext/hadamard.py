@@ -8,6 +8,9 @@ import math
 import torch
 from torch import Tensor
 
+BLOCKS = (256, 128, 64, 32, 16)
+"""The sizes of blocks that the ops rotate."""
+
 
 @functools.cache
 def hadamard(n: int) -> Tensor | None:
@@ -67,6 +70,32 @@ def rotation(n: int, seed: int, fixes_ones: bool = False) -> Tensor:
         reflection -= 2 * torch.outer(mirror, mirror) / mirror.dot(mirror)
     turned: Tensor = reflection @ torch.block_diag(torch.ones(1, 1, dtype=torch.float64), factor) @ reflection
     return turned
+
+
+def rotate_blocks(values: Tensor, block: int) -> Tensor:
+    """Multiplies each block of ``block`` values by Sylvester's Hadamard matrix over sqrt(block), its own inverse.
+
+    It is the rotation of ``ops.quantize_per_token``, summed in another order.
+
+    Args:
+        values: floating point [..., K].
+        block: a power of two that divides K, or 0 for no rotation.
+
+    Returns:
+        [..., K], at least fp32; ``values`` themselves for 0.
+    """
+    if block == 0:
+        return values
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))
+    matrix = hadamard(block)
+    assert matrix is not None
+    turn = matrix.to(wide) / math.sqrt(block)
+    return (wide.reshape(*values.shape[:-1], values.shape[-1] // block, block) @ turn).reshape(values.shape)
+
+
+def block_size(width: int) -> int:
+    """The largest block that the ops rotate and that divides a width; 0 if there is none."""
+    return next((block for block in BLOCKS if width % block == 0), 0)
 
 
 def _conference(q: int, sign: int) -> Tensor:

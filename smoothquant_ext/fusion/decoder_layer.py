@@ -92,6 +92,8 @@ class FusedDecoderLayer:
         layers += [mlp._modules[name] for name in (roles.gate, roles.up, roles.down)]
         if any(type(layer) is not W8A8Linear or not layer.is_plain or not layer.is_with(x) for layer in layers):
             return None
+        if any(layer.rotate for layer in layers[:6]):
+            return None
         head_norms = [projections[name] for name in parts.head_norms]
         norms = (norm, post_norm, *head_norms)
         if not all(isinstance(each, FusedRMSNorm) and not needs_grad(each.weight) for each in norms):
@@ -141,6 +143,7 @@ class FusedDecoderLayer:
             k_norm,
             head_norms[0].fused_eps if head_norms else 0.0,
             place.positions,
+            layers[6].rotate,
         )
         place.fill()
         return output

@@ -44,7 +44,7 @@ class SharedInput:
         if layer is not self.layers[0] or not self._is_here(x):
             return None
         layers = ops.as_lists(member.tensors for member in self.layers)
-        first, *others = ops.w8a8_linear_group(x, *layers, layer.input_scale)
+        first, *others = ops.w8a8_linear_group(x, *layers, layer.input_scale, rotate=layer.rotate)
         self._waiting = (x, version_of(x), dict(zip(self.layers[1:], others, strict=True)))
         return first
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..activations import ACTIVATIONS
+from ..hadamard import rotate_blocks
 from ..probing.experts import sorted_routing
 from ..scheme import Scheme
 from .grad import needs_grad
@@ -32,6 +33,7 @@ class W8A8Experts(nn.Module):
         gate, up, down: 8-bit [E, N, K], or packed; ``up`` may be ``None``.
         gate_scale, up_scale, down_scale: fp32 [E, N, 1] (per channel) or [E, 1] (per tensor).
         gate_bias, up_bias, down_bias: floating point [E, N], or ``None``.
+        rotate: the size of the blocks of what ``down`` reads that are rotated, or 0, as in ``W8A8Linear``.
         names: what ``gate``, ``up`` and ``down`` are called in the state dict and in checkpoints.
     """
 
@@ -51,6 +53,7 @@ class W8A8Experts(nn.Module):
         """
         super().__init__()
         self.activation, self.scheme, self.is_sorted = activation, scheme.per_token, is_sorted
+        self.rotate = 0
         self.names = dict(NAMES)
         self.sizes = {part: tuple(layers[part][0].shape) for part in PARTS if part in layers}  # [E, N, K]
         for part in PARTS:
@@ -86,7 +89,7 @@ class W8A8Experts(nn.Module):
         """The output, without a gradient."""
         own: dict[str, Any] = self._buffers
         layers = [ops.Layer(own[part], own[f"{part}_scale"], own[f"{part}_bias"]) for part in self.sizes]
-        output: Tensor = ops.w8a8_experts(x, index, weights, *ops.as_lists(layers), self.activation)
+        output: Tensor = ops.w8a8_experts(x, index, weights, *ops.as_lists(layers), self.activation, self.rotate)
         return output
 
     def prepack_(self) -> None:
@@ -114,6 +117,7 @@ class W8A8Experts(nn.Module):
                 for kind, own in (("weight", part), ("weight_scale", f"{part}_scale"), ("bias", f"{part}_bias")):
                     value = self._buffers[own]
                     layer._buffers[kind] = None if value is None else value[expert]
+                layer.rotate = self.rotate if part == "down" else 0
                 yield f"{expert}.{self.names[part]}", layer
 
     def dequantized(self, part: str, expert: int, dtype: torch.dtype) -> Tensor:
@@ -183,7 +187,7 @@ class W8A8Experts(nn.Module):
         _, n, k = self.sizes["gate"]
         return (
             f"experts={self.num_experts}, in_features={k}, inner={n}, activation={self.activation}, "
-            f"scheme={self.scheme.name}, packed={self.is_packed}"
+            f"scheme={self.scheme.name}, packed={self.is_packed}" + (f", rotate={self.rotate}" if self.rotate else "")
         )
 
 
@@ -236,5 +240,5 @@ def in_floating_point(experts: W8A8Experts, x: Tensor, index: Tensor, weights: T
         if "up" in layers:
             hidden = hidden * apply("up", rows[token])
         share = weights.reshape(slots.shape)[token, slot, None].to(x.dtype)
-        y = y.index_add(0, token, apply("down", hidden) * share)
+        y = y.index_add(0, token, apply("down", rotate_blocks(hidden, experts.rotate).to(hidden.dtype)) * share)
     return y.reshape(*x.shape[:-1], y.shape[-1])

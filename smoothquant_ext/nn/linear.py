@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..hadamard import rotate_blocks
 from ..scheme import Scheme
 from .grad import needs_grad
 from .placement import ALIGNED_ROWS, joined
@@ -38,6 +39,8 @@ class W8A8Linear(nn.Module):
         smooth: fp32 [K] that the input is divided by before it is quantized, or ``None``; then ``weight`` is that of a
             layer whose columns were multiplied by it.
         bias: floating point [N], or ``None``.
+        rotate: the size of the blocks of its input that are rotated before they are quantized (see
+            ``ops.quantize_per_token``), or 0; then ``weight`` is that of a layer whose rows were rotated alike.
         shared: the group of layers that this one is computed together with, or ``None``.
     """
 
@@ -63,6 +66,7 @@ class W8A8Linear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.scheme = scheme
+        self.rotate = 0
         self.shared = None
         self._summed: tuple[Tensor, Tensor] | None = None
         scale_shape = (out_features, 1) if scheme.weight == "channel" else (1,)
@@ -102,6 +106,7 @@ class W8A8Linear(nn.Module):
             buffers["bias"],
             buffers["input_scale"],
             buffers["smooth"],
+            rotate=self.rotate,
         )
 
     @property
@@ -112,7 +117,7 @@ class W8A8Linear(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """Whether its input is quantized as it comes, so that fused ops can do it: not smoothed, and symmetric."""
+        """Whether fused ops can quantize its input, once it is rotated: it is not smoothed, and symmetric."""
         return self.smooth is None and self.scheme.symmetric
 
     def is_with(self, x: Tensor) -> bool:
@@ -198,7 +203,7 @@ class W8A8Linear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"scheme={self.scheme.name}, packed={self.is_packed}"
+            f"scheme={self.scheme.name}, packed={self.is_packed}" + (f", rotate={self.rotate}" if self.rotate else "")
         )
 
 
@@ -220,6 +225,7 @@ class StraightThrough(torch.autograd.Function):
         layer: W8A8Linear = ctx.layer
         weight = layer.plain_weight().to(grad.dtype)
         gradient = (grad * layer._plain_scale().reshape(-1).to(grad.dtype)) @ weight
+        gradient = rotate_blocks(gradient, layer.rotate).to(grad.dtype)
         return (gradient if layer.smooth is None else gradient / layer.smooth.to(grad.dtype)), None
 
 
@@ -230,7 +236,7 @@ def asymmetric_linear(layer: W8A8Linear, x: Tensor) -> Tensor:
     ``y = W (x - middle) + middle * sum(W, 1)``. With a stored scale s and zero point z, of q in [-128, 127], the range
     is ``[(-128 - z) s, (127 - z) s]``; without, that of each token.
     """
-    x32 = x.float()
+    x32 = rotate_blocks(x.float() if layer.smooth is None else x.float() / layer.smooth, layer.rotate)
     if layer.input_scale is None:
         low, high = x32.aminmax(dim=-1, keepdim=True) if x.shape[-1] else (x32.sum(-1, keepdim=True),) * 2
         middle, scale = (low + high) / 2, None
@@ -239,16 +245,16 @@ def asymmetric_linear(layer: W8A8Linear, x: Tensor) -> Tensor:
         middle = (-0.5 - layer.input_zero_point) * layer.input_scale
         scale = layer.input_scale * (127.5 / 127.0)
     x32 = x32 - middle
-    y = ops.w8a8_linear(x32, layer.weight, layer.weight_scale, None, scale, layer.smooth, torch.float32)
+    y = ops.w8a8_linear(x32, layer.weight, layer.weight_scale, None, scale, None, torch.float32)
     y = y + middle * layer.weight_sum()
     return (y if layer.bias is None else y + layer.bias.float()).to(x.dtype)
 
 
 def have_one_input_scale(layers: Sequence[W8A8Linear]) -> bool:
-    """Whether an input quantized for one of these layers is right for all: no explicit smoothing, symmetric, and
-    scales per token or the same static one.
+    """Whether an input quantized for one of these layers is right for all: no explicit smoothing, symmetric, rotated
+    alike, and scales per token or the same static one.
     """
-    if not all(layer.is_plain for layer in layers):
+    if not all(layer.is_plain for layer in layers) or len({layer.rotate for layer in layers}) > 1:
         return False
     scales = [layer.input_scale for layer in layers]
     if scales[0] is None:

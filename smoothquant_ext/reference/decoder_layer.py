@@ -15,7 +15,7 @@ from .quantize import quantize_per_token
 __all__ = ["w8a8_decoder_layer_"]
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of heads [B, H, T, D] by angles [1 or B, T, D], every step rounded to the dtype."""
     first, second = x.chunk(2, dim=-1)
     return x * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
@@ -59,7 +59,7 @@ def w8a8_decoder_layer_(
     )
     if q_norm is not None and k_norm is not None:
         q, k = rms_norm(q, q_norm, head_eps, offset), rms_norm(k, k_norm, head_eps, offset)
-    k = rotate(k, cos, sin)
+    k = rotary(k, cos, sin)
     total, at = past + x.shape[1], torch.arange(past, past + x.shape[1], device=x.device)
     if positions is not None:
         total, at = keys.shape[2], positions
@@ -73,7 +73,7 @@ def w8a8_decoder_layer_(
         cache_scales = {"k_scale": keys_scale[:, :, :total], "v_scale": values_scale[:, :, :total]}
     keys[:, :, at], values[:, :, at] = k, v
     visible = keys[:, :, :total], values[:, :, :total]
-    attended = attention(rotate(q, cos, sin), *visible, mask, scale=scale, causal=causal, **cache_scales)
+    attended = attention(rotary(q, cos, sin), *visible, mask, scale=scale, causal=causal, **cache_scales)
     h = x + w8a8_linear(attended.flatten(2), *o, o_scale)
     mlp = weight[4:], weight_scale[4:], biases[4:], [mlp_scale, down_scale]
     return h + w8a8_mlp(rms_norm(h, post_norm, post_eps, offset), *mlp, activation, rotate)
