@@ -36,7 +36,7 @@ from .hf_names import places_of, to_checkpoint_modules
 from .hf_quantizer import W8A8Config, W8A8Quantizer
 from .model_card import CARD, model_card
 from .model_classes import model_class
-from .naming import all_experts
+from .naming import all_experts, rotated_parts
 from .other_files import copy_files, other_files
 from .reading import (
     CONFIG,
@@ -134,13 +134,15 @@ def convert(
         source = _read(path, drop, as_w8a8)
     checkpoint = source.checkpoint
     schemes = [scheme for scheme, _ in Counter(map(source.scheme, checkpoint.layers)).most_common()]
-    fmt = choose_format(format, schemes, any(layer.smooth for layer in checkpoint.layers.values()))
+    blocks = {name: layer.rotate for name, layer in checkpoint.layers.items()}
+    explicit = any(layer.smooth for layer in checkpoint.layers.values())
+    fmt = choose_format(format, schemes, explicit, rotated_parts(blocks, source.experts))
     files = list(other_files(path, besides=frozenset({CONFIG, INDEX, *config_files(), *_weight_files(checkpoint)})))
     record = _record(path)
     written = (CARD,) if record is None else (CARD, RECORD)
     copied = [file for file, is_part in files if is_part and str(file) not in written]
     layers = len({all_experts(name) if name in source.experts else name for name in checkpoint.layers})
-    card = model_card(place.name, fmt, schemes, layers, record)
+    card = model_card(place.name, fmt, schemes, layers, record, Counter(filter(None, blocks.values())))
     with ExitStack() as stack:
         tensors = _Tensors(source, fmt, stack)
         check_free_space(place, sum(tensors.sizes.values()) + sum((path / file).stat().st_size for file in copied))
@@ -267,6 +269,7 @@ class _Tensors:
             for name, layer in _small_layers(source).items()
             for suffix, tensor in fmt.small_tensors(layer).items()
         }
+        self._small |= fmt.matrices({name: layer.rotate for name, layer in source.checkpoint.layers.items()})
         self.sizes |= {name: tensor.nbytes for name, tensor in self._small.items()}
 
     def read(self, name: str) -> Tensor:
@@ -308,13 +311,16 @@ def _quantization_config(source: _Source, fmt: Format) -> dict[str, Any]:
     model, checkpoint = source.model, source.checkpoint
     places = places_of(model, [f"{name}.weight" for name in checkpoint.layers])
     schemes: dict[str, Scheme] = {}
-    for name in checkpoint.layers:
+    blocks: dict[str, int] = {}
+    for name, of in checkpoint.layers.items():
         if name in source.experts:
             path, expert, layer = source.experts[name]
-            both = all_experts(name), all_experts(f"{path}.{expert}.{layer}")
+            both = name, f"{path}.{expert}.{layer}"
         else:
             both = name, places[f"{name}.weight"].removesuffix(".weight")
-        schemes |= dict.fromkeys(both, source.scheme(name))
+        blocks |= dict.fromkeys(both, of.rotate)
+        targets = map(all_experts, both) if name in source.experts else both
+        schemes |= dict.fromkeys(targets, source.scheme(name))
     modules = dict(model.named_modules())
     linears = [path for path, module in modules.items() if isinstance(module, nn.Linear | Conv1D)]
     embeddings = [path for path, module in modules.items() if isinstance(module, nn.Embedding)]
@@ -328,7 +334,7 @@ def _quantization_config(source: _Source, fmt: Format) -> dict[str, Any]:
         name.removesuffix(".weight") for name, place in places_of(model, matrices).items() if place not in embedded
     )
     names = to_checkpoint_modules(model, linears)
-    return fmt.quantization_config(schemes, list(dict.fromkeys([*names.values(), *linears, *others])))
+    return fmt.quantization_config(schemes, list(dict.fromkeys([*names.values(), *linears, *others])), blocks)
 
 
 def _record(path: Path) -> dict[str, Any] | None:

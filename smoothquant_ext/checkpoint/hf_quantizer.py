@@ -41,6 +41,7 @@ from .reading import (
     names_of_8_bit_weights,
     open_checkpoint,
 )
+from .rotations import check_rotations
 from .scales import check_scales, describe, is_zero_point, unused_scales
 
 METHOD = "smoothquant_ext"
@@ -122,6 +123,7 @@ class W8A8Quantizer(HfQuantizer):
             )
         self._check_shapes(model)
         self._check_complete(model)
+        check_rotations(model, self.checkpoint)
         for name, path, linear in list(self._linears(model, layers)):
             if name in self.experts.paths:
                 continue
@@ -187,8 +189,9 @@ class W8A8Quantizer(HfQuantizer):
                 stacklevel=2,
             )
         self.unused = frozenset(unused)
-        if unused:
-            suffixes = "|".join(sorted(map(re.escape, set(unused.values()))))
+        matrices = {transform.matrix for transform in checkpoint.quantization.transforms}  # which were checked
+        if ends := {*unused.values(), *matrices}:
+            suffixes = "|".join(sorted(map(re.escape, ends)))
             model._keys_to_ignore_on_load_unexpected = {*(self.optional or ()), rf"\.({suffixes})$"}
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
@@ -289,6 +292,7 @@ class W8A8Quantizer(HfQuantizer):
 
         k, n = described.in_features, described.out_features
         layer = W8A8Linear(k, n, described.bias, described.scheme, device="meta", dtype=dtype)
+        layer.rotate = described.rotate
         names = self.checkpoint.quantization.fmt.tensors
         _rename_buffer(layer, "weight_scale", names.weight_scale, empty(*described.weight_scale_shape))
         if described.input_scale_shape is not None:

@@ -16,6 +16,7 @@ from ..nn.experts import NAMES, PARTS, W8A8Experts
 from ..nn.linear import W8A8Linear
 from ..probing.experts import ExpertsLayout, looks_like_experts, match_layouts
 from ..probing.linears import values_of
+from .formats.base import CONVERT_AGAIN
 from .hf_names import ExpertRenaming, expert_key, expert_names, renamed_alone
 from .reading import COPY_AGAIN, Checkpoint, CheckpointLayer
 
@@ -42,10 +43,11 @@ class LoadingExperts(nn.Module):
         """The module of 8-bit experts, made of the filled layers, whose weights are freed."""
         experts = list(self.children())
         layers: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
-        schemes = []
+        schemes, rotate = [], 0
         for part in [part for part in PARTS if part in experts[0]._modules]:
             layers_of_part = [cast(W8A8Linear, expert.get_submodule(part)) for expert in experts]
             schemes.append(layers_of_part[0].scheme)
+            rotate = max(rotate, layers_of_part[0].rotate)  # that of ``down``: no other part's input is rotated
             stacked: list[Tensor | None] = []
             for kind in ("weight", "weight_scale", "bias"):
                 values = [values_of(layer, kind) for layer in layers_of_part]
@@ -59,7 +61,7 @@ class LoadingExperts(nn.Module):
             assert scale is not None
             layers[part] = weight, scale, bias
         made = W8A8Experts(layers, self.reading.activation, schemes[0], self.reading.is_sorted)
-        made.names = self.names
+        made.names, made.rotate = self.names, rotate
         return made
 
 
@@ -144,6 +146,12 @@ def swap_experts_(
         if len(schemes) > 1:
             kinds = " and ".join(sorted(schemes))
             raise SmoothQuantError(f"{checkpoint.directory}: the experts {path} are quantized as {kinds}, expected one")
+        blocks = {(part == "down", layer.rotate) for (_, part), layer in described.items()}
+        if any(block for is_down, block in blocks if not is_down) or sum(is_down for is_down, _ in blocks) > 1:
+            raise SmoothQuantError(
+                f"{checkpoint.directory}: inputs of the experts {path} are rotated at run time, which is supported "
+                f"only for those of all their {experts.names[path]['down']}, in blocks of one size; {CONVERT_AGAIN}"
+            )
         dtype = next(model.get_submodule(path).parameters()).dtype
         layers = {
             place: make_layer(replace(layer, scheme=layer.scheme.per_token), dtype)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -13,8 +15,10 @@ from ..evaluation.accuracy import Evaluation
 from ..layer_names import by_reason
 from ..scheme import Scheme, dtype_name
 from .atomic import replace_file
+from .completeness import counted
 from .formats.base import Format
 from .formats.registry import parse_quantization_config
+from .reading import read_checkpoint
 from .record import RECORD, package_version, read_record
 
 CARD = "README.md"
@@ -22,7 +26,12 @@ TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 
 
 def model_card(
-    name: str, fmt: Format, schemes: Collection[Scheme], layers: int, record: Mapping[str, Any] | None
+    name: str,
+    fmt: Format,
+    schemes: Collection[Scheme],
+    layers: int,
+    record: Mapping[str, Any] | None,
+    blocks: Mapping[int, int] = MappingProxyType({}),
 ) -> str:
     """The text of a model card, which begins with the metadata that the Hugging Face hub reads.
 
@@ -33,6 +42,7 @@ def model_card(
         layers: the number of layers that run in 8 bits.
         record: the content of smoothquant.json (see ``Report.to_record``); ``None`` for a checkpoint that another tool
             quantized.
+        blocks: how many layers' inputs are rotated at run time, by the size of the rotated blocks.
     """
     record = record or {}
     base = str(record.get("base") or "")
@@ -51,12 +61,13 @@ def model_card(
         name=name,
         base=base,
         on_hub=on_hub,
-        how_to_run=fmt.how_to_run.format(name=name),
+        how_to_run=((blocks and fmt.how_to_run_rotated) or fmt.how_to_run).format(name=name),
         schemes=[_describe(scheme) for scheme in dict.fromkeys(schemes)],
         layers=layers,
         recipe=record.get("recipe"),
         calibration=record.get("calibration") or {},
         rotated=_rotated(record.get("rotations") or {}),
+        at_run_time=[_at_run_time(block, count) for block, count in sorted(blocks.items())],
         groups=len(record.get("groups") or ()),
         skipped={reason: len(names) for reason, names in by_reason(record.get("skipped") or {}).items()},
         is_static=any(scheme.is_static for scheme in schemes),
@@ -98,7 +109,9 @@ def add_measured(directory: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     quantization = parse_quantization_config(config, str(directory / "config.json"))
     schemes = [scheme for _, scheme in quantization.groups if scheme is not None]
-    text = model_card(directory.resolve().name, quantization.fmt, schemes, len(record["quantized"]), record)
+    rotated = read_checkpoint(directory).layers.values() if quantization.transforms else ()
+    blocks = Counter(layer.rotate for layer in rotated if layer.rotate)
+    text = model_card(directory.resolve().name, quantization.fmt, schemes, len(record["quantized"]), record, blocks)
     replace_file(directory / RECORD, json.dumps(record, indent=1) + "\n")
     replace_file(directory / CARD, text)
 
@@ -106,6 +119,10 @@ def add_measured(directory: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def _rotated(rotations: Mapping[str, Any]) -> list[str]:
     names = {"residual": "the residual stream", "heads": "the values of attention"}
     return [name for key, name in names.items() if rotations.get(key)]
+
+
+def _at_run_time(block: int, count: int) -> str:
+    return f"the {'input' if count == 1 else 'inputs'} of {counted(count, 'layer')} in blocks of {block}"
 
 
 def _quantized_layers(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:

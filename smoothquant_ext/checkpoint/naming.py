@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ..nn.experts import W8A8Experts
 from ..nn.linear import W8A8Linear
 from ..scheme import Scheme, dtype_name
+from .formats.base import EXPERTS, LAYERS
 from .formats.registry import choose_format
 from .hf_names import plain_tensors, renamed_alone, to_checkpoint_modules, to_checkpoint_tensors, to_model_names
 
@@ -27,11 +28,13 @@ class CheckpointNames:
         schemes: the scheme of each layer by both names, because transformers compares paths in its model and other
             engines compare names in the checkpoint; of experts by a pattern for all layers of a mixture.
         ignore: the names of the layers that other tools take for linear ones and that stay in floating point.
+        blocks: the size of the rotated blocks of each layer's input by both names, 0 for none; those of experts too.
     """
 
     layers: Mapping[str, str]
     schemes: Mapping[str, Scheme]
     ignore: list[str]
+    blocks: Mapping[str, int]
 
 
 def quantized_layers(model: nn.Module) -> dict[str, W8A8Linear]:
@@ -110,7 +113,31 @@ def checkpoint_names(
         {path: names[path] for path in layers},
         schemes,
         list(dict.fromkeys([*(names[path] for path in linears), *linears, *sorted(others)])),
+        {name: layer.rotate for path, layer in layers.items() for name in (names[path], path)},
     )
+
+
+def rotated_in(model: nn.Module, layers: Mapping[str, W8A8Linear]) -> list[str]:
+    """``rotated_parts`` of a model with the layers of ``quantized_layers``."""
+    mixtures = {path for path, module in model.named_modules() if isinstance(module, W8A8Experts)}
+    blocks = {path: layer.rotate for path, layer in layers.items()}
+    return rotated_parts(blocks, {path for path in layers if _module_of(path) in mixtures})
+
+
+# Of experts, whether the model here holds them in one module or not.
+_OF_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
+
+
+def rotated_parts(blocks: Mapping[str, int], experts: Collection[str] = ()) -> list[str]:
+    """What of a checkpoint is rotated at run time, of ``LAYERS`` and ``EXPERTS``.
+
+    Args:
+        blocks: the size of the rotated blocks of each layer's input, 0 for none, by the name of the layer.
+        experts: the names of the layers of experts, besides those that look like such.
+    """
+    rotated = {name for name, block in blocks.items() if block}
+    of_experts = {name for name in rotated if name in experts or _OF_EXPERT.search(name)}
+    return [part for part, names in ((LAYERS, rotated - of_experts), (EXPERTS, of_experts)) if names]
 
 
 def names_of_layers(model: PreTrainedModel, names: Collection[str]) -> dict[str, tuple[str, ...]]:
@@ -139,11 +166,11 @@ def set_quantization_config_(model: PreTrainedModel) -> dict[str, str]:
     if not layers:
         return {}
     explicit = any(layer.smooth is not None for layer in layers.values())
-    fmt = choose_format(None, [layer.scheme for layer in layers.values()], explicit)
+    fmt = choose_format(None, [layer.scheme for layer in layers.values()], explicit, rotated_in(model, layers))
     names = checkpoint_names(model, layers, float_tensors(model))
     if isinstance(model.get_output_embeddings(), W8A8Linear):
         model.config.tie_word_embeddings = False  # the 8-bit weight is not that of the embedding
-    model.config.quantization_config = fmt.quantization_config(names.schemes, names.ignore)
+    model.config.quantization_config = fmt.quantization_config(names.schemes, names.ignore, names.blocks)
     if fmt.tensors.is_state_dict:
         return {}
     dtypes = " and ".join(sorted({dtype_name(layer.scheme.dtype) for layer in layers.values()}))

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..errors import SmoothQuantError
 from ..scheme import Scheme, scheme_of
-from .formats.base import QuantizationMap
+from .formats.base import CONVERT_AGAIN, QuantizationMap
 from .formats.registry import config_files, file_with_details, parse_quantization_config, why_float
+from .formats.transforms import block_of, is_matrix
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -56,6 +57,7 @@ class CheckpointLayer:
         input_scale_shape: the shape of the static activation scale, ``None`` for dynamic schemes and experts.
         zero_point_shape: the shape of the zero point of static asymmetric activations, else ``None``.
         smooth: whether an explicit smoothing scale [K] is stored.
+        rotate: the size of the blocks of its input that are rotated at run time, 0 for none.
     """
 
     scheme: Scheme
@@ -66,11 +68,15 @@ class CheckpointLayer:
     input_scale_shape: tuple[int, ...] | None
     zero_point_shape: tuple[int, ...] | None
     smooth: bool
+    rotate: int = 0
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A W8A8 checkpoint: its quantization map, its tensors and its quantized layers, by their names in the files."""
+    """A W8A8 checkpoint: its quantization map, its tensors and its quantized layers, by their names in the files.
+
+    The matrices of rotations, which are checked and then not needed, are not among its tensors.
+    """
 
     directory: Path
     quantization: QuantizationMap
@@ -147,7 +153,25 @@ def open_checkpoint(directory: Path, as_w8a8: bool = False) -> Checkpoint:
     quantization = parse_quantization_config(configuration[0], str(configuration[1]), as_w8a8)
     tensors = read_headers(directory)
     quantization = replace(quantization, fmt=quantization.fmt.variant(tensors))
-    return Checkpoint(directory, quantization, tensors, {})
+    return Checkpoint(directory, quantization, _without_matrices(quantization, tensors), {})
+
+
+def _without_matrices(
+    quantization: QuantizationMap, tensors: Mapping[str, CheckpointTensor]
+) -> dict[str, CheckpointTensor]:
+    """The tensors without the matrices of rotations, which are checked."""
+    others = dict(tensors)
+    for transform in quantization.transforms:
+        found = [name for name in others if f".{name}".endswith(f".{transform.matrix}")]
+        for name, matrix in read_tensors(tensors, found):
+            if not is_matrix(matrix, transform):
+                size = "a" if transform.block is None else f"a {transform.block} x {transform.block}"
+                raise SmoothQuantError(
+                    f"{tensors[name].file}: {name} is {tensors[name]} and not {size} Hadamard matrix of Sylvester's, "
+                    f"unscaled, which alone is rotated by; {CONVERT_AGAIN}"
+                )
+            del others[name]
+    return others
 
 
 def find_layers(
@@ -192,9 +216,9 @@ def _layers(
             raise SmoothQuantError(
                 f"{weight.file}: {name}.weight is {weight.dtype} but {name}{scale_suffix} is missing; {COPY_AGAIN}"
             )
-        schemes = quantization.schemes_of(*names.get(name, (name,)))
-        scheme = _choose_scheme(name, schemes, quantization, tensors)
-        yield name, _layer(name, scheme, quantization, tensors, is_expert=name in experts)
+        all_names = names.get(name, (name,))
+        scheme = _choose_scheme(name, quantization.schemes_of(*all_names), quantization, tensors)
+        yield name, _layer(all_names, scheme, quantization, tensors, is_expert=name in experts)
 
 
 def _choose_scheme(
@@ -218,13 +242,13 @@ def _choose_scheme(
 
 
 def _layer(
-    name: str,
+    all_names: Sequence[str],
     scheme: Scheme | None,
     quantization: QuantizationMap,
     tensors: Mapping[str, CheckpointTensor],
     is_expert: bool,
 ) -> CheckpointLayer:
-    names = quantization.fmt.tensors
+    name, names = all_names[0], quantization.fmt.tensors
     weight = tensors[name + ".weight"]
     if scheme is None:
         raise SmoothQuantError(
@@ -267,6 +291,7 @@ def _layer(
         input_scale_shape=input_scale_shape,
         zero_point_shape=zero_point_shape,
         smooth=smooth is not None,
+        rotate=block_of(quantization.transforms, all_names, k, str(weight.file)),
     )
 
 

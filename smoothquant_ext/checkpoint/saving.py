@@ -29,7 +29,7 @@ from .formats.base import Format
 from .formats.registry import choose_format, config_files, parse_quantization_config
 from .model_card import CARD, model_card
 from .model_classes import check_loadable
-from .naming import checkpoint_names, count_quantized, float_tensors, quantized_layers
+from .naming import checkpoint_names, count_quantized, float_tensors, quantized_layers, rotated_in
 from .other_files import copy_files, other_files
 from .reading import CONFIG, INDEX, find_quantization
 from .record import RECORD, read_record
@@ -139,7 +139,8 @@ def save(
     target = check_destination(directory)
     layers = _checked_layers(model)
     is_explicit = any(layer.smooth is not None for layer in layers.values())
-    fmt = choose_format(format, [layer.scheme for layer in layers.values()], is_explicit)
+    schemes = [scheme for scheme, _ in Counter(layer.scheme for layer in layers.values()).most_common()]
+    fmt = choose_format(format, schemes, is_explicit, rotated_in(model, layers))
     record = getattr(model, "smoothquant_record", None)
     others: list[Path] = []
     if files_from is not None:
@@ -147,8 +148,8 @@ def save(
         others = [file for file, is_part in other_files(Path(files_from), besides=written) if is_part]
     if record is not None:
         record = with_files(record, others)
-    schemes = [scheme for scheme, _ in Counter(layer.scheme for layer in layers.values()).most_common()]
-    card = model_card(target.name, fmt, schemes, count_quantized(model), record)
+    blocks = Counter(layer.rotate for layer in layers.values() if layer.rotate)
+    card = model_card(target.name, fmt, schemes, count_quantized(model), record, blocks)
     with quiet_transformers():
         tensors = _Tensors(model, layers, fmt)
         check_free_space(target, sum(tensors.sizes.values()))
@@ -156,7 +157,8 @@ def save(
             if files_from is not None:
                 copy_files(Path(files_from), unfinished, others)
             write_shards(unfinished, tensors.sizes, tensors.read, max_shard_size)
-            _write_configs(model, fmt.quantization_config(tensors.names.schemes, tensors.names.ignore), unfinished)
+            names = tensors.names
+            _write_configs(model, fmt.quantization_config(names.schemes, names.ignore, names.blocks), unfinished)
             if record is not None:
                 (unfinished / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             (unfinished / CARD).write_text(card, encoding="utf-8")
@@ -214,6 +216,8 @@ class _Tensors:
                 self._add(f"{name}.{suffix}", tensor.nbytes, partial(torch.Tensor.detach, tensor))
             size = layer.out_features * layer.in_features * layer.scheme.dtype.itemsize
             self._add(f"{name}.weight", size, layer.plain_weight)
+        for name, matrix in fmt.matrices({self.names.layers[path]: layers[path].rotate for path in layers}).items():
+            self._add(name, matrix.nbytes, partial(torch.Tensor.detach, matrix))
 
     def _add(self, name: str, size: int, reader: Callable[[], Tensor]) -> None:
         self.sizes[name] = size

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
+from ..checkpoint.formats.base import NotExecutable
 from ..checkpoint.formats.registry import parse_quantization_config, quant_methods
 from ..checkpoint.hf_quantizer import W8A8Config
 from ..errors import SmoothQuantError
@@ -25,9 +26,15 @@ class _Entry:
         self.former = former
 
     def from_dict(self, config: dict[str, Any], **kwargs: Any) -> Any:
-        """Returns a ``W8A8Config`` if the checkpoint is W8A8, else the former class's configuration."""
+        """Returns a ``W8A8Config`` if the checkpoint is W8A8, else the former class's configuration.
+
+        Raises:
+            SmoothQuantError: the former class would leave out what the outputs need.
+        """
         try:
             parse_quantization_config(config, "config.json")
+        except NotExecutable:
+            raise
         except SmoothQuantError:
             if self.former is None:
                 raise

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,10 +21,17 @@ if TYPE_CHECKING:
     from ...nn.linear import W8A8Linear
 
 CONVERT_AGAIN = "quantize the original model with smoothquant-ext instead"
+LAYERS, EXPERTS = "layers", "experts"
+"""What may be rotated at run time: the inputs of linear layers, and in experts what their last layer reads."""
+WITHOUT_ROTATION = "which --rotate residual,heads does without"
 
 
 class FloatWeights(SmoothQuantError):
     """A ``quantization_config`` that quantizes no weights: the model is one in floating point."""
+
+
+class NotExecutable(SmoothQuantError):
+    """A configuration asks for something at run time that is not done here, and without which outputs are wrong."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +66,11 @@ class Format:
         config_file_goes_first: whether that file is read even where config.json has a configuration.
         weight_scale_is_per_channel: whether a weight's scale is [N, 1] even where the scheme has one scale per tensor.
         dtypes: the 8-bit dtypes it can store; empty for a format that is only read.
+        rotates: what it can say is rotated at run time, of ``LAYERS`` and ``EXPERTS``.
         read_by: the programs that read it, for ``--help``; of a format that is written.
         how_to_run: the paragraph of the model card that says what runs the checkpoint, Markdown, with ``{name}`` for
             the model's name; of a format that is written.
+        how_to_run_rotated: the same for a model that is rotated at run time, if others run such models differently.
     """
 
     name: str
@@ -70,8 +80,9 @@ class Format:
     config_file_goes_first = False
     weight_scale_is_per_channel = False
     dtypes: tuple[torch.dtype, ...] = ()
+    rotates: tuple[str, ...] = ()
     read_by = ""
-    how_to_run = ""
+    how_to_run = how_to_run_rotated = ""
 
     def recognizes(self, config: Mapping[str, Any]) -> bool:
         """Whether ``config`` is a ``quantization_config`` of this format."""
@@ -97,15 +108,18 @@ class Format:
         """
         return self
 
-    def cannot_store(self, schemes: Sequence[Scheme], explicit: bool) -> str:
+    def cannot_store(self, schemes: Sequence[Scheme], explicit: bool, rotated: Collection[str] = ()) -> str:
         """Why the format cannot store a model, to follow its name in a sentence; ``""`` if it can.
 
         Args:
             schemes: the schemes of the model's layers.
             explicit: whether a layer has an explicit smoothing scale.
+            rotated: what is rotated at run time, of ``LAYERS`` and ``EXPERTS``.
         """
         if explicit and self.tensors.smooth is None:
             return "has no place for explicit smoothing scales"
+        if lacking := sorted(set(rotated) - set(self.rotates)):
+            return f"has no place for rotations of {' and '.join(lacking)} at run time, {WITHOUT_ROTATION}"
         for scheme in schemes:
             if scheme.dtype not in self.dtypes:
                 return f"cannot store scheme {scheme.name!r} ({dtype_name(scheme.dtype)})"
@@ -115,14 +129,26 @@ class Format:
                 return f"has symmetric activations only, and scheme {scheme.name!r} has not"
         return ""
 
-    def quantization_config(self, schemes: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, Any]:
+    def quantization_config(
+        self, schemes: Mapping[str, Scheme], ignore: Sequence[str], blocks: Mapping[str, int] = MappingProxyType({})
+    ) -> dict[str, Any]:
         """The ``quantization_config`` of config.json.
 
         Args:
             schemes: the scheme of each quantized layer, by its name in the checkpoint; ``cannot_store`` said ``""``.
             ignore: the names of the linear layers that stay in floating point.
+            blocks: the size of the blocks of each quantized layer's input that are rotated at run time, 0 for none, by
+                every name of the layer; empty if no layer's are.
         """
         raise NotImplementedError
+
+    def matrices(self, blocks: Mapping[str, int]) -> dict[str, Tensor]:
+        """The matrices of rotations that a checkpoint stores, by name.
+
+        Args:
+            blocks: as in ``quantization_config``, by the name of each layer in the checkpoint alone.
+        """
+        return {}
 
     def stored_scale(self, layer: W8A8Linear) -> Tensor:
         """The weight's scale as the format stores it, fp32 [N, 1] or [1], whether or not the layer is packed."""
@@ -145,6 +171,40 @@ class Format:
 
 
 @dataclass(frozen=True)
+class Transform:
+    """A rotation of the inputs of layers at run time.
+
+    Attributes:
+        group: its name in the configuration.
+        targets: the layers, as ``targets`` describes.
+        ignore: those of the targets that are not meant.
+        block: how many channels are rotated together; ``None`` for all of a layer.
+    """
+
+    group: str
+    targets: tuple[str, ...]
+    ignore: tuple[str, ...]
+    block: int | None
+
+    def means(self, names: Collection[str], classes: Collection[str] = LINEAR) -> bool:
+        """Whether a layer with these names, that in the files first, is rotated."""
+        return bool(self._targets.of_layer(names, classes) and not self._ignore.of_layer(names, classes))
+
+    @property
+    def matrix(self) -> str:
+        """What follows the name of a layer in the name of its stored matrix."""
+        return f"{self.group}_input.weight"
+
+    @cached_property
+    def _targets(self) -> Targets:
+        return Targets(self.targets)
+
+    @cached_property
+    def _ignore(self) -> Targets:
+        return Targets(self.ignore)
+
+
+@dataclass(frozen=True)
 class QuantizationMap:
     """The content of a ``quantization_config``: the format, and the scheme of each layer.
 
@@ -161,6 +221,7 @@ class QuantizationMap:
         notes: what is read differently from what the configuration asks for, a sentence each.
         weight_only: if weights have 8 bits and activations none, who reads that; ``groups`` then quantize activations
             per token, which is another model than that in the files. Empty for W8A8.
+        transforms: the rotations of inputs at run time.
     """
 
     fmt: Format
@@ -169,6 +230,7 @@ class QuantizationMap:
     complete: bool = False
     notes: tuple[str, ...] = ()
     weight_only: str = ""
+    transforms: tuple[Transform, ...] = ()
 
     def ignores(self, *names: str, classes: Collection[str] = LINEAR) -> bool:
         """Whether the configuration says that a linear layer stays in floating point."""

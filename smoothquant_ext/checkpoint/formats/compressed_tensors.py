@@ -5,29 +5,36 @@
      "config_groups": {"group_0": {"targets": ["Linear"], "weights": {...}, "input_activations": {...}}}}
 
 A layer has ``weight`` [N, K], ``weight_scale`` fp32 [N, 1] or [1], with static activations ``input_scale`` [1], and
-where these are asymmetric ``input_zero_point`` [1].
+where these are asymmetric ``input_zero_point`` [1]. What is rotated at run time is in ``transforms``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ...errors import SmoothQuantError
 from ...scheme import Scheme, scheme_of
 from .base import (
     CONVERT_AGAIN,
+    EXPERTS,
+    LAYERS,
     FloatWeights,
     Format,
+    NotExecutable,
     QuantizationMap,
     TensorNames,
+    Transform,
     cache_notes,
     not_w8a8,
     parse_targets,
 )
+from .transforms import CONFIG_KEY, parse_transforms, stored_matrices, transform_config
 
 # The `type` of each dtype, and the `format` that goes with it.
 TYPES = {torch.int8: ("int", "int-quantized"), torch.float8_e4m3fn: ("float", "float-quantized")}
@@ -40,7 +47,7 @@ DYNAMIC = {"num_bits": 8, "strategy": "token", "dynamic": True, "symmetric": Tru
 WEIGHT_ONLY_READERS = {torch.int8: "transformers", torch.float8_e4m3fn: "vLLM, SGLang and transformers"}
 BLOCK_READERS = {torch.int8: "transformers", torch.float8_e4m3fn: "vLLM, SGLang and transformers"}
 # Extensions that change what the tensors mean; empty or absent in a plain W8A8 checkpoint.
-EXTENSIONS = ("transform_config", "moe_sparsity_config")
+EXTENSIONS = ("moe_sparsity_config",)
 
 
 class CompressedTensors(Format):
@@ -57,6 +64,8 @@ class CompressedTensors(Format):
         input_scale="input_scale", input_zero_point="input_zero_point", weight_zero_point="weight_zero_point"
     )
     dtypes = tuple(TYPES)
+    # vLLM multiplies the inputs of linear layers; of experts' it knows nothing.
+    rotates: tuple[str, ...] = (LAYERS,)
     statuses: tuple[str, ...] = ("compressed", "frozen")
     suffix = ""
     read_by = "vLLM, SGLang and transformers"
@@ -64,6 +73,11 @@ class CompressedTensors(Format):
         "It is stored as compressed-tensors, so vLLM (`vllm serve {name}`) and SGLang run it in 8 bits too. "
         "transformers\nwithout smoothquant-ext needs the package `compressed-tensors` and dequantizes it; transformers "
         "5.24 keeps FP8 on some\nGPUs if asked to by `CompressedTensorsConfig(use_optimized_inference=True)`."
+    )
+    how_to_run_rotated = (
+        "It is stored as compressed-tensors, whose `transform_config` says what is rotated at run time. vLLM\n"
+        "(`vllm serve {name}`) does that on an NVIDIA GPU. SGLang, and transformers without smoothquant-ext, do not\n"
+        "read `transform_config`: their output is nonsense."
     )
 
     def recognizes(self, config: Mapping[str, Any]) -> bool:
@@ -80,7 +94,7 @@ class CompressedTensors(Format):
             raise SmoothQuantError(f"{where}: the weights are stored as {sparsity!r}, not dense; {CONVERT_AGAIN}")
         raw_groups = config.get("config_groups") or {}
         cache = cache_notes(config.get("kv_cache_scheme"))
-        if not isinstance(raw_groups, Mapping) or not (raw_groups or cache):
+        if not isinstance(raw_groups, Mapping) or not (raw_groups or cache or config.get(CONFIG_KEY)):
             raise SmoothQuantError(f"{where}: quantization_config has no config_groups; {CONVERT_AGAIN}")
         groups: list[_Group] = []
         for name, raw in raw_groups.items():
@@ -93,7 +107,13 @@ class CompressedTensors(Format):
             groups.append(_parse_group(name, raw, targets, where))
         notes = tuple(dict.fromkeys([*cache, *(group.note for group in groups if group.note)]))
         if all(group.scheme is None for group in groups):
-            raise FloatWeights(f"{where}: no weights are quantized, and {'; '.join(notes)}")
+            if _transforms(config, where):
+                raise NotExecutable(
+                    f"{where}: inputs are rotated at run time and no weights are quantized, which is not supported; "
+                    f"{CONVERT_AGAIN}"
+                )
+            said = "; ".join(notes) or "rotations are in the weights"
+            raise FloatWeights(f"{where}: no weights are quantized, and {said}")
         status = config.get("quantization_status", "compressed")
         if status not in self.statuses:
             raise SmoothQuantError(
@@ -102,9 +122,13 @@ class CompressedTensors(Format):
         ignore = parse_targets(config.get("ignore"), f"{where}: ignore")
         schemes = tuple((group.targets, group.scheme) for group in groups)
         weight_only = next((group.weight_only for group in groups if group.weight_only), "")
-        return QuantizationMap(self, schemes, ignore, complete=True, notes=notes, weight_only=weight_only)
+        return QuantizationMap(
+            self, schemes, ignore, True, notes=notes, weight_only=weight_only, transforms=_transforms(config, where)
+        )
 
-    def quantization_config(self, schemes: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, Any]:
+    def quantization_config(
+        self, schemes: Mapping[str, Scheme], ignore: Sequence[str], blocks: Mapping[str, int] = MappingProxyType({})
+    ) -> dict[str, Any]:
         names_by_scheme: dict[Scheme, list[str]] = {}
         for name, scheme in schemes.items():
             names_by_scheme.setdefault(scheme, []).append(name)
@@ -120,24 +144,29 @@ class CompressedTensors(Format):
             "quantization_status": self.statuses[0],
             "ignore": list(ignore),
             "config_groups": groups,
-        }
+        } | ({CONFIG_KEY: transforms} if (transforms := transform_config(blocks, ignore)) else {})
+
+    def matrices(self, blocks: Mapping[str, int]) -> dict[str, Tensor]:
+        return stored_matrices(blocks)
 
 
 class Smoothed(CompressedTensors):
-    """compressed-tensors and the explicit smoothing scale, ``smooth`` fp32 [K].
+    """compressed-tensors and what no other program does at run time: the explicit smoothing scale, ``smooth`` fp32 [K],
+    and rotations in experts.
 
-    Without that scale the outputs would be wrong, so no program may load the checkpoint that does not know the tensor:
-    compressed-tensors, and transformers with it, stops at an unknown status, vLLM at an unknown format.
+    Without them the outputs would be wrong, so no other program may load the checkpoint: compressed-tensors, and
+    transformers with it, stops at an unknown status, vLLM at an unknown format.
     """
 
     name = "smoothquant-ext"
     tensors = replace(CompressedTensors.tensors, smooth="smooth")
+    rotates = (LAYERS, EXPERTS)
     statuses = ("smoothed",)
     suffix = "-smoothed"
-    read_by = "smoothquant-ext alone, for --explicit"
+    how_to_run_rotated = ""
+    read_by = "smoothquant-ext alone, for --explicit and for experts that are rotated at run time"
     how_to_run = (
-        "Some of its inputs are smoothed at run time, by a tensor that only smoothquant-ext reads. "
-        "Other engines refuse it."
+        "Some of its inputs are smoothed or rotated at run time, as only smoothquant-ext does. Other engines refuse it."
     )
 
     def recognizes(self, config: Mapping[str, Any]) -> bool:
@@ -186,6 +215,13 @@ def _parse_group(name: str, group: Mapping[str, Any], targets: tuple[str, ...], 
     same_type = {"type": weights.get("type", "int")} if isinstance(weights, Mapping) else {}
     scheme = _parse_scheme(weights, inputs or DYNAMIC | same_type, f"{where}: {name}")
     return _Group(targets, scheme, note, "" if inputs else WEIGHT_ONLY_READERS[scheme.dtype])
+
+
+def _transforms(config: Mapping[str, Any], where: str) -> tuple[Transform, ...]:
+    try:
+        return parse_transforms(config.get(CONFIG_KEY), where)
+    except SmoothQuantError as error:
+        raise NotExecutable(str(error)) from error
 
 
 def _not_readable(group: Mapping[str, Any], stored: object, where: str) -> SmoothQuantError:

@@ -7,7 +7,8 @@ A layer has ``weight`` [N, K] and ``scale`` fp32 [N, 1]. FP8 e5m2 has no other f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -40,13 +41,15 @@ class LMDeploy(Format):
         ignore = parse_targets(config.get("modules_to_not_convert"), f"{where}: modules_to_not_convert")
         return QuantizationMap(self, all_linears(scheme_of(dtype, "channel", "token")), ignore)
 
-    def cannot_store(self, schemes: Sequence[Scheme], explicit: bool) -> str:
-        if reason := super().cannot_store(schemes, explicit):
+    def cannot_store(self, schemes: Sequence[Scheme], explicit: bool, rotated: Collection[str] = ()) -> str:
+        if reason := super().cannot_store(schemes, explicit, rotated):
             return reason
         dtypes = sorted({dtype_name(scheme.dtype) for scheme in schemes})
         return f"has one quant_dtype for all layers, and these have {' and '.join(dtypes)}" if len(dtypes) > 1 else ""
 
-    def quantization_config(self, schemes: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, Any]:
+    def quantization_config(
+        self, schemes: Mapping[str, Scheme], ignore: Sequence[str], blocks: Mapping[str, int] = MappingProxyType({})
+    ) -> dict[str, Any]:
         dtype = next(iter(schemes.values())).dtype
         return {
             "quant_method": self.quant_method,

@@ -5,7 +5,7 @@ Reading takes any of them. What holds something other than W8A8 gets a sentence 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -112,13 +112,16 @@ def _recognized(config: Mapping[str, Any]) -> Format | None:
     return next((fmt for fmt in reversed(FORMATS) if fmt.recognizes(config)), None)
 
 
-def choose_format(name: str | None, schemes: Sequence[Scheme], explicit: bool = False) -> Format:
+def choose_format(
+    name: str | None, schemes: Sequence[Scheme], explicit: bool = False, rotated: Collection[str] = ()
+) -> Format:
     """The format to write a model in, checked to be able to store it.
 
     Args:
         name: of the format; ``None`` chooses the first that can store the model.
         schemes: the schemes of the model's layers.
         explicit: whether a layer has an explicit smoothing scale.
+        rotated: what is rotated at run time, of ``base.LAYERS`` and ``base.EXPERTS``.
 
     Raises:
         SmoothQuantError: the format is unknown, or cannot store the model.
@@ -126,7 +129,7 @@ def choose_format(name: str | None, schemes: Sequence[Scheme], explicit: bool = 
     written = written_formats()
     if name is not None and name not in written:
         raise SmoothQuantError(f"unknown format {name!r}, expected one of {', '.join(written)}")
-    reasons = {fmt.name: fmt.cannot_store(schemes, explicit) for fmt in written.values()}
+    reasons = {fmt.name: fmt.cannot_store(schemes, explicit, rotated) for fmt in written.values()}
     able = [fmt for fmt in written.values() if not reasons[fmt.name]]
     if name is None and able:
         return able[0]

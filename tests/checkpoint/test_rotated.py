@@ -1,0 +1,165 @@
+"""Models that are rotated at run time: what is written comes back, and means the same to compressed-tensors."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from compressed_tensors.transform import TransformConfig, apply_transform_config
+from compressed_tensors.utils import is_match
+from stored_files import tensors_of
+from tiny_rotated import blocks_of, rotated, rotated_mixture
+from tiny_w8a8 import assert_same_model, config_of, layers_of, logits
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
+
+from smoothquant_ext import disable, load, save
+from smoothquant_ext.checkpoint.converting import convert
+from smoothquant_ext.checkpoint.formats.transforms import transform_config
+from smoothquant_ext.errors import SmoothQuantError
+from smoothquant_ext.hadamard import hadamard, rotate_blocks
+
+DOWN_0 = "model.layers.0.mlp.down_proj"
+MIXED = {"layers.0.mlp.down_proj": 128, "layers.1.mlp.down_proj": 64, r"layers.1.*o_proj": 16}
+
+
+@pytest.fixture(autouse=True)
+def _disabled() -> Iterator[None]:
+    disable()
+    yield
+    disable()
+
+
+def assert_comes_back(model: PreTrainedModel, directory: Path) -> dict[str, Any]:
+    """Saves and loads the model; the ``transform_config`` that was written."""
+    save(model, directory)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = load(directory)
+    assert blocks_of(loaded) == blocks_of(model)
+    assert_same_model(loaded, model)
+    written: dict[str, Any] = config_of(directory)["quantization_config"]["transform_config"]
+    return written
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-static", "fp8", "fp8-static"])
+@pytest.mark.parametrize(
+    ("model_type", "target"),
+    [("llama", r"re:(.*\.)?down_proj$"), ("opt", r"re:(.*\.)?fc2$"), ("gpt2", r"re:(.*\.)?mlp\.c_proj$")],
+)
+def test_a_rotated_model_comes_back_to_the_bit(model_type: str, target: str, scheme: str, tmp_path: Path) -> None:
+    model = rotated(model_type, scheme)
+    written = assert_comes_back(model, tmp_path / "model")
+    assert written == {
+        "config_groups": {
+            "R4": {
+                "type": "hadamard",
+                "apply": [{"targets": [target], "location": "input", "inverse": False, "ignore": []}],
+                "randomize": False,
+                "requires_grad": False,
+                "head_dim": 16,
+                "precision": "torch.float32",
+            }
+        }
+    }
+    matrices = {name: t for name, t in tensors_of(tmp_path / "model").items() if "R4" in name}
+    first = next(name for name, block in blocks_of(model).items() if block)
+    assert list(matrices) == [f"{first}.R4_input.weight"]
+    assert torch.equal(matrices[f"{first}.R4_input.weight"], hadamard(16).float())
+
+
+def test_several_sizes_and_some_layers(tmp_path: Path) -> None:
+    model = rotated(blocks=MIXED, intermediate_size=256)
+    groups = assert_comes_back(model, tmp_path / "model")["config_groups"]
+    targets = {group: value["apply"][0]["targets"] for group, value in groups.items()}
+    assert targets == {
+        "R4_16": [r"re:(.*\.)?1\.self_attn\.o_proj$"],
+        "R4_64": [r"re:(.*\.)?1\.mlp\.down_proj$"],
+        "R4_128": [r"re:(.*\.)?0\.mlp\.down_proj$"],
+    }
+    assert {group: value["head_dim"] for group, value in groups.items()} == {"R4_16": 16, "R4_64": 64, "R4_128": 128}
+    assert len([name for name in tensors_of(tmp_path / "model") if "_input.weight" in name]) == 3
+
+
+def test_layers_that_share_an_input(tmp_path: Path) -> None:
+    model = rotated(blocks={"[qkv]_proj": 64, "gate_proj|up_proj": 32, "o_proj": 16, "down_proj": 16})
+    assert set(blocks_of(model).values()) == {64, 32, 16}
+    assert_comes_back(model, tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "llama4_text", "granitemoe"])
+def test_rotated_experts_are_stored_so_that_nobody_else_loads_them(name: str, tmp_path: Path) -> None:
+    model = rotated_mixture(name)
+    assert_comes_back(model, tmp_path / "model")
+    assert config_of(tmp_path / "model")["quantization_config"]["quantization_status"] == "smoothed"
+    with pytest.raises(Exception, match=r"smoothed|status"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    with pytest.raises(
+        SmoothQuantError,
+        match=r"'compressed-tensors' has no place for rotations of experts at run time, which --rotate",
+    ):
+        save(model, tmp_path / "other", format="compressed-tensors")
+    assert not (tmp_path / "other").exists()
+    convert(tmp_path / "model", tmp_path / "again")
+    assert_same_model(load(tmp_path / "again"), model)
+    assert config_of(tmp_path / "again") == config_of(tmp_path / "model")
+
+
+def test_experts_and_dense_layers_in_blocks_of_two_sizes(tmp_path: Path) -> None:
+    model = rotated_mixture("qwen2_moe", 16, dense=16)
+    written = assert_comes_back(model, tmp_path / "model")
+    assert written["config_groups"]["R4"]["apply"][0]["targets"] == [r"re:(.*\.)?down_proj$"]
+
+
+# With compressed-tensors' own transforms, as docs/formats.md says.
+
+
+def loaded_by_transformers(directory: Path, **options: Any) -> tuple[PreTrainedModel, Tensor]:
+    """The model with compressed-tensors' transforms, and its logits without them."""
+    theirs = AutoModelForCausalLM.from_pretrained(directory, **options)
+    wrong = logits(theirs)
+    written = config_of(directory)["quantization_config"]["transform_config"]
+    apply_transform_config(theirs, TransformConfig.model_validate(written))
+    return theirs, wrong
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-static"])
+def test_transformers_with_compressed_tensors_own_transforms(scheme: str, tmp_path: Path) -> None:
+    """Theirs rounds inputs to 255 steps where ours has 254, so the outputs differ as two roundings do."""
+    model = rotated(scheme=scheme, blocks=MIXED, intermediate_size=256)
+    save(model, tmp_path / "model")
+    theirs, wrong = loaded_by_transformers(tmp_path / "model")
+    exact = logits(tiny.build("llama", intermediate_size=256))
+    rounding = (logits(model) - exact).norm()
+    assert (logits(theirs) - exact).norm() < 2 * rounding
+    assert (wrong - exact).norm() > 10 * rounding
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt"])
+def test_their_transforms_undo_the_rotation_of_the_weights(model_type: str, tmp_path: Path) -> None:
+    model = rotated(model_type)
+    save(model, tmp_path / "model")
+    theirs, _ = loaded_by_transformers(tmp_path / "model", quantization_config=CompressedTensorsConfig(dequantize=True))
+    expected = tiny.build(model_type)
+    for name, layer in layers_of(model).items():
+        weight = layer.plain_weight().double() * layer._plain_scale().double()
+        expected.get_submodule(name).weight.data = rotate_blocks(weight, layer.rotate).float()
+    torch.testing.assert_close(logits(theirs), logits(expected))
+
+
+def test_the_targets_mean_the_same_layers_under_the_names_of_others() -> None:
+    """vLLM compares them with its own names, which it does not translate."""
+    names = {f"model.language_model.layers.{i}.mlp.{leaf}": 32 * (leaf == "down_proj") for i in (0, 1, 10, 11)
+             for leaf in ("up_proj", "down_proj")} | {"model.visual.blocks.0.mlp.down_proj": 0}  # fmt: skip
+    (group,) = transform_config(names, ["lm_head"])["config_groups"].values()
+    (applied,) = group["apply"]
+    linear = nn.Linear(1, 1)
+    for name, block in names.items():
+        for theirs in (name, name.replace("model.language_model.", "language_model.model.")):
+            assert is_match(theirs, linear, applied["targets"], applied["ignore"]) == bool(block)
+    assert not is_match("lm_head", linear, applied["targets"], applied["ignore"])
