@@ -106,11 +106,11 @@ class W8A8Quantizer(HfQuantizer):
         for note in self.checkpoint.quantization.notes:
             warnings.warn(f"{directory}: {note}", stacklevel=2)
         self.optional = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
-        self.experts = find_experts(model, self.checkpoint, names_of_8_bit_weights(self.checkpoint.tensors))
-        had_some = bool(names_of_8_bit_weights(self.checkpoint.tensors))
+        stored = names_of_8_bit_weights(self.checkpoint.tensors)
+        self.experts = find_experts(model, self.checkpoint, stored)
         self.checkpoint = self._without_unknown_layers(model)
         eight_bit = names_of_8_bit_weights(self.checkpoint.tensors)
-        if eight_bit or not had_some:  # else all its names are wrong, as completeness says better
+        if eight_bit or not stored:  # else all its names are wrong, as completeness says better
             self.checkpoint = find_layers(self.checkpoint, self.experts.paths, names_of_layers(model, eight_bit))
         check_scales(self.checkpoint)
         layers = self.checkpoint.layers
@@ -123,7 +123,7 @@ class W8A8Quantizer(HfQuantizer):
             )
         self._check_shapes(model)
         self._check_complete(model)
-        check_rotations(model, self.checkpoint)
+        check_rotations(model, self.checkpoint, stored)
         for name, path, linear in list(self._linears(model, layers)):
             if name in self.experts.paths:
                 continue

@@ -165,10 +165,10 @@ def _without_matrices(
         found = [name for name in others if f".{name}".endswith(f".{transform.matrix}")]
         for name, matrix in read_tensors(tensors, found):
             if not is_matrix(matrix, transform):
-                size = "a" if transform.block is None else f"a {transform.block} x {transform.block}"
+                size = "" if transform.block is None else f" [{transform.block}, {transform.block}]"
                 raise SmoothQuantError(
-                    f"{tensors[name].file}: {name} is {tensors[name]} and not {size} Hadamard matrix of Sylvester's, "
-                    f"unscaled, which alone is rotated by; {CONVERT_AGAIN}"
+                    f"{tensors[name].file}: {name}, {tensors[name]}, is not Sylvester's Hadamard matrix{size} of 1 and "
+                    f"-1, the only one supported; {CONVERT_AGAIN}"
                 )
             del others[name]
     return others

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -14,12 +14,13 @@ from .naming import names_of_layers
 from .reading import Checkpoint
 
 
-def check_rotations(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+def check_rotations(model: PreTrainedModel, checkpoint: Checkpoint, stored: Collection[str]) -> None:
     """Refuses a checkpoint of which only a part would be rotated at run time as it asks for.
 
     Args:
         model: the model, on the meta device, before its layers are replaced.
         checkpoint: with its layers, whose ``rotate`` is known.
+        stored: the names of all 8-bit layers in the files, those included that the model has no place for.
 
     Raises:
         SmoothQuantError: a rotation means a module that is not in 8 bits, or no layer at all.
@@ -37,7 +38,7 @@ def check_rotations(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
                     f"of {names[0]}, {kind} in floating point, which is not supported; {CONVERT_AGAIN}"
                 )
     for transform in transforms:
-        if not any(transform.means(names) for names in quantized.values()):
+        if not any(transform.means(quantized.get(name, (name,))) for name in stored):
             raise SmoothQuantError(
                 f"{checkpoint.directory}: {transform.group} of its transform_config rotates at run time the inputs of "
                 f"{', '.join(transform.targets)}, which is the name of no 8-bit layer here; {CONVERT_AGAIN}"

@@ -95,6 +95,7 @@ def quantize(
     the output. Output embedding and expert routers stay in floating point.
     """
     from ..checkpoint import saving
+    from ..checkpoint.formats.base import LAYERS
     from ..checkpoint.formats.registry import choose_format, written_formats
     from ..checkpoint.hf_names import cast_
     from ..quantization.pipeline import quantize as quantize_
@@ -114,7 +115,9 @@ def quantize(
         tuple(skip or ()),
         tuple(only or ()),
     )
-    chosen = choose_format(choose("format", format, ("auto", *written_formats())), [recipe.resolved_scheme], explicit)
+    chosen = choose("format", format, ("auto", *written_formats()))
+    rotated = [LAYERS] if "down" in recipe.rotate else []
+    choose_format(chosen, [recipe.resolved_scheme], explicit, rotated)  # refuses now what saving would refuse later
     stored, where = parse_dtype(dtype), parse_device(device)
     target = saving.check_destination(output)
 
@@ -127,7 +130,7 @@ def quantize(
     cast_(network, stored_dtype(network.dtype, stored))
     network.smoothquant_record["calibration"]["text"] = name_of_text(calib)
     with step(f"Saving to {output}"):
-        saving.save(network, output, tokenizer, chosen.name, files_from=model if Path(model).is_dir() else None)
+        saving.save(network, output, tokenizer, chosen, files_from=model if Path(model).is_dir() else None)
 
     out.print(render_report(network.smoothquant_report))
     files = sum(file.stat().st_size for file in output.glob("*.safetensors"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,19 +13,25 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from command_line import complaint
 from compressed_tensors.transform import TransformConfig, apply_transform_config
 from compressed_tensors.utils import is_match
-from stored_files import tensors_of
+from stored_files import change_tensors, tensors_of
 from tiny_rotated import blocks_of, rotated, rotated_mixture
-from tiny_w8a8 import assert_same_model, config_of, layers_of, logits
+from tiny_w8a8 import IDS, assert_same_model, config_of, layers_of, logits, quantized, same_bits
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
 
-from smoothquant_ext import disable, load, save
+from smoothquant_ext import Recipe, disable, enable, load, quantize, save
 from smoothquant_ext.checkpoint.converting import convert
+from smoothquant_ext.checkpoint.formats.base import EXPERTS, LAYERS
+from smoothquant_ext.checkpoint.formats.registry import choose_format, written_formats
 from smoothquant_ext.checkpoint.formats.transforms import transform_config
+from smoothquant_ext.checkpoint.model_card import add_measured
+from smoothquant_ext.checkpoint.reading import read_checkpoint
 from smoothquant_ext.errors import SmoothQuantError
 from smoothquant_ext.hadamard import hadamard, rotate_blocks
+from smoothquant_ext.scheme import SCHEMES
 
 DOWN_0 = "model.layers.0.mlp.down_proj"
 MIXED = {"layers.0.mlp.down_proj": 128, "layers.1.mlp.down_proj": 64, r"layers.1.*o_proj": 16}
@@ -114,6 +123,160 @@ def test_experts_and_dense_layers_in_blocks_of_two_sizes(tmp_path: Path) -> None
     model = rotated_mixture("qwen2_moe", 16, dense=16)
     written = assert_comes_back(model, tmp_path / "model")
     assert written["config_groups"]["R4"]["apply"][0]["targets"] == [r"re:(.*\.)?down_proj$"]
+
+
+# Other formats.
+
+
+@pytest.mark.parametrize("write", ["save", "convert"])
+def test_formats_without_rotations_refuse(write: str, tmp_path: Path) -> None:
+    save(rotated(), tmp_path / "model")
+    target = tmp_path / "other"
+    message = (
+        "format 'lmdeploy' has no place for rotations of layers at run time, which --rotate residual,heads does "
+        "without; use format 'compressed-tensors' or another recipe"
+    )
+    if write == "convert":
+        said = complaint("convert", tmp_path / "model", "-o", target, "--format", "lmdeploy")
+        assert message in said
+    else:
+        with pytest.raises(SmoothQuantError, match=re.escape(message)):
+            save(rotated(), target, format="lmdeploy")
+    assert not target.exists()
+
+
+def test_every_written_format_stores_rotations_or_refuses() -> None:
+    for name, fmt in written_formats().items():
+        for part in (LAYERS, EXPERTS):
+            can = not fmt.cannot_store([SCHEMES["int8"]], explicit=False, rotated=[part])
+            assert can == (part in fmt.rotates)
+            blocks = {"a.0.b": 16, "a.b": 0}
+            config = fmt.quantization_config(dict.fromkeys(blocks, SCHEMES["int8"]), [], blocks)
+            assert ("transform_config" in config) == bool(fmt.rotates), name
+    with pytest.raises(SmoothQuantError, match=r"'compressed-tensors' cannot store .*'lmdeploy' has no place for r"):
+        choose_format(None, [SCHEMES["fp8-e5m2"]], rotated=[LAYERS])
+
+
+def test_conversion_between_names_of_one_format(tmp_path: Path) -> None:
+    model = rotated(blocks=MIXED, intermediate_size=256)
+    save(model, tmp_path / "model", max_shard_size=40_000)
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
+    convert(tmp_path / "model", tmp_path / "again")
+    assert_same_model(load(tmp_path / "again"), model)
+    assert config_of(tmp_path / "again") == config_of(tmp_path / "model")
+    left, right = tensors_of(tmp_path / "again"), tensors_of(tmp_path / "model")
+    assert left.keys() == right.keys()
+    assert all(same_bits(left[name], right[name]) for name in left)
+    convert(tmp_path / "model", tmp_path / "explicit", "smoothquant-ext")
+    assert_same_model(load(tmp_path / "explicit"), model)
+
+
+def test_layers_that_the_class_does_not_know_are_rotated_too(tmp_path: Path) -> None:
+    """As those for multi-token prediction, which conversion copies."""
+    model = rotated()
+    save(model, tmp_path / "model")
+    own = tensors_of(tmp_path / "model")
+    more = {f"mtp.mlp.down_proj.{end}": own[f"{DOWN_0}.{end}"].clone() for end in ("weight", "weight_scale")}
+    change_tensors(tmp_path / "model", lambda tensors: tensors.update(more))
+    convert(tmp_path / "model", tmp_path / "again")
+    assert more.keys() <= tensors_of(tmp_path / "again").keys()
+    assert read_checkpoint(tmp_path / "again").layers["mtp.mlp.down_proj"].rotate == 16
+    assert_same_model(load(tmp_path / "again", drop=["mtp.*"]), model)
+
+
+# In use.
+
+
+def test_it_is_saved_again_as_it_was_loaded(tmp_path: Path) -> None:
+    model = rotated(blocks=MIXED, intermediate_size=256)
+    save(model, tmp_path / "model")
+    save(load(tmp_path / "model"), tmp_path / "again")
+    assert config_of(tmp_path / "again") == config_of(tmp_path / "model")
+    assert tensors_of(tmp_path / "again").keys() == tensors_of(tmp_path / "model").keys()
+
+
+@pytest.mark.parametrize("options", [{}, {"device_map": "cpu"}, {"device_map": {"": "cpu"}}, {"dtype": torch.bfloat16}])
+def test_through_transformers(options: dict[str, Any], tmp_path: Path) -> None:
+    model = rotated()
+    save(model, tmp_path / "model")
+    enable()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", **options)
+    assert blocks_of(loaded) == blocks_of(model)
+    if "dtype" not in options:
+        assert_same_model(loaded, model)
+    loaded.save_pretrained(tmp_path / "again")
+    assert_same_model(load(tmp_path / "again"), loaded)
+    written = [config_of(tmp_path / name)["quantization_config"]["transform_config"] for name in ("again", "model")]
+    assert written[0] == written[1]
+
+
+def test_copies_keep_the_rotation(tmp_path: Path) -> None:
+    model = rotated()
+    expected = logits(model)
+    assert torch.equal(logits(copy.deepcopy(model)), expected)
+    layer = layers_of(model)[DOWN_0]
+    x = torch.randn(3, 112)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert other.rotate == 16
+        assert torch.equal(other(x), layer(x))
+    save(model, tmp_path / "model")
+    loaded = load(tmp_path / "model")
+    with torch.no_grad():
+        for part in layers_of(loaded).values():
+            part.weight.zero_()
+    loaded.load_state_dict(model.state_dict())
+    assert torch.equal(logits(loaded), expected)
+
+
+def test_experts_keep_the_rotation() -> None:
+    model = rotated_mixture("qwen2_moe")
+    assert blocks_of(copy.deepcopy(model)) == blocks_of(model)
+    assert torch.equal(logits(copy.deepcopy(model)), logits(model))
+
+
+def test_adapters_read_what_is_not_rotated(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    save(rotated(), tmp_path / "model")
+    enable()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    before = logits(model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False))
+    layer = adapted.get_submodule(f"base_model.model.{DOWN_0}")
+    x = torch.randn(3, 112)
+    scaling = layer.scaling["default"]
+    with torch.no_grad():
+        expected = layer.base_layer(x) + layer.lora_B["default"](layer.lora_A["default"](x)) * scaling
+    torch.testing.assert_close(layer(x), expected)
+    assert not torch.equal(logits(adapted), before)
+    with adapted.disable_adapter():
+        torch.testing.assert_close(logits(adapted), before)
+
+
+def test_the_model_card_says_what_is_rotated(tmp_path: Path) -> None:
+    save(rotated(blocks=MIXED, intermediate_size=256), tmp_path / "model")
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert (
+        "Rotated at run time by a Hadamard matrix: the input of 1 layer in blocks of 16; the input of 1 layer in "
+        "blocks of 64; the input of 1 layer in blocks of 128.\n\n## Run it" in card
+    )
+    assert "do not\nread `transform_config`: their output is nonsense" in card
+    assert "SGLang run" not in card
+    save(rotated_mixture("qwen2_moe"), tmp_path / "mixture")
+    card = (tmp_path / "mixture" / "README.md").read_text()
+    assert "the inputs of 8 layers in blocks of 16.\n" in card
+    assert "smoothed or rotated at run time, as only smoothquant-ext does. Other engines refuse it" in card
+    save(quantized(), tmp_path / "plain")
+    assert "otated" not in (tmp_path / "plain" / "README.md").read_text()
+
+
+def test_measurements_keep_the_line_in_the_card(tmp_path: Path) -> None:
+    model = quantize(tiny.build("llama"), [IDS], Recipe("int8", smooth=False), progress=False)
+    layers_of(model)[DOWN_0].rotate = 16
+    save(model, tmp_path / "model")
+    add_measured(tmp_path / "model", [])
+    assert "the input of 1 layer in blocks of 16." in (tmp_path / "model" / "README.md").read_text()
 
 
 # With compressed-tensors' own transforms, as docs/formats.md says.
