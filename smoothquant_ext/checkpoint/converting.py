@@ -334,7 +334,8 @@ def _quantization_config(source: _Source, fmt: Format) -> dict[str, Any]:
         name.removesuffix(".weight") for name, place in places_of(model, matrices).items() if place not in embedded
     )
     names = to_checkpoint_modules(model, linears)
-    return fmt.quantization_config(schemes, list(dict.fromkeys([*names.values(), *linears, *others])), blocks)
+    ignore = list(dict.fromkeys([*names.values(), *linears, *others]))
+    return fmt.quantization_config(schemes, ignore) | fmt.rotation_config(blocks, ignore)
 
 
 def _record(path: Path) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from ..nn.experts import W8A8Experts
 from ..nn.linear import W8A8Linear
 from ..scheme import Scheme, dtype_name
-from .formats.base import EXPERTS, LAYERS
+from .formats.base import EXPERTS, LAYERS, Format
 from .formats.registry import choose_format
 from .hf_names import plain_tensors, renamed_alone, to_checkpoint_modules, to_checkpoint_tensors, to_model_names
 
@@ -35,6 +36,10 @@ class CheckpointNames:
     schemes: Mapping[str, Scheme]
     ignore: list[str]
     blocks: Mapping[str, int]
+
+    def quantization_config(self, fmt: Format) -> dict[str, Any]:
+        """The ``quantization_config`` of these layers in a format."""
+        return fmt.quantization_config(self.schemes, self.ignore) | fmt.rotation_config(self.blocks, self.ignore)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, W8A8Linear]:
@@ -170,7 +175,7 @@ def set_quantization_config_(model: PreTrainedModel) -> dict[str, str]:
     names = checkpoint_names(model, layers, float_tensors(model))
     if isinstance(model.get_output_embeddings(), W8A8Linear):
         model.config.tie_word_embeddings = False  # the 8-bit weight is not that of the embedding
-    model.config.quantization_config = fmt.quantization_config(names.schemes, names.ignore, names.blocks)
+    model.config.quantization_config = names.quantization_config(fmt)
     if fmt.tensors.is_state_dict:
         return {}
     dtypes = " and ".join(sorted({dtype_name(layer.scheme.dtype) for layer in layers.values()}))

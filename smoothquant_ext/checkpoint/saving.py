@@ -157,8 +157,7 @@ def save(
             if files_from is not None:
                 copy_files(Path(files_from), unfinished, others)
             write_shards(unfinished, tensors.sizes, tensors.read, max_shard_size)
-            names = tensors.names
-            _write_configs(model, fmt.quantization_config(names.schemes, names.ignore, names.blocks), unfinished)
+            _write_configs(model, tensors.names.quantization_config(fmt), unfinished)
             if record is not None:
                 (unfinished / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             (unfinished / CARD).write_text(card, encoding="utf-8")

@@ -151,8 +151,8 @@ def test_every_written_format_stores_rotations_or_refuses() -> None:
             can = not fmt.cannot_store([SCHEMES["int8"]], explicit=False, rotated=[part])
             assert can == (part in fmt.rotates)
             blocks = {"a.0.b": 16, "a.b": 0}
-            config = fmt.quantization_config(dict.fromkeys(blocks, SCHEMES["int8"]), [], blocks)
-            assert ("transform_config" in config) == bool(fmt.rotates), name
+            assert bool(fmt.rotation_config(blocks, [])) == bool(fmt.matrices(blocks)) == bool(fmt.rotates), name
+            assert not fmt.rotation_config(dict.fromkeys(blocks, 0), [])
     with pytest.raises(SmoothQuantError, match=r"'compressed-tensors' cannot store .*'lmdeploy' has no place for r"):
         choose_format(None, [SCHEMES["fp8-e5m2"]], rotated=[LAYERS])
 
@@ -301,6 +301,9 @@ def test_transformers_with_compressed_tensors_own_transforms(scheme: str, tmp_pa
     rounding = (logits(model) - exact).norm()
     assert (logits(theirs) - exact).norm() < 2 * rounding
     assert (wrong - exact).norm() > 10 * rounding
+    matrices = {name: tensor for name, tensor in tensors_of(tmp_path / "model").items() if "R4" in name}
+    assert len(matrices) == 3
+    assert all(torch.equal(matrix, theirs.get_parameter(name)) for name, matrix in matrices.items())
 
 
 @pytest.mark.parametrize("model_type", ["llama", "opt"])

@@ -6,7 +6,6 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -129,24 +128,30 @@ class Format:
                 return f"has symmetric activations only, and scheme {scheme.name!r} has not"
         return ""
 
-    def quantization_config(
-        self, schemes: Mapping[str, Scheme], ignore: Sequence[str], blocks: Mapping[str, int] = MappingProxyType({})
-    ) -> dict[str, Any]:
+    def quantization_config(self, schemes: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, Any]:
         """The ``quantization_config`` of config.json.
 
         Args:
             schemes: the scheme of each quantized layer, by its name in the checkpoint; ``cannot_store`` said ``""``.
             ignore: the names of the linear layers that stay in floating point.
-            blocks: the size of the blocks of each quantized layer's input that are rotated at run time, 0 for none, by
-                every name of the layer; empty if no layer's are.
         """
         raise NotImplementedError
+
+    def rotation_config(self, blocks: Mapping[str, int], ignore: Sequence[str]) -> dict[str, Any]:
+        """What ``quantization_config`` says besides of rotations at run time, nothing if there are none.
+
+        Args:
+            blocks: the size of the blocks of each quantized layer's input that are rotated at run time, 0 for none, by
+                every name of the layer.
+            ignore: as in ``quantization_config``.
+        """
+        return {}
 
     def matrices(self, blocks: Mapping[str, int]) -> dict[str, Tensor]:
         """The matrices of rotations that a checkpoint stores, by name.
 
         Args:
-            blocks: as in ``quantization_config``, by the name of each layer in the checkpoint alone.
+            blocks: as in ``rotation_config``, by the name of each layer in the checkpoint alone.
         """
         return {}
 

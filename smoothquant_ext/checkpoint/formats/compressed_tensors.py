@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -126,9 +125,7 @@ class CompressedTensors(Format):
             self, schemes, ignore, True, notes=notes, weight_only=weight_only, transforms=_transforms(config, where)
         )
 
-    def quantization_config(
-        self, schemes: Mapping[str, Scheme], ignore: Sequence[str], blocks: Mapping[str, int] = MappingProxyType({})
-    ) -> dict[str, Any]:
+    def quantization_config(self, schemes: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, Any]:
         names_by_scheme: dict[Scheme, list[str]] = {}
         for name, scheme in schemes.items():
             names_by_scheme.setdefault(scheme, []).append(name)
@@ -144,7 +141,11 @@ class CompressedTensors(Format):
             "quantization_status": self.statuses[0],
             "ignore": list(ignore),
             "config_groups": groups,
-        } | ({CONFIG_KEY: transforms} if (transforms := transform_config(blocks, ignore)) else {})
+        }
+
+    def rotation_config(self, blocks: Mapping[str, int], ignore: Sequence[str]) -> dict[str, Any]:
+        transforms = transform_config(blocks, ignore)
+        return {CONFIG_KEY: transforms} if transforms else {}
 
     def matrices(self, blocks: Mapping[str, int]) -> dict[str, Tensor]:
         return stored_matrices(blocks)

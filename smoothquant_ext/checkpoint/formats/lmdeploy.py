@@ -8,7 +8,6 @@ A layer has ``weight`` [N, K] and ``scale`` fp32 [N, 1]. FP8 e5m2 has no other f
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -47,9 +46,7 @@ class LMDeploy(Format):
         dtypes = sorted({dtype_name(scheme.dtype) for scheme in schemes})
         return f"has one quant_dtype for all layers, and these have {' and '.join(dtypes)}" if len(dtypes) > 1 else ""
 
-    def quantization_config(
-        self, schemes: Mapping[str, Scheme], ignore: Sequence[str], blocks: Mapping[str, int] = MappingProxyType({})
-    ) -> dict[str, Any]:
+    def quantization_config(self, schemes: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, Any]:
         dtype = next(iter(schemes.values())).dtype
         return {
             "quant_method": self.quant_method,
