@@ -20,16 +20,17 @@ from torch import Tensor
 
 from ...errors import SmoothQuantError
 from ...hadamard import BLOCKS, hadamard
-from .base import CONVERT_AGAIN, Transform, parse_targets
+from .base import CONVERT_AGAIN, Transform, not_read, parse_targets
 
 CONFIG_KEY = "transform_config"
 INPUT, OFFLINE = "input", ("weight_input", "weight_output")
-# What is multiplied at run time at the other locations, which no layer here can do.
+# What is transformed at run time at the other locations, and by other matrices, and who does so.
 OTHER_LOCATIONS = {
-    "output": "the outputs of layers",
-    "q_attn": "the queries of attention",
-    "k_cache": "the keys of attention",
+    "output": ("the outputs of layers", "vLLM"),
+    "q_attn": ("the queries of attention", "compressed-tensors"),
+    "k_cache": ("the keys of attention", "compressed-tensors"),
 }
+OTHER_MATRICES = {"random-hadamard": "vLLM", "random-matrix": "vLLM"}
 GROUP_KEYS = {"type", "apply", "randomize", "requires_grad", "head_dim", "precision"}
 APPLY_KEYS = {"targets", "location", "inverse", "ignore"}
 
@@ -155,9 +156,11 @@ def _parse_group(name: str, group: Mapping[str, Any], where: str) -> Iterator[Tr
         location = entry.get("location")
         if location in OFFLINE:
             continue
+        if str(location) in OTHER_LOCATIONS:
+            what, readers = OTHER_LOCATIONS[str(location)]
+            raise not_read(where, f"a transform of {what} at run time", readers)
         if location != INPUT:
-            what = OTHER_LOCATIONS.get(str(location), f"at the location {location!r}")
-            raise SmoothQuantError(f"{where} transforms {what} at run time, which is not supported; {CONVERT_AGAIN}")
+            raise SmoothQuantError(f"{where} has the location {location!r}, expected {INPUT!r}; {CONVERT_AGAIN}")
         _check_kind(group, where)
         targets, ignore = (
             parse_targets([value] if isinstance(value, str) else value, f"{where}: {key}")
@@ -169,15 +172,13 @@ def _parse_group(name: str, group: Mapping[str, Any], where: str) -> Iterator[Tr
 
 def _check_kind(group: Mapping[str, Any], where: str) -> None:
     """Refuses a group whose matrix is not Sylvester's, which is its own inverse, in blocks that the ops rotate."""
-    if group.get("type") != "hadamard":
-        raise SmoothQuantError(
-            f"{where} transforms inputs at run time by a matrix of type {group.get('type')!r}, expected 'hadamard'; "
-            f"{CONVERT_AGAIN}"
-        )
+    kind = str(group.get("type"))
+    if kind in OTHER_MATRICES:
+        raise not_read(where, f"a transform of inputs at run time by a matrix of type {kind!r}", OTHER_MATRICES[kind])
+    if kind != "hadamard":
+        raise SmoothQuantError(f"{where} has the type {kind!r}, expected 'hadamard'; {CONVERT_AGAIN}")
     if group.get("randomize"):
-        raise SmoothQuantError(
-            f"{where} rotates inputs at run time by randomized matrices, which is not supported; {CONVERT_AGAIN}"
-        )
+        raise not_read(where, "a transform of inputs at run time by randomized matrices", "compressed-tensors")
     block = group.get("head_dim")
     if block is not None and (isinstance(block, bool) or not isinstance(block, int) or block not in BLOCKS):
         raise SmoothQuantError(f"{where} has head_dim {block!r}, expected one of {_list(BLOCKS)}; {CONVERT_AGAIN}")

@@ -46,6 +46,11 @@ def in_blocks(kind: str) -> dict[str, Any]:
     return config
 
 
+def transforming(location: str, kind: str = "hadamard") -> dict[str, Any]:
+    group = {"type": kind, "head_dim": 64, "apply": [{"location": location, "targets": ["Linear"]}]}
+    return compressed_tensors() | {"transform_config": {"config_groups": {"u": group}}}
+
+
 def modelopt(algorithm: str) -> dict[str, Any]:
     return {"quant_method": "modelopt", "quant_algo": algorithm}
 
@@ -58,6 +63,9 @@ PART_CONFIGS: dict[str, Any] = {
     "`compressed-tensors`, `pack-quantized`": compressed_tensors(**PACKED),
     "`compressed-tensors`, FP8 scaled in blocks": in_blocks("fp8"),
     "`compressed-tensors`, INT8 scaled in blocks": in_blocks("int8"),
+    "`compressed-tensors`, `random-hadamard` or `random-matrix` at run time": transforming("input", "random-hadamard"),
+    "`compressed-tensors`, outputs transformed at run time": transforming("output"),
+    "`compressed-tensors`, queries or keys transformed at run time": transforming("k_cache"),
     "`fp8` with `weight_block_size`": {"quant_method": "fp8", "weight_block_size": [128, 128]},
     **{f"`modelopt`, `{name}`": modelopt(name) for name in MODELOPT},
     "`quark`, other dtypes, blocks or several schemes": {
