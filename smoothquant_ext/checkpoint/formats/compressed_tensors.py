@@ -164,9 +164,12 @@ class Smoothed(CompressedTensors):
     rotates = (LAYERS, EXPERTS)
     statuses = ("smoothed",)
     suffix = "-smoothed"
-    how_to_run_rotated = ""
     read_by = "smoothquant-ext alone, for --explicit and for experts that are rotated at run time"
     how_to_run = (
+        "Some of its inputs are smoothed at run time, by a tensor that only smoothquant-ext reads. "
+        "Other engines refuse it."
+    )
+    how_to_run_rotated = (
         "Some of its inputs are smoothed or rotated at run time, as only smoothquant-ext does. Other engines refuse it."
     )
 
