@@ -13,7 +13,7 @@ from ..scheme import SCHEMES, Scheme
 Rounding: TypeAlias = Literal["nearest", "clip", "gptq"]
 Clipping: TypeAlias = Literal["absmax", "percentile", "mse", "kl", "auto"]
 AUTO = "auto"
-ROTATIONS = ("residual", "heads")
+ROTATIONS = ("residual", "heads", "down")
 ROUNDINGS: tuple[Rounding, ...] = ("nearest", "clip", "gptq")
 CLIPPINGS: tuple[Clipping, ...] = ("absmax", "percentile", "mse", "kl", "auto")
 
