@@ -310,8 +310,9 @@ def _quantization_config(source: _Source, fmt: Format) -> dict[str, Any]:
     """The configuration of the converted checkpoint, which names layers as the files do and as the model does."""
     model, checkpoint = source.model, source.checkpoint
     places = places_of(model, [f"{name}.weight" for name in checkpoint.layers])
+    modules = dict(model.named_modules())
     schemes: dict[str, Scheme] = {}
-    blocks: dict[str, int] = {}
+    blocks = dict.fromkeys(filter(None, modules), 0)
     for name, of in checkpoint.layers.items():
         if name in source.experts:
             path, expert, layer = source.experts[name]
@@ -321,7 +322,6 @@ def _quantization_config(source: _Source, fmt: Format) -> dict[str, Any]:
         blocks |= dict.fromkeys(both, of.rotate)
         targets = map(all_experts, both) if name in source.experts else both
         schemes |= dict.fromkeys(targets, source.scheme(name))
-    modules = dict(model.named_modules())
     linears = [path for path, module in modules.items() if isinstance(module, nn.Linear | Conv1D)]
     embeddings = [path for path, module in modules.items() if isinstance(module, nn.Embedding)]
     matrices = [

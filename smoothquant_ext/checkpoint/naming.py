@@ -29,7 +29,7 @@ class CheckpointNames:
         schemes: the scheme of each layer by both names, because transformers compares paths in its model and other
             engines compare names in the checkpoint; of experts by a pattern for all layers of a mixture.
         ignore: the names of the layers that other tools take for linear ones and that stay in floating point.
-        blocks: the size of the rotated blocks of each layer's input by both names, 0 for none; those of experts too.
+        blocks: the size of the rotated blocks of each layer's input by both names, 0 for none and for other modules.
     """
 
     layers: Mapping[str, str]
@@ -118,7 +118,8 @@ def checkpoint_names(
         {path: names[path] for path in layers},
         schemes,
         list(dict.fromkeys([*(names[path] for path in linears), *linears, *sorted(others)])),
-        {name: layer.rotate for path, layer in layers.items() for name in (names[path], path)},
+        dict.fromkeys(filter(None, modules), 0)
+        | {name: layer.rotate for path, layer in layers.items() for name in (names[path], path)},
     )
 
 

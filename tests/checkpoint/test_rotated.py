@@ -125,6 +125,17 @@ def test_experts_and_dense_layers_in_blocks_of_two_sizes(tmp_path: Path) -> None
     assert written["config_groups"]["R4"]["apply"][0]["targets"] == [r"re:(.*\.)?down_proj$"]
 
 
+@pytest.mark.parametrize(
+    "model_type", ["bloom", "deepseek_v3-moe", "falcon-new", "gpt2", "llama", "mixtral", "opt", "phi3", "qwen2_moe"]
+)
+def test_what_quantize_rotates_comes_back_to_the_bit(model_type: str, tmp_path: Path) -> None:
+    model = quantize(tiny.build(model_type), [IDS], Recipe("int8", rotate="down"), progress=False)
+    assert any(blocks_of(model).values())
+    assert_comes_back(model, tmp_path / "model")
+    convert(tmp_path / "model", tmp_path / "again")
+    assert config_of(tmp_path / "again") == config_of(tmp_path / "model")
+
+
 # Other formats.
 
 
@@ -143,6 +154,11 @@ def test_formats_without_rotations_refuse(write: str, tmp_path: Path) -> None:
         with pytest.raises(SmoothQuantError, match=re.escape(message)):
             save(rotated(), target, format="lmdeploy")
     assert not target.exists()
+
+
+def test_the_command_refuses_before_the_work(tmp_path: Path) -> None:
+    options = ("-o", tmp_path / "out", "--rotate", "down", "--format", "lmdeploy")
+    assert "format 'lmdeploy' has no place for rotations" in complaint("quantize", tmp_path / "no-such-model", *options)
 
 
 def test_every_written_format_stores_rotations_or_refuses() -> None:

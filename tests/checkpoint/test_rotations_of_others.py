@@ -338,6 +338,11 @@ def test_targets_are_the_shortest_that_mean_no_other() -> None:
         assert {name for name in [*names, "lm_head"] if transform.means((name,))} == rotated_names
 
 
+def test_other_modules_are_not_meant() -> None:
+    written = transform_config({"a.mlp.down": 16, "a.down": 0, "a.down.mlp": 0}, [])
+    assert written["config_groups"]["R4"]["apply"][0]["targets"] == [r"re:(.*\.)?mlp\.down$"]
+
+
 def test_a_name_that_is_the_end_of_another() -> None:
     written = transform_config({"down": 16, "a.down": 0}, [])
     assert written["config_groups"]["R4"]["apply"][0]["targets"] == ["down"]

@@ -142,7 +142,7 @@ class Format:
 
         Args:
             blocks: the size of the blocks of each quantized layer's input that are rotated at run time, 0 for none, by
-                every name of the layer.
+                every name of the layer; 0 for other modules, too.
             ignore: as in ``quantization_config``.
         """
         return {}
