@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_vision
 import torch
 from command_line import complaint
 from compressed_tensors.transform import TransformConfig, apply_transform_config
@@ -30,7 +31,9 @@ from smoothquant_ext.checkpoint.formats.transforms import transform_config
 from smoothquant_ext.checkpoint.model_card import add_measured
 from smoothquant_ext.checkpoint.reading import read_checkpoint
 from smoothquant_ext.errors import SmoothQuantError
+from smoothquant_ext.fusion.fuse import fuse_
 from smoothquant_ext.hadamard import hadamard, rotate_blocks
+from smoothquant_ext.quantization.convert import convert_
 from smoothquant_ext.scheme import SCHEMES
 
 DOWN_0 = "model.layers.0.mlp.down_proj"
@@ -99,6 +102,28 @@ def test_layers_that_share_an_input(tmp_path: Path) -> None:
     model = rotated(blocks={"[qkv]_proj": 64, "gate_proj|up_proj": 32, "o_proj": 16, "down_proj": 16})
     assert set(blocks_of(model).values()) == {64, 32, 16}
     assert_comes_back(model, tmp_path / "model")
+
+
+@pytest.mark.parametrize("of_vision", [False, True])
+def test_a_model_whose_names_differ_between_modules_and_files(of_vision: bool, tmp_path: Path) -> None:
+    model = tiny_vision.build("qwen2_5_vl")
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "lm_head" not in name]
+    layers = [name for name in layers if of_vision or "visual" not in name]
+    convert_(model, layers, {}, SCHEMES["int8"])
+    for name, layer in layers_of(model).items():
+        layer.rotate = 16 * ("language_model" in name and name.endswith("down_proj"))
+    fuse_(model)
+    written = assert_comes_back(model, tmp_path / "model")
+    targets = written["config_groups"]["R4"]["apply"][0]["targets"]
+    linear = nn.Linear(1, 1)
+    for layer in ("layers.0.mlp.down_proj", "layers.1.mlp.down_proj"):
+        for prefix in ("model.", "model.language_model.", "language_model.model."):  # of files, here, and in vLLM
+            assert is_match(prefix + layer, linear, targets)
+    for prefix in ("visual.", "model.visual."):
+        assert not is_match(f"{prefix}blocks.0.mlp.down_proj", linear, targets)
+    convert(tmp_path / "model", tmp_path / "again")
+    assert_same_model(load(tmp_path / "again"), model)
+    assert config_of(tmp_path / "again") == config_of(tmp_path / "model")
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "llama4_text", "granitemoe"])
