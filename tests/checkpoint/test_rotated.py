@@ -324,9 +324,9 @@ def test_measurements_keep_the_line_in_the_card(tmp_path: Path) -> None:
 
 
 def loaded_by_transformers(directory: Path, **options: Any) -> tuple[PreTrainedModel, Tensor]:
-    """The model with compressed-tensors' transforms, and its logits without them."""
+    """The model with compressed-tensors' transforms, as docs/formats.md applies them, and its logits without them."""
+    wrong = logits(AutoModelForCausalLM.from_pretrained(directory, **options))
     theirs = AutoModelForCausalLM.from_pretrained(directory, **options)
-    wrong = logits(theirs)
     written = config_of(directory)["quantization_config"]["transform_config"]
     apply_transform_config(theirs, TransformConfig.model_validate(written))
     return theirs, wrong
