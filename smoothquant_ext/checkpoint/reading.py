@@ -15,10 +15,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import SmoothQuantError
+from ..hadamard import BLOCKS
 from ..scheme import Scheme, scheme_of
 from .formats.base import CONVERT_AGAIN, QuantizationMap
 from .formats.registry import config_files, file_with_details, parse_quantization_config, why_float
-from .formats.transforms import block_of, is_matrix
+from .formats.transforms import block_of, is_sylvester
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -162,15 +163,15 @@ def _without_matrices(
     """The tensors without the matrices of rotations, which are checked."""
     others = dict(tensors)
     for transform in quantization.transforms:
-        found = [name for name in others if f".{name}".endswith(f".{transform.matrix}")]
-        for name, matrix in read_tensors(tensors, found):
-            if not is_matrix(matrix, transform):
-                size = "" if transform.block is None else f" [{transform.block}, {transform.block}]"
-                raise SmoothQuantError(
-                    f"{tensors[name].file}: {name}, {tensors[name]}, is not Sylvester's Hadamard matrix{size} of 1 and "
-                    f"-1, the only one supported; {CONVERT_AGAIN}"
-                )
+        sizes = BLOCKS if transform.block is None else (transform.block,)
+        for name in [name for name in others if f".{name}".endswith(f".{transform.matrix}")]:
             del others[name]
+            fits = tensors[name].shape in [(size, size) for size in sizes]  # else it may be too large to be read
+            if not fits or not all(is_sylvester(matrix) for _, matrix in read_tensors(tensors, [name])):
+                raise SmoothQuantError(
+                    f"{tensors[name].file}: {name}, {tensors[name]}, is not Sylvester's Hadamard matrix of 1 and -1 of "
+                    f"the size {' or '.join(map(str, sorted(sizes)))}, which alone is supported; {CONVERT_AGAIN}"
+                )
     return others
 
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from smoothquant_ext import disable, enable, load, save
 from smoothquant_ext.checkpoint.converting import convert
 from smoothquant_ext.checkpoint.formats.registry import parse_quantization_config
-from smoothquant_ext.checkpoint.formats.transforms import is_matrix, parse_transforms, transform_config
+from smoothquant_ext.checkpoint.formats.transforms import is_sylvester, parse_transforms, transform_config
 from smoothquant_ext.errors import SmoothQuantError
 from smoothquant_ext.hadamard import hadamard
 from smoothquant_ext.models import load_model
@@ -256,7 +256,16 @@ def test_layers_in_floating_point(tmp_path: Path) -> None:
 )
 def test_another_matrix_is_refused(change: Callable[[Tensor], Tensor], directory: Path, tmp_path: Path) -> None:
     change_tensors(directory, lambda tensors: tensors.update({MATRIX: change(tensors[MATRIX])}))
-    assert_refused(directory, rf"{MATRIX}, .*, is not Sylvester's Hadamard matrix \[16, 16\]", tmp_path)
+    assert_refused(
+        directory, rf"{MATRIX}, .*, is not Sylvester's Hadamard matrix of 1 and -1 of the size 16,", tmp_path
+    )
+
+
+def test_a_matrix_as_wide_as_the_layer(directory: Path, tmp_path: Path) -> None:
+    """As SpinQuant has it without a block size: it is Sylvester's, but too large, and not read."""
+    set_transforms(directory, config(head_dim=None))
+    change_tensors(directory, lambda tensors: tensors.update({MATRIX: torch.ones(1024, 1024)}))
+    assert_refused(directory, rf"{MATRIX}, F32 \[1024, 1024\], .* of the size 16 or 32 or 64 or 128 or 256", tmp_path)
 
 
 def test_a_matrix_that_nothing_uses_is_not_overlooked(directory: Path) -> None:
@@ -354,9 +363,8 @@ def test_a_name_that_is_the_end_of_another() -> None:
 def test_the_matrix_is_compressed_tensors_own(block: int) -> None:
     from compressed_tensors.transform.utils.hadamard import deterministic_hadamard_matrix
 
-    (transform,) = parse_transforms(config(at("input"), head_dim=block), "config.json")
-    assert is_matrix(deterministic_hadamard_matrix(block), transform)
-    assert not is_matrix(-deterministic_hadamard_matrix(block), transform)
+    assert is_sylvester(deterministic_hadamard_matrix(block))
+    assert not is_sylvester(-deterministic_hadamard_matrix(block))
 
 
 def test_weights_in_other_bits_are_named_first() -> None:

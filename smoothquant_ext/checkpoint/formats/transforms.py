@@ -85,14 +85,10 @@ def block_of(transforms: Iterable[Transform], names: Collection[str], width: int
     return block
 
 
-def is_matrix(matrix: Tensor, transform: Transform) -> bool:
-    """Whether a stored matrix, in any dtype, is the one that the ops multiply by: Sylvester's, unscaled."""
-    size = len(matrix) if matrix.dim() else 0
-    if size not in BLOCKS or transform.block not in (None, size) or matrix.shape != (size, size):
-        return False
-    expected = hadamard(size)
-    assert expected is not None
-    return torch.equal(matrix.to(expected.device, torch.float32), expected.float())
+def is_sylvester(matrix: Tensor) -> bool:
+    """Whether a stored matrix [block, block], of any dtype, is the one that the ops rotate by, unscaled."""
+    expected = hadamard(len(matrix))
+    return expected is not None and torch.equal(matrix.float(), expected.float())
 
 
 def transform_config(blocks: Mapping[str, int], others: Collection[str]) -> dict[str, Any]:
