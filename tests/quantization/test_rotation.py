@@ -266,7 +266,7 @@ def test_a_failure_leaves_the_model_as_it_was(architecture: str, monkeypatch: py
 )
 def test_an_unknown_kind_is_refused(rotate: Any) -> None:
     with pytest.raises(
-        SmoothQuantError, match=r"rotate (is|holds) .*, expected auto, none, or some of residual, heads, down"
+        SmoothQuantError, match=r"rotate (is|holds) .*, expected auto, none, or some of residual"
     ):
         Recipe(rotate=rotate)
 
