@@ -38,6 +38,7 @@ from .report import LayerReport, Report, UnitReport
 from .restoring import unchanged_on_error
 from .resume import SearchState, fingerprint
 from .rotation import rotate_
+from .rotation_choice import rotate_if_better_
 from .selection import Selection, check_finite_weights, select_linears
 from .sensitivity import Unit
 from .skipping import choose_skips, with_dynamic_scale
@@ -101,8 +102,11 @@ def _quantize(
     structure = find_structure(model, data.first)
     selection = select_linears(structure, recipe)
     check_finite_weights(selection.modules(model))
+    if recipe.chooses_rotation:
+        report.rotations = rotate_if_better_(structure, selection.names, data.first, recipe, placement, bar)
+    elif recipe.rotate:
+        report.rotations = rotate_(structure, data.first, recipe.rotations, placement, bar("Rotating"))
     if recipe.rotate:
-        report.rotations = rotate_(structure, data.first, recipe.rotate, placement, bar("Rotating"))
         structure = find_structure(model, data.first)  # its blocks' calls are rotated now
 
     with placement.running(structure, unchanged=True), untouched(model):
