@@ -102,11 +102,15 @@ def quantize(
     from ..checkpoint.hf_names import cast_
     from ..quantization.pipeline import quantize as quantize_
     from ..quantization.recipe import AUTO, Recipe
+    from ..quantization.rotation_choice import ROTATED_DTYPES
     from ..reporting.tables import render_report
 
     if rounding is None and scheme.startswith("int8") and not fast:
         rounding = "gptq"
-    if rotate is None:
+    named = choose("format", format, ("auto", *written_formats()))
+    if rotate is None and named is not None and not written_formats()[named].rotates:
+        rotate = "none" if fast else f"residual,heads,{AUTO}"  # what needs nothing at run time
+    elif rotate is None:
         rotate = "none" if fast else AUTO
     recipe = Recipe(
         scheme,
@@ -121,9 +125,9 @@ def quantize(
         tuple(skip or ()),
         tuple(only or ()),
     )
-    chosen = choose("format", format, ("auto", *written_formats()))
-    rotated = [LAYERS] if "down" in recipe.rotate else []
-    choose_format(chosen, [recipe.resolved_scheme], explicit, rotated)  # refuses now what saving would refuse later
+    is_tried = recipe.resolved_scheme.dtype in ROTATED_DTYPES or not recipe.chooses_rotation
+    rotated = [LAYERS] if is_tried and "down" in recipe.rotations else []
+    chosen = choose_format(named, [recipe.resolved_scheme], explicit, rotated).name  # refuses now, not after the work
     stored, where = parse_dtype(dtype), parse_device(device)
     target = saving.check_destination(output)
 
@@ -135,8 +139,9 @@ def quantize(
     quantize_(network, windows, recipe, journal=target.with_name(f".{target.name}.search"), device=where)
     cast_(network, stored_dtype(network.dtype, stored))
     network.smoothquant_record["calibration"]["text"] = name_of_text(calib)
+    files_from = model if Path(model).is_dir() else None
     with step(f"Saving to {output}"):
-        saving.save(network, output, tokenizer, chosen, files_from=model if Path(model).is_dir() else None)
+        saving.save(network, output, tokenizer, chosen if named or explicit else None, files_from=files_from)
 
     out.print(render_report(network.smoothquant_report))
     files = sum(file.stat().st_size for file in output.glob("*.safetensors"))

@@ -182,8 +182,11 @@ def test_formats_without_rotations_refuse(write: str, tmp_path: Path) -> None:
 
 
 def test_the_command_refuses_before_the_work(tmp_path: Path) -> None:
-    options = ("-o", tmp_path / "out", "--rotate", "down", "--format", "lmdeploy")
-    assert "format 'lmdeploy' has no place for rotations" in complaint("quantize", tmp_path / "no-such-model", *options)
+    command = ("quantize", tmp_path / "no-such-model", "-o", tmp_path / "out", "--format", "lmdeploy")
+    for rotate in ("down", "auto", "residual,down"):
+        assert "format 'lmdeploy' has no place for rotations" in complaint(*command, "--rotate", rotate)
+    for rotate in ([], ["--rotate", "residual,heads"], ["--rotate", "auto", "--scheme", "fp8-e5m2"], ["--fast"]):
+        assert "no-such-model is neither a directory" in complaint(*command, *rotate)
 
 
 def test_every_written_format_stores_rotations_or_refuses() -> None:

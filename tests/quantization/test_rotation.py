@@ -265,9 +265,7 @@ def test_a_failure_leaves_the_model_as_it_was(architecture: str, monkeypatch: py
     "rotate", ["spin", ("spin",), ["residual", "spin"], "residual,,heads", "none,heads", 3, {"residual": 1}, [None]]
 )
 def test_an_unknown_kind_is_refused(rotate: Any) -> None:
-    with pytest.raises(
-        SmoothQuantError, match=r"rotate (is|holds) .*, expected auto, none, or some of residual"
-    ):
+    with pytest.raises(SmoothQuantError, match=r"rotate (is|holds) .*, expected auto, none, or some of residual"):
         Recipe(rotate=rotate)
 
 
