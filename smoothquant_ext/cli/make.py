@@ -97,9 +97,10 @@ def quantize(
     the output. Output embedding and expert routers stay in floating point.
     """
     from ..checkpoint import saving
-    from ..checkpoint.formats.base import LAYERS
+    from ..checkpoint.formats.base import EXPERTS, LAYERS
     from ..checkpoint.formats.registry import choose_format, written_formats
     from ..checkpoint.hf_names import cast_
+    from ..probing.experts import looks_like_experts
     from ..quantization.pipeline import quantize as quantize_
     from ..quantization.recipe import AUTO, Recipe
     from ..quantization.rotation_choice import ROTATED_DTYPES
@@ -133,6 +134,8 @@ def quantize(
 
     start = time.perf_counter()
     network, tokenizer = load(model, drop=drop)
+    if rotated and any(looks_like_experts(module) for module in network.modules()):
+        choose_format(named, [recipe.resolved_scheme], explicit, [*rotated, EXPERTS])
     loaded = network, tokenizer
     windows = read_windows(loaded, calib, samples, seqlen, seed, text_field)
     tests = None if test is None else read_windows(loaded, test, TEST_SAMPLES, seqlen, seed)

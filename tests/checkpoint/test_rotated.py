@@ -19,6 +19,7 @@ from compressed_tensors.transform import TransformConfig, apply_transform_config
 from compressed_tensors.utils import is_match
 from stored_files import change_tensors, tensors_of
 from tiny_rotated import blocks_of, rotated, rotated_mixture
+from tiny_text import tiny_tokenizer
 from tiny_w8a8 import IDS, assert_same_model, config_of, layers_of, logits, quantized, same_bits
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
@@ -187,6 +188,16 @@ def test_the_command_refuses_before_the_work(tmp_path: Path) -> None:
         assert "format 'lmdeploy' has no place for rotations" in complaint(*command, "--rotate", rotate)
     for rotate in ([], ["--rotate", "residual,heads"], ["--rotate", "auto", "--scheme", "fp8-e5m2"], ["--fast"]):
         assert "no-such-model is neither a directory" in complaint(*command, *rotate)
+
+
+def test_the_command_refuses_experts_before_the_work(tmp_path: Path) -> None:
+    tiny.build("mixtral").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    command = ("quantize", tmp_path / "model", "-o", tmp_path / "out", "--calib", tmp_path / "no-such-text")
+    said = complaint(*command, "--format", "compressed-tensors")
+    assert "has no place for rotations of experts at run time, which --rotate residual,heads does without" in said
+    for options in (["--rotate", "residual,heads", "--format", "compressed-tensors"], []):
+        assert "no-such-text" in complaint(*command, *options)
 
 
 def test_every_written_format_stores_rotations_or_refuses() -> None:
