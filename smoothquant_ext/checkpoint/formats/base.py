@@ -117,8 +117,6 @@ class Format:
         """
         if explicit and self.tensors.smooth is None:
             return "has no place for explicit smoothing scales"
-        if lacking := sorted(set(rotated) - set(self.rotates)):
-            return f"has no place for rotations of {' and '.join(lacking)} at run time, {WITHOUT_ROTATION}"
         for scheme in schemes:
             if scheme.dtype not in self.dtypes:
                 return f"cannot store scheme {scheme.name!r} ({dtype_name(scheme.dtype)})"
@@ -126,6 +124,8 @@ class Format:
                 return f"has no static activation scales, which scheme {scheme.name!r} needs"
             if not scheme.symmetric and self.tensors.input_zero_point is None:
                 return f"has symmetric activations only, and scheme {scheme.name!r} has not"
+        if lacking := sorted(set(rotated) - set(self.rotates)):
+            return f"has no place for rotations of {' and '.join(lacking)} at run time, {WITHOUT_ROTATION}"
         return ""
 
     def quantization_config(self, schemes: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, Any]:
