@@ -109,10 +109,8 @@ def quantize(
     if rounding is None and scheme.startswith("int8") and not fast:
         rounding = "gptq"
     named = choose("format", format, ("auto", *written_formats()))
-    if rotate is None and named is not None and not written_formats()[named].rotates:
-        rotate = "none" if fast else f"residual,heads,{AUTO}"  # what needs nothing at run time
-    elif rotate is None:
-        rotate = "none" if fast else AUTO
+    if rotate is None:
+        rotate = "none" if fast else f"residual,heads,{AUTO}"  # what needs nothing of an engine
     recipe = Recipe(
         scheme,
         alpha if alpha is None or alpha == AUTO else parse_number("alpha", alpha),

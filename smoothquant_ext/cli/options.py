@@ -114,9 +114,9 @@ Rotate = Annotated[
         metavar="KINDS",
         help="Rotate activations before smoothing, which spreads outliers over all channels. residual (the residual "
         "stream; a head that shares its weight with the token embedding is stored apart then) and heads (the values of "
-        "attention) cost nothing at run time; down (what down_proj reads) is done while activations are quantized, by "
-        "this package. Some of them, as in residual,heads; or none; or auto, the default: all of these, with INT8, if "
-        "that lowers the error of the blocks that are tried.",
+        "attention) are folded into weights. down (what down_proj reads) is done while activations are quantized, more "
+        "accurate, but only this package and vLLM run it. auto among them: only if that lowers the error of the blocks "
+        "that are tried; alone it stands for all three. none: nothing. Default with INT8: residual,heads,auto.",
     ),
 ]
 Fast = Annotated[
