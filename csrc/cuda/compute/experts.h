@@ -12,6 +12,7 @@ struct ExpertsInputs {
   LayerLists layers;
   ExpertsShapes shapes;
   Activation activation;
+  int64_t rotate;  // values of a block of what down reads that is rotated first, or 0
 };
 
 // y [..., N]

@@ -8,7 +8,7 @@
 namespace sq {
 
 Quantized quantize_rows_cuda(const char* op, const Tensor& x, const OptionalTensor& smooth, const float* static_scale,
-                             ScalarType dtype) {
+                             ScalarType dtype, int64_t rotate) {
   const OptionalTensor divisors = as_contiguous(smooth);
   QuantizeTarget target(x, dtype, static_scale);
   QuantizeRowsJob job{};
@@ -17,6 +17,7 @@ Quantized quantize_rows_cuda(const char* op, const Tensor& x, const OptionalTens
   job.target = target.rows;
   job.rows = row_count(x);
   job.columns = x.size(x.dim() - 1);
+  job.rotate = rotate;
   job.x_dtype = kernel_dtype(x.scalar_type());
   check_rows(op, job.rows);
   launch_quantize_rows(job, current_stream(x));
@@ -25,7 +26,7 @@ Quantized quantize_rows_cuda(const char* op, const Tensor& x, const OptionalTens
 }
 
 Quantized activate_quantize_cuda(const char* op, Activation activation, const Tensor& gate, const OptionalTensor& up,
-                                 ScalarType dtype, const float* static_scale) {
+                                 ScalarType dtype, const float* static_scale, int64_t rotate) {
   QuantizeTarget target(gate, dtype, static_scale);
   ActivateJob job{};
   job.activation = activation;
@@ -35,6 +36,7 @@ Quantized activate_quantize_cuda(const char* op, Activation activation, const Te
   job.rows = row_count(gate);
   job.columns = gate.size(gate.dim() - 1);
   job.row_step = gate.is_contiguous() ? job.columns : gate.stride(gate.dim() - 2);
+  job.rotate = rotate;
   job.target = target.rows;
   check_rows(op, job.rows);
   launch_activate_rows(job, shared_bytes(gate.get_device_index()), current_stream(gate));

@@ -19,13 +19,14 @@ struct QuantizeTarget {
              kernel_dtype(dtype)} {}
 };
 
-// Of a contiguous x, with a scale per row or a static one.
+// Of a contiguous x, with a scale per row or a static one. rotate, here and below: values of a block that is rotated
+// before it is quantized, or 0.
 Quantized quantize_rows_cuda(const char* op, const Tensor& x, const OptionalTensor& smooth, const float* static_scale,
-                             ScalarType dtype);
+                             ScalarType dtype, int64_t rotate);
 
 // Of act(gate), or act(gate) * up; contiguous, or halves of the rows of one contiguous tensor.
 Quantized activate_quantize_cuda(const char* op, Activation activation, const Tensor& gate, const OptionalTensor& up,
-                                 ScalarType dtype, const float* static_scale);
+                                 ScalarType dtype, const float* static_scale, int64_t rotate);
 
 // What a norm without a target does.
 NormJob norm_job(const Tensor& x, const Tensor& weight, double eps, double offset);

@@ -8,17 +8,17 @@
 namespace sq {
 namespace {
 
-template <typename T>
+template <typename T, bool kRotates>
 auto choose_activation(Activation activation) {
   switch (activation) {
     case Activation::kSilu:
-      return activate_rows_kernel<Activation::kSilu, T>;
+      return activate_rows_kernel<Activation::kSilu, T, kRotates>;
     case Activation::kGelu:
-      return activate_rows_kernel<Activation::kGelu, T>;
+      return activate_rows_kernel<Activation::kGelu, T, kRotates>;
     case Activation::kGeluTanh:
-      return activate_rows_kernel<Activation::kGeluTanh, T>;
+      return activate_rows_kernel<Activation::kGeluTanh, T, kRotates>;
     default:
-      return activate_rows_kernel<Activation::kRelu, T>;
+      return activate_rows_kernel<Activation::kRelu, T, kRotates>;
   }
 }
 
@@ -38,7 +38,9 @@ void launch_activate_rows(const ActivateJob& job, int64_t shared_bytes, void* st
     rows.target = job.target;
     rows.wide = can_move_groups(job.columns, rows.gate, rows.up, rows.target.q) && job.row_step % kGroup == 0;
     rows.is_kept = room <= shared_bytes;
-    const auto kernel = choose_activation<T>(job.activation);
+    rows.rotation = rotation_of(job.rotate);
+    const auto kernel =
+        job.rotate == 0 ? choose_activation<T, false>(job.activation) : choose_activation<T, true>(job.activation);
     launch(kernel, job.rows, threads, rows.is_kept ? room : 0, stream, rows);
   });
 }

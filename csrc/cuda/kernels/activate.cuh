@@ -1,5 +1,5 @@
-// Activations that quantize: v = act(gate), or act(gate) * up, in fp32 (see cpu/kernels/activation.h), then q and scale of
-// v as in quantize.cuh, with the bits of the CPU kernels.
+// Activations that quantize: v = act(gate), or act(gate) * up, in fp32 (see cpu/kernels/activation.h), rotated where that
+// is wanted, then q and scale of v as in quantize.cuh, with the bits of the CPU kernels.
 //
 // One block takes one row. v is computed once and waits in shared memory, a thread's own values only, until the largest
 // magnitude of the row is known. Bytes moved: rows * columns * (2 * sizeof(T) + 1), without `up` one sizeof(T) less. Rows
@@ -35,6 +35,7 @@ struct ActivateTask {
   int64_t row_step;  // from a row of gate or of up to the next
   bool wide;         // can_move_groups of all pointers
   bool is_kept;      // there is room for v in shared memory
+  Rotation rotation;
   QuantizedRows target;
 };
 
@@ -53,7 +54,7 @@ SQ_HOST_DEVICE inline void activate_group(float (&values)[kGroup], const Group<T
 }
 
 // Grid: a block per row of activate_threads(columns); shared memory of activate_room, if is_kept.
-template <Activation kActivation, typename T>
+template <Activation kActivation, typename T, bool kRotates>
 __global__ void __launch_bounds__(kMaxThreads) activate_rows_kernel(ActivateTask<T> job) {
   SQ_DYNAMIC_SHARED(Quad, room);  // [round][half of a group][thread], so that a warp's words lie side by side
   const int64_t row = blockIdx.x, columns = job.columns;
@@ -62,10 +63,11 @@ __global__ void __launch_bounds__(kMaxThreads) activate_rows_kernel(ActivateTask
   const bool is_gated = job.up != nullptr;
   const T* gate_row = job.gate + row * job.row_step;
   const T* up_row = is_gated ? job.up + row * job.row_step : nullptr;
+  const int64_t end = end_of_steps<kRotates>(columns);
   uint32_t magnitude = 0;
   float values[kGroup];
 
-  for (int64_t first = begin, round = 0; first < columns; first += kActivateBatch * step, round += kActivateBatch) {
+  for (int64_t first = begin, round = 0; first < end; first += kActivateBatch * step, round += kActivateBatch) {
     Group<T> gate[kActivateBatch] = {}, up[kActivateBatch] = {};
     SQ_UNROLL
     for (int g = 0; g < kActivateBatch; ++g) {
@@ -74,8 +76,9 @@ __global__ void __launch_bounds__(kMaxThreads) activate_rows_kernel(ActivateTask
     }
     SQ_UNROLL
     for (int g = 0; g < kActivateBatch; ++g) {
-      if (first + g * step >= columns) break;
+      if (first + g * step >= end) break;
       activate_group<kActivation>(values, gate[g], up[g], is_gated);
+      if constexpr (kRotates) rotate_group(values, job.rotation);
       magnitude = max_magnitude(magnitude, values);
       if (!job.is_kept) continue;
       Quad* own = room + (round + g) * 2 * blockDim.x + threadIdx.x;
@@ -85,7 +88,7 @@ __global__ void __launch_bounds__(kMaxThreads) activate_rows_kernel(ActivateTask
   }
   const RowScale result = row_scale(job.target, block_max(magnitude));
   if (threadIdx.x == 0) job.target.scale[row] = result.scale;
-  for (int64_t first = begin, round = 0; first < columns; first += step, ++round) {
+  for (int64_t first = begin, round = 0; first < end; first += step, ++round) {
     if (job.is_kept) {
       const Quad* own = room + round * 2 * blockDim.x + threadIdx.x;
       SQ_UNROLL
@@ -94,6 +97,7 @@ __global__ void __launch_bounds__(kMaxThreads) activate_rows_kernel(ActivateTask
       const Group<T> gate = load_raw(gate_row, first, columns, job.wide);
       const Group<T> up = is_gated ? load_raw(up_row, first, columns, job.wide) : Group<T>{};
       activate_group<kActivation>(values, gate, up, is_gated);
+      if constexpr (kRotates) rotate_group(values, job.rotation);
     }
     store_quantized(job.target, row, columns, first, values, result.multiplier, job.wide);
   }

@@ -1,6 +1,8 @@
-// What the kernels over rows share: groups of 8 neighbouring elements that a thread moves in 16-byte words, the largest
-// magnitude of a row, and its rounding.
+// What the kernels over rows share: groups of 8 neighbouring elements that a thread moves in 16-byte words, their
+// rotation, the largest magnitude of a row, and its rounding.
 #pragma once
+
+#include <cmath>
 
 #include "common/row_scale.h"
 #include "cuda/kernels/quantized_rows.h"
@@ -87,6 +89,52 @@ SQ_HOST_DEVICE inline void store_group(T* x, const Group<T>& group, int64_t firs
   for (int i = 0; i < kGroup; ++i) {
     if (first + i < end) x[first + i] = group.at[i];
   }
+}
+
+// Blocks of values that are multiplied by Sylvester's Hadamard matrix over sqrt(their size), as hadamard_rows of
+// cpu/kernels/norm_activation.h. They begin at multiples of their size, which is at most that of a warp's groups: so a
+// block is within a warp.
+struct Rotation {
+  int threads;   // whose groups are a block
+  float factor;  // 1 / sqrt(values of a block)
+};
+
+// block: a power of two from 2 * kGroup to 32 * kGroup, or 0 where nothing is rotated.
+inline Rotation rotation_of(int64_t block) {
+  if (block == 0) return {};
+  return {static_cast<int>(block / kGroup), static_cast<float>(1.0 / std::sqrt(static_cast<double>(block)))};
+}
+
+// Pairs (a, b) of values h apart become (a + b, a - b): for h = 1, 2, 4 both are in a group, then in those of two
+// threads h / 8 apart. Every thread of the warp has to come here.
+__device__ __forceinline__ void rotate_group(float (&values)[kGroup], const Rotation& rotation) {
+  SQ_UNROLL
+  for (int half = 1; half < kGroup; half *= 2) {
+    SQ_UNROLL
+    for (int i = 0; i < kGroup; ++i) {
+      if ((i & half) != 0) continue;
+      const float a = values[i], b = values[i + half];
+      values[i] = a + b;
+      values[i + half] = a - b;
+    }
+  }
+  for (int apart = 1; apart < rotation.threads; apart *= 2) {
+    const float sign = (threadIdx.x & static_cast<unsigned>(apart)) == 0 ? 1.0f : -1.0f;  // -1 where own is b
+    SQ_UNROLL
+    for (int i = 0; i < kGroup; ++i) {
+      const float other = __shfl_xor_sync(0xffffffffu, values[i], apart);
+      values[i] = __fmaf_rn(values[i], sign, other);  // a single rounding, as the product is exact
+    }
+  }
+  SQ_UNROLL
+  for (int i = 0; i < kGroup; ++i) values[i] = values[i] * rotation.factor;
+}
+
+// Where a thread's steps over groups end: `end`, or, if the threads of a warp exchange values, where those of its first
+// thread do. Past `end` there are zeros to rotate, and nothing to store.
+template <bool kRotates>
+__device__ __forceinline__ int64_t end_of_steps(int64_t end) {
+  return kRotates ? end + threadIdx.x % 32 * kGroup : end;
 }
 
 // Magnitudes are compared as bits: the order of the finite ones is kept, infinity is above them and NaN above infinity.

@@ -28,6 +28,7 @@ struct ActivateJob {
   int64_t rows;           // at most 2^31 - 1
   int64_t columns;
   int64_t row_step;  // elements from a row of gate, or of up, to the next
+  int64_t rotate;    // values of a block that is rotated before it is quantized, or 0
   QuantizedRows target;
 };
 

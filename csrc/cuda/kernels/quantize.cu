@@ -6,6 +6,25 @@
 #include "cuda/kernels/with_type.h"
 
 namespace sq {
+namespace {
+
+template <typename T, bool kRotates>
+auto choose_quantize(int groups) {
+  switch (groups) {
+    case 1:
+      return quantize_rows_kernel<T, 1, kRotates>;
+    case 2:
+      return quantize_rows_kernel<T, 2, kRotates>;
+    case 4:
+      return quantize_rows_kernel<T, 4, kRotates>;
+    case 8:
+      return quantize_rows_kernel<T, 8, kRotates>;
+    default:
+      return quantize_rows_kernel<T, 0, kRotates>;
+  }
+}
+
+}  // namespace
 
 void launch_quantize_rows(const QuantizeRowsJob& job, void* stream) {
   if (job.rows == 0) return;
@@ -14,21 +33,10 @@ void launch_quantize_rows(const QuantizeRowsJob& job, void* stream) {
     const T* x = static_cast<const T*>(job.x);
     const bool wide = can_move_groups(job.columns, x, job.smooth, job.target.q);
     const RowConfig config = row_config(job.columns, wide);
-    const auto kernel = [&] {
-      switch (config.groups) {
-        case 1:
-          return quantize_rows_kernel<T, 1>;
-        case 2:
-          return quantize_rows_kernel<T, 2>;
-        case 4:
-          return quantize_rows_kernel<T, 4>;
-        case 8:
-          return quantize_rows_kernel<T, 8>;
-        default:
-          return quantize_rows_kernel<T, 0>;
-      }
-    }();
-    launch(kernel, job.rows, config.threads, 0, stream, x, job.smooth, job.target, job.columns, wide);
+    const auto kernel =
+        job.rotate == 0 ? choose_quantize<T, false>(config.groups) : choose_quantize<T, true>(config.groups);
+    launch(kernel, job.rows, config.threads, 0, stream, x, job.smooth, job.target, job.columns, wide,
+           rotation_of(job.rotate));
   });
 }
 
@@ -42,7 +50,9 @@ void launch_quantize_static(const QuantizeStaticJob& job, void* stream) {
     using T = typename decltype(type)::type;
     const T* x = static_cast<const T*>(job.x);
     const bool wide = is_group_aligned(x) && is_group_aligned(job.q);
-    launch(quantize_static_kernel<T>, blocks, kThreads, 0, stream, x, job.scale, job.q, job.q_dtype, job.count, wide);
+    const auto kernel = job.rotate == 0 ? quantize_static_kernel<T, false> : quantize_static_kernel<T, true>;
+    launch(kernel, blocks, kThreads, 0, stream, x, job.scale, job.q, job.q_dtype, job.count, wide,
+           rotation_of(job.rotate));
   });
 }
 

@@ -11,7 +11,8 @@ struct QuantizeRowsJob {
   QuantizedRows target;
   int64_t rows;  // at most 2^31 - 1
   int64_t columns;
-  DType x_dtype;  // fp32, bf16 or fp16
+  int64_t rotate;  // values of a block that is rotated first, or 0
+  DType x_dtype;   // fp32, bf16 or fp16
 };
 
 struct QuantizeStaticJob {
@@ -19,8 +20,9 @@ struct QuantizeStaticJob {
   const float* scale;  // one element
   uint8_t* q;          // [count]
   int64_t count;
-  DType x_dtype;  // fp32, bf16 or fp16
-  DType q_dtype;  // int8 or fp8
+  int64_t rotate;  // as above; divides what count counts
+  DType x_dtype;   // fp32, bf16 or fp16
+  DType q_dtype;   // int8 or fp8
 };
 
 // `stream` is a cudaStream_t. Errors of the launch are left to cudaGetLastError.

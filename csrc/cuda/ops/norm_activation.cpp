@@ -34,7 +34,7 @@ struct Cuda {
     const float* static_scale = static_scale_pointer(op, "scale", inputs.scale, name, gate);
     const DeviceGuard guard(gate.get_device_index());
     return activate_quantize_cuda(op, inputs.activation, as_contiguous(gate), as_contiguous(inputs.up), inputs.dtype,
-                                  static_scale);
+                                  static_scale, inputs.rotate);
   }
 };
 
