@@ -49,6 +49,7 @@ SHAPES: list[tuple[tuple[int, ...], int, int]] = [
     ((2, 0, 3), 64, 4),
     ((17,), 64, 64),
     ((2, 9), 100, 33),
+    ((3,), 512, 121),  # rows in blocks of 256 to rotate, and of 128 inside of an MLP
 ]
 
 
