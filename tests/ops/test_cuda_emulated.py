@@ -217,6 +217,11 @@ X, B, S, ONE = torch.ones(3, 40), torch.ones(9, 40, dtype=torch.int8), torch.one
         (lambda: ops.w8a8_gemm(B, B, ONE, S[:8]), "w8a8_gemm: b_scale has 8 elements, expected 1 or N=9"),
         (lambda: ops.w8a8_linear(X, B, S, None, S), "w8a8_linear: input_scale has 9 elements, expected 1"),
         (lambda: ops.w8a8_linear_group(X, [B], [S], [S, S]), "w8a8_linear_group: bias has 2 elements, expected 0 or 1"),
+        (lambda: ops.quantize_per_token(X, torch.int8, None, 16), "quantize_per_token: rotate is 16, expected 0 or"),
+        (lambda: ops.quantize_static(X, ONE, torch.int8, 16), "quantize_static: rotate is 16, expected 0 or"),
+        (lambda: ops.relu_quantize(X, torch.int8, None, 4), "relu_quantize: rotate is 4, expected 0 or"),
+        (lambda: ops.w8a8_linear(X, B, S, rotate=512), "w8a8_linear: rotate is 512, expected 0 or"),
+        (lambda: ops.w8a8_linear_group(X, [B], [S], rotate=16), "w8a8_linear_group: rotate is 16, expected 0 or"),
         (lambda: ops.w8a8_mlp(X, [B, B], [S, S]), r"act\(first\) has K=9, but weight\[1\] \(down\) has K=40"),
     ],
 )
