@@ -259,7 +259,8 @@ void test_type() {
   // Rows that end within a warp and with one, of one and of several rounds.
   for (int64_t columns : {0, 16, 48, 256, 320, 1024, 4096, 8448}) {
     for (int64_t rotate : {16, 32, 64, 128, 256}) {
-      if (columns % rotate != 0 || (columns > 1100 && rotate != 256)) continue;
+      if (columns % rotate != 0) continue;
+      if (columns > 1100 && (rotate != 256 || !std::is_same_v<T, BFloat16>)) continue;
       for (bool is_kept : {false, true}) {
         const int64_t offset = is_kept ? 0 : 1;
         const DType dtype = kEightBit[rotate / 32 % 3];

@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <random>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "cuda/kernels/quantize.cuh"
@@ -289,6 +290,7 @@ void test_types(const char* name) {
   for (int64_t columns : {0, 16, 48, 256, 320, 4096, 4112, 8192, 16384, 32768, 33024}) {
     const bool is_long = columns > 1000;
     if (is_long && kQ != DType::kInt8) continue;
+    if (columns > 5000 && !std::is_same_v<T, BFloat16>) continue;
     for (int64_t rotate : {16, 32, 64, 128, 256}) {
       if (columns % rotate != 0 || (is_long && rotate != 16 && rotate != 256)) continue;
       test_rows<T, kQ>(name, columns, rotate == 64, 0, rotate == 32 ? 0.013f : 0.0f, rotate);
