@@ -104,7 +104,11 @@ def add_measured(directory: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _rotated(rotations: Mapping[str, Any]) -> list[str]:
-    names = {"residual": "the residual stream", "heads": "the values of attention"}
+    names = {
+        "residual": "the residual stream",
+        "heads": "the values of attention",
+        "down": "at run time, while they are quantized: the inputs of layers behind an activation",
+    }
     return [name for key, name in names.items() if rotations.get(key)]
 
 

@@ -18,6 +18,7 @@ from .options import (
     Device,
     Drop,
     Explicit,
+    Fast,
     MaxPplIncrease,
     Model,
     NoSmooth,
@@ -66,6 +67,7 @@ def quantize(
     rounding: Rounding = None,
     clipping: Clipping = None,
     rotate: Rotate = None,
+    fast: Fast = False,
     calib: Calib = CALIBRATION_TEXT,
     samples: Samples = 128,
     seqlen: Seqlen = 512,
@@ -101,6 +103,10 @@ def quantize(
     from ..quantization.recipe import AUTO, Recipe
     from ..reporting.tables import render_report
 
+    if rounding is None and scheme.startswith("int8") and not fast:
+        rounding = "gptq"
+    if rotate is None:
+        rotate = "none" if fast else AUTO
     recipe = Recipe(
         scheme,
         alpha if alpha is None or alpha == AUTO else parse_number("alpha", alpha),
@@ -110,7 +116,7 @@ def quantize(
         cast(Any, clipping),
         0 if auto_skip is None else parse_count_or_share("auto-skip", auto_skip),
         None if max_ppl_increase is None else parse_number("max-ppl-increase", max_ppl_increase),
-        rotate or (),
+        rotate,
         tuple(skip or ()),
         tuple(only or ()),
     )

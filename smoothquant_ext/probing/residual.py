@@ -34,6 +34,18 @@ TOLERANCE = 64 * torch.finfo(torch.float32).eps
 NATIVE_ROUNDINGS = 8
 
 
+def stream_width(call: BlockCall) -> int:
+    """The last dimension of the hidden states that a block is called with.
+
+    Raises:
+        NoResidualStream: there are none.
+    """
+    for leaf in tree_leaves((call.args, call.kwargs)):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() == 3:
+            return int(leaf.shape[-1])
+    raise NoResidualStream("is called without hidden states")
+
+
 def hidden_state(call: BlockCall, width: int) -> Tensor:
     """The first floating-point tensor [..., width] among the arguments of a block's call.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -64,6 +65,7 @@ class Trial:
         block: the original.
         absmax: fp32 [K] by model-wide name, of the unsmoothed inputs of the layers that are quantized.
         scheme: to which these are quantized.
+        rotated: of layers that rotate their input the size of its blocks, by model-wide name.
         float_block: the folded copy in fp32.
         int8_block: the copy whose layers are quantized; of FP8 schemes too.
         folds: each folded group and its scale, by the group's id.
@@ -77,6 +79,7 @@ class Trial:
         calls: Sequence[BlockCall],
         expected: Sequence[list[Tensor]],
         schemes: Mapping[str, Scheme],
+        rotated: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         """Quantizes the layers of the block that ``absmax`` names.
 
@@ -87,9 +90,11 @@ class Trial:
             calls: arguments of the block for the held-out windows.
             expected: the original's outputs for them.
             schemes: by model-wide name, of layers that are quantized by another scheme.
+            rotated: of layers that rotate their input the size of its blocks, by model-wide name.
         """
         self.block = block
         self.scheme, self.calls, self.expected, self.schemes = scheme, calls, expected, schemes
+        self.rotated = rotated
         self.absmax = {name: values for name, values in absmax.items() if block.holds(name)}
         self.float_block = copy_of(block.module).float()
         self.int8_block = copy_of(block.module)
@@ -135,13 +140,13 @@ class Trial:
     def _quantize(self, name: str) -> None:
         local, source = self.block.local_name(name), self.block.find(name, self.float_block)
         if local in self.block.experts:
-            experts = quantize_experts(source, self.block.experts[local], self.scheme)
+            experts = quantize_experts(source, self.block.experts[local], self.scheme, self.rotated.get(name, 0))
             replace_(self.int8_block, {local: experts})
             return
         is_explicit = any(name in group.consumers for group, _ in self.folds.values() if group.kind == "explicit")
         smooth = self.input_scale(name) if is_explicit else None
-        scheme = self.schemes.get(name, self.scheme)
-        layer = quantize_linear(as_linear(source), self.smoothed_absmax(name), scheme, smooth=smooth)
+        scheme, rotate = self.schemes.get(name, self.scheme), self.rotated.get(name, 0)
+        layer = quantize_linear(as_linear(source), self.smoothed_absmax(name), scheme, smooth=smooth, rotate=rotate)
         replace_(self.int8_block, {local: layer})
 
     def _copy(self, name: str) -> None:

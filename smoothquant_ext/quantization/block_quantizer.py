@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SmoothQuantError
+from ..hadamard import rotate_blocks
 from ..nn.experts import W8A8Experts
 from ..nn.linear import W8A8Linear
 from ..probing.blocks import BlockCall, device_of
@@ -20,7 +21,7 @@ from ..probing.structure import Block, Structure
 from ..probing.trying import NOT_OF_THE_MODULE, Failed, attempt, in_words
 from ..scheme import Scheme
 from .alpha_search import Choice, Trial, block_error, search_alphas_
-from .block_statistics import BlockInput, collect_statistics
+from .block_statistics import BlockInput, Windows, collect_statistics
 from .calibration import Calibration
 from .clipping import choose_clips_
 from .convert import quantize_experts, quantize_linear
@@ -158,6 +159,7 @@ class BlockQuantizer:
         self.run, self.block, self.recipe = run, block, run.recipe
         self.absmax, self.scheme = run.calibration.absmax, run.recipe.resolved_scheme
         # The ranges of a repeated block's other runs were not recorded.
+        self.rotated = run.report.rotations.down
         self.clips = run.recipe.clips and block.name not in run.calibration.recorder.repeated
         self.linears: dict[str, W8A8Linear] = {}
         self.experts: dict[str, W8A8Experts] = {}
@@ -169,7 +171,10 @@ class BlockQuantizer:
         self.proof_call = block.call or calls[0]
         layers = {local: self._linear(block.full_name(local)) for local in self._quantized(block.linears)}
         hessians = run.recipe.rounding != "nearest"
-        self.statistics = collect_statistics(block.module, layers, calls, held_out, train, hessians, run.placement.keep)
+        rotated = {local: self.rotated.get(block.full_name(local), 0) for local in layers}
+        self.statistics = collect_statistics(
+            block.module, layers, calls, Windows(held_out, train), hessians, run.placement.keep, rotated
+        )
         self.expected = [self.statistics.outputs[window] for window in sorted(held_out)]
         shared = [tuple(map(block.full_name, each.consumers)) for each in self.statistics.inputs.values()]
         self.inputs = {names[0]: names for names in shared}
@@ -177,6 +182,7 @@ class BlockQuantizer:
 
     def decide(self, groups: Sequence[Group]) -> Decision:
         """Chooses the scale of each group, those of explicit smoothing included, and the limits of static scales."""
+        groups = [group for group in groups if not self.rotated.keys() & group.consumers.keys()]
         groups = [*groups, *(self._explicit_groups(groups) if self.recipe.explicit else ())]
         is_searched = self.recipe.alpha == AUTO and bool(groups)
         if not is_searched and not self.clips:
@@ -185,7 +191,9 @@ class BlockQuantizer:
             scales, facts = stored
             alphas = facts["alphas"]
             return Decision([Choice(g, alphas[i], scales[str(i)]) for i, g in enumerate(groups)], facts["limits"])
-        trial = Trial(self.block, self._other_ranges(), self.scheme, self.test_calls, self.expected, self.schemes)
+        trial = Trial(
+            self.block, self._other_ranges(), self.scheme, self.test_calls, self.expected, self.schemes, self.rotated
+        )
         if is_searched:
             searched = search_alphas_(trial, groups, self.recipe.migration)
             choices = [self._fixed(choice.group, choice.alpha) for choice in searched]
@@ -226,7 +234,9 @@ class BlockQuantizer:
                     report.layers[name].error = self._error(name, layer, source, smoothed.get(name))
         for local in self._quantized(self.block.experts):
             module, layout = self.block.module.get_submodule(local), self.block.experts[local]
-            self.experts[self.block.full_name(local)] = quantize_experts(module, layout, self.scheme)
+            self.experts[self.block.full_name(local)] = quantize_experts(
+                module, layout, self.scheme, self.rotated.get(self.block.full_name(local), 0)
+            )
         int8_modules = {self.block.local_name(name): layer for name, layer in {**self.linears, **self.experts}.items()}
         with swapped(self.block.module, int8_modules):
             outputs = [call.replay(self.block.module) for call in self.test_calls]
@@ -252,7 +262,7 @@ class BlockQuantizer:
 
     def _explicit_groups(self, folded: Sequence[Group]) -> list[Group]:
         """Groups of the inputs that no producer can be folded for."""
-        covered = {name for group in folded for name in group.consumers}
+        covered = {name for group in folded for name in group.consumers} | self.rotated.keys()
         inputs = [names for names in self.inputs.values() if not covered & set(names)]
         widths = {name: weight_nk(self._linear(name)).shape[1] for names in inputs for name in names}
         return explicit_groups(self.block.name, inputs, widths)
@@ -320,9 +330,10 @@ class BlockQuantizer:
                 weight = weight * smooth
         rounding, scheme = self.recipe.rounding, self.schemes.get(name, self.scheme)
         assert rounding is not None
-        rounded = round_weight(weight, scheme, rounding, hessian)
+        rotate = self.rotated.get(name, 0)
+        rounded = round_weight(rotate_blocks(weight, rotate), scheme, rounding, hessian)
         absmax = self.absmax[name] if limit is None else torch.tensor(limit)
-        return quantize_linear(linear, absmax, scheme, rounded, smooth)
+        return quantize_linear(linear, absmax, scheme, rounded, smooth, rotate)
 
     def _error(self, name: str, layer: W8A8Linear, source: BlockInput, choice: Choice | None) -> float:
         """Squared error of a layer's output on held-out rows, relative to the output's square."""

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..hadamard import rotate_blocks
 from ..probing.blocks import BlockCall
 from ..probing.hooks import hooked
 from ..probing.linears import Linear
@@ -22,12 +24,21 @@ from ..probing.values import first_argument, version_of
 MOST_ROWS = 512  # of each input, kept to measure the layers that consume it
 
 
+class Windows(NamedTuple):
+    """The numbers of the windows that choices are measured on, and of those that they are made from."""
+
+    held_out: set[int]
+    train: set[int]
+
+
 @dataclass
 class BlockInput:
     """One input of a block's linear layers.
 
     Attributes:
         consumers: names, within the block, of the layers that are handed it.
+        rotate: the size of the blocks of it that these layers rotate, or 0; absmax, Hessian and massive token are of
+            what they make of it.
         absmax: fp32 [K], largest magnitude of each channel over the windows that are not held out.
         rows: [R, K] each, up to ``MOST_ROWS`` rows of the held-out windows, spread evenly over them.
         hessian: fp32 [K, K], sum of ``x x^T`` over the other windows, or ``None`` if it was not asked for.
@@ -36,6 +47,7 @@ class BlockInput:
     """
 
     consumers: list[str]
+    rotate: int = 0
     absmax: Tensor | None = None
     rows: list[Tensor] = field(default_factory=list)
     hessian: Tensor | None = None
@@ -45,14 +57,14 @@ class BlockInput:
         """Keeps every ``step``-th row of x [..., K], and notes a massive token."""
         rows = x.reshape(-1, x.shape[-1])
         self.rows.append(rows[:: max(1, step)].clone())
-        tokens = rows.abs().amax(1).float()
+        tokens = rotate_blocks(rows, self.rotate).abs().amax(1).float()
         if len(tokens):  # an expert may have been given none
             position = int(tokens.argmax()) % (x.shape[-2] if x.dim() > 1 else 1)
             self.massive = max(self.massive, (outlier_ratio(tokens), position))
 
     def add(self, rows: Tensor, with_hessian: bool) -> None:
         """Adds rows [R, K] to the absmax, and to the Hessian if asked for."""
-        wide = rows.float()
+        wide = rotate_blocks(rows.float(), self.rotate)
         if len(rows):
             largest = wide.abs().amax(dim=0)
             self.absmax = largest if self.absmax is None else torch.maximum(self.absmax, largest)
@@ -79,10 +91,10 @@ def collect_statistics(
     block: nn.Module,
     linears: Mapping[str, Linear],
     calls: Sequence[BlockCall],
-    held_out: set[int],
-    train: set[int],
+    windows: Windows,
     hessians: bool,
     keep: Callable[[Tensor], Tensor] = lambda output: output,
+    rotated: Mapping[str, int] = MappingProxyType({}),
 ) -> BlockStatistics:
     """Runs a block in floating point on all windows.
 
@@ -90,10 +102,10 @@ def collect_statistics(
         block: the decoder block.
         linears: the layers to watch, by their names within the block.
         calls: the block's arguments, a window each.
-        held_out: the windows that rows are kept of.
-        train: the windows that absmax and Hessians are of.
+        windows: which calls rows are kept of, and which absmax and Hessians are of.
         hessians: whether to sum these up.
         keep: moves an output to where it is to wait.
+        rotated: of layers that rotate their input the size of its blocks, by their names within the block.
     """
     statistics = BlockStatistics()
     first_consumer: dict[str, str] = {}  # of each layer's input, decided in the layer's first run
@@ -108,15 +120,16 @@ def collect_statistics(
         if name not in first_consumer:
             first = next(other for other, tensor, version in handed if tensor is x and version == version_of(x))
             first_consumer[name] = first_consumer.get(first, first)
-            statistics.inputs.setdefault(first_consumer[name], BlockInput([])).consumers.append(name)
+            source = statistics.inputs.setdefault(first_consumer[name], BlockInput([], rotated.get(name, 0)))
+            source.consumers.append(name)
         first = first_consumer[name]
         if first in counted:
             return
         counted.add(first)
         rows = x.reshape(-1, x.shape[-1])
-        if window in held_out:
-            statistics.inputs[first].keep_rows(x, -(-len(rows) * len(held_out) // MOST_ROWS))
-        if window in train:
+        if window in windows.held_out:
+            statistics.inputs[first].keep_rows(x, -(-len(rows) * len(windows.held_out) // MOST_ROWS))
+        if window in windows.train:
             statistics.inputs[first].add(rows, hessians)
 
     with hooked(linears, before=collect):

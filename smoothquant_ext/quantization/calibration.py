@@ -7,12 +7,14 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import SmoothQuantError
+from ..hadamard import rotate_blocks
 from ..probing.batches import Batches
 from ..probing.blocks import Batch, count_tokens, run_model, token_ids
 from ..probing.hooks import hooked
@@ -33,6 +35,7 @@ def calibrate(
     recorder: BlockInputRecorder | None = None,
     records: Callable[[int], bool] = lambda _: True,
     hidden: HiddenRanges | None = None,
+    rotated: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, Tensor]:
     """Runs the model over the batches and keeps a running absmax per input channel: O(features) memory.
 
@@ -43,6 +46,7 @@ def calibrate(
         recorder: also records the calls of the blocks, in the batches for whose number ``records`` is true.
         records: which batches are recorded; asked after the batch was drawn.
         hidden: also measures the values within experts.
+        rotated: of layers whose input is rotated at run time the size of its blocks; what they read is rotated then.
 
     Returns:
         fp32 absmax [K] for each layer that ran, in the order in which the layers ran.
@@ -56,7 +60,7 @@ def calibrate(
         x = first_argument(args, kwargs)
         if x is None or x.numel() == 0:  # an expert may be given no token
             return
-        x = x.detach()
+        x = rotate_blocks(x.detach(), rotated.get(name, 0))
         largest = x.reshape(-1, x.shape[-1]).abs().amax(dim=0).float()
         absmax[name] = torch.maximum(absmax[name], largest) if name in absmax else largest
 

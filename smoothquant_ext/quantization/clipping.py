@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..hadamard import rotate_blocks
 from ..probing.blocks import BlockCall
 from ..probing.hooks import hooked
 from ..scheme import QMAX, Scheme
@@ -112,8 +113,8 @@ def choose_clips_(
     scales = {name: trial.input_scale(name) for name in histograms}
 
     def count(name: str, args: tuple[Tensor, ...], _kwargs: object) -> None:
-        scale = scales[name]
-        histograms[name].add(args[0] if scale is None else args[0].float() / scale.to(args[0].device))
+        x, scale = rotate_blocks(args[0], trial.rotated.get(name, 0)), scales[name]
+        histograms[name].add(x if scale is None else x.float() / scale.to(x.device))
 
     with hooked({name: trial.block.find(name) for name in histograms}, before=count):
         for call in calls:

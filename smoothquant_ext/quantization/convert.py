@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..hadamard import rotate_blocks
 from ..nn.experts import W8A8Experts
 from ..nn.linear import W8A8Linear
 from ..probing.experts import ExpertsLayout
@@ -16,7 +18,13 @@ from ..probing.linears import Linear, as_linear, weight_nk
 from ..scheme import QMAX, SMALLEST_SCALE, Scheme
 
 
-def convert_(model: nn.Module, names: Iterable[str], absmax: Mapping[str, Tensor], scheme: Scheme) -> None:
+def convert_(
+    model: nn.Module,
+    names: Iterable[str],
+    absmax: Mapping[str, Tensor],
+    scheme: Scheme,
+    rotated: Mapping[str, int] = MappingProxyType({}),
+) -> None:
     """Replaces the named linear layers of ``model`` by ``W8A8Linear``, rounded to nearest, freeing each float weight.
 
     Args:
@@ -25,16 +33,20 @@ def convert_(model: nn.Module, names: Iterable[str], absmax: Mapping[str, Tensor
         absmax: fp32 [K] per layer: its calibrated (and smoothed) input. Layers that share an input have the same
             absmax and so the same static scale, as fused kernels and other engines require of q/k/v and gate/up.
         scheme: what to convert to.
+        rotated: of layers whose input is rotated at run time the size of its blocks, by name.
     """
     for name in names:
         linear = as_linear(model.get_submodule(name))
-        replace_(model, {name: quantize_linear(linear, absmax.get(name), scheme)})
+        replace_(model, {name: quantize_linear(linear, absmax.get(name), scheme, rotate=rotated.get(name, 0))})
 
 
-def convert_experts_(model: nn.Module, layouts: Mapping[str, ExpertsLayout], scheme: Scheme) -> None:
+def convert_experts_(
+    model: nn.Module, layouts: Mapping[str, ExpertsLayout], scheme: Scheme, rotated: Mapping[str, int]
+) -> None:
     """Replaces the named experts of ``model`` by ``W8A8Experts``, freeing the float weights."""
     for name, layout in layouts.items():
-        replace_(model, {name: quantize_experts(model.get_submodule(name), layout, scheme)})
+        experts = quantize_experts(model.get_submodule(name), layout, scheme, rotated.get(name, 0))
+        replace_(model, {name: experts})
 
 
 def quantize_linear(
@@ -43,20 +55,26 @@ def quantize_linear(
     scheme: Scheme,
     rounded: tuple[Tensor, Tensor] | None = None,
     smooth: Tensor | None = None,
+    rotate: int = 0,
 ) -> W8A8Linear:
     """An 8-bit copy of a linear layer, ready to run.
 
     Args:
         linear: a layer with a floating-point weight [N, K].
-        absmax: fp32, the largest magnitude of its input, whole or per channel: needed for static activations only.
+        absmax: fp32, the largest magnitude of its input as it is quantized, whole or per channel: needed for static
+            activations only.
         scheme: what to convert to.
-        rounded: its 8-bit weight [N, K] and scale; rounded to nearest if not given.
+        rounded: its 8-bit weight [N, K], rotated, and scale; rounded to nearest if not given.
         smooth: fp32 [K] that the layer has to divide its input by, or ``None``.
+        rotate: the size of the blocks of its input that the layer has to rotate, or 0.
     """
     weight = weight_nk(linear)
     out_features, in_features = weight.shape
     module = W8A8Linear(in_features, out_features, False, scheme, device="meta")
-    module.weight, module.weight_scale = quantize_weight(weight, scheme) if rounded is None else rounded
+    module.weight, module.weight_scale = (
+        quantize_weight(rotate_blocks(weight, rotate), scheme) if rounded is None else rounded
+    )
+    module.rotate = rotate
     if scheme.is_static:
         assert absmax is not None
         module.input_scale = static_scale(absmax, scheme.dtype).to(weight.device)
@@ -68,16 +86,21 @@ def quantize_linear(
     return module
 
 
-def quantize_experts(module: nn.Module, layout: ExpertsLayout, scheme: Scheme) -> W8A8Experts:
-    """An 8-bit copy of a mixture's experts, rounded to nearest, ready to run; inputs have a scale per token."""
+def quantize_experts(module: nn.Module, layout: ExpertsLayout, scheme: Scheme, rotate: int = 0) -> W8A8Experts:
+    """An 8-bit copy of a mixture's experts, rounded to nearest, ready to run; inputs have a scale per token.
+
+    ``rotate`` is the size of the blocks of the input of ``down`` that they have to rotate, or 0.
+    """
     parameters = {name: parameter.detach() for name, parameter in module.named_parameters(recurse=False)}
     layers = {}
     for name, part in layout.parts.items():
         weight, bias = part.weight(parameters), part.bias_of(parameters)
-        rounded = [quantize_weight(expert, scheme) for expert in weight]
+        turned = rotate_blocks(weight, rotate if name == "down" else 0)
+        rounded = [quantize_weight(expert, scheme) for expert in turned]
         stacked = torch.stack([q for q, _ in rounded]), torch.stack([scale for _, scale in rounded])
         layers[name] = *stacked, None if bias is None else bias.clone()
     experts = W8A8Experts(layers, layout.activation, scheme, layout.is_sorted)
+    experts.rotate = rotate
     experts.prepack_()
     return experts
 

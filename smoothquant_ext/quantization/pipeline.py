@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoint.hf_names import expert_names
@@ -26,7 +26,6 @@ from ..probing.smoothing_groups import Discovery, discover
 from ..probing.structure import Structure, find_structure
 from ..probing.trying import Failed, attempt, untouched
 from ..progress import track
-from ..scheme import Scheme
 from .block_inputs import BlockInputRecorder
 from .block_quantizer import QuantizedBlocks, Run, quantize_blocks
 from .calibration import Calibration, CalibrationData, calibrate
@@ -39,6 +38,7 @@ from .report import LayerReport, Report, UnitReport
 from .restoring import unchanged_on_error
 from .resume import SearchState, fingerprint
 from .rotation import rotate_
+from .rotation_choice import rotate_if_better_
 from .selection import Selection, check_finite_weights, select_linears
 from .sensitivity import Unit
 from .skipping import choose_skips, with_dynamic_scale
@@ -102,12 +102,15 @@ def _quantize(
     structure = find_structure(model, data.first)
     selection = select_linears(structure, recipe)
     check_finite_weights(selection.modules(model))
+    if recipe.chooses_rotation:
+        report.rotations = rotate_if_better_(structure, selection.names, data.first, recipe, placement, bar)
+    elif recipe.rotate:
+        report.rotations = rotate_(structure, data.first, recipe.rotations, placement, bar("Rotating"))
     if recipe.rotate:
-        report.rotations = rotate_(structure, data.first, recipe.rotate, placement, bar("Rotating"))
         structure = find_structure(model, data.first)  # its blocks' calls are rotated now
 
     with placement.running(structure, unchanged=True), untouched(model):
-        calibration = _calibrate(structure, selection, data, recipe, bar("Calibrating"))
+        calibration = _calibrate(structure, selection, data, recipe, report.rotations.down, bar("Calibrating"))
     report.calibration = {"windows": data.windows, "tokens": data.tokens}
     report.layers = {name: LayerReport(absmax, absmax) for name, absmax in calibration.absmax.items()}
     for name in selection.names:
@@ -126,7 +129,7 @@ def _quantize(
         with placement.running(structure), untouched(model):
             _leave_out_worst(run, selection, quantized, list(data.held_out.values()), bar("Measuring each layer"))
 
-    _install_(structure, selection, quantized, calibration.absmax, recipe.resolved_scheme)
+    _install_(run, selection, quantized)
     report.fused = fuse_(model)
     outcome = attempt(lambda: run_model(model, structure.batch), model)
     if isinstance(outcome, Failed):
@@ -145,14 +148,20 @@ def _quantize(
 
 
 def _calibrate(
-    structure: Structure, selection: Selection, data: CalibrationData, recipe: Recipe, progress: Progress
+    structure: Structure,
+    selection: Selection,
+    data: CalibrationData,
+    recipe: Recipe,
+    rotated: Mapping[str, int],
+    progress: Progress,
 ) -> Calibration:
     """Runs the model over the data: absmax of every selected layer, calls of every block, ranges within experts."""
     layers = selection.modules(structure.model)
     recorder = BlockInputRecorder(structure.modules)
-    hidden = HiddenRanges(layers, selection.experts if recipe.smooth else {})
+    smoothed = selection.experts if recipe.smooth else {}
+    hidden = HiddenRanges(layers, {name: each for name, each in smoothed.items() if name not in rotated})
     records = (lambda _: True) if recipe.is_tuned else data.is_held_out
-    absmax = calibrate(structure.model, layers, progress(data), recorder, records, hidden)
+    absmax = calibrate(structure.model, layers, progress(data), recorder, records, hidden, rotated)
     held_out = data.held_out if recipe.is_tuned else range(recorder.windows)  # numbers of recorded windows
     absmax = {name: channels.cpu() for name, channels in absmax.items()}  # outlives the run, in the report
     return Calibration(absmax, recorder, frozenset(held_out), hidden)
@@ -175,24 +184,19 @@ def _leave_out_worst(
         del linears[name]
 
 
-def _install_(
-    structure: Structure,
-    selection: Selection,
-    quantized: QuantizedBlocks,
-    absmax: Mapping[str, Tensor],
-    scheme: Scheme,
-) -> None:
+def _install_(run: Run, selection: Selection, quantized: QuantizedBlocks) -> None:
     """Puts the 8-bit modules in their places, smooths what stays in floating point, and converts the selected layers
     that are outside of all blocks.
     """
-    model = structure.model
+    model, scheme, rotated = run.structure.model, run.recipe.resolved_scheme, run.report.rotations.down
     int8_modules: dict[str, nn.Module] = {**quantized.linears, **quantized.experts}
     names = {name: expert_names(model, name, layout) for name, layout in selection.experts.items()}
-    fold_rest_(structure, quantized.folds, int8_modules)
+    fold_rest_(run.structure, quantized.folds, int8_modules)
     replace_(model, int8_modules)
-    convert_(model, [name for name in selection.linears if name not in int8_modules], absmax, scheme)
+    others = [name for name in selection.linears if name not in int8_modules]
+    convert_(model, others, run.calibration.absmax, scheme, rotated)
     outside = {name: layout for name, layout in selection.experts.items() if name not in int8_modules}
-    convert_experts_(model, outside, scheme)
+    convert_experts_(model, outside, scheme, rotated)
     for name, layer_names in names.items():
         as_experts(model.get_submodule(name)).names = layer_names
 

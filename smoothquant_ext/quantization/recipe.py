@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from ..errors import SmoothQuantError
 from ..scheme import SCHEMES, Scheme
@@ -13,7 +13,7 @@ from ..scheme import SCHEMES, Scheme
 Rounding: TypeAlias = Literal["nearest", "clip", "gptq"]
 Clipping: TypeAlias = Literal["absmax", "percentile", "mse", "kl", "auto"]
 AUTO = "auto"
-ROTATIONS = ("residual", "heads")
+ROTATIONS = ("residual", "heads", "down")
 ROUNDINGS: tuple[Rounding, ...] = ("nearest", "clip", "gptq")
 CLIPPINGS: tuple[Clipping, ...] = ("absmax", "percentile", "mse", "kl", "auto")
 
@@ -38,7 +38,8 @@ class Recipe:
         max_ppl_increase: leave out as many layers as needed to keep the perplexity on held-out calibration text within
             this of the original's, relative: 0.005 is 0.5 %.
         rotate: which activations are rotated, see ``rotation.rotate_``: some of ``ROTATIONS``, or their names in one
-            text, ``"residual,heads"``; empty for none.
+            text, ``"residual,heads"``; ``"none"`` or empty for none. With ``"auto"`` among them, they are made only if
+            that is better, see ``rotation_choice.rotate_if_better_``; ``"auto"`` alone stands for all of them.
         skip: glob patterns of module names to leave in floating point, besides the output embedding and MoE routers.
         only: glob patterns of the only module names to quantize; empty means all.
 
@@ -75,14 +76,7 @@ class Recipe:
                 object.__setattr__(self, name, tuned if self.alpha == AUTO else default)
             elif chosen not in allowed:
                 raise SmoothQuantError(f"{name} is {chosen!r}, expected one of {', '.join(allowed)}")
-        kinds = self.rotate.split(",") if isinstance(self.rotate, str) and self.rotate else self.rotate or ()
-        if not isinstance(kinds, list | tuple):
-            raise SmoothQuantError(f"rotate is {kinds!r}, expected some of {', '.join(ROTATIONS)}")
-        kinds = tuple(dict.fromkeys(kind.strip() if isinstance(kind, str) else kind for kind in kinds))
-        for kind in kinds:
-            if kind not in ROTATIONS:
-                raise SmoothQuantError(f"rotate holds {kind!r}, expected some of {', '.join(ROTATIONS)}")
-        object.__setattr__(self, "rotate", kinds)
+        object.__setattr__(self, "rotate", _rotations(self.rotate))
         if not 0 <= self.auto_skip < math.inf or (self.auto_skip >= 1 and self.auto_skip != int(self.auto_skip)):
             raise SmoothQuantError(f"auto_skip is {self.auto_skip}, expected a number of layers or a share below 1")
         if self.max_ppl_increase is not None and not self.max_ppl_increase > 0:
@@ -113,3 +107,33 @@ class Recipe:
     def is_tuned(self) -> bool:
         """Whether alphas, rounding or scales are chosen by the whole calibration data, block by block."""
         return self.alpha == AUTO or self.rounding != "nearest" or self.clips
+
+    @property
+    def chooses_rotation(self) -> bool:
+        """Whether a model is rotated only if that is better."""
+        return AUTO in self.rotate
+
+    @property
+    def rotations(self) -> tuple[str, ...]:
+        """The kinds of rotations to make, or to try."""
+        kinds = tuple(kind for kind in self.rotate if kind != AUTO)
+        return kinds or (ROTATIONS if self.chooses_rotation else ())
+
+
+def _rotations(given: Any) -> tuple[str, ...]:
+    """What was given as a list.
+
+    Raises:
+        SmoothQuantError: something in it is no kind of rotation.
+    """
+    kinds = given.split(",") if isinstance(given, str) else given or ()
+    expected = f"expected {AUTO}, none, or some of {', '.join(ROTATIONS)}"
+    if not isinstance(kinds, list | tuple):
+        raise SmoothQuantError(f"rotate is {given!r}, {expected}")
+    kinds = tuple(dict.fromkeys(kind.strip() if isinstance(kind, str) else kind for kind in kinds))
+    if kinds in (("",), ("none",)):
+        return ()
+    for kind in kinds:
+        if kind not in (*ROTATIONS, AUTO):
+            raise SmoothQuantError(f"rotate holds {kind!r}, {expected}")
+    return kinds

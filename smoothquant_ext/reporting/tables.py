@@ -185,25 +185,30 @@ def render_report(report: Report) -> Group:
 
 
 def _rotation_lines(report: Report) -> list[Text]:
-    rotations, kinds = report.rotations, report.recipe.rotate
-    lines = []
-    if rotations.residual:
-        apart = (
-            f"; the head is stored apart from the embedding, {rotations.untied / 1e6:.1f} MB"
-            if rotations.untied
-            else ""
-        )
-        lines.append(Text(f"Rotated: the residual stream{apart}"))
-    elif "residual" in kinds:
-        lines.append(Text(f"The residual stream is not rotated, because {rotations.refused}"))
-    if "heads" in kinds:
-        blocks = f"heads of {', '.join(map(str, sorted(set(rotations.heads.values()))))} channels"
-        lines.append(
-            Text(f"Rotated: the values of attention in {len(rotations.heads)} blocks, {blocks}")
-            if rotations.heads
-            else Text("The values of attention are not rotated, because no block passes them on by averages alone")
-        )
-    return lines
+    rotations, kinds, lines = report.rotations, report.recipe.rotate, []
+    chosen = report.recipe.chooses_rotation
+    is_left = chosen and bool(rotations.refused) and not rotations.heads and not rotations.down
+    if rotations.errors is not None:
+        plain, turned = rotations.errors
+        lines.append(f"Rotations change the error of the blocks that were tried from {plain:.2g} to {turned:.2g}")
+    if is_left:
+        lines.append(f"Nothing is rotated, because {rotations.refused}")
+    elif rotations.residual:
+        apart = f"; the head is stored apart from the embedding, {rotations.untied / 1e6:.1f} MB"
+        lines.append(f"Rotated: the residual stream{apart if rotations.untied else ''}")
+    elif chosen or "residual" in kinds:
+        lines.append(f"The residual stream is not rotated, because {rotations.refused}")
+    if rotations.heads:
+        channels = ", ".join(map(str, sorted(set(rotations.heads.values()))))
+        lines.append(f"Rotated: the values of attention in {len(rotations.heads)} blocks, heads of {channels} channels")
+    elif "heads" in kinds:
+        lines.append("The values of attention are not rotated, because no block passes them on by averages alone")
+    for size in sorted(set(rotations.down.values())):
+        names = [name for name, own in rotations.down.items() if own == size]
+        lines.append(f"Rotated at run time, {size} channels together: the input of {collapse(names)}")
+    if "down" in kinds and not rotations.down:
+        lines.append("No input is rotated at run time, because no layer reads a multiple of 16 channels of another one")
+    return [Text(line) for line in lines]
 
 
 def _groups_table(groups: Iterable[SmoothedGroup]) -> Table:

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from smoothquant_ext.probing.blocks import Batch, BlockCall, find_blocks, run_model
 from smoothquant_ext.probing.linears import find_linears
-from smoothquant_ext.quantization.block_statistics import MOST_ROWS, BlockInput, BlockStatistics, collect_statistics
+from smoothquant_ext.quantization.block_statistics import (
+    MOST_ROWS,
+    BlockInput,
+    BlockStatistics,
+    Windows,
+    collect_statistics,
+)
 
 
 def input_of(statistics: BlockStatistics, consumer: str) -> BlockInput:
@@ -25,7 +31,7 @@ def statistics_of(
     recorder = recorded(model, data)
     name = recorder.names[0]
     block = find_blocks(model)[name]
-    return collect_statistics(block, find_linears(block), recorder.calls(name, []), held_out, train, hessians)
+    return collect_statistics(block, find_linears(block), recorder.calls(name, []), Windows(held_out, train), hessians)
 
 
 def inputs_by_hook(model: nn.Module, data: list[Batch]) -> dict[str, list[Tensor]]:
@@ -123,7 +129,7 @@ def test_experts_without_tokens(calls_empty: bool, lonely: int) -> None:
 
 
 def test_hessians_are_only_made_when_asked_for() -> None:
-    statistics = statistics_of(Stack(), batches(2), {0}, {1}, hessians=False)
+    statistics = statistics_of(Stack(), batches(2), Windows({0}, {1}), hessians=False)
     assert all(each.hessian is None and each.absmax is not None for each in statistics.inputs.values())
 
 
@@ -133,7 +139,7 @@ def test_rows_are_few_and_spread_over_all_held_out_windows(windows: int, tokens:
     data = torch.arange(windows * tokens).float()[:, None].expand(-1, WIDTH).reshape(windows, 1, tokens, WIDTH)
     calls = [BlockCall((x,), {}) for x in data]
     block = nn.Sequential(linear)
-    statistics = collect_statistics(block, {"0": linear}, calls, set(range(windows)), {0}, hessians=False)
+    statistics = collect_statistics(block, {"0": linear}, calls, Windows(set(range(windows)), {0}), hessians=False)
     rows = torch.cat(statistics.inputs["0"].rows)[:, 0]
     assert min(windows * tokens, MOST_ROWS) / 2 <= len(rows) <= MOST_ROWS
     assert len(set((rows // tokens).tolist())) == windows
@@ -150,7 +156,7 @@ def test_massive_tokens(shape: tuple[int, int], at: int) -> None:
     x[-1, at] *= 1000
     held_out = [BlockCall((torch.randn(*shape, WIDTH),), {}), BlockCall((x,), {})]
     ignored = BlockCall((x * torch.linspace(0, 1e6, WIDTH),), {})
-    statistics = collect_statistics(block, {"0": block[0]}, [*held_out, ignored], {0, 1}, {2}, hessians=False)
+    statistics = collect_statistics(block, {"0": block[0]}, [*held_out, ignored], Windows({0, 1}, {2}), hessians=False)
     tokens = x.abs().amax(-1).flatten()
     ratio, position = statistics.inputs["0"].massive
     assert ratio == pytest.approx(float(tokens.max() / tokens.median()))
@@ -160,7 +166,7 @@ def test_massive_tokens(shape: tuple[int, int], at: int) -> None:
 def test_silence_is_not_massive() -> None:
     block = nn.Sequential(nn.Linear(WIDTH, 8))
     calls = [BlockCall((torch.zeros(1, 5, WIDTH),), {})]
-    statistics = collect_statistics(block, {"0": block[0]}, calls, {0}, {0}, hessians=True).inputs["0"]
+    statistics = collect_statistics(block, {"0": block[0]}, calls, Windows({0}, {0}), hessians=True).inputs["0"]
     assert statistics.massive == (1.0, 0)
     assert statistics.absmax is not None
     assert not statistics.absmax.any()
@@ -172,6 +178,6 @@ def test_hooks_are_removed_when_the_block_fails() -> None:
     block = nn.Sequential(nn.Linear(WIDTH, 8), nn.Linear(WIDTH, 8))  # the second does not fit
     with pytest.raises(RuntimeError):
         collect_statistics(
-            block, find_linears(block), [BlockCall((torch.ones(2, WIDTH),), {})], {0}, {0}, hessians=False
+            block, find_linears(block), [BlockCall((torch.ones(2, WIDTH),), {})], Windows({0}, {0}), hessians=False
         )
     assert not any(linear._forward_pre_hooks for linear in block)

@@ -15,7 +15,7 @@ from torch import Tensor
 from smoothquant_ext.probing.structure import Block
 from smoothquant_ext.quantization import clipping as clipping_module
 from smoothquant_ext.quantization.alpha_search import Trial
-from smoothquant_ext.quantization.block_statistics import collect_statistics
+from smoothquant_ext.quantization.block_statistics import Windows, collect_statistics
 from smoothquant_ext.quantization.clipping import (
     BINS,
     GAIN,
@@ -160,7 +160,7 @@ def test_the_choice_is_the_best_candidate(
     for group in case.groups:
         trial.fold_(group, case.scale(group, 0.5))
     linears = {local: case.module.get_submodule(local) for local in case.block.linears}
-    statistics = collect_statistics(case.module, linears, case.calls, {0}, {1}, hessians=False)
+    statistics = collect_statistics(case.module, linears, case.calls, Windows({0}, {1}), hessians=False)
     shared = [tuple(map(case.full_name, each.consumers)) for each in statistics.inputs.values()]
     inputs = {names[0]: names for names in shared}
     expected, kept, candidates, reference = {}, {}, [], copy.deepcopy(trial)

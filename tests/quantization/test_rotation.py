@@ -17,6 +17,7 @@ from smoothquant_ext import Recipe, SmoothQuantError, load, quantize, save
 from smoothquant_ext.probing.structure import find_structure
 from smoothquant_ext.quantization import pipeline
 from smoothquant_ext.quantization.placement import Placement
+from smoothquant_ext.quantization.recipe import ROTATIONS
 from smoothquant_ext.quantization.report import Rotations
 from smoothquant_ext.quantization.rotation import rotate_
 
@@ -261,17 +262,34 @@ def test_a_failure_leaves_the_model_as_it_was(architecture: str, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    "rotate", ["spin", ("spin",), ["residual", "spin"], "residual,,heads", 3, {"residual": 1}, [None]]
+    "rotate", ["spin", ("spin",), ["residual", "spin"], "residual,,heads", "none,heads", 3, {"residual": 1}, [None]]
 )
 def test_an_unknown_kind_is_refused(rotate: Any) -> None:
-    with pytest.raises(SmoothQuantError, match=r"rotate (is|holds) .*, expected some of residual, heads"):
+    with pytest.raises(
+        SmoothQuantError, match=r"rotate (is|holds) .*, expected auto, none, or some of residual"
+    ):
         Recipe(rotate=rotate)
 
 
 @pytest.mark.parametrize("rotate", ["residual, heads", ["residual", "heads"], ("residual", "heads", "residual")])
 def test_kinds_are_a_list_or_one_text(rotate: Any) -> None:
     assert Recipe(rotate=rotate).rotate == BOTH
-    assert Recipe(rotate="").rotate == Recipe(rotate=None).rotate == ()
+    assert Recipe(rotate="").rotate == Recipe(rotate=None).rotate == Recipe(rotate="none").rotate == ()
+
+
+@pytest.mark.parametrize(
+    ("rotate", "kinds", "chooses"),
+    [
+        ("auto", ROTATIONS, True),
+        ("auto,residual,heads", BOTH, True),
+        (["heads", "auto"], ("heads",), True),
+        ("down", ("down",), False),
+        ("none", (), False),
+    ],
+)
+def test_auto_tries_all_kinds_or_the_given_ones(rotate: Any, kinds: tuple[str, ...], chooses: bool) -> None:
+    recipe = Recipe(rotate=rotate)
+    assert (recipe.rotations, recipe.chooses_rotation) == (kinds, chooses)
 
 
 class SmallHeads(nn.Module):

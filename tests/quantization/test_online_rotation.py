@@ -1,0 +1,256 @@
+"""Rotations at run time: which layers get one, what is quantized then, and that it takes outliers away."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutput
+
+from smoothquant_ext import Recipe, quantize, reference
+from smoothquant_ext.hadamard import block_size, rotate_blocks
+from smoothquant_ext.nn.experts import W8A8Experts
+from smoothquant_ext.nn.linear import W8A8Linear
+from smoothquant_ext.probing.blocks import BlockCall
+from smoothquant_ext.probing.structure import find_structure
+from smoothquant_ext.quantization import rotation_choice
+from smoothquant_ext.quantization.block_statistics import Windows, collect_statistics
+from smoothquant_ext.quantization.online_rotation import find_online
+from smoothquant_ext.quantization.report import Rotations
+from smoothquant_ext.scheme import QMAX
+
+WIDTH, HEAD = 64, 16
+DATA = [tiny.token_ids(seed=seed) for seed in range(2, 6)]
+IDS = tiny.token_ids(seed=9)
+
+# The last names of the layers behind other matrices, in the architectures that have others than most.
+BEHIND = {
+    "phi": {"dense", "fc2"},
+    "starcoder2": {"o_proj", "c_proj"},
+    "opt": {"out_proj", "fc2"},
+    "gpt2": {"c_proj"},
+    "gpt_neox": {"dense", "dense_4h_to_h"},
+    "gpt_neox-sequential": {"dense", "dense_4h_to_h"},
+    "gptj": {"out_proj", "fc_out"},
+    "bloom": {"dense", "dense_4h_to_h"},
+    "mpt": {"out_proj", "down_proj"},
+    "falcon": {"dense", "dense_4h_to_h"},
+    "falcon-new": {"dense", "dense_4h_to_h"},
+    "falcon-sequential": {"dense", "dense_4h_to_h"},
+    "deepseek_v2-lite": {"o_proj", "down_proj", "experts"},
+    "deepseek_v3-moe": {"o_proj", "down_proj", "experts"},
+    "mixtral": {"o_proj", "experts"},
+    "qwen3_moe": {"o_proj", "experts"},
+    "olmoe": {"o_proj", "experts"},
+    "granitemoe": {"o_proj", "experts"},
+    "llama4_text": {"o_proj", "down_proj", "experts"},
+    "qwen2_moe": {"o_proj", "down_proj", "experts"},
+}
+
+
+@pytest.mark.parametrize("architecture", tiny.CONFIGS)
+def test_layers_behind_other_matrices_are_found(architecture: str) -> None:
+    model = tiny.build(architecture)
+    structure = find_structure(model, DATA[0])
+    before = copy.deepcopy(model.state_dict())
+    found: dict[str, int] = {}
+    for name in structure.called:
+        found |= find_online(structure.blocks[name], ())
+    assert {name.rpartition(".")[2] for name in found} == BEHIND.get(architecture, {"o_proj", "down_proj"})
+    for name, size in found.items():
+        module = model.get_submodule(name)
+        width = 48 if name.endswith("experts") else tiny.input_columns(module).shape[0]  # or 112
+        assert size == block_size(width) > 0
+    assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())
+
+
+def test_what_is_rotated_already_is_left_out() -> None:
+    structure = find_structure(tiny.build("llama"), DATA[0])
+    name = structure.called[0]
+    assert find_online(structure.blocks[name], [f"{name}.self_attn.o_proj"]) == {f"{name}.mlp.down_proj": HEAD}
+
+
+def test_widths_without_a_block_are_left_out() -> None:
+    structure = find_structure(tiny.build("llama", intermediate_size=108), DATA[0])
+    name = structure.called[0]
+    assert find_online(structure.blocks[name], ()) == {f"{name}.self_attn.o_proj": WIDTH}
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-static", "fp8"])
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_a_layer_is_that_of_the_rotated_input_and_weight(scheme: str, rounding: Any) -> None:
+    model = tiny.build("llama")
+    inputs: list[Tensor] = []
+    down = model.model.layers[1].mlp.down_proj
+    hook = down.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
+    for batch in DATA:
+        tiny.logits(model, batch)
+    hook.remove()
+    weight = rotate_blocks(down.weight.detach(), HEAD)
+    quantize(model, DATA, Recipe(scheme, rounding=rounding, smooth=False, rotate="down"), progress=False)
+    layer = model.model.layers[1].mlp.down_proj
+    assert isinstance(layer, W8A8Linear)
+    assert layer.rotate == HEAD
+    step = layer._plain_scale().max() / (1 if layer.weight.dtype == torch.int8 else 1 / 32)
+    assert (layer.plain_weight().float() * layer._plain_scale() - weight).abs().max() <= step * (
+        2 if rounding == "gptq" else 1
+    )
+    if layer.scheme.is_static:
+        largest = max(float(rotate_blocks(x, HEAD).abs().max()) for x in inputs)
+        torch.testing.assert_close(float(layer.input_scale), largest / QMAX[torch.int8], rtol=1e-5, atol=0)
+    x = inputs[0].reshape(-1, layer.in_features)
+    expected = reference.w8a8_linear(
+        x, layer.plain_weight(), layer._plain_scale(), None, layer.input_scale, rotate=HEAD
+    )
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_are_of_the_rotated_input_and_rows_are_not() -> None:
+    linear = nn.Linear(WIDTH, 8)
+    x = torch.randn(1, 40, WIDTH)
+    x[0, 7, 3] = 1000.0
+    calls = [BlockCall((x,), {}), BlockCall((x * 2,), {})]
+    block = nn.Sequential(linear)
+    source = collect_statistics(block, {"0": linear}, calls, Windows({0}, {1}), True, rotated={"0": 32}).inputs["0"]
+    rotated = rotate_blocks(2 * x[0], 32)
+    assert source.absmax is not None
+    assert source.hessian is not None
+    torch.testing.assert_close(source.absmax, rotated.abs().amax(0))
+    torch.testing.assert_close(source.hessian, rotated.T @ rotated)
+    assert torch.equal(source.rows[0], x[0])
+    tokens = rotate_blocks(x[0], 32).abs().amax(1)
+    assert source.massive == (pytest.approx(float(tokens.max() / tokens.median()), rel=0.2), 7)
+
+
+def outliers_(model: nn.Module, factor: float = 60.0) -> None:
+    """Makes two channels behind each ``up_proj`` larger, and undoes it in ``down_proj``; the function stays."""
+    for layer in model.model.layers:
+        with torch.no_grad():
+            layer.mlp.up_proj.weight[:2] *= factor
+            layer.mlp.down_proj.weight[:, :2] /= factor
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-static"])
+def test_outliers_behind_an_activation_cost_less(scheme: str) -> None:
+    original = tiny.build("llama", intermediate_size=256)
+    outliers_(original)
+    expected, errors = tiny.logits(original, IDS), {}
+    for rotate in ("none", "down"):
+        model = quantize(copy.deepcopy(original), DATA, Recipe(scheme, smooth=False, rotate=rotate), progress=False)
+        errors[rotate] = tiny.relative_error(model, expected, IDS)
+    # Two of 256 channels are 60 times larger: rotated, each value has 60 * sqrt(2) / 16 = 5 times the others' size, a
+    # twelfth. What other layers lose is the same for both.
+    assert errors["down"] < errors["none"] / 2
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen2_moe"])
+def test_experts_rotate_what_down_reads(architecture: str) -> None:
+    original = tiny.build(architecture)
+    expected = tiny.logits(original, IDS)
+    model = quantize(copy.deepcopy(original), DATA, Recipe(rotate="down"), progress=False)
+    experts = [module for module in model.modules() if isinstance(module, W8A8Experts)]
+    assert experts
+    for module, source in zip(experts, (m for m in original.modules() if hasattr(m, "gate_up_proj")), strict=True):
+        assert module.rotate == HEAD
+        layer = dict(module.layers())[f"0.{module.names['down']}"]
+        weight = rotate_blocks(source.down_proj[0], HEAD)
+        assert layer.rotate == HEAD
+        assert ((layer.plain_weight() * layer.weight_scale - weight).abs() <= layer.weight_scale * 0.51).all()
+    assert tiny.relative_error(model, expected, IDS) < 0.1
+
+
+def test_layers_outside_of_blocks_and_in_floating_point_are_left_alone() -> None:
+    original = tiny.build("llama")
+    model = quantize(
+        copy.deepcopy(original), DATA, Recipe(rotate="down", skip=("layers.0.mlp.down_proj",)), progress=False
+    )
+    kept = model.model.layers[0].mlp.down_proj
+    assert torch.equal(kept.weight, original.model.layers[0].mlp.down_proj.weight)
+    assert model.model.layers[1].mlp.down_proj.rotate == HEAD
+
+
+def test_a_layer_of_the_llama_family_stays_one_op() -> None:
+    model = tiny.build("llama")
+    plain = quantize(copy.deepcopy(model), DATA, Recipe(), progress=False)
+    rotated = quantize(model, DATA, Recipe(rotate="heads,down"), progress=False)
+    assert rotated.smoothquant_report.fused == plain.smoothquant_report.fused
+    assert "model.layers.1" in rotated.smoothquant_report.fused
+
+
+@pytest.mark.parametrize(
+    "recipe", [Recipe("int8-static", alpha="auto", rotate="down"), Recipe(auto_skip=1, rotate="down")]
+)
+def test_searches_and_choices_take_rotated_layers(recipe: Recipe) -> None:
+    original = tiny.build("llama", intermediate_size=256)
+    outliers_(original)
+    expected = tiny.logits(original, IDS)
+    plain = quantize(copy.deepcopy(original), DATA, Recipe("int8-static", smooth=False), progress=False)
+    model = quantize(original, DATA, recipe, progress=False)
+    assert tiny.relative_error(model, expected, IDS) < tiny.relative_error(plain, expected, IDS) / 2
+
+
+# --- auto -----------------------------------------------------------------------------------------------------------
+
+
+def test_auto_rotates_where_it_pays() -> None:
+    model = tiny.build("llama", intermediate_size=256)
+    outliers_(model)
+    expected = tiny.logits(model, IDS)
+    plain = quantize(copy.deepcopy(model), DATA, Recipe(smooth=False), progress=False)
+    quantize(model, DATA, Recipe(smooth=False, rotate="auto"), progress=False)
+    rotations = model.smoothquant_report.rotations
+    assert rotations.errors is not None
+    assert rotations.errors[1] < rotations.errors[0]
+    assert rotations.residual
+    assert rotations.heads
+    assert set(rotations.down.values()) == {256}
+    assert tiny.relative_error(model, expected, IDS) < tiny.relative_error(plain, expected, IDS) / 2
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma", "mixtral"])
+def test_auto_leaves_the_model_alone_where_it_does_not_pay(architecture: str) -> None:
+    """What is undone is undone bit for bit, tied weights included."""
+    original = tiny.build(architecture)
+    tied = original.config.tie_word_embeddings
+    plain = quantize(copy.deepcopy(original), DATA, Recipe(), progress=False)
+    with patch.object(rotation_choice, "_mean_error", side_effect=[0.01, 0.011]):
+        model = quantize(original, DATA, Recipe(rotate="auto"), progress=False)
+    rotations = model.smoothquant_report.rotations
+    assert rotations == Rotations(refused="its blocks are no better for it", errors=(0.01, 0.011))
+    assert model.config.tie_word_embeddings == tied
+    assert torch.equal(tiny.logits(model, IDS), tiny.logits(plain, IDS))
+    if tied:
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_auto_leaves_fp8_alone_without_trying() -> None:
+    model = quantize(tiny.build("llama"), DATA, Recipe("fp8", rotate="auto"), progress=False)
+    rotations = model.smoothquant_report.rotations
+    assert (rotations.errors, rotations.refused) == (None, "fp8 loses by a rotation")
+
+
+class Router(nn.Module):
+    """A causal LM whose block is called without hidden states that could be moved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = None
+        self.embedding = nn.Embedding(tiny.VOCAB, WIDTH)
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(WIDTH, 32), nn.Linear(32, WIDTH)) for _ in range(2)])
+        self.head = nn.Linear(WIDTH, tiny.VOCAB)
+
+    def forward(self, input_ids: Tensor, **_: Any) -> CausalLMOutput:
+        rows = self.embedding(input_ids).reshape(-1, WIDTH)
+        for layer in self.layers:
+            rows = rows + layer(rows)
+        return CausalLMOutput(logits=self.head(rows).reshape(*input_ids.shape, -1))
+
+
+def test_blocks_of_rows_are_left_alone() -> None:
+    structure = find_structure(Router(), DATA[0])
+    assert all(find_online(structure.blocks[name], ()) == {} for name in structure.called)
