@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..hadamard import hadamard
 from ..scheme import QMAX
 from .bounds import EPS
 from .norm_activation import ACTIVATIONS
@@ -51,7 +53,7 @@ def experts_bound(arguments: dict[str, Any], on_tensor_cores: bool = False) -> t
     activation = ACTIVATIONS[arguments.get("activation", "silu")]
     q, scale = quantize_per_token(x.reshape(-1, x.shape[-1]), weight[0].dtype)
     a = Interval(q.float().double() * scale.double()[:, None], torch.zeros(q.shape, dtype=torch.double))
-    biases = arguments.get("bias") or [None] * len(weight)
+    biases, block = arguments.get("bias") or [None] * len(weight), arguments.get("rotate", 0)
 
     def layer(values: Interval, i: int, expert: int, dtype: torch.dtype) -> Interval:
         own = None if (given := biases[i]) is None else given.reshape(experts, -1)[expert]
@@ -64,7 +66,7 @@ def experts_bound(arguments: dict[str, Any], on_tensor_cores: bool = False) -> t
         token, slot = (index == expert).nonzero(as_tuple=True)
         rows = Interval(a.center[token], a.error[token])
         first = [layer(rows, i, expert, x.dtype) for i in range(len(weight) - 1)]
-        hidden = _requantized(_activated(activation, *first), weight[-1].dtype)
+        hidden = _requantized(_rotated(_activated(activation, *first), block), weight[-1].dtype)
         out, share = layer(hidden, len(weight) - 1, expert, torch.float32), shares[token, slot, None]
         y_center.index_add_(0, token, share * out.center)
         y_error.index_add_(0, token, share.abs() * out.error)
@@ -108,6 +110,18 @@ def _activated(activation: Callable[[Tensor], Tensor], gate: Interval, up: Inter
         return Interval(center, error)
     both = center.abs() * up.error + up.center.abs() * error + error * up.error
     return Interval(center * up.center, both).rounded(torch.float32)
+
+
+def _rotated(v: Interval, block: int) -> Interval:
+    """After the rotation of blocks: log2(block) sums of at most all magnitudes, and a factor, are rounded."""
+    matrix = hadamard(block) if block else None
+    if matrix is None:
+        return v
+    shape, root = (*v.center.shape[:-1], v.center.shape[-1] // block, block), math.sqrt(block)
+    center = v.center.reshape(shape) @ (matrix.double() / root)
+    error, magnitude = (each.reshape(shape).sum(-1, keepdim=True) / root for each in (v.error, v.center.abs()))
+    error = error + (math.log2(block) + 3) * EPS * (magnitude + error)
+    return Interval(center.reshape(v.center.shape), error.expand(shape).reshape(v.center.shape))
 
 
 def _requantized(v: Interval, dtype: torch.dtype) -> Interval:

@@ -253,6 +253,7 @@ def test_torch_attends_as_the_oracle(heads: tuple[int, int]) -> None:
         ),
         ({"positions": torch.arange(3), "causal": False}, "neither mask nor causal hides what was not written yet"),
         ({"positions": torch.arange(3).int()}, "positions is int32, expected int64"),
+        ({"rotate": 16}, "rotate is 16, expected 0 or a power of two from 16 to 256 that divides the 70 values"),
     ],
 )
 def test_errors_are_those_of_the_cpu(wrong: dict[str, Any], sentence: str) -> None:

@@ -47,7 +47,9 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- producers ------------------------------------------------------------------------------------------------------
 
 SHORT = [((0,), 8), ((1,), 1), ((3,), 15), ((2,), 16), ((3,), 64), ((2,), 577), ((2, 2), 100)]
-LONG = [((2,), 4096), ((1,), 8200), ((1,), 16392), ((1,), 26000)]  # the last one is too long for shared memory
+SHORT += [((2,), 96), ((3,), 384), ((2,), 768)]  # which blocks of 32, 128 and 256 divide
+# The last ones are too long for shared memory, and the very last for registers; 4096 and 33024 can be rotated.
+LONG = [((2,), 4096), ((1,), 8200), ((1,), 16392), ((1,), 26000), ((1,), 33024)]
 FILLING = [11528, 12032, 12040, 12152, 12288]  # fp32 rows about as long as a block's memory that need not be asked for
 PRODUCERS = [CASES[name] for name in OPS if DECLARED[name].cpu != "gemm"]
 LAYERS = [CASES[name] for name in OPS if DECLARED[name].cpu == "gemm"]
@@ -173,8 +175,9 @@ def test_memory_that_is_not_aligned(arch: int, dtype: torch.dtype, offset: int) 
 @pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.name)
 def test_layers_equal_the_oracle(arch: int, case: OpCase) -> None:
     """In FP8 too: it takes the emulated products as they are, see ``expected_of``."""
-    for turn, shape in enumerate((((0,), 64, 32), ((9,), 70, 33), ((1,), 64, 32), ((20,), 64, 32))):
-        for eight_bit in EIGHT_BIT[: 1 + turn // 2]:
+    shapes = ((0,), 64, 32), ((9,), 70, 33), ((1,), 64, 32), ((20,), 64, 32), ((2,), 32, 121)  # the last one rotates
+    for turn, shape in enumerate(shapes):
+        for eight_bit in EIGHT_BIT[: 1 + turn // 2 % 2]:
             check(case, Problem(*shape, FLOATS[turn % 3], eight_bit, packs=False))
 
 
@@ -214,6 +217,11 @@ X, B, S, ONE = torch.ones(3, 40), torch.ones(9, 40, dtype=torch.int8), torch.one
         (lambda: ops.w8a8_gemm(B, B, ONE, S[:8]), "w8a8_gemm: b_scale has 8 elements, expected 1 or N=9"),
         (lambda: ops.w8a8_linear(X, B, S, None, S), "w8a8_linear: input_scale has 9 elements, expected 1"),
         (lambda: ops.w8a8_linear_group(X, [B], [S], [S, S]), "w8a8_linear_group: bias has 2 elements, expected 0 or 1"),
+        (lambda: ops.quantize_per_token(X, torch.int8, None, 16), "quantize_per_token: rotate is 16, expected 0 or"),
+        (lambda: ops.quantize_static(X, ONE, torch.int8, 16), "quantize_static: rotate is 16, expected 0 or"),
+        (lambda: ops.relu_quantize(X, torch.int8, None, 4), "relu_quantize: rotate is 4, expected 0 or"),
+        (lambda: ops.w8a8_linear(X, B, S, rotate=512), "w8a8_linear: rotate is 512, expected 0 or"),
+        (lambda: ops.w8a8_linear_group(X, [B], [S], rotate=16), "w8a8_linear_group: rotate is 16, expected 0 or"),
         (lambda: ops.w8a8_mlp(X, [B, B], [S, S]), r"act\(first\) has K=9, but weight\[1\] \(down\) has K=40"),
     ],
 )

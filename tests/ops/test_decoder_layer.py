@@ -124,6 +124,7 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"activation": "tanh"}, "activation is 'tanh'"),
     ({"q_norm": torch.ones(10)}, "one of q_norm and k_norm is given, expected both or neither"),
     ({"q_norm": torch.ones(10), "k_norm": torch.ones(40)}, "k_norm has 40 elements, expected D=10"),
+    ({"rotate": 32}, "rotate is 32, expected 0 or a power of two from 16 to 256 that divides the 70 values of a row"),
 ]
 
 POSITIONS_ERRORS: list[tuple[dict[str, Any], str]] = [

@@ -92,6 +92,10 @@ SHAPES: list[tuple[tuple[int, ...], int, int]] = [
     ((2, 0, 3), 64, 4),
     ((7,), 64, 65),
     ((33,), 577, 33),
+    # Blocks of 32 to 256 to rotate, in rows and inside of an MLP; the shapes above have those of 16 and 64.
+    ((3,), 96, 121),
+    ((2,), 384, 57),
+    ((3,), 512, 249),
 ]
 LONG: list[tuple[tuple[int, ...], int, int]] = [((4,), 4096, 8), ((2,), 8200, 3)]
 
@@ -128,8 +132,9 @@ def test_strange_rows_touch_no_other(case: OpCase) -> None:
         x[1, 3], x[2, 4], x[3], x[4, 0] = torch.nan, torch.inf, 0.0, -torch.inf
         return arguments | {case.rows[0]: x}
 
-    for eight_bit in case.eight_bit:
-        problem = Problem((7,), 70, 20, case.floats[0], eight_bit)
+    for problem in (*case.problems((7,), 70, 20), *case.problems((7,), 64, 25)):  # the latter can be rotated
+        if problem.dtype != case.floats[0]:
+            continue
         for arguments in case.make(problem):
             strange = make_strange(arguments)
             for device in backends():
@@ -143,8 +148,9 @@ def test_strange_rows_touch_no_other(case: OpCase) -> None:
 
 @by_rows
 def test_a_row_does_not_depend_on_the_others(case: OpCase) -> None:
-    for eight_bit in case.eight_bit:
-        problem = Problem((40,), 130, 20, case.floats[-1], eight_bit)
+    for problem in (*case.problems((40,), 130, 20), *case.problems((40,), 128, 25)):
+        if problem.dtype != case.floats[-1]:
+            continue
         for arguments in case.make(problem):
             rows = {name: arguments[name] for name in case.rows if arguments.get(name) is not None}
             for device in backends():
@@ -169,8 +175,10 @@ def laid_out(value: Any, layout: str) -> Any:
 @every_op
 @pytest.mark.parametrize("layout", ["strided", "transposed", "offset"])
 def test_inputs_that_are_not_contiguous(layout: str, case: OpCase) -> None:
-    for eight_bit in case.eight_bit:
-        for arguments in case.make(Problem((6,), 70, 66, case.floats[0], eight_bit)):
+    for problem in (*case.problems((6,), 70, 66), *case.problems((6,), 64, 25)):
+        if problem.dtype != case.floats[0]:
+            continue
+        for arguments in case.make(problem):
             other = {
                 name: value if name in case.contiguous else laid_out(value, layout) for name, value in arguments.items()
             }
@@ -183,7 +191,7 @@ def test_inputs_that_are_not_contiguous(layout: str, case: OpCase) -> None:
 
 @every_op
 def test_any_number_of_threads_gives_the_same_bits(case: OpCase) -> None:
-    for shape in (((300,), 200, 100), ((2,), 577, 1000)):
+    for shape in (((300,), 200, 100), ((2,), 577, 1000), ((64,), 256, 121)):
         for eight_bit in case.eight_bit[:2]:
             *_, arguments = case.make(Problem(*shape, case.floats[-1], eight_bit))
             outputs = []
@@ -228,7 +236,7 @@ def on(device: str, value: Any) -> Any:
 @pytest.mark.parametrize("device", ["meta", "cuda"])
 def test_fake_tensors_give_shapes(device: str, case: OpCase) -> None:
     """On meta, and of fake tensors on a GPU, which need none: what ``torch.compile`` traces there."""
-    for problem in case.problems((2, 3), 70, 130):
+    for problem in (*case.problems((2, 3), 70, 130), *case.problems((2, 3), 64, 121)):
         for arguments in case.make(problem):
             expected = call(case.op, arguments)
             with FakeTensorMode(allow_non_fake_inputs=True):
@@ -246,10 +254,10 @@ ALL_CHECKS = ("test_schema", *FLOAT8_CHECKS)
 
 @every_op
 def test_opcheck(case: OpCase) -> None:
-    for arguments in case.make(Problem(dtype=case.floats[-1])):
+    for arguments in case.make(Problem(k=80, dtype=case.floats[-1])):
         torch.library.opcheck(case.op, (), arguments, test_utils=ALL_CHECKS)  # type: ignore[arg-type]
     for eight_bit in case.eight_bit[1:]:
-        *_, arguments = case.make(Problem(dtype=case.floats[-1], eight_bit=eight_bit))
+        *_, arguments = case.make(Problem(k=80, dtype=case.floats[-1], eight_bit=eight_bit))
         torch.library.opcheck(case.op, (), arguments, test_utils=FLOAT8_CHECKS)  # type: ignore[arg-type]
 
 
@@ -258,7 +266,7 @@ def test_opcheck(case: OpCase) -> None:
 def test_compile_makes_one_graph_for_every_batch_size(case: OpCase) -> None:
     for eight_bit in case.eight_bit[:2]:
         # The first sizes are unlike every size of the weights: torch takes equal ones for the same.
-        problems = [Problem(leading, 70, 20, case.floats[-1], eight_bit) for leading in ((13, 19), (7, 8), (11, 2))]
+        problems = [Problem(leading, 80, 25, case.floats[-1], eight_bit) for leading in ((13, 19), (7, 8), (11, 2))]
         for variants in zip(*(case.make(problem) for problem in problems), strict=True):
             constants = {name: value for name, value in variants[0].items() if not isinstance(value, Tensor | list)}
             counter = CompileCounterWithBackend("aot_eager")

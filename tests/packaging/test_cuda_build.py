@@ -168,6 +168,19 @@ def test_machine_code_has_the_instructions_that_it_is_meant_to_have() -> None:
 
 @needs_object
 @needs_cuobjdump
+def test_kernels_that_do_not_rotate_pay_nothing_for_those_that_do() -> None:
+    """5 shuffles find the largest magnitude of a warp; a rotation exchanges the 8 values of each group."""
+    rotating = r"(quantize_rows|quantize_static|activate_rows)_kernelI\w*?(?:Li(\d)E)?Lb([01])EEE"
+    for arch in architectures():
+        for kernel, found in instructions(arch).items():
+            if match := re.search(rotating, kernel):
+                shuffles, plain = count(found, r"SHFL\.BFLY.*"), 0 if match[1] == "quantize_static" else 5
+                groups = max(1, int(match[2] or 1))
+                assert shuffles >= plain + 8 * groups if match[3] == "1" else shuffles == plain, (arch, kernel)
+
+
+@needs_object
+@needs_cuobjdump
 def test_fp8_is_converted_by_the_hardware_that_can() -> None:
     for arch in architectures():
         has_fp8 = number(arch) >= 89

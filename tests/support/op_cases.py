@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
 from op_bounds import check_attention, check_experts, check_gemm, check_linear
+from op_problem import SCALE, Arguments, Problem, mixed, positive, rotating
 from op_testing import EIGHT_BIT, FLOATS, assert_same_bits, randn, run_on
 from torch import Tensor
 from torch_attention import torch_attention
@@ -22,59 +23,7 @@ from torch_attention import torch_attention
 from smoothquant_ext import ops, reference
 from smoothquant_ext.scheme import QMAX
 
-Arguments = dict[str, Any]
 Results = list[Tensor]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Sizes and dtypes that arguments are made for: activations [*leading, k] of ``dtype``, n output features."""
-
-    leading: tuple[int, ...] = (2, 3)
-    k: int = 70
-    n: int = 9
-    dtype: torch.dtype = torch.float32
-    eight_bit: torch.dtype = torch.int8
-    packs: bool = True
-    """Whether some of the weights are packed, which is for the CPU."""
-
-    @property
-    def tokens(self) -> int:
-        return torch.Size(self.leading).numel()
-
-    @property
-    def inner(self) -> int:
-        """The width inside an MLP."""
-        return self.n + 7
-
-    def x(self, seed: int = 0) -> Tensor:
-        return randn(*self.leading, self.k, seed=seed, dtype=self.dtype) * 3
-
-    def weight(self, *shape: int, seed: int = 1) -> tuple[Tensor, Tensor]:
-        """An 8-bit weight and its scales."""
-        return reference.quantize_per_token(randn(*shape, seed=seed), self.eight_bit)
-
-    def packed(self, weight: Tensor) -> Tensor:
-        return ops.prepack_weight(weight) if self.packs else weight
-
-    def weights(self, *shapes: tuple[int, ...]) -> Arguments:
-        """8-bit weights and their scales, as ops of several layers take them; every second one is packed."""
-        made = [self.weight(*shape, seed=seed) for seed, shape in enumerate(shapes, start=1)]
-        weights = [self.packed(weight) if i % 2 else weight for i, (weight, _) in enumerate(made)]
-        return {"weight": weights, "weight_scale": [scale for _, scale in made]}
-
-
-SCALE = torch.tensor([0.03])
-
-
-def positive(*shape: int) -> Tensor:
-    return randn(*shape, seed=5).abs() + 0.2
-
-
-def mixed(*sizes: int) -> list[Tensor | None]:
-    """A bias of each dtype in turn, and none for every fourth layer."""
-    dtypes = [torch.float32, torch.bfloat16, torch.float16]
-    return [randn(n, seed=i, dtype=dtypes[i % 4]) if i % 4 < 3 else None for i, n in enumerate(sizes)]
 
 
 # --- arguments, the fewest that an op takes first, all of them last -----------------------------------------------
@@ -310,28 +259,28 @@ NO_8_BIT = EIGHT_BIT[:1]
 CASES: dict[str, OpCase] = {
     case.name: case
     for case in (
-        OpCase("quantize_per_token", quantize_per_token, rows=("x",)),
-        OpCase("quantize_static", quantize_static, rows=("x",)),
+        OpCase("quantize_per_token", rotating(quantize_per_token), rows=("x",)),
+        OpCase("quantize_static", rotating(quantize_static), rows=("x",)),
         OpCase("rms_norm_quantize", rms_norm_quantize, rows=("x", "residual")),
         OpCase("layer_norm_quantize", layer_norm_quantize, rows=("x", "residual")),
-        OpCase("silu_mul_quantize", partial(activation, ("gate", "up"), False), rows=("gate", "up")),
-        OpCase("gelu_mul_quantize", partial(activation, ("gate", "up"), True), rows=("gate", "up")),
-        OpCase("gelu_quantize", partial(activation, ("x",), True), rows=("x",)),
-        OpCase("relu_quantize", partial(activation, ("x",), False), rows=("x",)),
+        OpCase("silu_mul_quantize", rotating(partial(activation, ("gate", "up"), False)), rows=("gate", "up")),
+        OpCase("gelu_mul_quantize", rotating(partial(activation, ("gate", "up"), True)), rows=("gate", "up")),
+        OpCase("gelu_quantize", rotating(partial(activation, ("x",), True)), rows=("x",)),
+        OpCase("relu_quantize", rotating(partial(activation, ("x",), False)), rows=("x",)),
         OpCase("prepack_weight", prepack_weight, floats=FLOATS[:1]),
         OpCase("w8a8_gemm", w8a8_gemm, check=product_is_close),
-        OpCase("w8a8_linear", w8a8_linear, rows=("x",)),
-        OpCase("w8a8_linear_group", w8a8_linear_group, rows=("x",)),
-        OpCase("w8a8_mlp", w8a8_mlp, rows=("x",)),
+        OpCase("w8a8_linear", rotating(w8a8_linear), rows=("x",)),
+        OpCase("w8a8_linear_group", rotating(w8a8_linear_group), rows=("x",)),
+        OpCase("w8a8_mlp", rotating(w8a8_mlp, "inner"), rows=("x",)),
         OpCase(
             "w8a8_experts",
-            w8a8_experts,
+            rotating(w8a8_experts, "inner"),
             rows=("x", "top_k_index", "top_k_weights"),
             check=experts_are_close,
         ),
         OpCase(
             "w8a8_decoder_layer_",
-            w8a8_decoder_layer_,
+            rotating(w8a8_decoder_layer_, "inner"),
             contiguous=("keys", "values", "keys_scale", "values_scale"),
         ),
         OpCase("rms_norm", rms_norm, rows=("x",), eight_bit=NO_8_BIT),

@@ -65,8 +65,8 @@ class Experts {
     }
     multiply(job, plan);
     const OptionalTensor up = down == 2 ? OptionalTensor(planes[1]) : std::nullopt;
-    const auto [hidden, hidden_scale] =
-        activate_quantize_cuda(op_, in_.activation, planes[0], up, in_.layers.weight[down].scalar_type(), nullptr, in_.rotate);
+    const auto [hidden, hidden_scale] = activate_quantize_cuda(
+        op_, in_.activation, planes[0], up, in_.layers.weight[down].scalar_type(), nullptr, in_.rotate);
 
     Tensor outputs = empty_like_device(x, {slots, n}, ScalarType::Float);
     job.a = pointer<uint8_t>(hidden);

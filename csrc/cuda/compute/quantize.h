@@ -19,8 +19,8 @@ struct QuantizeTarget {
              kernel_dtype(dtype)} {}
 };
 
-// Of a contiguous x, with a scale per row or a static one. rotate, here and below: values of a block that is rotated before
-// it is quantized, or 0.
+// Of a contiguous x, with a scale per row or a static one. rotate, here and below: values of a block that is rotated
+// before it is quantized, or 0.
 Quantized quantize_rows_cuda(const char* op, const Tensor& x, const OptionalTensor& smooth, const float* static_scale,
                              ScalarType dtype, int64_t rotate);
 

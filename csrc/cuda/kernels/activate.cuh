@@ -1,5 +1,5 @@
-// Activations that quantize: v = act(gate), or act(gate) * up, in fp32 (see cpu/kernels/activation.h), rotated where that is
-// wanted, then q and scale of v as in quantize.cuh, with the bits of the CPU kernels.
+// Activations that quantize: v = act(gate), or act(gate) * up, in fp32 (see cpu/kernels/activation.h), rotated where that
+// is wanted, then q and scale of v as in quantize.cuh, with the bits of the CPU kernels.
 //
 // One block takes one row. v is computed once and waits in shared memory, a thread's own values only, until the largest
 // magnitude of the row is known. Bytes moved: rows * columns * (2 * sizeof(T) + 1), without `up` one sizeof(T) less. Rows

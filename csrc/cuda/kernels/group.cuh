@@ -1,5 +1,5 @@
-// What the kernels over rows share: groups of 8 neighbouring elements that a thread moves in 16-byte words, their rotation,
-// the largest magnitude of a row, and its rounding.
+// What the kernels over rows share: groups of 8 neighbouring elements that a thread moves in 16-byte words, their
+// rotation, the largest magnitude of a row, and its rounding.
 #pragma once
 
 #include <cmath>
@@ -91,8 +91,9 @@ SQ_HOST_DEVICE inline void store_group(T* x, const Group<T>& group, int64_t firs
   }
 }
 
-// Blocks of values that are multiplied by Sylvester's Hadamard matrix over sqrt(their size), see cpu/kernels/norm_activation.h.
-// They begin at multiples of their size, which is at most that of a warp's groups: so a block is within a warp.
+// Blocks of values that are multiplied by Sylvester's Hadamard matrix over sqrt(their size), as hadamard_rows of
+// cpu/kernels/norm_activation.h. They begin at multiples of their size, which is at most that of a warp's groups: so a
+// block is within a warp.
 struct Rotation {
   int threads;   // whose groups are a block
   float factor;  // 1 / sqrt(values of a block)
@@ -104,8 +105,8 @@ inline Rotation rotation_of(int64_t block) {
   return {static_cast<int>(block / kGroup), static_cast<float>(1.0 / std::sqrt(static_cast<double>(block)))};
 }
 
-// Pairs (a, b) of values h apart become (a + b, a - b): for h = 1, 2, 4 both are in a group, then in those of two threads
-// h / 8 apart. Every thread of the warp has to come here.
+// Pairs (a, b) of values h apart become (a + b, a - b): for h = 1, 2, 4 both are in a group, then in those of two
+// threads h / 8 apart. Every thread of the warp has to come here.
 __device__ __forceinline__ void rotate_group(float (&values)[kGroup], const Rotation& rotation) {
   SQ_UNROLL
   for (int half = 1; half < kGroup; half *= 2) {

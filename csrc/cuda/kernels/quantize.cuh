@@ -65,11 +65,12 @@ __global__ void __launch_bounds__(kMaxThreads)
     float values[kGroups][kGroup];
     SQ_UNROLL
     for (int g = 0; g < kGroups; ++g) load_smoothed(values[g], x_row, smooth, begin + g * step, columns, true);
-    SQ_UNROLL
-    for (int g = 0; g < kGroups; ++g) {
-      if constexpr (kRotates) rotate_group(values[g], rotation);
-      magnitude = max_magnitude(magnitude, values[g]);
+    if constexpr (kRotates) {
+      SQ_UNROLL
+      for (int g = 0; g < kGroups; ++g) rotate_group(values[g], rotation);
     }
+    SQ_UNROLL
+    for (int g = 0; g < kGroups; ++g) magnitude = max_magnitude(magnitude, values[g]);
     const RowScale result = row_scale(target, block_max(magnitude));
     if (threadIdx.x == 0) target.scale[row] = result.scale;
     SQ_UNROLL

@@ -8,7 +8,7 @@
 //    7, 8   o
 //    9      + x, norm, rounded, quantized                      norm.cuh
 //   10, 11  gate and up                                        one product likewise
-//   12      act(gate) * up, rotated, quantized                          activate.cuh
+//   12      act(gate) * up, rotated, quantized                 activate.cuh
 //   13, 14  down, + the sum of 9
 // Products of up to 8 rows are one launch each, 10 in all; so are those in FP8 of cuBLASLt on 9.0, where the last addition
 // is another launch. An INT8 cache, and several tokens under a mask whose heads of k serve several of q, take one more,
@@ -36,8 +36,9 @@ Tensor w8a8_decoder_layer_cuda(const Tensor& x_in, const Tensor& norm, const Ten
                                int64_t rotate) {
   const LayerLists layers{weight, weight_scale, bias};
   const Tensor x = as_contiguous(x_in);
-  const DecoderArguments arguments{x,    norm, post_norm, layers, input_scale, cos,          sin,    keys,   values,
-                                   past, mask, scale,     causal, keys_scale,  values_scale, q_norm, k_norm, positions, rotate};
+  const DecoderArguments arguments{x,      norm,      post_norm, layers, input_scale, cos,        sin,          keys,
+                                   values, past,      mask,      scale,  causal,      keys_scale, values_scale, q_norm,
+                                   k_norm, positions, rotate};
   const DecoderShapes shapes = check_decoder_layer(kOp, arguments);
   const Activation kind = activation_kind(kOp, activation);
   const auto static_scale = [&](size_t index) {
@@ -67,7 +68,8 @@ Tensor w8a8_decoder_layer_cuda(const Tensor& x_in, const Tensor& norm, const Ten
   const Tensor part = multiply_cuda(kOp, a, a_scale, layers[kO], shapes[kO], dtype);
   const auto [p, p_scale, h] = normed(part, post_norm, post_eps, x, mlp_scale);
   const std::vector<Tensor> gate_up = multiplied(p, p_scale, kGate, 2);
-  const auto [hidden, hidden_scale] = activate_quantize_cuda(kOp, kind, gate_up[0], gate_up[1], eight_bit, down_scale, rotate);
+  const auto [hidden, hidden_scale] =
+      activate_quantize_cuda(kOp, kind, gate_up[0], gate_up[1], eight_bit, down_scale, rotate);
   return multiply_cuda(kOp, hidden, hidden_scale, layers[kDown], shapes[kDown], dtype, h);
 }
 

@@ -24,7 +24,8 @@ Tensor w8a8_experts_cuda(const Tensor& x_in, const Tensor& index_in, const Tenso
                          const std::vector<Tensor>& weight_in, const std::vector<Tensor>& weight_scale_in,
                          const OptionalTensors& bias_in, const OpString& activation, int64_t rotate) {
   constexpr const char* kOp = "w8a8_experts";
-  const ExpertsShapes shapes = check_experts(kOp, x_in, index_in, weights_in, {weight_in, weight_scale_in, bias_in}, rotate);
+  const ExpertsShapes shapes =
+      check_experts(kOp, x_in, index_in, weights_in, {weight_in, weight_scale_in, bias_in}, rotate);
   const Activation kind = activation_kind(kOp, activation);
   const DeviceGuard guard(x_in.get_device_index());
   const Tensor x = as_contiguous(x_in), index = as_contiguous(index_in), weights = as_contiguous(weights_in);

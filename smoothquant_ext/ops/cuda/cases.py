@@ -21,20 +21,23 @@ EIGHT_BIT = (torch.int8, E4M3, E5M2)
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 ROWS_AND_COLUMNS = (
-    (1, 577, F32),
-    (9, 4096, BF16),
-    (17, 1000, F16),
-    (64, 576, BF16),
-    (300, 128, F32),
-    (5, 12288, BF16),
-    (5, 12288, F32),
-    (4, 11776, F16),
-    (4, 16384, BF16),
-    (2, 33000, F16),
-    (0, 64, BF16),
-    (6, 1, F32),
+    (1, 577, F32, 0),
+    (9, 4096, BF16, 0),
+    (17, 1000, F16, 0),
+    (64, 576, BF16, 16),
+    (300, 128, F32, 128),
+    (5, 12288, BF16, 0),
+    (5, 12288, F32, 256),
+    (4, 11776, F16, 128),
+    (4, 16384, BF16, 256),
+    (2, 33024, F16, 256),
+    (0, 64, BF16, 0),
+    (6, 1, F32, 0),
 )
-"""Inputs of the kernels without a product: odd and even, short, and around each limit of shared memory."""
+"""Inputs of the kernels without a product: odd and even, short, and around each limit of shared memory.
+
+The last number is the size of the blocks that are rotated in one more case of each op; 0 for none.
+"""
 
 SHAPES = (
     (1, 33, 70),
@@ -52,17 +55,21 @@ SHAPES = (
 """M, N, K: a row and many, what tensor cores take and what they do not, split sums, more tiles than multiprocessors."""
 
 MIXTURES = (
-    (1, 8, 64, 576, 96, 130),
-    (9, 2, 5, 70, 33, 9),
-    (17, 3, 300, 64, 48, 32),
-    (64, 2, 16, 1040, 272, 64),
-    (64, 2, 16, 100, 60, 36),
-    (300, 4, 8, 208, 144, 272),
-    (700, 2, 3, 64, 400, 136),
-    (0, 2, 4, 64, 32, 16),
-    (5, 0, 4, 64, 32, 16),
+    (1, 8, 64, 576, 96, 130, 0),
+    (9, 2, 5, 70, 33, 9, 0),
+    (17, 3, 300, 64, 48, 32, 16),
+    (64, 2, 16, 1040, 272, 64, 0),
+    (64, 2, 16, 100, 60, 36, 0),
+    (300, 4, 8, 208, 128, 272, 128),
+    (700, 2, 3, 64, 400, 136, 0),
+    (0, 2, 4, 64, 32, 16, 0),
+    (5, 0, 4, 64, 32, 16, 0),
+    (40, 2, 3, 64, 256, 48, 256),
 )
-"""Tokens, slots, experts, K, inner width and N: few rows an expert and many, sizes of tensor cores and others."""
+"""Tokens, slots, experts, K, inner width, N, and the size of blocks that are rotated or 0.
+
+Few rows an expert and many, sizes of tensor cores and others.
+"""
 
 STATIC = 0.02
 """A static scale that saturates some values."""
@@ -139,24 +146,28 @@ def _activation(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> T
     return x.to(dtype)
 
 
-def _inputs() -> Iterator[tuple[Tensor, Tensor, torch.dtype]]:
-    """x, another x, and an 8-bit dtype: all of these for one shape, one for the others."""
-    for turn, (rows, columns, dtype) in enumerate(ROWS_AND_COLUMNS):
+def _inputs() -> Iterator[tuple[Tensor, Tensor, torch.dtype, int]]:
+    """x, another x, an 8-bit dtype (all of these for one shape, one for the others), and blocks to rotate or 0."""
+    for turn, (rows, columns, dtype, rotate) in enumerate(ROWS_AND_COLUMNS):
         x, other = (_activation(rows, columns, dtype, seed) for seed in (0, 1))
         for eight_bit in EIGHT_BIT if turn == 1 else (EIGHT_BIT[turn % 3],):
-            yield x, other, eight_bit
+            yield x, other, eight_bit, rotate
 
 
 def _quantizing() -> Iterator[Case]:
-    for x, _, dtype in _inputs():
+    for turn, (x, _, dtype, rotate) in enumerate(_inputs()):
         smooth = _randn(x.shape[1], seed=2).abs() + 0.1
-        yield Case("quantize_per_token", {"x": x, "dtype": dtype})
-        yield Case("quantize_per_token", {"x": x, "dtype": dtype, "smooth": smooth})
-        yield Case("quantize_static", {"x": x, "scale": torch.tensor([STATIC]), "dtype": dtype})
+        plain, static = {"x": x, "dtype": dtype}, {"x": x, "scale": torch.tensor([STATIC]), "dtype": dtype}
+        yield Case("quantize_per_token", plain)
+        yield Case("quantize_per_token", plain | {"smooth": smooth})
+        yield Case("quantize_static", static)
+        if rotate:
+            yield Case("quantize_per_token", plain | {"smooth": smooth if turn % 2 else None, "rotate": rotate})
+            yield Case("quantize_static", static | {"rotate": rotate})
 
 
 def _norms_and_activations() -> Iterator[Case]:
-    for turn, (x, other, dtype) in enumerate(_inputs()):
+    for turn, (x, other, dtype, rotate) in enumerate(_inputs()):
         weight, bias = _randn(x.shape[1], seed=2).to(x.dtype), _randn(x.shape[1], seed=3).to(x.dtype)
         scale = torch.tensor([STATIC]) if turn % 2 else None
         norm = {"x": x, "weight": weight, "eps": 1e-5}
@@ -164,11 +175,19 @@ def _norms_and_activations() -> Iterator[Case]:
         yield Case("rms_norm_quantize", norm | {"dtype": dtype, "scale": scale})
         yield Case("rms_norm_quantize", norm | {"dtype": dtype, "residual": other, "offset": 1.0})
         yield Case("layer_norm_quantize", norm | {"bias": bias, "dtype": dtype, "residual": other, "scale": scale})
-        gated = {"gate": x, "up": other, "dtype": dtype, "scale": scale}
-        yield Case("silu_mul_quantize", gated)
-        yield Case("gelu_mul_quantize", gated | {"approximate": ("none", "tanh")[turn % 2]})
-        yield Case("gelu_quantize", {"x": x, "dtype": dtype, "scale": scale, "approximate": ("tanh", "none")[turn % 2]})
-        yield Case("relu_quantize", {"x": x, "dtype": dtype, "scale": scale})
+        kinds = [{"approximate": kind} for kind in ("none", "tanh")]
+        to: dict[str, Any] = {"dtype": dtype, "scale": scale}
+        gated, plain = {"gate": x, "up": other} | to, {"x": x} | to
+        activations = {
+            "silu_mul_quantize": gated,
+            "gelu_mul_quantize": gated | kinds[turn % 2],
+            "gelu_quantize": plain | kinds[1 - turn % 2],
+            "relu_quantize": plain,
+        }
+        for op, arguments in activations.items():
+            yield Case(op, arguments)
+            if rotate:
+                yield Case(op, arguments | {"rotate": rotate})
 
 
 class Kind(NamedTuple):
@@ -224,7 +243,7 @@ def _fp8_products() -> Iterator[Case]:
 
 def _experts(dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
     """The weights of every layer in turn; some slots have no expert, and in one case each all have the same or none."""
-    for turn, (tokens, top_k, experts, k, inner, n) in enumerate(MIXTURES):
+    for turn, (tokens, top_k, experts, k, inner, n, rotate) in enumerate(MIXTURES):
         dtype, x_dtype = dtypes[turn % len(dtypes)], (F32, BF16, F16)[turn % 3]
         shapes = [(inner, k)] * (1 + turn % 2) + [(n, inner)]
         layers = [reference.quantize_per_token(_randn(experts, *each, seed=i), dtype) for i, each in enumerate(shapes)]
@@ -238,6 +257,7 @@ def _experts(dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
             "weight_scale": [scale for _, scale in layers],
             "bias": [_randn(experts, rows).to(x_dtype) for rows, _ in shapes] if turn % 3 else None,
             "activation": ("silu", "gelu", "gelu_tanh", "relu")[turn % 4],
+            "rotate": rotate,
         }
         yield Case("w8a8_experts", arguments)
         if turn in (1, 3):

@@ -22,7 +22,8 @@ def decoder_layers() -> Iterator[dict[str, Any]]:
     alone = _layer(bf16, (3, 1), (8, 2, 64), past=0)
     yield alone
     yield _layer(f16, (1, 1), (3, 3, 10), past=0) | _head_norms(10)
-    yield _layer(bf16, (2, 1), (8, 2, 64), past=0) | _head_norms(64) | _positions(0)
+    yield _layer(f32, (3, 1), (3, 3, 10), past=0, inner=128) | {"rotate": 128}
+    yield _layer(bf16, (2, 1), (8, 2, 64), past=0, inner=256) | _head_norms(64) | _positions(0) | {"rotate": 256}
     for dtype, heads in ((f16, (4, 2, 128)), (bf16, (3, 3, 10)), (f32, (4, 1, 66))):
         for batch, time in ((2, 5), (2, 1)):
             layer = _layer(dtype, (batch, time), heads, PAST) | _head_norms(heads[-1])
@@ -41,11 +42,13 @@ def _randn(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=_generator(seed))
 
 
-def _layer(dtype: torch.dtype, tokens: tuple[int, int], heads: tuple[int, int, int], past: int) -> dict[str, Any]:
-    """Batch and time, and heads of q, of k, and their width; a cache of small integers."""
+def _layer(
+    dtype: torch.dtype, tokens: tuple[int, int], heads: tuple[int, int, int], past: int, inner: int = INNER
+) -> dict[str, Any]:
+    """Batch and time, heads of q, of k, and their width, and that of the MLP; a cache of small integers."""
     (batch, time), (count, kv_count, d) = tokens, heads
     q_n, kv_n = count * d, kv_count * d
-    shapes = [(q_n, K), (kv_n, K), (kv_n, K), (K, q_n), (INNER, K), (INNER, K), (K, INNER)]
+    shapes = [(q_n, K), (kv_n, K), (kv_n, K), (K, q_n), (inner, K), (inner, K), (K, inner)]
     weights = [reference.quantize_per_token(_randn(*shape, seed=i), torch.int8) for i, shape in enumerate(shapes)]
     angles = _randn(1, time, d, seed=10)
     room = past + time + SPARE

@@ -13,7 +13,7 @@ from ..quantize import quantize_per_token
 from .fallback_checks import check
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of heads [B, H, T, D] by angles [1 or B, T, D]; rounds after every step."""
     half = x.shape[-1] // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
@@ -46,6 +46,7 @@ def w8a8_decoder_layer_(
     k_norm: Tensor | None = None,
     head_eps: float = 0.0,
     positions: Tensor | None = None,
+    rotate: int = 0,
 ) -> Tensor:
     """See ``ops.w8a8_decoder_layer_``. The other ops may be kernels.
 
@@ -53,7 +54,7 @@ def w8a8_decoder_layer_(
     """
     caches = (keys, values, past, mask, scale, causal, activation, keys_scale, values_scale)
     layers = (weight, weight_scale, bias, input_scale)
-    check("decoder_layer", x, norm, post_norm, *layers, cos, sin, *caches, q_norm, k_norm, positions)
+    check("decoder_layer", x, norm, post_norm, *layers, cos, sin, *caches, q_norm, k_norm, positions, rotate)
     biases = list(bias or [None] * 7)
     x_scale, o_scale, mlp_scale, down_scale = input_scale or [None] * 4
     normed = rms_norm(x, norm, eps, offset)
@@ -63,7 +64,7 @@ def w8a8_decoder_layer_(
     )
     if q_norm is not None and k_norm is not None:
         q, k = rms_norm(q, q_norm, head_eps, offset), rms_norm(k, k_norm, head_eps, offset)
-    k = rotate(k, cos, sin)
+    k = rotary(k, cos, sin)
     total, at = past + x.shape[1], torch.arange(past, past + x.shape[1], device=x.device)
     if positions is not None:
         total, at = keys.shape[2], positions
@@ -79,7 +80,7 @@ def w8a8_decoder_layer_(
     values.index_copy_(2, at, v)
     k, v = keys[:, :, :total], values[:, :, :total]
     k_scale, v_scale = (None if each is None else each[:, :, :total] for each in (keys_scale, values_scale))
-    attended = attention(rotate(q, cos, sin), k, v, mask, scale=scale, causal=causal, k_scale=k_scale, v_scale=v_scale)
+    attended = attention(rotary(q, cos, sin), k, v, mask, scale=scale, causal=causal, k_scale=k_scale, v_scale=v_scale)
     h = x + w8a8_linear(attended.flatten(2), weight[3], weight_scale[3], biases[3], o_scale)
     mlp = weight[4:], weight_scale[4:], biases[4:], [mlp_scale, down_scale]
-    return h + w8a8_mlp(rms_norm(h, post_norm, post_eps, offset), *mlp, activation)
+    return h + w8a8_mlp(rms_norm(h, post_norm, post_eps, offset), *mlp, activation, rotate)

@@ -23,10 +23,11 @@ def w8a8_experts(
     weight_scale: Sequence[Tensor],
     bias: Sequence[Tensor | None] | None = None,
     activation: str = "silu",
+    rotate: int = 0,
 ) -> Tensor:
     """See ``ops.w8a8_experts``. Made of other ops, which may be kernels; waits for the device, once."""
-    check("experts", x, top_k_index, top_k_weights, weight, weight_scale, bias, activation)
-    return experts_one_by_one(x, top_k_index, top_k_weights, weight, weight_scale, bias, activation)
+    check("experts", x, top_k_index, top_k_weights, weight, weight_scale, bias, activation, rotate)
+    return experts_one_by_one(x, top_k_index, top_k_weights, weight, weight_scale, bias, activation, rotate)
 
 
 def experts_one_by_one(
@@ -37,6 +38,7 @@ def experts_one_by_one(
     weight_scale: Sequence[Tensor],
     bias: Sequence[Tensor | None] | None = None,
     activation: str = "silu",
+    rotate: int = 0,
 ) -> Tensor:
     """``w8a8_experts`` of arguments that are checked already, expert by expert, with the same bits.
 
@@ -67,7 +69,7 @@ def experts_one_by_one(
         own, own_scale = q[begin:end], q_scale[begin:end]
         inner = [w8a8_gemm(own, w, own_scale, scale, b, x.dtype) for w, scale, b in first]
         gate, up = inner if len(inner) == 2 else (inner[0], torch.ones_like(inner[0]))
-        hidden, hidden_scale = _GATED[activation](gate, up, last[0].dtype)
+        hidden, hidden_scale = _GATED[activation](gate, up, last[0].dtype, rotate=rotate)
         outputs[order[begin:end]] = w8a8_gemm(hidden, last[0], hidden_scale, *last[1:], torch.float32)
     shares = top_k_weights.reshape(index.shape).float()
     total = outputs.new_zeros(len(rows), n)
@@ -92,12 +94,12 @@ def _by_expert(index: Tensor, experts: int) -> tuple[Tensor, list[int]]:
     return order, there
 
 
-def _relu_mul_quantize(gate: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _relu_mul_quantize(gate: Tensor, up: Tensor, dtype: torch.dtype, rotate: int) -> tuple[Tensor, Tensor]:
     """There is no such kernel, and no rounding that one would save."""
-    return quantize_per_token(torch.where(gate < 0, 0.0, gate.float()) * up.float(), dtype)
+    return quantize_per_token(torch.where(gate < 0, 0.0, gate.float()) * up.float(), dtype, rotate=rotate)
 
 
-_GATED: Mapping[str, Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]] = {
+_GATED: Mapping[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "silu": silu_mul_quantize,
     "gelu": gelu_mul_quantize,
     "gelu_tanh": partial(gelu_mul_quantize, approximate="tanh"),

@@ -218,10 +218,11 @@ def w8a8_linear(
     input_scale: Tensor | None = None,
     smooth: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    rotate: int = 0,
 ) -> Tensor:
     """See ``ops.w8a8_linear``."""
-    check("w8a8_linear", x, weight, weight_scale, bias, input_scale, smooth, out_dtype)
-    q, scale = quantize_rows(x, weight.dtype, input_scale, smooth)
+    check("w8a8_linear", x, weight, weight_scale, bias, input_scale, smooth, out_dtype, rotate)
+    q, scale = quantize_rows(x, weight.dtype, input_scale, smooth, rotate)
     return multiply(q, weight, scale, weight_scale, bias, out_dtype or x.dtype)
 
 
@@ -232,10 +233,11 @@ def w8a8_linear_group(
     bias: Sequence[Tensor | None] | None = None,
     input_scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    rotate: int = 0,
 ) -> list[Tensor]:
     """See ``ops.w8a8_linear_group``."""
-    check("linear_group", x, weight, weight_scale, bias, input_scale, out_dtype)
-    q, scale = quantize_rows(x, weight[0].dtype, input_scale)
+    check("linear_group", x, weight, weight_scale, bias, input_scale, out_dtype, rotate)
+    q, scale = quantize_rows(x, weight[0].dtype, input_scale, rotate=rotate)
     layers = zip(weight, weight_scale, bias or [None] * len(weight), strict=True)
     return [multiply(q, w, scale, w_scale, own, out_dtype or x.dtype) for w, w_scale, own in layers]
 
@@ -247,12 +249,13 @@ def w8a8_mlp(
     bias: Sequence[Tensor | None] | None = None,
     input_scale: Sequence[Tensor | None] | None = None,
     activation: str = "silu",
+    rotate: int = 0,
 ) -> Tensor:
     """See ``ops.w8a8_mlp``."""
-    check("mlp", x, weight, weight_scale, bias, input_scale, activation)
+    check("mlp", x, weight, weight_scale, bias, input_scale, activation, rotate)
     x_scale, down_scale = input_scale or (None, None)
     *first, (down, down_weight_scale, down_bias) = zip(weight, weight_scale, bias or [None] * len(weight), strict=True)
     q, scale = quantize_rows(x, weight[0].dtype, x_scale)
     inner = [multiply(q, w, scale, w_scale, own, x.dtype) for w, w_scale, own in first]
-    hidden, hidden_scale = quantize_rows(activate(activation, *inner), down.dtype, down_scale)
+    hidden, hidden_scale = quantize_rows(activate(activation, *inner), down.dtype, down_scale, rotate=rotate)
     return multiply(hidden, down, hidden_scale, down_weight_scale, down_bias, x.dtype)

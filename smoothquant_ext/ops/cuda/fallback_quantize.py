@@ -7,6 +7,8 @@ own, so that what they give to the quantizer differs from the oracle's by a few 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -41,8 +43,24 @@ def row_absmax(values: Tensor) -> Tensor:
     return torch.maximum(-low, high).float()
 
 
+def rotated(values: Tensor, block: int) -> Tensor:
+    """Values [..., K], each block of them rotated in fp32; as they are for 0.
+
+    Sums and differences are exact fp32 operations everywhere, which a matrix product is not.
+    """
+    if block == 0:
+        return values
+    wide, (*leading, k) = values.float(), values.shape
+    apart = 1
+    while apart < block:
+        a, b = wide.reshape(*leading, k // (2 * apart), 2, apart).unbind(-2)
+        wide = torch.stack((a + b, a - b), dim=-2)
+        apart *= 2
+    return wide.reshape(values.shape) * (1 / math.sqrt(block))
+
+
 def quantize_rows(
-    x: Tensor, dtype: torch.dtype, scale: Tensor | None = None, smooth: Tensor | None = None
+    x: Tensor, dtype: torch.dtype, scale: Tensor | None = None, smooth: Tensor | None = None, rotate: int = 0
 ) -> tuple[Tensor, Tensor]:
     """q and the scale of each row of ``x``, which is NaN where a value is not finite.
 
@@ -51,10 +69,12 @@ def quantize_rows(
         dtype: of q.
         scale: fp32, one element, for all rows; ``None`` for one a row.
         smooth: fp32 [K], divides ``x`` first, or ``None``.
+        rotate: the size of the blocks that are rotated then, or 0.
     """
     values = x.contiguous()
     if smooth is not None:
         values = values.float() / smooth.reshape(-1)
+    values = rotated(values, rotate)
     absmax = row_absmax(values)
     is_finite = absmax.isfinite()
     if scale is not None:
@@ -75,16 +95,18 @@ def quantize_with(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return cast(products.nan_to_num(nan=0.0) if dtype == torch.int8 else products, dtype)
 
 
-def quantize_per_token(x: Tensor, dtype: torch.dtype, smooth: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_per_token(
+    x: Tensor, dtype: torch.dtype, smooth: Tensor | None = None, rotate: int = 0
+) -> tuple[Tensor, Tensor]:
     """See ``ops.quantize_per_token``."""
-    check("quantize", "quantize_per_token", x, dtype, smooth, None)
-    return quantize_rows(x, dtype, smooth=smooth)
+    check("quantize", "quantize_per_token", x, dtype, smooth, None, rotate)
+    return quantize_rows(x, dtype, smooth=smooth, rotate=rotate)
 
 
-def quantize_static(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def quantize_static(x: Tensor, scale: Tensor, dtype: torch.dtype, rotate: int = 0) -> Tensor:
     """See ``ops.quantize_static``."""
-    check("quantize", "quantize_static", x, dtype, None, scale)
-    return quantize_with(x.contiguous(), scale.reshape(()), dtype)
+    check("quantize", "quantize_static", x, dtype, None, scale, rotate)
+    return quantize_with(rotated(x.contiguous(), rotate), scale.reshape(()), dtype)
 
 
 # --- norms ----------------------------------------------------------------------------------------------------------
@@ -159,30 +181,35 @@ def _gelu(approximate: str) -> str:
 
 
 def silu_mul_quantize(
-    gate: Tensor, up: Tensor, dtype: torch.dtype, scale: Tensor | None = None
+    gate: Tensor, up: Tensor, dtype: torch.dtype, scale: Tensor | None = None, rotate: int = 0
 ) -> tuple[Tensor, Tensor]:
     """See ``ops.silu_mul_quantize``."""
-    check("activate_quantize", "silu_mul_quantize", gate, up, dtype, scale, "none")
-    return quantize_rows(activate("silu", gate, up), dtype, scale)
+    check("activate_quantize", "silu_mul_quantize", gate, up, dtype, scale, "none", rotate)
+    return quantize_rows(activate("silu", gate, up), dtype, scale, rotate=rotate)
 
 
 def gelu_mul_quantize(
-    gate: Tensor, up: Tensor, dtype: torch.dtype, scale: Tensor | None = None, approximate: str = "none"
+    gate: Tensor,
+    up: Tensor,
+    dtype: torch.dtype,
+    scale: Tensor | None = None,
+    approximate: str = "none",
+    rotate: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """See ``ops.gelu_mul_quantize``."""
-    check("activate_quantize", "gelu_mul_quantize", gate, up, dtype, scale, approximate)
-    return quantize_rows(activate(_gelu(approximate), gate, up), dtype, scale)
+    check("activate_quantize", "gelu_mul_quantize", gate, up, dtype, scale, approximate, rotate)
+    return quantize_rows(activate(_gelu(approximate), gate, up), dtype, scale, rotate=rotate)
 
 
 def gelu_quantize(
-    x: Tensor, dtype: torch.dtype, scale: Tensor | None = None, approximate: str = "none"
+    x: Tensor, dtype: torch.dtype, scale: Tensor | None = None, approximate: str = "none", rotate: int = 0
 ) -> tuple[Tensor, Tensor]:
     """See ``ops.gelu_quantize``."""
-    check("activate_quantize", "gelu_quantize", x, None, dtype, scale, approximate)
-    return quantize_rows(activate(_gelu(approximate), x), dtype, scale)
+    check("activate_quantize", "gelu_quantize", x, None, dtype, scale, approximate, rotate)
+    return quantize_rows(activate(_gelu(approximate), x), dtype, scale, rotate=rotate)
 
 
-def relu_quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def relu_quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None = None, rotate: int = 0) -> tuple[Tensor, Tensor]:
     """See ``ops.relu_quantize``."""
-    check("activate_quantize", "relu_quantize", x, None, dtype, scale, "none")
-    return quantize_rows(activate("relu", x), dtype, scale)
+    check("activate_quantize", "relu_quantize", x, None, dtype, scale, "none", rotate)
+    return quantize_rows(activate("relu", x), dtype, scale, rotate=rotate)

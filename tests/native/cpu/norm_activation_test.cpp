@@ -1,8 +1,10 @@
 // Norms, activations and the floating-point product of every instruction set that this machine can run: the bits of the
 // portable kernels, which are compared with fp64 formulas. Buffers have exactly the sizes that the headers promise.
+#include <cstring>
 #include <vector>
 
 #include "cpu/kernels/dispatch.h"
+#include "native/rotation.h"
 #include "native/testing.h"
 
 namespace {
@@ -98,6 +100,46 @@ void test_activation(const Kernels& kernels, Activation activation, int64_t rows
   }
 }
 
+// Entry (i, j) of Sylvester's matrix: the parity of the bits that both have.
+double sylvester(int64_t i, int64_t j) { return __builtin_parityll(static_cast<uint64_t>(i & j)) != 0 ? -1 : 1; }
+
+template <class T>
+void test_hadamard(const Kernels& kernels, int64_t rows, int64_t k, int64_t block, bool has_smooth) {
+  const Buffer<T> x = random_values<T>(rows * k);
+  const Buffer<float> smooth = random_values<float>(has_smooth ? k : 0);
+  Buffer<float> v(rows * k), plain(rows * k);
+  for (int64_t i = 0; i < rows * k; ++i) plain[i] = has_smooth ? to_float(x[i]) / smooth[i % k] : to_float(x[i]);
+  const Buffer<float> given(rows * k);
+  std::memcpy(given.data(), plain.data(), sizeof(float) * static_cast<size_t>(rows * k));
+  rotate_plainly(plain.data(), rows * k, block);
+
+  HadamardArgs args{k, block, x.data(), kDType<T>, has_smooth ? smooth.data() : nullptr, v.data()};
+  kernels.norm_activation.hadamard(args, {0, rows / 2});
+  args.v = v.data() + rows / 2 * k;
+  kernels.norm_activation.hadamard(args, {rows / 2, rows});
+  // A partial sum is at most the sum of magnitudes, and rounded log2(block) times; the factor and the product once each.
+  const double steps = std::log2(static_cast<double>(block)) + 3, root = std::sqrt(static_cast<double>(block));
+  for (int64_t i = 0; i < rows * k; ++i) {
+    CHECK(same(v[i], plain[i]), "block %" PRId64 ", %" PRId64 ": %g, expected %g", block, i, v[i], plain[i]);
+    double exact = 0, magnitude = 0;
+    for (int64_t j = 0; j < block; ++j) {
+      const double value = given[i / block * block + j];
+      exact += sylvester(i % block, j) * value / root;
+      magnitude += std::fabs(value);
+    }
+    CHECK(std::fabs(v[i] - exact) <= steps * 0x1p-24 * magnitude / root, "block %" PRId64 ", %" PRId64, block, i);
+  }
+
+  // In place, and back: a matrix of entries 1 / root takes an error of each value root times as far, and adds its own.
+  kernels.norm_activation.hadamard({k, block, v.data(), DType::kFloat32, nullptr, v.data()}, {0, rows});
+  for (int64_t i = 0; i < rows * k; ++i) {
+    double magnitude = 0;
+    for (int64_t j = 0; j < block; ++j) magnitude += std::fabs(given[i / block * block + j]);
+    const double bound = 2 * (steps + 1) * 0x1p-24 * magnitude;
+    CHECK(std::fabs(v[i] - given[i]) <= bound, "block %" PRId64 ", %" PRId64 ": %g, was %g", block, i, v[i], given[i]);
+  }
+}
+
 template <class T>
 void test_combine(const Kernels& kernels, int64_t rows, int64_t count, int64_t k) {
   const int64_t sources = 4;
@@ -155,6 +197,11 @@ void test_type(const Kernels& kernels) {
     for (int64_t count : {0, 1, 3}) test_combine<T>(kernels, 5, count, k);
   }
   test_combine<T>(kernels, 2, 2, 1100);
+  for (int64_t block : {16, 32, 64, 128, 256}) {
+    for (int64_t blocks : {0, 1, 3}) {
+      for (bool has_smooth : {false, true}) test_hadamard<T>(kernels, 3, blocks * block, block, has_smooth);
+    }
+  }
 }
 
 }  // namespace

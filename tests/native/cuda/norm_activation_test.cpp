@@ -12,6 +12,7 @@
 #include "cpu/kernels/quantize.h"
 #include "cuda/kernels/activate.cuh"
 #include "cuda/kernels/norm.cuh"
+#include "native/rotation.h"
 #include "native/testing.h"
 
 namespace {
@@ -175,7 +176,7 @@ void test_norm(Norm norm, int64_t columns, bool has_residual, bool has_bias, DTy
 // is_joined: gate and up are the halves of the rows of one matrix.
 template <Activation kActivation, class T>
 void test_activation(int64_t columns, bool is_gated, bool is_kept, DType dtype, float static_scale, int64_t offset,
-                     bool is_joined = false) {
+                     bool is_joined = false, int64_t rotate = 0) {
   const Values<T> gate(kRows * columns, offset), up(kRows * columns, offset);
   make_strange(gate.data(), columns);
   Buffer<float> values(kRows * columns);
@@ -187,6 +188,7 @@ void test_activation(int64_t columns, bool is_gated, bool is_kept, DType dtype, 
   args.dtype = kDType<T>;
   args.v = values.data();
   kNormActivationPortable.activate(args, {0, kRows});
+  rotate_plainly(values.data(), values.size(), rotate);
   const Quantized expected = quantize_plainly(values, columns, static_scale, dtype);
 
   Quantized got(columns, offset);
@@ -203,12 +205,15 @@ void test_activation(int64_t columns, bool is_gated, bool is_kept, DType dtype, 
   job.row_step = is_joined ? 2 * columns : columns;
   job.wide = offset == 0 && columns % kGroup == 0;
   job.is_kept = is_kept;
+  job.rotation = rotation_of(rotate);
   job.target = {got.q.data() + offset, got.scale.data(), static_scale == 0 ? nullptr : &static_scale, dtype};
   const int threads = activate_threads(columns);
   const size_t bytes = is_kept ? static_cast<size_t>(activate_room(columns, threads)) : 0;
-  shim::run_grid(activate_rows_kernel<kActivation, T>, static_cast<unsigned>(kRows), static_cast<unsigned>(threads),
-                 bytes, job);
-  expect_same(got, expected, offset, columns, "activation " + std::to_string(static_cast<int>(kActivation)));
+  const auto kernel =
+      rotate == 0 ? activate_rows_kernel<kActivation, T, false> : activate_rows_kernel<kActivation, T, true>;
+  shim::run_grid(kernel, static_cast<unsigned>(kRows), static_cast<unsigned>(threads), bytes, job);
+  const std::string what = "activation " + std::to_string(static_cast<int>(kActivation));
+  expect_same(got, expected, offset, columns, what + ", rotated by " + std::to_string(rotate));
 }
 
 static_assert(norm_config(0, true).threads == 64 && norm_config(576, true).threads == 64,
@@ -249,6 +254,22 @@ void test_type() {
       test_activation<Activation::kGelu, T>(columns, is_kept, is_kept, DType::kInt8, 0.0f, offset);
       test_activation<Activation::kGeluTanh, T>(columns, !is_kept, is_kept, DType::kInt8, 0.0f, offset);
       test_activation<Activation::kRelu, T>(columns, false, is_kept, DType::kFloat8E4M3, 0.0f, offset);
+    }
+  }
+  // Rows that end within a warp and with one, of one and of several rounds.
+  for (int64_t columns : {0, 16, 48, 256, 320, 1024, 4096, 8448}) {
+    for (int64_t rotate : {16, 32, 64, 128, 256}) {
+      if (columns % rotate != 0) continue;
+      if (columns > 1100 && (rotate != 256 || !std::is_same_v<T, BFloat16>)) continue;
+      for (bool is_kept : {false, true}) {
+        const int64_t offset = is_kept ? 0 : 1;
+        const DType dtype = kEightBit[rotate / 32 % 3];
+        test_activation<Activation::kSilu, T>(columns, true, is_kept, dtype, 0.0f, 0, is_kept, rotate);
+        if (columns > 1100) continue;
+        test_activation<Activation::kGelu, T>(columns, is_kept, is_kept, DType::kInt8, 0.05f, offset, false, rotate);
+        test_activation<Activation::kGeluTanh, T>(columns, !is_kept, is_kept, dtype, 0.0f, offset, false, rotate);
+        test_activation<Activation::kRelu, T>(columns, false, is_kept, DType::kInt8, 0.0f, offset, false, rotate);
+      }
     }
   }
 }

@@ -9,9 +9,11 @@
 #include <cstdlib>
 #include <random>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "cuda/kernels/quantize.cuh"
+#include "native/rotation.h"
 
 namespace {
 
@@ -167,33 +169,36 @@ static_assert(sq::row_config(4096, true).groups == 1 && sq::row_config(4104, tru
 static_assert(sq::row_config(32768, true).groups == 8 && sq::row_config(32776, true).groups == 0, "many for long rows");
 static_assert(sq::row_config(4096, false).groups == 0, "none without wide words");
 
-template <typename T, DType kQ>
-void run_rows(const T* x, const float* smooth, uint8_t* q, float* scale, const float* static_scale, int64_t rows,
-              int64_t columns) {
-  const sq::QuantizedRows target{q, scale, static_scale, kQ};
-  const bool wide = sq::can_move_groups(columns, x, smooth, q);
+template <typename T, bool kRotates>
+auto choose(int groups) {
+  switch (groups) {
+    case 1:
+      return sq::quantize_rows_kernel<T, 1, kRotates>;
+    case 2:
+      return sq::quantize_rows_kernel<T, 2, kRotates>;
+    case 4:
+      return sq::quantize_rows_kernel<T, 4, kRotates>;
+    case 8:
+      return sq::quantize_rows_kernel<T, 8, kRotates>;
+    default:
+      return sq::quantize_rows_kernel<T, 0, kRotates>;
+  }
+}
+
+template <typename T>
+void run_rows(const T* x, const float* smooth, const sq::QuantizedRows& target, int64_t rows, int64_t columns,
+              int64_t rotate) {
+  const bool wide = sq::can_move_groups(columns, x, smooth, target.q);
   const sq::RowConfig config = sq::row_config(columns, wide);
-  const auto kernel = [&] {
-    switch (config.groups) {
-      case 1:
-        return sq::quantize_rows_kernel<T, 1>;
-      case 2:
-        return sq::quantize_rows_kernel<T, 2>;
-      case 4:
-        return sq::quantize_rows_kernel<T, 4>;
-      case 8:
-        return sq::quantize_rows_kernel<T, 8>;
-      default:
-        return sq::quantize_rows_kernel<T, 0>;
-    }
-  }();
+  const auto kernel = rotate == 0 ? choose<T, false>(config.groups) : choose<T, true>(config.groups);
   shim::run_grid(kernel, static_cast<unsigned>(rows), static_cast<unsigned>(config.threads), size_t{0}, x, smooth,
-                 target, columns, wide);
+                 target, columns, wide, sq::rotation_of(rotate));
 }
 
 // `offset` elements before x and q take the alignment away.
 template <typename T, DType kQ>
-void test_rows(const char* name, int64_t columns, bool smoothed, int64_t offset, float static_scale) {
+void test_rows(const char* name, int64_t columns, bool smoothed, int64_t offset, float static_scale,
+               int64_t rotate = 0) {
   const float specials[] = {NAN, INFINITY, -INFINITY};
   constexpr int64_t kRows = 9;
   std::mt19937 random(static_cast<unsigned>(columns));
@@ -213,8 +218,8 @@ void test_rows(const char* name, int64_t columns, bool smoothed, int64_t offset,
   constexpr uint8_t kGuard = 0xa5;
   std::vector<uint8_t> q(offset + kRows * columns + 1, kGuard);
   std::vector<float> scale(kRows, -1.0f);
-  run_rows<T, kQ>(rows, smoothed ? smooth.data() : nullptr, q.data() + offset, scale.data(),
-                  static_scale == 0 ? nullptr : &static_scale, kRows, columns);
+  const sq::QuantizedRows target{q.data() + offset, scale.data(), static_scale == 0 ? nullptr : &static_scale, kQ};
+  run_rows<T>(rows, smoothed ? smooth.data() : nullptr, target, kRows, columns, rotate);
 
   for (int64_t r = 0; r < kRows; ++r) {
     std::vector<float> values(columns);
@@ -223,6 +228,9 @@ void test_rows(const char* name, int64_t columns, bool smoothed, int64_t offset,
     for (int64_t c = 0; c < columns; ++c) {
       values[c] = sq::to_float(rows[r * columns + c]);
       if (smoothed) values[c] = values[c] / smooth[c];
+    }
+    sq::rotate_plainly(values.data(), columns, rotate);
+    for (int64_t c = 0; c < columns; ++c) {
       finite = finite && std::isfinite(values[c]);
       absmax = std::fmax(absmax, std::fabs(values[c]));
     }
@@ -242,7 +250,7 @@ void test_rows(const char* name, int64_t columns, bool smoothed, int64_t offset,
 }
 
 template <typename T, DType kQ>
-void test_static(const char* name, int64_t count, unsigned blocks, int64_t offset) {
+void test_static(const char* name, int64_t count, unsigned blocks, int64_t offset, int64_t rotate = 0) {
   std::mt19937 random(7);
   auto x = random_values<T>(random, offset + count, 3.0f);
   const float specials[] = {NAN, INFINITY, -INFINITY, 0.0f};
@@ -252,12 +260,18 @@ void test_static(const char* name, int64_t count, unsigned blocks, int64_t offse
   std::vector<uint8_t> q(offset + count + 1, kGuard);
   const T* values = x.data() + offset;
   const bool wide = sq::is_group_aligned(values) && sq::is_group_aligned(q.data() + offset);
-  shim::run_grid(sq::quantize_static_kernel<T>, blocks, 64u, size_t{0}, values, &scale, q.data() + offset, kQ, count,
-                 wide);
+  const auto kernel = rotate == 0 ? sq::quantize_static_kernel<T, false> : sq::quantize_static_kernel<T, true>;
+  shim::run_grid(kernel, blocks, 64u, size_t{0}, values, &scale, q.data() + offset, kQ, count, wide,
+                 sq::rotation_of(rotate));
+  std::vector<float> rotated(count);
+  for (int64_t i = 0; i < count; ++i) rotated[i] = sq::to_float(values[i]);
+  sq::rotate_plainly(rotated.data(), count, rotate);
   for (int64_t i = 0; i < count; ++i) {
-    const float scaled = sq::to_float(values[i]) * (1.0f / scale);
+    const float scaled = rotated[i] * (1.0f / scale);
     const float capped = std::isnan(scaled) ? scaled : std::fmin(std::fmax(scaled, -kQMax<kQ>), kQMax<kQ>);
-    expect_equal(name, "static element", i, q[offset + i], plain_round<kQ>(capped));
+    // infinity - infinity is a NaN of either sign
+    const int sign = rotate != 0 && kQ != DType::kInt8 && std::isnan(scaled) ? 0x80 : 0;
+    expect_equal(name, "static element", i, q[offset + i] | sign, plain_round<kQ>(capped) | sign);
   }
   expect_equal(name, "static, written past the end of", count, q.back(), kGuard);
 }
@@ -271,6 +285,18 @@ void test_types(const char* name) {
     for (bool smoothed : {false, true}) test_rows<T, kQ>(name, columns, smoothed, 0, 0.0f);
     test_rows<T, kQ>(name, columns, true, 3, 0.0f);
     test_rows<T, kQ>(name, columns, true, 0, 0.013f);
+  }
+  // Each size of a block, in rows that end within a warp and with one, and in each number of groups.
+  for (int64_t columns : {0, 16, 48, 256, 320, 4096, 4112, 8192, 16384, 32768, 33024}) {
+    const bool is_long = columns > 1000;
+    if (is_long && kQ != DType::kInt8) continue;
+    if (columns > 5000 && !std::is_same_v<T, BFloat16>) continue;
+    for (int64_t rotate : {16, 32, 64, 128, 256}) {
+      if (columns % rotate != 0 || (is_long && rotate != 16 && rotate != 256)) continue;
+      test_rows<T, kQ>(name, columns, rotate == 64, 0, rotate == 32 ? 0.013f : 0.0f, rotate);
+      if (columns < 5000) test_rows<T, kQ>(name, columns, rotate == 128, 3, 0.0f, rotate);
+      if (columns > 0) test_static<T, kQ>(name, columns, 3, rotate % 3, rotate);
+    }
   }
   for (int64_t count : {1, 8, 1000, 4099}) {
     test_static<T, kQ>(name, count, 3, 0);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from emulated_child import small
@@ -43,6 +45,11 @@ def test_every_op_without_a_product_is_in_a_family_of_its_own() -> None:
             assert any(x.isnan().any() and x.isinf().any() and (x == 0).all(1).any() for x in inputs)
             if op != "rms_norm":
                 assert {case.arguments["dtype"] for case in cases} == EIGHT_BIT
+            if "rotate" in inspect.signature(getattr(reference, op)).parameters:
+                rotated = [case.arguments for case in cases if case.arguments.get("rotate")]
+                assert {each["rotate"] for each in rotated} == {16, 128, 256}
+                assert {each.get("x", each.get("gate")).dtype for each in rotated} == {x.dtype for x in inputs}
+                assert {each["dtype"] for each in rotated} == EIGHT_BIT
 
 
 @pytest.mark.parametrize("dtype", ["int8", "fp8"])
