@@ -66,13 +66,16 @@ def section(run: dict[str, Any]) -> list[str]:
     title = run.get("title", title)
     texts = run["results"]
     lines = [f"## {title}", ""]
-    lines.append(" | ".join(["| model", *(f"{t}: KL | perplexity | top-1" for t in texts), "made in |"]))
-    lines.append("|---|" + "---:|" * (3 * len(texts) + 1))
+    size = ["MB"] if "bytes" in run else []
+    lines.append(" | ".join(["| model", *(f"{t}: KL | perplexity | top-1" for t in texts), *size, "made in |"]))
+    lines.append("|---|" + "---:|" * (3 * len(texts) + len(size) + 1))
     for name, took in run["seconds"].items():
         cells = []
         for evaluations in texts.values():
             e = evaluations[name]
             cells += [f"{e['kl']:.4f} ±{e['kl_error']:.4f}", f"{e['perplexity']:.3f}", f"{100 * e['top1']:.1f} %"]
+        if size:
+            cells.append(f"{run['bytes'][name] / 1e6:.0f}" if name in run["bytes"] else "–")
         lines.append(f"| {' | '.join([name, *cells, f'{took:.0f} s' if took > 1 else '–'])} |")
     tokens = {text: next(iter(evaluations.values()))["tokens"] for text, evaluations in texts.items()}
     about = ", ".join(f"{key} {value}" for key, value in run["machine"].items())
