@@ -18,7 +18,8 @@ chance.
 
 All models have the same original and the same calibration windows (16 x 512 tokens of speeches of the 1990s). They run
 on the same 8-bit kernels, with everything else in float32, and on the same test windows of 512 tokens. Every linear
-layer of the decoder is in 8 bits, except where a row says that some were skipped.
+layer of the decoder is in 8 bits, except where a row says that some were skipped. Peers that run in their own libraries
+are named [below](#what-the-rows-are).
 
 `make accuracy` runs `benchmarks/accuracy.py`, which measures; `tools/write_accuracy.py` writes this page.
 """
@@ -41,6 +42,11 @@ NOTES = """
   yours.
 - *llm-compressor*: its SmoothQuant (0.5) with rounding to nearest, and the widely published recipe of SmoothQuant (0.8)
   with GPTQ.
+- *llama.cpp, Q8_0*: blocks of 32 weights with a scale in float16, quantized by llama.cpp from the same GGUF file as the
+  original, and run by its own kernels, which quantize activations in blocks of 32 too. The token embedding, which is
+  also the head, has 8 bits there and not in the other rows. It needs no calibration. *llama.cpp, f32* is the same file
+  without quantization: its KL is how far two implementations of float32 are apart.
+- *MB*: bytes of the checkpoint, with what is not in 8 bits in bfloat16.
 - *LMDeploy's rule*: its formula for s, in this package's pipeline.
 """
 
