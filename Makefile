@@ -49,8 +49,7 @@ bench: peers ## time the linear layer and the demo's model beside them, for hour
 
 accuracy: $(STAMPS)/installed $(STAMPS)/model .venv-llmc/.ready .venv-llama-cpp/.ready ## compare accuracy with llm-compressor's, LMDeploy's and llama.cpp's; WIKITEXT=FILE tests on that too
 	@$(BIN)/python benchmarks/accuracy.py --peer .venv-llmc/bin/python --llama-cpp .venv-llama-cpp/bin/python \
-	    $(if $(WIKITEXT),--wikitext $(WIKITEXT)) \
-	    --output benchmarks/results/accuracy-smollm2-135m.json
+	    $(if $(WIKITEXT),--wikitext $(WIKITEXT)) --output benchmarks/results/accuracy-smollm2-135m.json
 
 lint: $(STAMPS)/dev ## check style and types of the Python and C++ sources
 	@$(BIN)/ruff check .
