@@ -50,7 +50,7 @@ def transform_(model: nn.Module, checkpoint: Path) -> None:
     transforms = TransformConfig.model_validate(config.get("transform_config") or {"config_groups": {}})
     for scheme in transforms.config_groups.values():
         scheme.apply = [each for each in scheme.apply if each.location in AT_RUN_TIME]
-    weights = {name for name, _ in model.named_parameters()}
+    weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     apply_transform_config(model, transforms)
     matrices = {name: p for name, p in model.named_parameters(remove_duplicate=False) if name not in weights}
     stored = {name: tensor for file in checkpoint.glob("*.safetensors") for name, tensor in load_file(file).items()}
@@ -58,7 +58,7 @@ def transform_(model: nn.Module, checkpoint: Path) -> None:
     if missing := sorted(name for name, matrix in matrices.items() if id(matrix) not in filled):
         raise SystemExit(f"{checkpoint} does not store the matrix {missing[0]}, which its transform_config needs")
     for name in matrices.keys() & stored.keys():
-        matrices[name].data.copy_(stored[name])
+        matrices[name].data = stored[name].float()  # of +1 and -1, kept in float64
 
 
 if __name__ == "__main__":
