@@ -43,8 +43,8 @@ NOTES = """
 - *llm-compressor*: its SmoothQuant (0.5) with rounding to nearest, and the widely published recipe of SmoothQuant (0.8)
   with GPTQ. *spinquant-r1-r2*: its SpinQuant with rotations that are folded into the weights, then GPTQ. *r4*: with a
   rotation of the input of `down_proj` at run time too. *quip*: its QuIP, with a rotation of the input of every layer at
-  run time, then GPTQ. All these are random Hadamard matrices over the full width. compressed-tensors computed the models
-  that rotate at run time, with fake quantization. SpinQuant there also subtracts from each token's embedding its mean,
+  run time, then GPTQ. All these are random Hadamard matrices over the full width. compressed-tensors computed what
+  rotates at run time, with fake quantization. SpinQuant there also subtracts from each token's embedding its mean,
   which RMS norms do not undo: that alone, without quantization, has a KL of 0.0004 (1,022 tokens).
 - *llama.cpp, Q8_0*: blocks of 32 weights with a scale in float16, quantized by llama.cpp from the same GGUF file as the
   original, and run by its own kernels, which quantize activations in blocks of 32 too. The token embedding, which is
