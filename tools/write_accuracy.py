@@ -82,7 +82,10 @@ def section(run: dict[str, Any]) -> list[str]:
     for name, took in run["seconds"].items():
         cells = []
         for evaluations in texts.values():
-            e = evaluations[name]
+            e = evaluations.get(name)
+            if e is None:
+                cells += ["–"] * 3
+                continue
             cells += [f"{e['kl']:.4f} ±{e['kl_error']:.4f}", f"{e['perplexity']:.3f}", f"{100 * e['top1']:.1f} %"]
         if size:
             cells.append(f"{run['bytes'][name] / 1e6:.0f}" if name in run["bytes"] else "–")
