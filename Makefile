@@ -47,9 +47,9 @@ peers: ## set up .venv-peers with the engines that the benchmarks compare with (
 bench: peers ## time the linear layer and the demo's model beside them, for hours, as MACHINE=name; write docs/performance.md
 	@benchmarks/run_all.sh .venv-peers/bin/python $(MACHINE)
 
-accuracy: $(STAMPS)/installed $(STAMPS)/model .venv-llmc/.ready ## compare accuracy with llm-compressor's and LMDeploy's; WIKITEXT=FILE tests on that too
-	@$(BIN)/python benchmarks/accuracy.py --peer .venv-llmc/bin/python $(if $(WIKITEXT),--wikitext $(WIKITEXT)) \
-	    --output benchmarks/results/accuracy-smollm2-135m.json
+accuracy: $(STAMPS)/installed $(STAMPS)/model .venv-llmc/.ready .venv-llama-cpp/.ready ## compare accuracy with llm-compressor's, LMDeploy's and llama.cpp's; WIKITEXT=FILE tests on that too
+	@$(BIN)/python benchmarks/accuracy.py --peer .venv-llmc/bin/python --llama-cpp .venv-llama-cpp/bin/python \
+	    $(if $(WIKITEXT),--wikitext $(WIKITEXT)) --output benchmarks/results/accuracy-smollm2-135m.json
 
 lint: $(STAMPS)/dev ## check style and types of the Python and C++ sources
 	@$(BIN)/ruff check .
@@ -96,7 +96,7 @@ clean: ## remove what was built, keep $(VENV)
 	@find smoothquant_ext tests benchmarks tools -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## remove also $(VENV) and the demo's files
-	@rm -rf $(VENV) .venv-peers .venv-llmc demo .cache
+	@rm -rf $(VENV) .venv-peers .venv-llmc .venv-llama-cpp demo .cache
 
 # --- set-up ---------------------------------------------------------------------------------------------------------
 
@@ -156,6 +156,13 @@ $(STAMPS)/peers: $(STAMPS)/installed $(STAMPS)/model
 	@$(PYTHON) -m venv .venv-llmc
 	@.venv-llmc/bin/pip install -qq torch==2.13.0+cpu 2>/dev/null || .venv-llmc/bin/pip install -qq torch==2.13.0
 	@.venv-llmc/bin/pip install -qq llmcompressor==0.14.0.1 typer
+	@touch $@
+
+# pip compiles it, for this processor.
+.venv-llama-cpp/.ready:
+	@echo "compiling llama.cpp (half an hour)"
+	@$(PYTHON) -m venv .venv-llama-cpp
+	@CMAKE_ARGS="-DLLAVA_BUILD=OFF" .venv-llama-cpp/bin/pip install -qq llama-cpp-python==0.3.36 typer
 	@touch $@
 
 # SmolLM2-135M-Instruct and the State of the Union speeches: each a package that holds its data.

@@ -45,13 +45,16 @@ class Recipe(str, Enum):
 
     RTN = "smoothquant-rtn"  # rounding to nearest, as ours
     GPTQ = "smoothquant-gptq"  # as many published W8A8 checkpoints were made
+    SPINQUANT = "spinquant-r1-r2-gptq"  # rotations that are folded into the weights
+    SPINQUANT_R4 = "spinquant-r1-r2-r4-gptq"  # and one of down_proj's input at run time
+    QUIP = "quip-gptq"  # rotations of the input of every layer at run time
 
 
 def main(
     model_dir: Annotated[Path, typer.Argument(help="A causal LM in floating point, as save_pretrained writes it.")],
     tokens: Annotated[Path, typer.Argument(help="A safetensors file with one int64 tensor, windows: samples x T.")],
     out_dir: Annotated[Path, typer.Argument(help="Folder for the checkpoint; new or empty.")],
-    recipe: Annotated[Recipe, typer.Option(help="SmoothQuant at 0.5 and rounding, or at 0.8 and GPTQ.")],
+    recipe: Annotated[Recipe, typer.Option(help="What its modifiers do, in order.")],
 ) -> None:
     """Quantizes a model with llm-compressor to INT8: a scale per output channel, and per token at run time."""
     if importlib.util.find_spec("llmcompressor") is None:
@@ -124,12 +127,20 @@ def modifiers(recipe: Recipe) -> list[Any]:
     """The steps of a recipe."""
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform import QuIPModifier, SpinQuantModifier
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
     layers: dict[str, Any] = {"targets": "Linear", "scheme": "W8A8", "ignore": ["lm_head"]}
-    if recipe is Recipe.RTN:
-        return [SmoothQuantModifier(smoothing_strength=0.5), QuantizationModifier(**layers)]
-    return [SmoothQuantModifier(smoothing_strength=0.8), GPTQModifier(**layers)]
+    # Over the full width, which is no power of two in many models: the type "hadamard" refuses those.
+    full: dict[str, Any] = {"transform_type": "random-hadamard"}
+    steps = {
+        Recipe.RTN: lambda: [SmoothQuantModifier(smoothing_strength=0.5), QuantizationModifier(**layers)],
+        Recipe.GPTQ: lambda: [SmoothQuantModifier(smoothing_strength=0.8), GPTQModifier(**layers)],
+        Recipe.SPINQUANT: lambda: [SpinQuantModifier(rotations=["R1", "R2"], **full), GPTQModifier(**layers)],
+        Recipe.SPINQUANT_R4: lambda: [SpinQuantModifier(rotations=["R1", "R2", "R4"], **full), GPTQModifier(**layers)],
+        Recipe.QUIP: lambda: [QuIPModifier(rotations=["v"], **full), GPTQModifier(**layers)],
+    }
+    return steps[recipe]()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ chance.
 
 All models have the same original and the same calibration windows (16 x 512 tokens of speeches of the 1990s). They run
 on the same 8-bit kernels, with everything else in float32, and on the same test windows of 512 tokens. Every linear
-layer of the decoder is in 8 bits, except where a row says that some were skipped.
+layer of the decoder is in 8 bits, except where a row says that some were skipped. Peers that run in their own libraries
+are named [below](#what-the-rows-are).
 
 `make accuracy` runs `benchmarks/accuracy.py`, which measures; `tools/write_accuracy.py` writes this page.
 """
@@ -40,7 +41,16 @@ NOTES = """
   the test texts. Static scales lose on text unlike the calibration text, as WikiText-2 is here: calibrate on text like
   yours.
 - *llm-compressor*: its SmoothQuant (0.5) with rounding to nearest, and the widely published recipe of SmoothQuant (0.8)
-  with GPTQ.
+  with GPTQ. *spinquant-r1-r2*: its SpinQuant with rotations that are folded into the weights, then GPTQ. *r4*: with a
+  rotation of the input of `down_proj` at run time too. *quip*: its QuIP, with a rotation of the input of every layer at
+  run time, then GPTQ. All these are random Hadamard matrices over the full width. compressed-tensors computed what
+  rotates at run time, with fake quantization. SpinQuant there also subtracts from each token's embedding its mean,
+  which RMS norms do not undo: that alone, without quantization, has a KL of 0.0004 (1,022 tokens).
+- *llama.cpp, Q8_0*: blocks of 32 weights with a scale in float16, quantized by llama.cpp from the same GGUF file as the
+  original, and run by its own kernels, which quantize activations in blocks of 32 too. The token embedding, which is
+  also the head, has 8 bits there and not in the other rows. It needs no calibration. *llama.cpp, f32* is the same file
+  without quantization: its KL is how far two implementations of float32 are apart.
+- *MB*: bytes of the checkpoint, with what is not in 8 bits in bfloat16.
 - *LMDeploy's rule*: its formula for s, in this package's pipeline.
 """
 
@@ -62,17 +72,23 @@ def page() -> str:
 def section(run: dict[str, Any]) -> list[str]:
     """One run: a heading, a table, the machine and the versions."""
     factor = run["amplify"]
-    title = "SmolLM2-135M-Instruct" + (f", with outliers {factor:g} times larger" if factor != 1 else "")
-    title = run.get("title", title)
+    model = run.get("model", "SmolLM2-135M-Instruct")
+    title = run.get("title", model + (f", with outliers {factor:g} times larger" if factor != 1 else ""))
     texts = run["results"]
     lines = [f"## {title}", ""]
-    lines.append(" | ".join(["| model", *(f"{t}: KL | perplexity | top-1" for t in texts), "made in |"]))
-    lines.append("|---|" + "---:|" * (3 * len(texts) + 1))
+    size = ["MB"] if "bytes" in run else []
+    lines.append(" | ".join(["| model", *(f"{t}: KL | perplexity | top-1" for t in texts), *size, "made in |"]))
+    lines.append("|---|" + "---:|" * (3 * len(texts) + len(size) + 1))
     for name, took in run["seconds"].items():
         cells = []
         for evaluations in texts.values():
-            e = evaluations[name]
+            e = evaluations.get(name)
+            if e is None:
+                cells += ["–"] * 3
+                continue
             cells += [f"{e['kl']:.4f} ±{e['kl_error']:.4f}", f"{e['perplexity']:.3f}", f"{100 * e['top1']:.1f} %"]
+        if size:
+            cells.append(f"{run['bytes'][name] / 1e6:.0f}" if name in run["bytes"] else "–")
         lines.append(f"| {' | '.join([name, *cells, f'{took:.0f} s' if took > 1 else '–'])} |")
     tokens = {text: next(iter(evaluations.values()))["tokens"] for text, evaluations in texts.items()}
     about = ", ".join(f"{key} {value}" for key, value in run["machine"].items())
