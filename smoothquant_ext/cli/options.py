@@ -113,10 +113,11 @@ Rotate = Annotated[
     typer.Option(
         metavar="KINDS",
         help="Rotate activations before smoothing, which spreads outliers over all channels. residual (the residual "
-        "stream; a head that shares its weight with the token embedding is stored apart then) and heads (the values of "
-        "attention) are folded into weights. down (what down_proj reads) is done while activations are quantized, more "
-        "accurate, but only this package and vLLM run it. auto among them: only if that lowers the error of the blocks "
-        "that are tried; alone it stands for all three. none: nothing. Default with INT8: residual,heads,auto.",
+        "stream; a head that shares its weight with the token embedding is stored apart then) and heads (the "
+        "values of attention) are folded into weights. down (what down_proj reads) is done while activations are "
+        "quantized; it is more accurate, but only this package and vLLM run it. none: nothing. auto among them: "
+        "only if that lowers the error of the blocks that are tried, and makes no checkpoint larger; alone it "
+        "stands for all three. Default with INT8: residual,heads,auto.",
     ),
 ]
 Fast = Annotated[

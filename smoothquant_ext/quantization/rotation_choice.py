@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from ..probing.blocks import Batch
 from ..probing.smoothing_groups import discover
@@ -48,6 +49,8 @@ def rotate_if_better_(
 ) -> Rotations:
     """Rotates a model in the ways that the recipe allows, and undoes it if its quantized blocks are no better then.
 
+    It makes no model larger: the residual stream is left alone where the head shares its weight with the embedding.
+
     Args:
         structure: of the model in floating point.
         layers: names of the layers and experts that are to be quantized.
@@ -59,13 +62,19 @@ def rotate_if_better_(
     scheme = recipe.resolved_scheme
     if scheme.dtype not in ROTATED_DTYPES:
         return Rotations(refused=f"{scheme.name} loses by a rotation")
+    kinds, shared = recipe.rotations, _shared_head(structure.model)
+    if shared:
+        kinds = tuple(kind for kind in kinds if kind != "residual")
+    if not kinds:
+        return Rotations(refused=shared)
     holding = [name for name in structure.called if any(structure.blocks[name].holds(layer) for layer in layers)]
     step = max(1, math.ceil(len(holding) / MOST_BLOCKS))
     simple = replace(recipe, alpha=recipe.migration, rounding="nearest", clipping="absmax", rotate=())
     trial = Trial(tuple(holding[step // 2 :: step]), layers, batch, simple, placement)
     plain = _mean_error(trial, structure, Rotations(), progress("Trying blocks as they are"))
     before = State(structure.model)
-    rotations = rotate_(structure, batch, recipe.rotations, placement, progress("Rotating"))
+    rotations = rotate_(structure, batch, kinds, placement, progress("Rotating"))
+    rotations.refused = rotations.refused or shared
     structure = find_structure(structure.model, batch)  # its blocks' calls are rotated now
     turned = _mean_error(trial, structure, rotations, progress("Trying rotated blocks"))
     if turned < plain:
@@ -96,3 +105,16 @@ def _mean_error(
     quantize_blocks(run, groups, progress)
     errors = [block.error for block in report.blocks.values()]
     return sum(errors) / len(errors) if errors else math.inf
+
+
+def _shared_head(model: nn.Module) -> str:
+    """Why a rotation of the residual stream would make a model larger, or ''."""
+    find_head, find_embedding = (getattr(model, f"get_{kind}_embeddings", None) for kind in ("output", "input"))
+    head, embedding = (find() if find else None for find in (find_head, find_embedding))
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, Tensor) or weight is not getattr(embedding, "weight", None):
+        return ""
+    return (
+        f"the head shares its weight with the token embedding, and would take {weight.nbytes / 1e6:.1f} MB of its own "
+        "(--rotate residual,heads does it)"
+    )

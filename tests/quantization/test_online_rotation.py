@@ -228,6 +228,19 @@ def test_auto_leaves_the_model_alone_where_it_does_not_pay(architecture: str) ->
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
+@pytest.mark.parametrize("rotate", ["auto", "auto,residual"])
+def test_auto_makes_no_model_larger(rotate: str) -> None:
+    model = tiny.build("gemma")
+    assert model.config.tie_word_embeddings
+    with patch.object(rotation_choice, "_mean_error", side_effect=[0.02, 0.01]):
+        quantize(model, DATA, Recipe(rotate=rotate), progress=False)
+    rotations = model.smoothquant_report.rotations
+    assert (rotations.residual, rotations.untied, model.config.tie_word_embeddings) == (False, 0, True)
+    assert "shares its weight with the token embedding, and would take 0.0 MB" in rotations.refused
+    assert bool(rotations.heads) == bool(rotations.down) == (rotate == "auto")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
 def test_auto_leaves_fp8_alone_without_trying() -> None:
     model = quantize(tiny.build("llama"), DATA, Recipe("fp8", rotate="auto"), progress=False)
     rotations = model.smoothquant_report.rotations
