@@ -109,12 +109,14 @@ def _mean_error(
 
 def _shared_head(model: nn.Module) -> str:
     """Why a rotation of the residual stream would make a model larger, or ''."""
-    find_head, find_embedding = (getattr(model, f"get_{kind}_embeddings", None) for kind in ("output", "input"))
-    head, embedding = (find() if find else None for find in (find_head, find_embedding))
-    weight = getattr(head, "weight", None)
-    if not isinstance(weight, Tensor) or weight is not getattr(embedding, "weight", None):
-        return ""
-    return (
-        f"the head shares its weight with the token embedding, and would take {weight.nbytes / 1e6:.1f} MB of its own "
-        "(--rotate residual,heads does it)"
-    )
+    owners = []
+    for kind in ("output", "input"):
+        find = getattr(model, f"get_{kind}_embeddings", None)
+        owners.append(find() if find else None)
+    head, embedding = (getattr(owner, "weight", None) for owner in owners)
+    if isinstance(head, Tensor) and head is embedding:
+        return (
+            f"the head shares its weight with the token embedding, and would take {head.nbytes / 1e6:.1f} MB of its own "
+            "(--rotate residual,heads does it)"
+        )
+    return ""
