@@ -109,14 +109,12 @@ def _mean_error(
 
 def _shared_head(model: nn.Module) -> str:
     """Why a rotation of the residual stream would make a model larger, or ''."""
-    owners = []
+    weights: list[Any] = []
     for kind in ("output", "input"):
         find = getattr(model, f"get_{kind}_embeddings", None)
-        owners.append(find() if find else None)
-    head, embedding = (getattr(owner, "weight", None) for owner in owners)
-    if isinstance(head, Tensor) and head is embedding:
-        return (
-            f"the head shares its weight with the token embedding, and would take {head.nbytes / 1e6:.1f} MB of its own "
-            "(--rotate residual,heads does it)"
-        )
-    return ""
+        weights.append(getattr(find() if find else None, "weight", None))
+    head, embedding = weights
+    if not isinstance(head, Tensor) or head is not embedding:
+        return ""
+    size = f"{head.nbytes / 1e6:.1f} MB"
+    return f"its head would not share the token embedding's weight then, {size} more (--rotate residual,heads does it)"
