@@ -52,7 +52,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
     def noted(name: str) -> Any:
         op = getattr(ops, name)
-        return lambda x, *rest: seen.append((name, x.device.type)) or op(x, *rest)
+        return lambda x, *rest, **named: seen.append((name, x.device.type)) or op(x, *rest, **named)
 
     for name in FUSED_OPS:
         monkeypatch.setattr(ops, name, noted(name))
