@@ -94,7 +94,7 @@ class Trial:
         """
         self.block = block
         self.scheme, self.calls, self.expected, self.schemes = scheme, calls, expected, schemes
-        self.rotated = rotated
+        self.rotated = dict(rotated)
         self.absmax = {name: values for name, values in absmax.items() if block.holds(name)}
         self.float_block = copy_of(block.module).float()
         self.int8_block = copy_of(block.module)

@@ -129,7 +129,7 @@ def test_experts_without_tokens(calls_empty: bool, lonely: int) -> None:
 
 
 def test_hessians_are_only_made_when_asked_for() -> None:
-    statistics = statistics_of(Stack(), batches(2), Windows({0}, {1}), hessians=False)
+    statistics = statistics_of(Stack(), batches(2), {0}, {1}, hessians=False)
     assert all(each.hessian is None and each.absmax is not None for each in statistics.inputs.values())
 
 
