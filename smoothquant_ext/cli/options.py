@@ -115,14 +115,14 @@ Rotate = Annotated[
         help="Rotate activations before smoothing, which spreads outliers over all channels. residual (the residual "
         "stream; a head that shares its weight with the token embedding is stored apart then) and heads (the "
         "values of attention) are folded into weights. down (what down_proj reads) is done while activations are "
-        "quantized; it is more accurate, but only this package and vLLM run it. none: nothing. auto among them: "
-        "only if that lowers the error of the blocks that are tried, and makes no checkpoint larger; alone it "
-        "stands for all three. Default with INT8: residual,heads,auto.",
+        "quantized; it is more accurate, but only this package and, by its source, vLLM run it. none: nothing. "
+        "auto among them: only if that lowers the error of the blocks that are tried, and makes no checkpoint "
+        "larger; alone it stands for all three. Default with INT8: residual,heads,auto.",
     ),
 ]
 Fast = Annotated[
     bool,
-    typer.Option("--fast", help="Rotate nothing, and round weights to nearest: takes a third of the time, loses more."),
+    typer.Option("--fast", help="Rotate nothing, and round weights to nearest: takes less time, loses more."),
 ]
 AutoSkip = Annotated[
     str | None,

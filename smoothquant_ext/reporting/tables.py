@@ -185,18 +185,18 @@ def render_report(report: Report) -> Group:
 
 
 def _rotation_lines(report: Report) -> list[Text]:
-    rotations, kinds, lines = report.rotations, report.recipe.rotate, []
-    chosen = report.recipe.chooses_rotation
-    is_left = chosen and bool(rotations.refused) and not rotations.heads and not rotations.down
+    rotations, kinds, lines = report.rotations, report.recipe.rotations, []
+    is_left = report.recipe.chooses_rotation and not (rotations.residual or rotations.heads or rotations.down)
     if rotations.errors is not None:
         plain, turned = rotations.errors
         lines.append(f"Rotations change the error of the blocks that were tried from {plain:.2g} to {turned:.2g}")
     if is_left:
         lines.append(f"Nothing is rotated, because {rotations.refused}")
-    elif rotations.residual:
+        return [Text(line) for line in lines]
+    if rotations.residual:
         apart = f"; the head is stored apart from the embedding, {rotations.untied / 1e6:.1f} MB"
         lines.append(f"Rotated: the residual stream{apart if rotations.untied else ''}")
-    elif chosen or "residual" in kinds:
+    elif "residual" in kinds:
         lines.append(f"The residual stream is not rotated, because {rotations.refused}")
     if rotations.heads:
         channels = ", ".join(map(str, sorted(set(rotations.heads.values()))))

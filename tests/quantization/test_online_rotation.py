@@ -21,7 +21,8 @@ from smoothquant_ext.probing.structure import find_structure
 from smoothquant_ext.quantization import rotation_choice
 from smoothquant_ext.quantization.block_statistics import Windows, collect_statistics
 from smoothquant_ext.quantization.online_rotation import find_online
-from smoothquant_ext.quantization.report import Rotations
+from smoothquant_ext.quantization.report import Report, Rotations
+from smoothquant_ext.reporting.tables import _rotation_lines
 from smoothquant_ext.scheme import QMAX
 
 WIDTH, HEAD = 64, 16
@@ -267,3 +268,19 @@ class Router(nn.Module):
 def test_blocks_of_rows_are_left_alone() -> None:
     structure = find_structure(Router(), DATA[0])
     assert all(find_online(structure.blocks[name], ()) == {} for name in structure.called)
+
+
+@pytest.mark.parametrize(
+    ("rotate", "rotations", "lines"),
+    [
+        ("residual,heads,auto", Rotations(refused="fp8 loses by it"), ["Nothing is rotated, because fp8 loses by it"]),
+        (
+            "heads,auto",
+            Rotations(heads={"o": 16}),
+            ["Rotated: the values of attention in 1 blocks, heads of 16 channels"],
+        ),
+    ],
+)
+def test_the_report_gives_no_other_reason(rotate: str, rotations: Rotations, lines: list[str]) -> None:
+    report = Report(Recipe(rotate=rotate), rotations=rotations)
+    assert [line.plain for line in _rotation_lines(report)] == lines
