@@ -40,13 +40,14 @@ from smoothquant_ext.probing.linears import weight_nk
 from smoothquant_ext.probing.smoothing_groups import discover
 from smoothquant_ext.probing.structure import find_structure
 from smoothquant_ext.quantization.calibration import calibrate
-from smoothquant_ext.quantization.recipe import AUTO, ROTATIONS
+from smoothquant_ext.quantization.recipe import AUTO
 from smoothquant_ext.quantization.selection import select_linears
 from smoothquant_ext.quantization.smoothing import fold_, group_modules
 from smoothquant_ext.text import token_windows
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
 FOLDED = ("residual", "heads")  # rotations that cost nothing at run time
+ALSO_DOWN = (*FOLDED, "down")
 ALPHAS = tuple(step / 10 for step in range(3, 10))
 AMPLIFIED_CHANNELS = 3  # of each norm
 PEER_RECIPES = ("smoothquant-rtn", "smoothquant-gptq", "spinquant-r1-r2-gptq", "spinquant-r1-r2-r4-gptq", "quip-gptq")
@@ -80,10 +81,13 @@ VARIANTS = (
     ours("int8-static, rotated, alpha auto", scheme="int8-static", alpha="auto", rotate=FOLDED),
     ours("int8, the default", rounding="gptq", rotate=(*FOLDED, AUTO)),
     ours("int8, rotated, gptq", rounding="gptq", rotate=FOLDED),
-    ours("int8, rotated at run time too, not smoothed", smooth=False, rotate=ROTATIONS),
-    ours("int8, rotated at run time too, gptq", rounding="gptq", rotate=ROTATIONS),
-    ours("int8, rotated at run time too, alpha auto", alpha="auto", rotate=ROTATIONS),
-    ours("int8-static, rotated at run time too, alpha auto", scheme="int8-static", alpha="auto", rotate=ROTATIONS),
+    ours("int8, rotated at run time too, not smoothed", smooth=False, rotate=ALSO_DOWN),
+    ours("int8, rotated at run time too, gptq", rounding="gptq", rotate=ALSO_DOWN),
+    ours("int8, rotated at run time too, alpha auto", alpha="auto", rotate=ALSO_DOWN),
+    ours("int8-static, rotated at run time too, alpha auto", scheme="int8-static", alpha="auto", rotate=ALSO_DOWN),
+    ours("int8, every input rotated, nearest", rotate="inputs"),
+    ours("int8, every input rotated, gptq", rounding="gptq", rotate="inputs"),
+    ours("int8-static, every input rotated, alpha auto", scheme="int8-static", alpha="auto", rotate="inputs"),
     ours("int8-static, alpha 0.8", scheme="int8-static"),
     ours("int8-static, alpha auto", scheme="int8-static", alpha="auto"),
     ours("fp8, not smoothed", scheme="fp8", smooth=False),

@@ -60,7 +60,7 @@ void check_linear_group_op(const Tensor& x, const std::vector<Tensor>& weight, c
 
 void check_mlp_op(const Tensor& x, const std::vector<Tensor>& weight, const std::vector<Tensor>& weight_scale,
                   const OptionalTensors& bias, const OptionalTensors& input_scale, const OpString& activation,
-                  int64_t rotate) {
+                  const Rotations& rotate) {
   constexpr const char* kOp = "w8a8_mlp";
   const LayerLists layers{weight, weight_scale, bias};
   check_mlp(kOp, x, layers, input_scale, rotate);
@@ -73,7 +73,7 @@ void check_mlp_op(const Tensor& x, const std::vector<Tensor>& weight, const std:
 // All but the values of top_k_index.
 void check_experts_op(const Tensor& x, const Tensor& index, const Tensor& weights, const std::vector<Tensor>& weight,
                       const std::vector<Tensor>& weight_scale, const OptionalTensors& bias, const OpString& activation,
-                      int64_t rotate) {
+                      const Rotations& rotate) {
   constexpr const char* kOp = "w8a8_experts";
   check_experts(kOp, x, index, weights, {weight, weight_scale, bias}, rotate);
   activation_kind(kOp, activation);
@@ -87,13 +87,13 @@ void check_decoder_layer_op(const Tensor& x, const Tensor& norm, const Tensor& p
                             const OptionalTensor& mask, double scale, bool causal, const OpString& activation,
                             const OptionalTensor& keys_scale, const OptionalTensor& values_scale,
                             const OptionalTensor& q_norm, const OptionalTensor& k_norm, const OptionalTensor& positions,
-                            int64_t rotate) {
+                            const Rotations& rotate) {
   constexpr const char* kOp = "w8a8_decoder_layer_";
   const LayerLists layers{weight, weight_scale, bias};
   check_decoder_layer(kOp, {x, norm, post_norm, layers, input_scale, cos, sin, keys, values, past, mask, scale, causal,
                             keys_scale, values_scale, q_norm, k_norm, positions, rotate});
   activation_kind(kOp, activation);
-  for (size_t i = 0; i < 4; ++i) {
+  for (size_t i = 0; i < kDecoderInputs; ++i) {
     check_static_scale(kOp, decoder_input_scale_name(i), element_of(input_scale, i), "x", x);
   }
 }

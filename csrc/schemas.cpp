@@ -4,7 +4,7 @@
 
 STABLE_TORCH_LIBRARY(sq, m) {
   // Quantize activations. `rotate`, here and below: blocks of so many values are multiplied by a Hadamard matrix first; in
-  // ops of several layers, those that down reads.
+  // ops with several inputs a number for each, as their static scales have, or none at all.
   m.def("quantize_per_token(Tensor x, ScalarType dtype, Tensor? smooth=None, int rotate=0) -> (Tensor, Tensor)");
   m.def("quantize_static(Tensor x, Tensor scale, ScalarType dtype, int rotate=0) -> Tensor");
 
@@ -42,13 +42,13 @@ STABLE_TORCH_LIBRARY(sq, m) {
       "Tensor? input_scale=None, ScalarType? out_dtype=None, int rotate=0) -> Tensor[]");
   m.def(
       "w8a8_mlp(Tensor x, Tensor[] weight, Tensor[] weight_scale, Tensor?[]? bias=None, Tensor?[]? input_scale=None, "
-      "str activation=\"silu\", int rotate=0) -> Tensor");
+      "str activation=\"silu\", int[] rotate=[]) -> Tensor");
 
   // The experts of a mixture, an MLP each: weights [E, N, K], tokens [..., K], and for every token its experts and their
   // weights.
   m.def(
       "w8a8_experts(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor[] weight, Tensor[] weight_scale, "
-      "Tensor?[]? bias=None, str activation=\"silu\", int rotate=0) -> Tensor");
+      "Tensor?[]? bias=None, str activation=\"silu\", int[] rotate=[]) -> Tensor");
 
   // A whole layer of a Llama-like decoder: q, k, v, o, gate, up, down; input_scale of what q, o, gate and down read.
   // Writes to keys and values [B, H, room, D], quantized where these have scales [B, H, room], behind `past` or at
@@ -58,7 +58,7 @@ STABLE_TORCH_LIBRARY(sq, m) {
       "Tensor[] weight, Tensor[] weight_scale, Tensor?[]? bias, Tensor?[]? input_scale, Tensor cos, Tensor sin, "
       "Tensor(a!) keys, Tensor(b!) values, int past, Tensor? mask, float scale, bool causal, "
       "str activation=\"silu\", Tensor(c!)? keys_scale=None, Tensor(d!)? values_scale=None, Tensor? q_norm=None, "
-      "Tensor? k_norm=None, float head_eps=0.0, Tensor? positions=None, int rotate=0) -> Tensor");
+      "Tensor? k_norm=None, float head_eps=0.0, Tensor? positions=None, int[] rotate=[]) -> Tensor");
 
   // What stays in floating point between the products.
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float offset=0.0) -> Tensor");
@@ -85,15 +85,15 @@ STABLE_TORCH_LIBRARY(sq, m) {
       "ScalarType? out_dtype, int rotate) -> ()");
   m.def(
       "_check_mlp(Tensor x, Tensor[] weight, Tensor[] weight_scale, Tensor?[]? bias, Tensor?[]? input_scale, "
-      "str activation, int rotate) -> ()");
+      "str activation, int[] rotate) -> ()");
   m.def(
       "_check_experts(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor[] weight, Tensor[] weight_scale, "
-      "Tensor?[]? bias, str activation, int rotate) -> ()");
+      "Tensor?[]? bias, str activation, int[] rotate) -> ()");
   m.def(
       "_check_decoder_layer(Tensor x, Tensor norm, Tensor post_norm, Tensor[] weight, Tensor[] weight_scale, "
       "Tensor?[]? bias, Tensor?[]? input_scale, Tensor cos, Tensor sin, Tensor keys, Tensor values, int past, "
       "Tensor? mask, float scale, bool causal, str activation, Tensor? keys_scale, Tensor? values_scale, "
-      "Tensor? q_norm, Tensor? k_norm, Tensor? positions, int rotate) -> ()");
+      "Tensor? q_norm, Tensor? k_norm, Tensor? positions, int[] rotate) -> ()");
   m.def("_check_norm(str op, Tensor x, Tensor weight) -> ()");
   m.def("_check_linear(Tensor x, Tensor weight, Tensor? bias) -> ()");
   m.def(

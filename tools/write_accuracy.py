@@ -34,6 +34,8 @@ NOTES = """
   this model and is stored apart then.
 - *rotated at run time too*: `--rotate residual,heads,down`. The input of `down_proj` is rotated while it is quantized,
   in blocks of 256 channels.
+- *every input rotated*: `--rotate inputs`. What every layer reads is rotated while it is quantized, and nothing is
+  smoothed. The head shares its weight with the token embedding, as in the original.
 - *the default*: what `smoothquant quantize` does, `--rotate residual,heads,auto` and GPTQ. `auto` makes no checkpoint
   larger, so with a head that shares its weight it tries the values of attention alone.
 - *skip 5 %*: `--auto-skip 5%`. Each set of layers that share an input was quantized alone to measure its KL divergence.

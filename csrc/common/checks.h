@@ -150,11 +150,22 @@ inline void check_smooth(const char* op, const OptionalTensor& smooth, const Ten
 // The size of the blocks of k values that a Hadamard matrix rotates, 0 for none. What kernels keep in registers, or
 // exchange within a warp, is this long.
 constexpr int64_t kSmallestRotation = 16, kLargestRotation = 256;
-inline void check_rotate(const char* op, int64_t rotate, int64_t k) {
+inline void check_rotate(const char* op, const ArgName& name, int64_t rotate, int64_t k) {
   const bool is_power = (rotate & (rotate - 1)) == 0;
   SQ_CHECK(rotate == 0 || (kSmallestRotation <= rotate && rotate <= kLargestRotation && is_power && k % rotate == 0),
-           op, ": rotate is ", rotate, ", expected 0 or a power of two from ", kSmallestRotation, " to ",
+           op, ": ", name, " is ", rotate, ", expected 0 or a power of two from ", kSmallestRotation, " to ",
            kLargestRotation, " that divides the ", k, " values of a row");
+}
+inline void check_rotate(const char* op, int64_t rotate, int64_t k) { check_rotate(op, "rotate", rotate, k); }
+
+// Those of an op's inputs, in the order of their static scales; an empty list is none.
+using Rotations = std::vector<int64_t>;
+
+inline int64_t element_of(const Rotations& rotate, size_t index) { return rotate.empty() ? 0 : rotate[index]; }
+
+inline void check_rotations(const char* op, const Rotations& rotate, size_t count) {
+  SQ_CHECK(rotate.empty() || rotate.size() == count, op, ": rotate has ", rotate.size(), " elements, expected 0 or ",
+           count);
 }
 
 // Elements of a [..., K] in front of its last dimension.

@@ -22,7 +22,7 @@ struct DecoderArguments {
   double scale;
   bool causal;
   const OptionalTensor &keys_scale, &values_scale, &q_norm, &k_norm, &positions;
-  int64_t rotate;
+  const Rotations& rotate;
 
   int64_t width() const { return x.size(2); }
   int64_t head_width() const { return cos.size(2); }
@@ -32,10 +32,13 @@ struct DecoderArguments {
 
 using DecoderShapes = std::array<GemmShape, kDecoderLayers>;
 
-inline ArgName decoder_input_scale_name(size_t index) {
-  constexpr const char* kReaders[] = {"q, k, v", "o", "gate, up", "down"};
-  return {"input_scale", index, kReaders[index]};
+constexpr size_t kDecoderInputs = 4;
+inline ArgName decoder_input_name(const char* list, size_t index) {
+  constexpr const char* kReaders[kDecoderInputs] = {"q, k, v", "o", "gate, up", "down"};
+  return {list, index, kReaders[index]};
 }
+
+inline ArgName decoder_input_scale_name(size_t index) { return decoder_input_name("input_scale", index); }
 
 inline LayerNames decoder_names(size_t index) {
   constexpr MlpRole kRoles[kDecoderLayers] = {{"q", "x"},    {"k", "x"},  {"v", "x"},           {"o", "attention"},
@@ -71,7 +74,7 @@ inline DecoderShapes check_decoder_layers(const char* op, const DecoderArguments
   SQ_CHECK(layers.size() == kDecoderLayers, op, ": weight has ", layers.size(),
            " elements, expected 7 (q, k, v, o, gate, up, down)");
   check_lists(op, layers);
-  check_optional_list(op, "input_scale", arguments.input_scale, 4);
+  check_optional_list(op, "input_scale", arguments.input_scale, kDecoderInputs);
   const ScalarType dtype = layers.weight[0].scalar_type();
   const int64_t k = arguments.width(), d = arguments.head_width();
   DecoderShapes shapes{};
@@ -140,7 +143,11 @@ inline DecoderShapes check_decoder_layer(const char* op, const DecoderArguments&
   check_score_scale(op, arguments.scale);
   check_decoder_norms(op, arguments);
   const DecoderShapes shapes = check_decoder_layers(op, arguments);
-  check_rotate(op, arguments.rotate, shapes[kDown].k);
+  check_rotations(op, arguments.rotate, kDecoderInputs);
+  constexpr DecoderRole kFirstReaders[kDecoderInputs] = {kQ, kO, kGate, kDown};
+  for (size_t i = 0; i < kDecoderInputs; ++i) {
+    check_rotate(op, decoder_input_name("rotate", i), element_of(arguments.rotate, i), shapes[kFirstReaders[i]].k);
+  }
   const int64_t d = arguments.head_width(), kv_heads = shapes[kK].n / d;
   SQ_CHECK(arguments.keys_scale.has_value() == arguments.values_scale.has_value(), op,
            ": one of keys_scale and values_scale is given, expected both or neither");

@@ -66,7 +66,7 @@ struct ExpertsShapes {
 };
 
 inline ExpertsShapes check_experts(const char* op, const Tensor& x, const Tensor& index, const Tensor& weights,
-                                   const LayerLists& layers, int64_t rotate) {
+                                   const LayerLists& layers, const Rotations& rotate) {
   check_activation(op, x);
   check_top_k(op, x, index, weights);
   check_mlp_lists(op, layers);
@@ -83,7 +83,7 @@ inline ExpertsShapes check_experts(const char* op, const Tensor& x, const Tensor
     check_gate_and_up(op, mlp_names(layers, 0), layers[0], inner, mlp_names(layers, 1), layers[1], shapes.layers[1].n);
   }
   check(down, inner);
-  check_rotate(op, rotate, inner);
+  check_mlp_rotations(op, layers, rotate, k, inner);
   return shapes;
 }
 

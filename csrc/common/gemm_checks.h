@@ -181,7 +181,7 @@ struct MlpRole {
 };
 constexpr MlpRole kGatedRoles[] = {{"gate", "x"}, {"up", "x"}, {"down", "act(gate)"}};
 constexpr MlpRole kPlainRoles[] = {{"first", "x"}, {"down", "act(first)"}};
-constexpr const char* kGatedInputs[] = {"gate, up", "down"};  // of input_scale
+constexpr const char* kGatedInputs[] = {"gate, up", "down"};  // of input_scale and rotate
 constexpr const char* kPlainInputs[] = {"first", "down"};
 
 inline bool is_gated(const LayerLists& layers) { return layers.size() == 3; }
@@ -191,8 +191,20 @@ inline LayerNames mlp_names(const LayerLists& layers, size_t index) {
   return names_in_lists(role.input, index, role.layer);
 }
 
+inline ArgName mlp_input_name(const char* list, const LayerLists& layers, size_t index) {
+  return {list, index, is_gated(layers) ? kGatedInputs[index] : kPlainInputs[index]};
+}
+
 inline ArgName mlp_input_scale_name(const LayerLists& layers, size_t index) {
-  return {"input_scale", index, is_gated(layers) ? kGatedInputs[index] : kPlainInputs[index]};
+  return mlp_input_name("input_scale", layers, index);
+}
+
+// Of x [..., k], and of what down reads.
+inline void check_mlp_rotations(const char* op, const LayerLists& layers, const Rotations& rotate, int64_t k,
+                                int64_t inner) {
+  check_rotations(op, rotate, 2);
+  check_rotate(op, mlp_input_name("rotate", layers, 0), element_of(rotate, 0), k);
+  check_rotate(op, mlp_input_name("rotate", layers, 1), element_of(rotate, 1), inner);
 }
 
 inline void check_mlp_lists(const char* op, const LayerLists& layers) {
@@ -212,7 +224,7 @@ inline void check_gate_and_up(const char* op, const LayerNames& gate_names, cons
 
 // The layers' shapes, in their order.
 inline std::vector<GemmShape> check_mlp(const char* op, const Tensor& x, const LayerLists& layers,
-                                        const OptionalTensors& input_scale, int64_t rotate) {
+                                        const OptionalTensors& input_scale, const Rotations& rotate) {
   check_activation(op, x);
   check_mlp_lists(op, layers);
   check_optional_list(op, "input_scale", input_scale, 2);
@@ -223,7 +235,7 @@ inline std::vector<GemmShape> check_mlp(const char* op, const Tensor& x, const L
     check_gate_and_up(op, mlp_names(layers, 0), layers[0], shapes[0].n, mlp_names(layers, 1), layers[1], shapes[1].n);
   }
   shapes.push_back(check_layer(op, mlp_names(layers, down), x, shapes[0].n, layers[down]));
-  check_rotate(op, rotate, shapes[down].k);
+  check_mlp_rotations(op, layers, rotate, shapes[0].k, shapes[down].k);
   return shapes;
 }
 

@@ -43,11 +43,11 @@ class LoadingExperts(nn.Module):
         """The module of 8-bit experts, made of the filled layers, whose weights are freed."""
         experts = list(self.children())
         layers: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
-        schemes, rotate = [], 0
+        schemes, rotate = [], [0, 0]
         for part in [part for part in PARTS if part in experts[0]._modules]:
             layers_of_part = [cast(W8A8Linear, expert.get_submodule(part)) for expert in experts]
             schemes.append(layers_of_part[0].scheme)
-            rotate = max(rotate, layers_of_part[0].rotate)  # that of ``down``: no other part's input is rotated
+            rotate[part == "down"] = layers_of_part[0].rotate  # all of them have the same
             stacked: list[Tensor | None] = []
             for kind in ("weight", "weight_scale", "bias"):
                 values = [values_of(layer, kind) for layer in layers_of_part]
@@ -61,7 +61,7 @@ class LoadingExperts(nn.Module):
             assert scale is not None
             layers[part] = weight, scale, bias
         made = W8A8Experts(layers, self.reading.activation, schemes[0], self.reading.is_sorted)
-        made.names, made.rotate = self.names, rotate
+        made.names, made.rotate = self.names, (rotate[0], rotate[1])
         return made
 
 
@@ -147,10 +147,10 @@ def swap_experts_(
             kinds = " and ".join(sorted(schemes))
             raise SmoothQuantError(f"{checkpoint.directory}: the experts {path} are quantized as {kinds}, expected one")
         blocks = {(part == "down", layer.rotate) for (_, part), layer in described.items()}
-        if any(block for is_down, block in blocks if not is_down) or sum(is_down for is_down, _ in blocks) > 1:
+        if len(blocks) > 2:
             raise SmoothQuantError(
-                f"{checkpoint.directory}: inputs of the experts {path} are rotated at run time, which is supported "
-                f"only for those of all their {experts.names[path]['down']}, in blocks of one size; {CONVERT_AGAIN}"
+                f"{checkpoint.directory}: the inputs of the experts {path} are rotated at run time in blocks of "
+                f"different sizes, or some are not, which is not supported; {CONVERT_AGAIN}"
             )
         dtype = next(model.get_submodule(path).parameters()).dtype
         layers = {

@@ -125,7 +125,7 @@ def quantize(
         tuple(only or ()),
     )
     is_tried = recipe.resolved_scheme.dtype in ROTATED_DTYPES or not recipe.chooses_rotation
-    rotated = [LAYERS] if is_tried and "down" in recipe.rotations else []
+    rotated = [LAYERS] if is_tried and {"down", "inputs"} & set(recipe.rotations) else []
     chosen = choose_format(named, [recipe.resolved_scheme], explicit, rotated).name  # refuses now, not after the work
     stored, where = parse_dtype(dtype), parse_device(device)
     target = saving.check_destination(output)

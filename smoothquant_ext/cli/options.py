@@ -114,10 +114,11 @@ Rotate = Annotated[
         metavar="KINDS",
         help="Rotate activations before smoothing, which spreads outliers over all channels. residual (the residual "
         "stream; a head that shares its weight with the token embedding is stored apart then) and heads (the "
-        "values of attention) are folded into weights. down (what down_proj reads) is done while activations are "
-        "quantized; it is more accurate, but only this package and, by its source, vLLM run it. none: nothing. "
+        "values of attention) are folded into weights. down (what down_proj reads) and inputs (what every layer "
+        "reads, in the place of smoothing) are done while activations are quantized; they are more accurate, but only "
+        "this package and, by its source, vLLM run them. none: nothing. "
         "auto among them: only if that lowers the error of the blocks that are tried, and makes no checkpoint "
-        "larger; alone it stands for all three. Default with INT8: residual,heads,auto.",
+        "larger; alone it stands for residual,heads,down. Default with INT8: residual,heads,auto.",
     ),
 ]
 Fast = Annotated[

@@ -92,8 +92,7 @@ class FusedDecoderLayer:
         layers += [mlp._modules[name] for name in (roles.gate, roles.up, roles.down)]
         if any(type(layer) is not W8A8Linear or not layer.is_plain or not layer.is_with(x) for layer in layers):
             return None
-        if any(layer.rotate for layer in layers[:6]):
-            return None
+        readers = [layers[index] for index in (0, 3, 4, 6)]  # q, o, gate, down: one of each input's
         head_norms = [projections[name] for name in parts.head_norms]
         norms = (norm, post_norm, *head_norms)
         if not all(isinstance(each, FusedRMSNorm) and not needs_grad(each.weight) for each in norms):
@@ -127,7 +126,7 @@ class FusedDecoderLayer:
             post_norm.fused_eps,
             norm.fused_offset,
             *ops.as_lists(layer.tensors for layer in layers),
-            [layers[index]._buffers["input_scale"] for index in (0, 3, 4, 6)],  # of q, o, gate, down
+            [layer._buffers["input_scale"] for layer in readers],
             cos,
             sin,
             buffers.keys,
@@ -143,7 +142,7 @@ class FusedDecoderLayer:
             k_norm,
             head_norms[0].fused_eps if head_norms else 0.0,
             place.positions,
-            layers[6].rotate,
+            [layer.rotate for layer in readers],
         )
         place.fill()
         return output

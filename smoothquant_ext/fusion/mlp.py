@@ -62,7 +62,9 @@ class FusedMLP:
         else:
             layers = [layer.tensors for layer in (gate, up, down) if layer is not None]
         input_scale = [gate.input_scale, down.input_scale]
-        return ops.w8a8_mlp(hidden_states, *ops.as_lists(layers), input_scale, roles.activation, down.rotate)
+        return ops.w8a8_mlp(
+            hidden_states, *ops.as_lists(layers), input_scale, roles.activation, [gate.rotate, down.rotate]
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.fused_halves = None  # they would keep a weight where it was
@@ -110,7 +112,7 @@ def _find_roles(module: nn.Module, linears: dict[str, W8A8Linear], width: int) -
     *first, down = outputs  # in the order in which they ran
     if inputs[first[0]] is not inputs[first[-1]] or not torch.equal(outputs[down], result):
         return None
-    if not have_one_input_scale([linears[name] for name in first]) or linears[first[0]].rotate:
+    if not have_one_input_scale([linears[name] for name in first]):
         return None
     if len({linears[name].weight.dtype for name in first}) > 1:
         return None

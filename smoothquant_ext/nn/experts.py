@@ -33,7 +33,8 @@ class W8A8Experts(nn.Module):
         gate, up, down: 8-bit [E, N, K], or packed; ``up`` may be ``None``.
         gate_scale, up_scale, down_scale: fp32 [E, N, 1] (per channel) or [E, 1] (per tensor).
         gate_bias, up_bias, down_bias: floating point [E, N], or ``None``.
-        rotate: the size of the blocks of what ``down`` reads that are rotated, or 0, as in ``W8A8Linear``.
+        rotate: the sizes of the blocks of the input, and of what ``down`` reads, that are rotated, or 0, as in
+            ``W8A8Linear``.
         names: what ``gate``, ``up`` and ``down`` are called in the state dict and in checkpoints.
     """
 
@@ -53,7 +54,7 @@ class W8A8Experts(nn.Module):
         """
         super().__init__()
         self.activation, self.scheme, self.is_sorted = activation, scheme.per_token, is_sorted
-        self.rotate = 0
+        self.rotate = (0, 0)
         self.names = dict(NAMES)
         self.sizes = {part: tuple(layers[part][0].shape) for part in PARTS if part in layers}  # [E, N, K]
         for part in PARTS:
@@ -117,7 +118,7 @@ class W8A8Experts(nn.Module):
                 for kind, own in (("weight", part), ("weight_scale", f"{part}_scale"), ("bias", f"{part}_bias")):
                     value = self._buffers[own]
                     layer._buffers[kind] = None if value is None else value[expert]
-                layer.rotate = self.rotate if part == "down" else 0
+                layer.rotate = self.rotate[part == "down"]
                 yield f"{expert}.{self.names[part]}", layer
 
     def dequantized(self, part: str, expert: int, dtype: torch.dtype) -> Tensor:
@@ -187,7 +188,8 @@ class W8A8Experts(nn.Module):
         _, n, k = self.sizes["gate"]
         return (
             f"experts={self.num_experts}, in_features={k}, inner={n}, activation={self.activation}, "
-            f"scheme={self.scheme.name}, packed={self.is_packed}" + (f", rotate={self.rotate}" if self.rotate else "")
+            f"scheme={self.scheme.name}, packed={self.is_packed}"
+            + (f", rotate={self.rotate}" if any(self.rotate) else "")
         )
 
 
@@ -236,9 +238,11 @@ def in_floating_point(experts: W8A8Experts, x: Tensor, index: Tensor, weights: T
             weight, bias = layers[part]
             return nn.functional.linear(values, weight, None if bias is None else bias[expert].to(values.dtype))
 
-        hidden = ACTIVATIONS[experts.activation](apply("gate", rows[token]))
+        of_input, of_hidden = experts.rotate
+        read = rotate_blocks(rows[token], of_input).to(x.dtype)
+        hidden = ACTIVATIONS[experts.activation](apply("gate", read))
         if "up" in layers:
-            hidden = hidden * apply("up", rows[token])
+            hidden = hidden * apply("up", read)
         share = weights.reshape(slots.shape)[token, slot, None].to(x.dtype)
-        y = y.index_add(0, token, apply("down", rotate_blocks(hidden, experts.rotate).to(hidden.dtype)) * share)
+        y = y.index_add(0, token, apply("down", rotate_blocks(hidden, of_hidden).to(hidden.dtype)) * share)
     return y.reshape(*x.shape[:-1], y.shape[-1])

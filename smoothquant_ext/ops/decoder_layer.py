@@ -39,7 +39,7 @@ def w8a8_decoder_layer_(
     k_norm: Tensor | None = None,
     head_eps: float = 0.0,
     positions: Tensor | None = None,
-    rotate: int = 0,
+    rotate: Sequence[int] = (),
 ) -> Tensor:
     """A decoder layer of the Llama family: ``h = x + o(attention(q, k, v))``, ``y = h + mlp(rms_norm(h))``.
 
@@ -84,7 +84,7 @@ def w8a8_decoder_layer_(
         positions: int64 [T], no two the same, where the new tokens go; needs ``causal`` or a ``mask``, and the same
             room for keys and values. On the CPU each is the one before plus 1. On a GPU, where nobody looks at them in
             time, a token outside of the room is not stored, and its row of y is NaN. ``None``: behind ``past``.
-        rotate: of what down reads, as in ``w8a8_linear``.
+        rotate: of what q, o, gate and down read, each as in ``w8a8_linear``; an empty list for none.
 
     Returns:
         y, of the dtype of ``x`` [B, T, K].

@@ -20,7 +20,7 @@ def w8a8_experts(
     weight_scale: Sequence[Tensor],
     bias: Sequence[Tensor | None] | None = None,
     activation: str = "silu",
-    rotate: int = 0,
+    rotate: Sequence[int] = (),
 ) -> Tensor:
     """The experts of a mixture of 8-bit MLPs: ``y = sum over slots s of top_k_weights[s] * mlp_e(x)``.
 

@@ -152,7 +152,7 @@ def w8a8_mlp(
     bias: Sequence[Tensor | None] | None = None,
     input_scale: Sequence[Tensor | None] | None = None,
     activation: str = "silu",
-    rotate: int = 0,
+    rotate: Sequence[int] = (),
 ) -> Tensor:
     """An MLP of 8-bit linear layers: ``down(act(gate(x)) * up(x))`` of three, ``down(act(first(x)))`` of two.
 
@@ -167,7 +167,7 @@ def w8a8_mlp(
         input_scale: fp32, one element, of ``x`` and of the input of down, ``None`` for a scale per row; ``None`` or an
             empty list for scales per row of both.
         activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"relu"``, see ``silu_mul_quantize`` and the others.
-        rotate: of what down reads, as in ``w8a8_linear``.
+        rotate: of ``x`` and of the input of down, each as in ``w8a8_linear``; an empty list for none.
 
     Returns:
         y, of the dtype of ``x`` [..., N].

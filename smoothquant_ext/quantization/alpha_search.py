@@ -22,7 +22,7 @@ from ..probing.linears import as_linear
 from ..probing.smoothing_groups import Group
 from ..probing.structure import Block
 from ..scheme import Scheme
-from .convert import quantize_experts, quantize_linear, static_scale
+from .convert import quantize_experts, quantize_linear, rotation_of_experts, static_scale
 from .smoothing import fold_, gather_scale, group_modules, magnitudes
 
 GRID = tuple(step / 10 for step in range(11))
@@ -140,7 +140,9 @@ class Trial:
     def _quantize(self, name: str) -> None:
         local, source = self.block.local_name(name), self.block.find(name, self.float_block)
         if local in self.block.experts:
-            experts = quantize_experts(source, self.block.experts[local], self.scheme, self.rotated.get(name, 0))
+            experts = quantize_experts(
+                source, self.block.experts[local], self.scheme, rotation_of_experts(self.rotated, name)
+            )
             replace_(self.int8_block, {local: experts})
             return
         is_explicit = any(name in group.consumers for group, _ in self.folds.values() if group.kind == "explicit")

@@ -24,7 +24,7 @@ from .alpha_search import Choice, Trial, block_error, search_alphas_
 from .block_statistics import BlockInput, Windows, collect_statistics
 from .calibration import Calibration
 from .clipping import choose_clips_
-from .convert import quantize_experts, quantize_linear
+from .convert import quantize_experts, quantize_linear, rotation_of_experts
 from .expert_smoothing import smooth_experts_
 from .placement import Placement
 from .recipe import AUTO, Recipe
@@ -159,7 +159,7 @@ class BlockQuantizer:
         self.run, self.block, self.recipe = run, block, run.recipe
         self.absmax, self.scheme = run.calibration.absmax, run.recipe.resolved_scheme
         # The ranges of a repeated block's other runs were not recorded.
-        self.rotated = run.report.rotations.down
+        self.rotated = run.report.rotations.inputs
         self.clips = run.recipe.clips and block.name not in run.calibration.recorder.repeated
         self.linears: dict[str, W8A8Linear] = {}
         self.experts: dict[str, W8A8Experts] = {}
@@ -235,7 +235,7 @@ class BlockQuantizer:
         for local in self._quantized(self.block.experts):
             module, layout = self.block.module.get_submodule(local), self.block.experts[local]
             self.experts[self.block.full_name(local)] = quantize_experts(
-                module, layout, self.scheme, self.rotated.get(self.block.full_name(local), 0)
+                module, layout, self.scheme, rotation_of_experts(self.rotated, self.block.full_name(local))
             )
         int8_modules = {self.block.local_name(name): layer for name, layer in {**self.linears, **self.experts}.items()}
         with swapped(self.block.module, int8_modules):

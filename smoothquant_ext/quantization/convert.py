@@ -45,7 +45,7 @@ def convert_experts_(
 ) -> None:
     """Replaces the named experts of ``model`` by ``W8A8Experts``, freeing the float weights."""
     for name, layout in layouts.items():
-        experts = quantize_experts(model.get_submodule(name), layout, scheme, rotated.get(name, 0))
+        experts = quantize_experts(model.get_submodule(name), layout, scheme, rotation_of_experts(rotated, name))
         replace_(model, {name: experts})
 
 
@@ -86,16 +86,23 @@ def quantize_linear(
     return module
 
 
-def quantize_experts(module: nn.Module, layout: ExpertsLayout, scheme: Scheme, rotate: int = 0) -> W8A8Experts:
+def rotation_of_experts(rotated: Mapping[str, int], name: str) -> tuple[int, int]:
+    """``W8A8Experts.rotate`` of the experts ``name``, from ``Rotations.inputs``."""
+    return rotated.get(name, 0), rotated.get(f"{name}.down", 0)
+
+
+def quantize_experts(
+    module: nn.Module, layout: ExpertsLayout, scheme: Scheme, rotate: tuple[int, int] = (0, 0)
+) -> W8A8Experts:
     """An 8-bit copy of a mixture's experts, rounded to nearest, ready to run; inputs have a scale per token.
 
-    ``rotate`` is the size of the blocks of the input of ``down`` that they have to rotate, or 0.
+    ``rotate`` is that of ``W8A8Experts``.
     """
     parameters = {name: parameter.detach() for name, parameter in module.named_parameters(recurse=False)}
     layers = {}
     for name, part in layout.parts.items():
         weight, bias = part.weight(parameters), part.bias_of(parameters)
-        turned = rotate_blocks(weight, rotate if name == "down" else 0)
+        turned = rotate_blocks(weight, rotate[name == "down"])
         rounded = [quantize_weight(expert, scheme) for expert in turned]
         stacked = torch.stack([q for q, _ in rounded]), torch.stack([scale for _, scale in rounded])
         layers[name] = *stacked, None if bias is None else bias.clone()

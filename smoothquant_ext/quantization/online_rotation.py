@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from ..probing.values import first_argument, map_values
 
 
 def find_online(block: Block, rotated: Collection[str]) -> dict[str, int]:
-    """The layers and experts of a block that read what other matrices of the block made.
+    """The layers of a block that read what other matrices of the block made, and what the ``down`` of experts reads.
 
     What reads the hidden states, through a norm or not, is left out: R1 rotates these. So is what else reads the output
     of a norm, which smoothing is folded into.
@@ -31,17 +31,41 @@ def find_online(block: Block, rotated: Collection[str]) -> dict[str, int]:
         rotated: names of layers whose input is rotated already; left out.
 
     Returns:
-        The size of the blocks of channels to rotate, for each name: the largest that the ops have and that divides the
-        width. Of experts it is the input of ``down``. Layers whose width no such size divides are left out.
+        The size of the blocks of channels to rotate, for each name, and for the names of experts and ``.down``: the
+        largest that the ops have and that divides the width. Widths that no such size divides are left out.
     """
     behind = attempt(lambda: _behind_matrices(block), block.module)
-    sizes = {}
-    for name in [] if isinstance(behind, Failed) else behind:
-        sizes[block.full_name(name)] = block_size(weight_nk(as_linear(block.module.get_submodule(name))).shape[1])
+    widths = _widths(block, [] if isinstance(behind, Failed) else behind)
+    widths |= {f"{name}.down": inner for name, (_, inner) in _expert_widths(block).items()}
+    return _sizes(widths, rotated)
+
+
+def find_all(block: Block, rotated: Collection[str]) -> dict[str, int]:
+    """All layers of a block and its experts, arguments and results as those of ``find_online``."""
+    widths = _widths(block, block.linears)
+    for name, (width, inner) in _expert_widths(block).items():
+        widths |= {name: width, f"{name}.down": inner}
+    return _sizes(widths, rotated)
+
+
+def _widths(block: Block, names: Iterable[str]) -> dict[str, int]:
+    """Of layers, by their local names, the width of what they read."""
+    return {block.full_name(name): weight_nk(as_linear(block.module.get_submodule(name))).shape[1] for name in names}
+
+
+def _expert_widths(block: Block) -> dict[str, tuple[int, int]]:
+    """Of experts the widths of what they read, and of what their ``down`` does."""
+    widths = {}
     for name, layout in block.experts.items():
         parameters = dict(block.module.get_submodule(name).named_parameters(recurse=False))
-        sizes[block.full_name(name)] = block_size(layout.down.weight(parameters).shape[-1])
-    return {name: size for name, size in sizes.items() if size and name not in rotated}
+        shapes = [part.weight(parameters).shape for part in (layout.gate, layout.down)]
+        widths[block.full_name(name)] = shapes[0][-1], shapes[1][-1]
+    return widths
+
+
+def _sizes(widths: Mapping[str, int], rotated: Collection[str]) -> dict[str, int]:
+    sizes = {name: block_size(width) for name, width in widths.items() if name not in rotated}
+    return {name: size for name, size in sizes.items() if size}
 
 
 def _behind_matrices(block: Block) -> list[str]:

@@ -110,7 +110,7 @@ def _quantize(
         structure = find_structure(model, data.first)  # its blocks' calls are rotated now
 
     with placement.running(structure, unchanged=True), untouched(model):
-        calibration = _calibrate(structure, selection, data, recipe, report.rotations.down, bar("Calibrating"))
+        calibration = _calibrate(structure, selection, data, recipe, report.rotations.inputs, bar("Calibrating"))
     report.calibration = {"windows": data.windows, "tokens": data.tokens}
     report.layers = {name: LayerReport(absmax, absmax) for name, absmax in calibration.absmax.items()}
     for name in selection.names:
@@ -159,7 +159,7 @@ def _calibrate(
     layers = selection.modules(structure.model)
     recorder = BlockInputRecorder(structure.modules)
     smoothed = selection.experts if recipe.smooth else {}
-    hidden = HiddenRanges(layers, {name: each for name, each in smoothed.items() if name not in rotated})
+    hidden = HiddenRanges(layers, {name: each for name, each in smoothed.items() if f"{name}.down" not in rotated})
     records = (lambda _: True) if recipe.is_tuned else data.is_held_out
     absmax = calibrate(structure.model, layers, progress(data), recorder, records, hidden, rotated)
     held_out = data.held_out if recipe.is_tuned else range(recorder.windows)  # numbers of recorded windows
@@ -188,7 +188,7 @@ def _install_(run: Run, selection: Selection, quantized: QuantizedBlocks) -> Non
     """Puts the 8-bit modules in their places, smooths what stays in floating point, and converts the selected layers
     that are outside of all blocks.
     """
-    model, scheme, rotated = run.structure.model, run.recipe.resolved_scheme, run.report.rotations.down
+    model, scheme, rotated = run.structure.model, run.recipe.resolved_scheme, run.report.rotations.inputs
     int8_modules: dict[str, nn.Module] = {**quantized.linears, **quantized.experts}
     names = {name: expert_names(model, name, layout) for name, layout in selection.experts.items()}
     fold_rest_(run.structure, quantized.folds, int8_modules)

@@ -13,7 +13,8 @@ from ..scheme import SCHEMES, Scheme
 Rounding: TypeAlias = Literal["nearest", "clip", "gptq"]
 Clipping: TypeAlias = Literal["absmax", "percentile", "mse", "kl", "auto"]
 AUTO = "auto"
-ROTATIONS = ("residual", "heads", "down")
+ROTATIONS = ("residual", "heads", "down", "inputs")
+TRIED = ("residual", "heads", "down")  # by "auto" alone
 ROUNDINGS: tuple[Rounding, ...] = ("nearest", "clip", "gptq")
 CLIPPINGS: tuple[Clipping, ...] = ("absmax", "percentile", "mse", "kl", "auto")
 
@@ -39,7 +40,7 @@ class Recipe:
             this of the original's, relative: 0.005 is 0.5 %.
         rotate: which activations are rotated, see ``rotation.rotate_``: some of ``ROTATIONS``, or their names in one
             text, ``"residual,heads"``; ``"none"`` or empty for none. With ``"auto"`` among them, they are made only if
-            that is better, see ``rotation_choice.rotate_if_better_``; ``"auto"`` alone stands for all of them.
+            that is better, see ``rotation_choice.rotate_if_better_``; ``"auto"`` alone stands for ``TRIED``.
         skip: glob patterns of module names to leave in floating point, besides the output embedding and MoE routers.
         only: glob patterns of the only module names to quantize; empty means all.
 
@@ -117,7 +118,7 @@ class Recipe:
     def rotations(self) -> tuple[str, ...]:
         """The kinds of rotations to make, or to try."""
         kinds = tuple(kind for kind in self.rotate if kind != AUTO)
-        return kinds or (ROTATIONS if self.chooses_rotation else ())
+        return kinds or (TRIED if self.chooses_rotation else ())
 
 
 def _rotations(given: Any) -> tuple[str, ...]:

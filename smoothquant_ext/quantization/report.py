@@ -105,8 +105,8 @@ class Rotations:
     Attributes:
         residual: whether the residual stream was.
         heads: for each layer behind an attention whose values are rotated the channels of a head.
-        down: for each other layer whose input is rotated at run time the size of its blocks; of experts, that of the
-            input of ``down``.
+        inputs: for each layer whose input is rotated at run time, and for experts, the size of its blocks; what the
+            ``down`` of experts reads is under their name and ``.down``.
         untied: bytes that a head takes which shared its weight with the token embedding.
         refused: why the residual stream, or with ``"auto"`` nothing at all, was not rotated, or ''.
         errors: where a choice was measured, the mean error of some blocks, quantized: not rotated, and rotated.
@@ -114,7 +114,7 @@ class Rotations:
 
     residual: bool = False
     heads: dict[str, int] = field(default_factory=dict)
-    down: dict[str, int] = field(default_factory=dict)
+    inputs: dict[str, int] = field(default_factory=dict)
     untied: int = 0
     refused: str = ""
     errors: tuple[float, float] | None = None

@@ -14,7 +14,8 @@ the block in a higher precision, and dropped if the block then computes somethin
 
 - **R4, what else layers read**, such as the input of ``down_proj``, behind an activation function. No layer before them
   can be rotated, so the kernels rotate the input while they quantize it, and the weight is rotated alike. Nothing
-  changes in the model in floating point: it is a property of the 8-bit layer.
+  changes in the model in floating point: it is a property of the 8-bit layer. The input of any layer can be rotated so,
+  that of a norm's reader too (QuIP, Chee et al. 2023, rotates them all); smoothing is not folded into it then.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 from ..probing.blocks import Batch, probe_batch
 from ..probing.structure import Structure
 from .head_rotation import rotate_heads_
-from .online_rotation import find_online
+from .online_rotation import find_all, find_online
 from .placement import Placement
 from .report import Rotations
 from .residual_rotation import ResidualRotator
@@ -59,8 +60,10 @@ def rotate_(
             rotator.examine(name, seed)
         if "heads" in kinds:
             rotate_heads_(structure, blocks[name], seed + 1, hints, headless, result)
-        if "down" in kinds:
-            result.down |= find_online(blocks[name], result.heads)
+        if "inputs" in kinds:
+            result.inputs |= find_all(blocks[name], result.heads)
+        elif "down" in kinds:
+            result.inputs |= find_online(blocks[name], result.heads)
     if rotator is not None:
         with placement.running(structure):
             rotator.rotate_(probe_batch(batch), result)

@@ -94,7 +94,7 @@ def _mean_error(
     recorder = BlockInputRecorder({name: structure.modules[name] for name in trial.blocks})
     hidden = HiddenRanges({}, {})
     with placement.running(structure, unchanged=True), untouched(structure.model):
-        absmax = calibrate(structure.model, modules, [trial.batch], recorder, hidden=hidden, rotated=rotations.down)
+        absmax = calibrate(structure.model, modules, [trial.batch], recorder, hidden=hidden, rotated=rotations.inputs)
     absmax = {name: channels.cpu() for name, channels in absmax.items()}
     report = Report(recipe, rotations=rotations)
     report.layers = {name: LayerReport(channels, channels) for name, channels in absmax.items()}

@@ -47,14 +47,16 @@ def w8a8_decoder_layer_(
     k_norm: Tensor | None = None,
     head_eps: float = 0.0,
     positions: Tensor | None = None,
-    rotate: int = 0,
+    rotate: Sequence[int] = (),
 ) -> Tensor:
     """See ``ops.w8a8_decoder_layer_``."""
     biases = bias or [None] * 7
     x_scale, o_scale, mlp_scale, down_scale = input_scale or [None] * 4
+    x_rotate, o_rotate, *mlp_rotate = rotate or [0] * 4
     *qkv, o = list(zip(weight, weight_scale, biases, strict=True))[:4]
+    normed = rms_norm(x, norm, eps, offset)
     q, k, v = (
-        w8a8_linear(rms_norm(x, norm, eps, offset), *layer, x_scale).unflatten(-1, (-1, cos.shape[-1])).transpose(1, 2)
+        w8a8_linear(normed, *layer, x_scale, rotate=x_rotate).unflatten(-1, (-1, cos.shape[-1])).transpose(1, 2)
         for layer in qkv
     )
     if q_norm is not None and k_norm is not None:
@@ -74,6 +76,6 @@ def w8a8_decoder_layer_(
     keys[:, :, at], values[:, :, at] = k, v
     visible = keys[:, :, :total], values[:, :, :total]
     attended = attention(rotary(q, cos, sin), *visible, mask, scale=scale, causal=causal, **cache_scales)
-    h = x + w8a8_linear(attended.flatten(2), *o, o_scale)
+    h = x + w8a8_linear(attended.flatten(2), *o, o_scale, rotate=o_rotate)
     mlp = weight[4:], weight_scale[4:], biases[4:], [mlp_scale, down_scale]
-    return h + w8a8_mlp(rms_norm(h, post_norm, post_eps, offset), *mlp, activation, rotate)
+    return h + w8a8_mlp(rms_norm(h, post_norm, post_eps, offset), *mlp, activation, mlp_rotate)

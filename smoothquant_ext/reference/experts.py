@@ -20,7 +20,7 @@ def w8a8_experts(
     weight_scale: Sequence[Tensor],
     bias: Sequence[Tensor | None] | None = None,
     activation: str = "silu",
-    rotate: int = 0,
+    rotate: Sequence[int] = (),
 ) -> Tensor:
     """See ``ops.w8a8_experts``. Every expert computes every token; a token adds up those that it chose."""
     experts = weight[0].shape[0]

@@ -51,9 +51,10 @@ def experts_bound(arguments: dict[str, Any], on_tensor_cores: bool = False) -> t
     experts, index = weight[0].shape[0], arguments["top_k_index"].unsqueeze(0).flatten(0, -2)
     shares = arguments["top_k_weights"].reshape(index.shape).double()
     activation = ACTIVATIONS[arguments.get("activation", "silu")]
-    q, scale = quantize_per_token(x.reshape(-1, x.shape[-1]), weight[0].dtype)
+    x_rotate, down_rotate = arguments.get("rotate") or (0, 0)
+    q, scale = quantize_per_token(x.reshape(-1, x.shape[-1]), weight[0].dtype, rotate=x_rotate)
     a = Interval(q.float().double() * scale.double()[:, None], torch.zeros(q.shape, dtype=torch.double))
-    biases, block = arguments.get("bias") or [None] * len(weight), arguments.get("rotate", 0)
+    biases = arguments.get("bias") or [None] * len(weight)
 
     def layer(values: Interval, i: int, expert: int, dtype: torch.dtype) -> Interval:
         own = None if (given := biases[i]) is None else given.reshape(experts, -1)[expert]
@@ -66,7 +67,7 @@ def experts_bound(arguments: dict[str, Any], on_tensor_cores: bool = False) -> t
         token, slot = (index == expert).nonzero(as_tuple=True)
         rows = Interval(a.center[token], a.error[token])
         first = [layer(rows, i, expert, x.dtype) for i in range(len(weight) - 1)]
-        hidden = _requantized(_rotated(_activated(activation, *first), block), weight[-1].dtype)
+        hidden = _requantized(_rotated(_activated(activation, *first), down_rotate), weight[-1].dtype)
         out, share = layer(hidden, len(weight) - 1, expert, torch.float32), shares[token, slot, None]
         y_center.index_add_(0, token, share * out.center)
         y_error.index_add_(0, token, share.abs() * out.error)

@@ -94,7 +94,7 @@ def w8a8_mlp(
     bias: Sequence[Tensor | None] | None = None,
     input_scale: Sequence[Tensor | None] | None = None,
     activation: str = "silu",
-    rotate: int = 0,
+    rotate: Sequence[int] = (),
 ) -> Tensor:
     """See ``ops.w8a8_mlp``."""
     layers = list(zip(weight, weight_scale, bias or [None] * len(weight), strict=True))
@@ -107,13 +107,14 @@ def mlp(
     input_scale: Sequence[Tensor | None],
     activation: str,
     out_dtype: torch.dtype,
-    rotate: int,
+    rotate: Sequence[int],
 ) -> Tensor:
     """``w8a8_mlp`` with a result of any dtype."""
     *first, down = layers
     x_scale, down_scale = input_scale
-    gate, *up = (w8a8_linear(x, *layer, x_scale) for layer in first)
+    x_rotate, down_rotate = rotate or (0, 0)
+    gate, *up = (w8a8_linear(x, *layer, x_scale, rotate=x_rotate) for layer in first)
     values = ACTIVATIONS[activation](gate)
     for factor in up:
         values = values * factor.float()
-    return w8a8_linear(values, *down, down_scale, out_dtype=out_dtype, rotate=rotate)
+    return w8a8_linear(values, *down, down_scale, out_dtype=out_dtype, rotate=down_rotate)

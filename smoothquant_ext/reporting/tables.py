@@ -186,7 +186,7 @@ def render_report(report: Report) -> Group:
 
 def _rotation_lines(report: Report) -> list[Text]:
     rotations, kinds, lines = report.rotations, report.recipe.rotations, []
-    is_left = report.recipe.chooses_rotation and not (rotations.residual or rotations.heads or rotations.down)
+    is_left = report.recipe.chooses_rotation and not (rotations.residual or rotations.heads or rotations.inputs)
     if rotations.errors is not None:
         plain, turned = rotations.errors
         lines.append(f"Rotations change the error of the blocks that were tried from {plain:.2g} to {turned:.2g}")
@@ -203,10 +203,12 @@ def _rotation_lines(report: Report) -> list[Text]:
         lines.append(f"Rotated: the values of attention in {len(rotations.heads)} blocks, heads of {channels} channels")
     elif "heads" in kinds:
         lines.append("The values of attention are not rotated, because no block passes them on by averages alone")
-    for size in sorted(set(rotations.down.values())):
-        names = [name for name, own in rotations.down.items() if own == size]
+    for size in sorted(set(rotations.inputs.values())):
+        names = [name for name, own in rotations.inputs.items() if own == size]
         lines.append(f"Rotated at run time, {size} channels together: the input of {collapse(names)}")
-    if "down" in kinds and not rotations.down:
+    if not rotations.inputs and "inputs" in kinds:
+        lines.append("No input is rotated at run time, because none has a multiple of 16 channels")
+    elif not rotations.inputs and "down" in kinds:
         lines.append("No input is rotated at run time, because no layer reads a multiple of 16 channels of another one")
     return [Text(line) for line in lines]
 

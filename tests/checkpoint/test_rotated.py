@@ -154,8 +154,9 @@ def test_experts_and_dense_layers_in_blocks_of_two_sizes(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "model_type", ["bloom", "deepseek_v3-moe", "falcon-new", "gpt2", "llama", "mixtral", "opt", "phi3", "qwen2_moe"]
 )
-def test_what_quantize_rotates_comes_back_to_the_bit(model_type: str, tmp_path: Path) -> None:
-    model = quantize(tiny.build(model_type), [IDS], Recipe("int8", rotate="down"), progress=False)
+@pytest.mark.parametrize("rotate", ["down", "inputs"])
+def test_what_quantize_rotates_comes_back_to_the_bit(rotate: str, model_type: str, tmp_path: Path) -> None:
+    model = quantize(tiny.build(model_type), [IDS], Recipe("int8", rotate=rotate), progress=False)
     assert any(blocks_of(model).values())
     assert_comes_back(model, tmp_path / "model")
     convert(tmp_path / "model", tmp_path / "again")

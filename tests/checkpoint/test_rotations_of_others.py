@@ -303,6 +303,13 @@ def test_experts_of_others_are_rotated(tmp_path: Path) -> None:
         assert blocks_of(load(tmp_path / "model")) == blocks_of(model)
 
 
+def test_all_inputs_of_experts_of_others_are_rotated(tmp_path: Path) -> None:
+    save(rotated_mixture("qwen2_moe"), tmp_path / "model")
+    set_transforms(tmp_path / "model", config(at("input", [r"re:.*experts\.\d+\.\w+_proj$"])))
+    blocks = blocks_of(load(tmp_path / "model"))
+    assert [each for name, each in blocks.items() if name.endswith("experts")] == [(16, 16)] * 2
+
+
 @pytest.mark.parametrize(
     "targets",
     [
@@ -315,7 +322,9 @@ def test_experts_that_cannot_be_rotated(targets: list[str], tmp_path: Path) -> N
     save(rotated_mixture("qwen2_moe"), tmp_path / "model")
     set_transforms(tmp_path / "model", config(at("input", targets)))
     assert_refused(
-        tmp_path / "model", "inputs of the experts .* supported only for those of all their down_proj", tmp_path
+        tmp_path / "model",
+        "inputs of the experts .* in blocks of different sizes, or some are not, which is not supported",
+        tmp_path,
     )
 
 

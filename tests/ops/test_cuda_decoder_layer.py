@@ -15,6 +15,7 @@ import torch._dynamo  # which registering an op imports, and which looks for a G
 from decoder_layer_cases import (
     EVEN,
     Arguments,
+    Sizes,
     joined,
     operands,
     variants,
@@ -89,6 +90,17 @@ def test_every_way_equals_the_oracle() -> None:
 def test_the_last_product_adds_the_residual_on_every_way(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMOOTHQUANT_CUDA_GEMM", way)
     check(joined(operands(2, 10, 3, torch.bfloat16, EVEN)), way)
+
+
+@pytest.mark.parametrize("tokens", [1, 10])
+@pytest.mark.parametrize("rotate", [[64, 32, 16, 32], [16, 0, 0, 0], [0, 16, 0, 0], [0, 0, 32, 0], [0, 0, 0, 16]])
+def test_what_layers_read_may_be_rotated(rotate: list[int], tokens: int) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        arguments = operands(2, tokens, 3, dtype, Sizes(64, 96, 24, 4, 2)) | {"rotate": rotate}
+        check(arguments, rotate)
+        check(joined(arguments), rotate)
+        y, *_ = outputs(partial(run_there, fallback.w8a8_decoder_layer_), arguments)
+        assert_same_bits(y, on_device(arguments)[0], rotate)
 
 
 def test_residuals_of_products_in_pieces() -> None:
@@ -253,7 +265,10 @@ def test_torch_attends_as_the_oracle(heads: tuple[int, int]) -> None:
         ),
         ({"positions": torch.arange(3), "causal": False}, "neither mask nor causal hides what was not written yet"),
         ({"positions": torch.arange(3).int()}, "positions is int32, expected int64"),
-        ({"rotate": 16}, "rotate is 16, expected 0 or a power of two from 16 to 256 that divides the 70 values"),
+        (
+            {"rotate": [0, 0, 0, 16]},
+            r"rotate\[3\] \(down\) is 16, expected .* that divides the 70 values",
+        ),
     ],
 )
 def test_errors_are_those_of_the_cpu(wrong: dict[str, Any], sentence: str) -> None:

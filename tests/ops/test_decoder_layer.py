@@ -8,6 +8,7 @@ import pytest
 import torch
 from decoder_layer_cases import (
     Arguments,
+    Sizes,
     operands,
     with_biases,
     with_head_norms,
@@ -47,6 +48,10 @@ def test_the_op_equals_the_oracle(batch: int, time: int, past: int, dtype: torch
             check_op(with_int8_cache(arguments))
             check_op(with_head_norms(arguments))
             check_op(with_head_norms(with_int8_cache(arguments)))
+        for rotate in ([64, 32, 16, 32], [16, 0, 0, 0], [0, 16, 0, 0], [0, 0, 32, 0], [0, 0, 0, 16]):
+            turned = packed(operands(batch, time, past, dtype, Sizes(64, 96, 24, 4, 2))) | {"rotate": rotate}
+            check_op(turned)
+            check_op(with_static_scales(with_int8_cache(turned)))
         for dynamic in ((3,), (0, 2), (1,)):
             check_op(with_static_scales(plain, dynamic))
 
@@ -124,7 +129,14 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"activation": "tanh"}, "activation is 'tanh'"),
     ({"q_norm": torch.ones(10)}, "one of q_norm and k_norm is given, expected both or neither"),
     ({"q_norm": torch.ones(10), "k_norm": torch.ones(40)}, "k_norm has 40 elements, expected D=10"),
-    ({"rotate": 32}, "rotate is 32, expected 0 or a power of two from 16 to 256 that divides the 70 values of a row"),
+    ({"rotate": [32, 0, 0, 0]}, r"rotate\[0\] \(q, k, v\) is 32, expected .* that divides the 40 values of a row"),
+    ({"rotate": [0, 32, 0, 0]}, r"rotate\[1\] \(o\) is 32, expected .* that divides the 40 values of a row"),
+    ({"rotate": [0, 0, 24, 0]}, r"rotate\[2\] \(gate, up\) is 24, expected 0 or a power of two"),
+    ({"rotate": [16]}, "rotate has 1 elements, expected 0 or 4"),
+    (
+        {"rotate": [0, 0, 0, 32]},
+        r"rotate\[3\] \(down\) is 32, expected .* that divides the 70 values of a row",
+    ),
 ]
 
 POSITIONS_ERRORS: list[tuple[dict[str, Any], str]] = [

@@ -40,6 +40,7 @@ TYPES = {
     Tensor: "Tensor",
     Tensor | None: "Optional[Tensor]",
     Sequence[Tensor]: "List[Tensor]",
+    Sequence[int]: "List[int]",
     Sequence[Tensor | None] | None: "Optional[List[Optional[Tensor]]]",
     torch.dtype: "int",
     torch.dtype | None: "Optional[int]",
@@ -65,7 +66,8 @@ def test_the_schema_is_the_signature(case: OpCase) -> None:
         (a.name, str(a.type), a.default_value if a.has_default_value() else inspect.Parameter.empty, a.kwarg_only)
         for a in schema.arguments
     ]
-    assert [(*one, DTYPES.get(default, default), only) for *one, default, only in declared] == compiled
+    declared = [(*one, DTYPES.get(default, default), only) for *one, default, only in declared]
+    assert [(*one, [] if default == () else default, only) for *one, default, only in declared] == compiled
     result = hints["return"]
     results = typing.get_args(result) if typing.get_origin(result) is tuple else (result,)
     assert [TYPES[each] for each in results] == [str(each.type) for each in schema.returns]
@@ -217,7 +219,7 @@ def test_tensors_on_different_devices_are_refused(case: OpCase) -> None:
             case.op(**wrong)
     for name, values in arguments.items():
         for i, value in enumerate(values if isinstance(values, list) else []):
-            if value is not None:
+            if isinstance(value, Tensor):
                 wrong = arguments | {name: [*values[:i], value.to("meta"), *values[i + 1 :]]}
                 # An optional list's tensors do not choose the device that is dispatched to.
                 sentence = rf"{name}\[{i}\].* is on (meta, but {first} is on cpu|another device than )"

@@ -205,13 +205,24 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "w8a8_experts": (*MIXTURE, None, "silu"),
 }
 ALLOWED = "a power of two from 16 to 256 that divides the 48 values of a row"
+OF_TWO_INPUTS = ("w8a8_mlp", "w8a8_experts")
 ERRORS: list[tuple[Call, str]] = [
     (
         lambda name=name, rotate=rotate: getattr(ops, name)(*CALLS[name], rotate),
         re.escape(f"{name}: rotate is {rotate}, expected 0 or {ALLOWED}"),
     )
     for name in CALLS
+    if name not in OF_TWO_INPUTS
     for rotate in ((-16, 1, 8, 24, 32, 48, 512, 2**40, -(2**63)) if name == "quantize_per_token" else (-1, 32))
+]
+ERRORS += [
+    (lambda name=name, rotate=rotate: getattr(ops, name)(*CALLS[name], rotate), re.escape(f"{name}: {sentence}"))
+    for name in OF_TWO_INPUTS
+    for rotate, sentence in (
+        ([32, 16], f"rotate[0] (first) is 32, expected 0 or {ALLOWED}"),
+        ([16, -1], f"rotate[1] (down) is -1, expected 0 or {ALLOWED}"),
+        ([16], "rotate has 1 elements, expected 0 or 2"),
+    )
 ]
 
 
@@ -223,4 +234,4 @@ def test_errors_name_the_culprit(call: Call, sentence: str) -> None:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_what_divides_is_taken(name: str) -> None:
-    getattr(ops, name)(*CALLS[name], 16)
+    getattr(ops, name)(*CALLS[name], [16, 16] if name in OF_TWO_INPUTS else 16)

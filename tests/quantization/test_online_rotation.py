@@ -14,13 +14,13 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from smoothquant_ext import Recipe, quantize, reference
 from smoothquant_ext.hadamard import block_size, rotate_blocks
-from smoothquant_ext.nn.experts import W8A8Experts
+from smoothquant_ext.nn.experts import W8A8Experts, in_floating_point
 from smoothquant_ext.nn.linear import W8A8Linear
 from smoothquant_ext.probing.blocks import BlockCall
 from smoothquant_ext.probing.structure import find_structure
 from smoothquant_ext.quantization import rotation_choice
 from smoothquant_ext.quantization.block_statistics import Windows, collect_statistics
-from smoothquant_ext.quantization.online_rotation import find_online
+from smoothquant_ext.quantization.online_rotation import find_all, find_online
 from smoothquant_ext.quantization.report import Report, Rotations
 from smoothquant_ext.reporting.tables import _rotation_lines
 from smoothquant_ext.scheme import QMAX
@@ -43,14 +43,14 @@ BEHIND = {
     "falcon": {"dense", "dense_4h_to_h"},
     "falcon-new": {"dense", "dense_4h_to_h"},
     "falcon-sequential": {"dense", "dense_4h_to_h"},
-    "deepseek_v2-lite": {"o_proj", "down_proj", "experts"},
-    "deepseek_v3-moe": {"o_proj", "down_proj", "experts"},
-    "mixtral": {"o_proj", "experts"},
-    "qwen3_moe": {"o_proj", "experts"},
-    "olmoe": {"o_proj", "experts"},
-    "granitemoe": {"o_proj", "experts"},
-    "llama4_text": {"o_proj", "down_proj", "experts"},
-    "qwen2_moe": {"o_proj", "down_proj", "experts"},
+    "deepseek_v2-lite": {"o_proj", "down_proj", "down"},
+    "deepseek_v3-moe": {"o_proj", "down_proj", "down"},
+    "mixtral": {"o_proj", "down"},
+    "qwen3_moe": {"o_proj", "down"},
+    "olmoe": {"o_proj", "down"},
+    "granitemoe": {"o_proj", "down"},
+    "llama4_text": {"o_proj", "down_proj", "down"},
+    "qwen2_moe": {"o_proj", "down_proj", "down"},
 }
 
 
@@ -64,10 +64,26 @@ def test_layers_behind_other_matrices_are_found(architecture: str) -> None:
         found |= find_online(structure.blocks[name], ())
     assert {name.rpartition(".")[2] for name in found} == BEHIND.get(architecture, {"o_proj", "down_proj"})
     for name, size in found.items():
-        module = model.get_submodule(name)
-        width = 48 if name.endswith("experts") else tiny.input_columns(module).shape[0]  # or 112
+        width = (
+            48 if name.endswith("experts.down") else tiny.input_columns(model.get_submodule(name)).shape[0]
+        )  # or 112
         assert size == block_size(width) > 0
     assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())
+
+
+@pytest.mark.parametrize("architecture", tiny.CONFIGS)
+def test_all_inputs_can_be_rotated(architecture: str) -> None:
+    model = tiny.build(architecture)
+    structure = find_structure(model, DATA[0])
+    for name in structure.called:
+        block = structure.blocks[name]
+        found = find_all(block, ())
+        layers = {
+            local for local in block.linears if tiny.input_columns(block.module.get_submodule(local)).shape[0] % 16 == 0
+        }
+        experts = {local for each in block.experts for local in (each, f"{each}.down")}
+        assert {block.local_name(each) for each in found} == layers | experts
+        assert find_online(block, ()).items() <= found.items()
 
 
 def test_what_is_rotated_already_is_left_out() -> None:
@@ -157,12 +173,48 @@ def test_experts_rotate_what_down_reads(architecture: str) -> None:
     experts = [module for module in model.modules() if isinstance(module, W8A8Experts)]
     assert experts
     for module, source in zip(experts, (m for m in original.modules() if hasattr(m, "gate_up_proj")), strict=True):
-        assert module.rotate == HEAD
+        assert module.rotate == (0, HEAD)
         layer = dict(module.layers())[f"0.{module.names['down']}"]
         weight = rotate_blocks(source.down_proj[0], HEAD)
         assert layer.rotate == HEAD
         assert ((layer.plain_weight() * layer.weight_scale - weight).abs() <= layer.weight_scale * 0.51).all()
     assert tiny.relative_error(model, expected, IDS) < 0.1
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "mixtral", "qwen2_moe", "bloom"])
+def test_all_inputs_are_rotated_and_nothing_else_changes(architecture: str) -> None:
+    original = tiny.build(architecture)
+    expected = tiny.logits(original, IDS)
+    model = quantize(copy.deepcopy(original), DATA, Recipe(rotate="inputs"), progress=False)
+    plain = quantize(copy.deepcopy(original), DATA, Recipe(smooth=False), progress=False)
+    for name, module in model.named_modules():
+        if isinstance(module, W8A8Linear):
+            source = original.get_submodule(name)
+            weight = rotate_blocks(tiny.input_columns(source).T.detach(), module.rotate)
+            assert module.rotate == block_size(module.in_features) > 0
+            error = (module.plain_weight() * module._plain_scale() - weight).abs()
+            assert (error <= module._plain_scale() * 0.51).all()
+        elif isinstance(module, W8A8Experts):
+            assert module.rotate == (WIDTH, HEAD)
+    assert not [group for group in model.smoothquant_report.groups if not group.producer.endswith("up")]
+    assert model.smoothquant_report.fused == plain.smoothquant_report.fused
+    assert tiny.relative_error(model, expected, IDS) < max(0.1, 2 * tiny.relative_error(plain, expected, IDS))
+    assert tiny.relative_error(model, expected, IDS) < 0.1
+
+
+def test_experts_pass_gradients_back_through_both_rotations() -> None:
+    model = quantize(tiny.build("mixtral"), DATA, Recipe(rotate="inputs"), progress=False)
+    experts = next(module for module in model.modules() if isinstance(module, W8A8Experts))
+    x = torch.randn(5, WIDTH, requires_grad=True)
+    index, weights = torch.zeros(5, 1, dtype=torch.int64), torch.ones(5, 1)
+    y = experts(x, index, weights)
+    wide = in_floating_point(experts, x.detach(), index, weights)
+    assert float((y - wide).norm() / wide.norm()) < 0.05
+    (gradient,) = torch.autograd.grad(y.square().sum(), x)
+    step = torch.randn(5, WIDTH) * 1e-2
+    ahead, behind = (in_floating_point(experts, x.detach() + way * step, index, weights) for way in (1, -1))
+    expected = ((ahead - behind) / 2 * 2 * y.detach()).sum()
+    torch.testing.assert_close((gradient * step).sum(), expected, rtol=2e-2, atol=1e-3)
 
 
 def test_layers_outside_of_blocks_and_in_floating_point_are_left_alone() -> None:
@@ -175,10 +227,11 @@ def test_layers_outside_of_blocks_and_in_floating_point_are_left_alone() -> None
     assert model.model.layers[1].mlp.down_proj.rotate == HEAD
 
 
-def test_a_layer_of_the_llama_family_stays_one_op() -> None:
+@pytest.mark.parametrize("rotate", ["heads,down", "down", "inputs"])
+def test_a_layer_of_the_llama_family_stays_one_op(rotate: str) -> None:
     model = tiny.build("llama")
     plain = quantize(copy.deepcopy(model), DATA, Recipe(), progress=False)
-    rotated = quantize(model, DATA, Recipe(rotate="heads,down"), progress=False)
+    rotated = quantize(model, DATA, Recipe(rotate=rotate), progress=False)
     assert rotated.smoothquant_report.fused == plain.smoothquant_report.fused
     assert "model.layers.1" in rotated.smoothquant_report.fused
 
@@ -209,7 +262,7 @@ def test_auto_rotates_where_it_pays() -> None:
     assert rotations.errors[1] < rotations.errors[0]
     assert rotations.residual
     assert rotations.heads
-    assert set(rotations.down.values()) == {256}
+    assert set(rotations.inputs.values()) == {256}
     assert tiny.relative_error(model, expected, IDS) < tiny.relative_error(plain, expected, IDS) / 2
 
 
@@ -238,7 +291,7 @@ def test_auto_makes_no_model_larger(rotate: str) -> None:
     rotations = model.smoothquant_report.rotations
     assert (rotations.residual, rotations.untied, model.config.tie_word_embeddings) == (False, 0, True)
     assert "would not share the token embedding's weight then, 0.0 MB more" in rotations.refused
-    assert bool(rotations.heads) == bool(rotations.down) == (rotate == "auto")
+    assert bool(rotations.heads) == bool(rotations.inputs) == (rotate == "auto")
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 

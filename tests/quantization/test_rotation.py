@@ -17,7 +17,7 @@ from smoothquant_ext import Recipe, SmoothQuantError, load, quantize, save
 from smoothquant_ext.probing.structure import find_structure
 from smoothquant_ext.quantization import pipeline
 from smoothquant_ext.quantization.placement import Placement
-from smoothquant_ext.quantization.recipe import ROTATIONS
+from smoothquant_ext.quantization.recipe import TRIED
 from smoothquant_ext.quantization.report import Rotations
 from smoothquant_ext.quantization.rotation import rotate_
 
@@ -278,7 +278,7 @@ def test_kinds_are_a_list_or_one_text(rotate: Any) -> None:
 @pytest.mark.parametrize(
     ("rotate", "kinds", "chooses"),
     [
-        ("auto", ROTATIONS, True),
+        ("auto", TRIED, True),
         ("auto,residual,heads", BOTH, True),
         (["heads", "auto"], ("heads",), True),
         ("down", ("down",), False),

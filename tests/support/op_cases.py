@@ -121,7 +121,7 @@ def w8a8_experts(p: Problem) -> Iterator[Arguments]:
 
 def w8a8_decoder_layer_(p: Problem) -> Iterator[Arguments]:
     batch, time = p.leading[0] if p.leading else 1, torch.Size(p.leading[1:]).numel()
-    d, heads, kv_heads, past = 10, 4, 2, 5
+    d, heads, kv_heads, past = p.d, p.attended // p.d, 2, 5
     shapes = [(heads * d, p.k), *[(kv_heads * d, p.k)] * 2, (p.k, heads * d), *[(p.inner, p.k)] * 2, (p.k, p.inner)]
     angles = randn(1, time, d, seed=20)
     cache = randn(2, batch, kv_heads, past + time + 5, d, seed=21, dtype=p.dtype)
@@ -271,16 +271,16 @@ CASES: dict[str, OpCase] = {
         OpCase("w8a8_gemm", w8a8_gemm, check=product_is_close),
         OpCase("w8a8_linear", rotating(w8a8_linear), rows=("x",)),
         OpCase("w8a8_linear_group", rotating(w8a8_linear_group), rows=("x",)),
-        OpCase("w8a8_mlp", rotating(w8a8_mlp, "inner"), rows=("x",)),
+        OpCase("w8a8_mlp", rotating(w8a8_mlp, "k", "inner"), rows=("x",)),
         OpCase(
             "w8a8_experts",
-            rotating(w8a8_experts, "inner"),
+            rotating(w8a8_experts, "k", "inner"),
             rows=("x", "top_k_index", "top_k_weights"),
             check=experts_are_close,
         ),
         OpCase(
             "w8a8_decoder_layer_",
-            rotating(w8a8_decoder_layer_, "inner"),
+            rotating(w8a8_decoder_layer_, "k", "attended", "k", "inner"),
             contiguous=("keys", "values", "keys_scale", "values_scale"),
         ),
         OpCase("rms_norm", rms_norm, rows=("x",), eight_bit=NO_8_BIT),

@@ -37,6 +37,16 @@ class Problem:
         """The width inside an MLP."""
         return self.n + 7
 
+    @property
+    def d(self) -> int:
+        """The width of a head: one that can be rotated where that of x can be."""
+        return 16 if self.k % 16 == 0 else 10
+
+    @property
+    def attended(self) -> int:
+        """The width of four heads."""
+        return 4 * self.d
+
     def x(self, seed: int = 0) -> Tensor:
         return randn(*self.leading, self.k, seed=seed, dtype=self.dtype) * 3
 
@@ -68,14 +78,18 @@ def mixed(*sizes: int) -> list[Tensor | None]:
 
 
 def rotating(
-    make: Callable[[Problem], Iterator[Arguments]], width: Literal["k", "inner"] = "k"
+    make: Callable[[Problem], Iterator[Arguments]], *widths: Literal["k", "inner", "attended"]
 ) -> Callable[[Problem], Iterator[Arguments]]:
-    """The same arguments, then the first and the last of them with rows of this width rotated in the largest blocks."""
+    """The same arguments, then the first and the last of them with rows rotated in the largest blocks.
+
+    Of ops with several inputs these are their widths.
+    """
 
     def every(p: Problem) -> Iterator[Arguments]:
         made = list(make(p))
         yield from made
-        if block := block_size(getattr(p, width)):
-            yield from (each | {"rotate": block} for each in (*made[:1], *made[1:][-1:]))
+        blocks = [block_size(getattr(p, width)) for width in widths or ("k",)]
+        if any(blocks):
+            yield from (each | {"rotate": blocks if widths else blocks[0]} for each in (*made[:1], *made[1:][-1:]))
 
     return every

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import tiny
 import torch
@@ -81,11 +82,14 @@ def rotated_mixture(model_type: str, block: int = 16, dense: int = 0) -> PreTrai
     for path in blocks:
         module = model.get_submodule(path)
         assert isinstance(module, W8A8Experts | W8A8Linear)
-        module.rotate = blocks[path]
+        if isinstance(module, W8A8Experts):
+            module.rotate = (0, blocks[path])
+        else:
+            module.rotate = blocks[path]
     return model
 
 
-def blocks_of(model: nn.Module) -> dict[str, int]:
+def blocks_of(model: nn.Module) -> dict[str, Any]:
     """The size of the rotated blocks of each layer and of each module of experts."""
     return {
         name: module.rotate for name, module in model.named_modules() if isinstance(module, W8A8Linear | W8A8Experts)

@@ -39,6 +39,7 @@ struct DecoderLayer {
   Mlp mlp;
   DecoderNorms norms;
   float input_scale, o_input_scale;  // static scales, or 0
+  int64_t rotate, o_rotate;          // blocks of what q and o read, or 0
   int64_t d;
 
   int64_t width() const { return q.k(); }
@@ -86,7 +87,7 @@ class DecoderCall {
     args.weight = norm_weight_.in(scratch_);
     args.eps = layer_.norms.eps;
     normalize(args);
-    input_.quantize(normed(), dtype_, layer_.input_scale, rows_);
+    input_.quantize(normed(), dtype_, layer_.input_scale, layer_.rotate, rows_);
     input_.multiply({layer_.q.product(q(), dtype_), layer_.k.product(k(), dtype_), layer_.v.product(v(), dtype_)},
                     layer_.q.dtype(), rows_);
   }
@@ -140,7 +141,7 @@ class DecoderCall {
 
   void finish() {
     uint8_t* part = part_.in(scratch_);
-    attended_.quantize(q(), dtype_, layer_.o_input_scale, rows_);
+    attended_.quantize(q(), dtype_, layer_.o_input_scale, layer_.o_rotate, rows_);
     attended_.multiply({layer_.o.product(part, dtype_)}, layer_.o.dtype(), rows_);
     NormArgs args{};
     args.x = part;

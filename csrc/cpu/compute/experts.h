@@ -77,7 +77,7 @@ struct Experts {
   std::optional<ExpertWeights> up;
   ExpertWeights down;
   Activation activation;
-  int64_t rotate;  // blocks of what down reads, or 0
+  int64_t rotate, down_rotate;  // blocks of x and of what down reads, or 0
 
   // Tokens done together, in even blocks: as many as memory that is kept for the next call has room for, because the
   // weights are read once for each block.
@@ -129,7 +129,7 @@ struct Experts {
     args.scale = scale;
     args.x = x;
     args.x_dtype = dtype;
-    parallel_quantize(kernels, args, 0, tokens);
+    parallel_quantize(kernels, args, rotate, tokens);
     parallel_rows(pairs, k, [&](Range rows) {
       for (int64_t row = rows.begin; row < rows.end; ++row) {
         const int64_t token = dispatch.tokens[row];
@@ -146,7 +146,7 @@ struct Experts {
     source.gate = gates;
     source.up = up.has_value() ? ups : nullptr;
     source.dtype = dtype;
-    parallel_activate_quantize(kernels, source, hidden.target(0.0f), rotate, pairs);
+    parallel_activate_quantize(kernels, source, hidden.target(0.0f), down_rotate, pairs);
     hidden.multiply(products(dispatch, {&down}, {downs}, DType::kFloat32), down.dtype(), pairs);
 
     CombineArgs combine{};

@@ -12,7 +12,7 @@ struct Mlp {
   PackedWeight down;
   Activation activation;
   float input_scale, down_input_scale;  // static scales, or 0
-  int64_t rotate;                       // blocks of what down reads, or 0
+  int64_t rotate, down_rotate;          // blocks of x and of what down reads, or 0
 
   // Rows done together, so that what lies between the products stays within a cache that threads share.
   int64_t rows_together(int64_t element) const {
@@ -36,7 +36,7 @@ struct Mlp {
 
     for (int64_t row = 0; row < m; row += block) {
       const int64_t rows = std::min(block, m - row);
-      input.quantize(static_cast<const uint8_t*>(x) + row * k * element, dtype, input_scale, rows);
+      input.quantize(static_cast<const uint8_t*>(x) + row * k * element, dtype, input_scale, rotate, rows);
       std::vector<GemmArgs> first = {gate.product(gates, dtype)};
       if (up.has_value()) first.push_back(up->product(ups, dtype));
       input.multiply(first, gate.dtype(), rows);
@@ -47,7 +47,7 @@ struct Mlp {
       source.gate = gates;
       source.up = up.has_value() ? ups : nullptr;
       source.dtype = dtype;
-      parallel_activate_quantize(kernels, source, hidden.target(down_input_scale), rotate, rows);
+      parallel_activate_quantize(kernels, source, hidden.target(down_input_scale), down_rotate, rows);
       hidden.multiply({down.product(static_cast<uint8_t*>(y) + row * down.n() * element, dtype)}, down.dtype(), rows);
     }
   }

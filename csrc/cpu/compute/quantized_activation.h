@@ -43,12 +43,12 @@ class QuantizedActivation {
     return args;
   }
 
-  // Fills the first rows from contiguous rows of x.
-  void quantize(const void* x, DType x_dtype, float static_scale, int64_t rows) {
+  // Fills the first rows from contiguous rows of x, rotated in blocks or not.
+  void quantize(const void* x, DType x_dtype, float static_scale, int64_t rotate, int64_t rows) {
     QuantizeArgs args = target(static_scale);
     args.x = x;
     args.x_dtype = x_dtype;
-    parallel_quantize(kernels_, args, 0, rows);
+    parallel_quantize(kernels_, args, rotate, rows);
   }
 
   // The products of the first rows with weights, in one parallel region. Those without scales for the activation get the

@@ -32,7 +32,7 @@ Tensor w8a8_decoder_layer_cpu(const Tensor& x_in, const Tensor& norm, const Tens
                               double scale, bool causal, const OpString& activation, const OptionalTensor& keys_scale,
                               const OptionalTensor& values_scale, const OptionalTensor& q_norm,
                               const OptionalTensor& k_norm, double head_eps, const OptionalTensor& positions,
-                              int64_t rotate) {
+                              const Rotations& rotate) {
   const LayerLists layers{weight, weight_scale, bias};
   const DecoderShapes shapes =
       check_decoder_layer(kOp, {x_in, norm, post_norm, layers, input_scale, cos_in, sin_in, keys, values, past, mask_in,
@@ -46,11 +46,13 @@ Tensor w8a8_decoder_layer_cpu(const Tensor& x_in, const Tensor& norm, const Tens
                            packed(kV),
                            packed(kO),
                            {packed(kGate), packed(kUp), packed(kDown), activation_kind(kOp, activation),
-                            static_scale(2), static_scale(3), rotate},
+                            static_scale(2), static_scale(3), element_of(rotate, 2), element_of(rotate, 3)},
                            {norm, post_norm, q_norm, k_norm, static_cast<float>(eps), static_cast<float>(post_eps),
                             static_cast<float>(head_eps), offset},
                            static_scale(0),
                            static_scale(1),
+                           element_of(rotate, 0),
+                           element_of(rotate, 1),
                            cos_in.size(2)};
 
   const Tensor x = as_contiguous(x_in), cos = as_contiguous(cos_in), sin = as_contiguous(sin_in);

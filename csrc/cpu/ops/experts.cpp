@@ -14,7 +14,7 @@ constexpr const char* kOp = "w8a8_experts";
 
 Tensor w8a8_experts_cpu(const Tensor& x_in, const Tensor& index_in, const Tensor& weights_in,
                         const std::vector<Tensor>& weight, const std::vector<Tensor>& weight_scale,
-                        const OptionalTensors& bias, const OpString& activation, int64_t rotate) {
+                        const OptionalTensors& bias, const OpString& activation, const Rotations& rotate) {
   const LayerLists layers{weight, weight_scale, bias};
   const ExpertsShapes shapes = check_experts(kOp, x_in, index_in, weights_in, layers, rotate);
   const Activation kind = activation_kind(kOp, activation);
@@ -32,7 +32,8 @@ Tensor w8a8_experts_cpu(const Tensor& x_in, const Tensor& index_in, const Tensor
                         is_gated(layers) ? std::optional<ExpertWeights>(packed(1)) : std::nullopt,
                         packed(layers.size() - 1),
                         kind,
-                        rotate};
+                        element_of(rotate, 0),
+                        element_of(rotate, 1)};
   Tensor y = empty_cpu(replace_last(x, experts.down.n()), x.scalar_type());
   Scratch wide(slots * static_cast<int64_t>(sizeof(float)));
   auto* wide_weights = reinterpret_cast<float*>(wide.data());

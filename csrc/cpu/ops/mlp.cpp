@@ -12,7 +12,7 @@ namespace {
 constexpr const char* kOp = "w8a8_mlp";
 
 Mlp packed_mlp(const LayerLists& layers, const std::vector<GemmShape>& shapes, Activation activation, float input_scale,
-               float down_input_scale, int64_t rotate) {
+               float down_input_scale, const Rotations& rotate) {
   const size_t down = layers.size() - 1;
   std::optional<PackedWeight> up;
   if (is_gated(layers)) up.emplace(shapes[1], layers[1]);
@@ -22,12 +22,13 @@ Mlp packed_mlp(const LayerLists& layers, const std::vector<GemmShape>& shapes, A
           activation,
           input_scale,
           down_input_scale,
-          rotate};
+          element_of(rotate, 0),
+          element_of(rotate, 1)};
 }
 
 Tensor w8a8_mlp_cpu(const Tensor& x_in, const std::vector<Tensor>& weight, const std::vector<Tensor>& weight_scale,
                     const OptionalTensors& bias, const OptionalTensors& input_scale, const OpString& activation,
-                    int64_t rotate) {
+                    const Rotations& rotate) {
   const LayerLists layers{weight, weight_scale, bias};
   const std::vector<GemmShape> shapes = check_mlp(kOp, x_in, layers, input_scale, rotate);
   const auto static_scale = [&](size_t index) {

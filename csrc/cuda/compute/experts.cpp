@@ -25,7 +25,8 @@ class Experts {
 
   Tensor run() const {
     const Tensor& x = in_.x;
-    const auto [q, scale] = quantize_rows_cuda(op_, x, std::nullopt, nullptr, in_.layers.weight[0].scalar_type(), 0);
+    const auto [q, scale] = quantize_rows_cuda(op_, x, std::nullopt, nullptr, in_.layers.weight[0].scalar_type(),
+                                               element_of(in_.rotate, 0));
     Tensor y = empty_like_device(x, replace_last(x, shapes_.layers.back().n), x.scalar_type());
     if (y.numel() == 0) return y;
     const int64_t together = tokens_together(shapes_.tokens, shapes_.top_k * slot_bytes());
@@ -66,7 +67,7 @@ class Experts {
     multiply(job, plan);
     const OptionalTensor up = down == 2 ? OptionalTensor(planes[1]) : std::nullopt;
     const auto [hidden, hidden_scale] = activate_quantize_cuda(
-        op_, in_.activation, planes[0], up, in_.layers.weight[down].scalar_type(), nullptr, in_.rotate);
+        op_, in_.activation, planes[0], up, in_.layers.weight[down].scalar_type(), nullptr, element_of(in_.rotate, 1));
 
     Tensor outputs = empty_like_device(x, {slots, n}, ScalarType::Float);
     job.a = pointer<uint8_t>(hidden);

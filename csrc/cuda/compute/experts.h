@@ -12,7 +12,7 @@ struct ExpertsInputs {
   LayerLists layers;
   ExpertsShapes shapes;
   Activation activation;
-  int64_t rotate;  // values of a block of what down reads that is rotated first, or 0
+  const Rotations& rotate;
 };
 
 // y [..., N]

@@ -64,7 +64,7 @@ void launch_norm(const char* op, const NormJob& job, const Tensor& x) {
 }
 
 QuantizedSum norm_quantize_cuda(const char* op, const NormQuantizeInputs& inputs, const float* static_scale,
-                                bool is_rounded) {
+                                bool is_rounded, int64_t rotate) {
   const Tensor x = as_contiguous(inputs.x), weight = as_contiguous(inputs.weight);
   const OptionalTensor bias = as_contiguous(inputs.bias), residual = as_contiguous(inputs.residual);
   Tensor sum = empty_like_device(x, sum_shape(x, residual), x.scalar_type());
@@ -81,6 +81,7 @@ QuantizedSum norm_quantize_cuda(const char* op, const NormQuantizeInputs& inputs
   }
   job.target = target.rows;
   job.is_rounded = is_rounded;
+  job.rotate = rotate;
   launch_norm(op, job, x);
   return {target.q, target.scale, sum};
 }

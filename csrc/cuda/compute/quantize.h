@@ -32,8 +32,8 @@ Quantized activate_quantize_cuda(const char* op, Activation activation, const Te
 NormJob norm_job(const Tensor& x, const Tensor& weight, double eps, double offset);
 void launch_norm(const char* op, const NormJob& job, const Tensor& x);
 
-// Of a norm, rounded to the dtype of x before if that is wanted; the third result is x + residual.
+// Of a norm, rounded to the dtype of x and rotated before if that is wanted; the third result is x + residual.
 QuantizedSum norm_quantize_cuda(const char* op, const NormQuantizeInputs& inputs, const float* static_scale,
-                                bool is_rounded = false);
+                                bool is_rounded = false, int64_t rotate = 0);
 
 }  // namespace sq

@@ -10,17 +10,17 @@ namespace {
 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-template <typename T, bool kQuantize>
+template <typename T, bool kQuantize, bool kRotates>
 auto choose_norm(int groups) {
   switch (groups) {
     case 1:
-      return norm_rows_kernel<T, 1, kQuantize>;
+      return norm_rows_kernel<T, 1, kQuantize, kRotates>;
     case 2:
-      return norm_rows_kernel<T, 2, kQuantize>;
+      return norm_rows_kernel<T, 2, kQuantize, kRotates>;
     case 4:
-      return norm_rows_kernel<T, 4, kQuantize>;
+      return norm_rows_kernel<T, 4, kQuantize, kRotates>;
     default:
-      return norm_rows_kernel<T, 0, kQuantize>;
+      return norm_rows_kernel<T, 0, kQuantize, kRotates>;
   }
 }
 
@@ -44,11 +44,14 @@ void launch_norm_rows(const NormJob& job, void* stream) {
     rows.columns = job.columns;
     rows.target = job.target;
     rows.is_rounded = job.is_rounded;
+    rows.rotation = rotation_of(job.rotate);
     rows.y = static_cast<T*>(job.y);
     rows.wide = can_move_groups(job.columns, rows.x, rows.residual, rows.sum, rows.target.q, rows.y) &&
                 is_aligned(job.weight) && is_aligned(job.bias);
     const NormConfig config = norm_config(job.columns, rows.wide);
-    const auto kernel = job.y == nullptr ? choose_norm<T, true>(config.groups) : choose_norm<T, false>(config.groups);
+    const auto kernel = job.y != nullptr  ? choose_norm<T, false, false>(config.groups)
+                        : job.rotate == 0 ? choose_norm<T, true, false>(config.groups)
+                                          : choose_norm<T, true, true>(config.groups);
     // 64 KB at most, which every GPU from sm_80 on has.
     const int64_t bytes = config.groups == 0 ? 0 : job.columns * static_cast<int64_t>(sizeof(T));
     launch(kernel, job.rows, config.threads, bytes, stream, rows);

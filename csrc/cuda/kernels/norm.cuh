@@ -2,7 +2,7 @@
 //   h    = x, or x + residual rounded to T, which is also stored
 //   mean = 0 (RMS), or sum(h) / columns (layer norm)
 //   v    = (h - mean) * (1 / sqrt(sum((h - mean)^2) / columns + eps)) * (weight + offset), + bias
-// and then q and scale of v, or of v rounded to T, as in quantize.cuh, or v rounded to T itself. The sums have the order of cpu/kernels/norm_activation.h, 64 lanes
+// and then q and scale of v, or of v rounded to T, rotated or not, as in quantize.cuh, or v rounded to T itself. The sums have the order of cpu/kernels/norm_activation.h, 64 lanes
 // that each take every 64th element: so the bits are those of the CPU kernels.
 //
 // One block takes one row. Its threads keep groups of 8 elements in registers, so that x is read once, and a copy of h in
@@ -49,6 +49,7 @@ struct NormTask {
   int64_t columns;
   bool wide;             // can_move_groups of all pointers
   bool is_rounded;       // v is rounded to T before it is quantized
+  Rotation rotation;     // of what is quantized
   QuantizedRows target;  // or
   T* y;                  // [rows, columns]
 };
@@ -130,7 +131,7 @@ SQ_HOST_DEVICE inline void store_normalized(const NormTask<T>& job, int64_t row,
 }
 
 // Grid: a block per row; threads and kGroups from norm_config(columns, wide); shared memory for a row of T, unless kGroups is 0.
-template <typename T, int kGroups, bool kQuantize>
+template <typename T, int kGroups, bool kQuantize, bool kRotates>
 __global__ void __launch_bounds__(kMaxThreads) norm_rows_kernel(NormTask<T> job) {
   SQ_DYNAMIC_SHARED(T, copy);
   const int64_t row = blockIdx.x, columns = job.columns;
@@ -160,6 +161,10 @@ __global__ void __launch_bounds__(kMaxThreads) norm_rows_kernel(NormTask<T> job)
     SQ_UNROLL
     for (int g = 0; g < kGroups; ++g) normalize(values[g], job, h[g], mean, gain, begin + g * step, true);
     if constexpr (kQuantize) {
+      if constexpr (kRotates) {
+        SQ_UNROLL
+        for (int g = 0; g < kGroups; ++g) rotate_group(values[g], job.rotation);
+      }
       uint32_t magnitude = 0;
       SQ_UNROLL
       for (int g = 0; g < kGroups; ++g) magnitude = max_magnitude(magnitude, values[g]);
@@ -176,8 +181,10 @@ __global__ void __launch_bounds__(kMaxThreads) norm_rows_kernel(NormTask<T> job)
   } else {
     float values[kGroup];
     uint32_t magnitude = 0;
-    for (int64_t first = begin; first < columns; first += step) {
+    const int64_t end = end_of_steps<kRotates>(columns);
+    for (int64_t first = begin; first < end; first += step) {
       normalize(values, job, load_raw(summed, first, columns, job.wide), mean, gain, first, job.wide);
+      if constexpr (kRotates) rotate_group(values, job.rotation);
       if constexpr (kQuantize) {
         magnitude = max_magnitude(magnitude, values);
       } else {
@@ -187,8 +194,9 @@ __global__ void __launch_bounds__(kMaxThreads) norm_rows_kernel(NormTask<T> job)
     if constexpr (kQuantize) {
       const RowScale result = row_scale(job.target, block_max(magnitude));
       if (threadIdx.x == 0) job.target.scale[row] = result.scale;
-      for (int64_t first = begin; first < columns; first += step) {
+      for (int64_t first = begin; first < end; first += step) {
         normalize(values, job, load_raw(summed, first, columns, job.wide), mean, gain, first, job.wide);
+        if constexpr (kRotates) rotate_group(values, job.rotation);
         store_quantized(job.target, row, columns, first, values, result.multiplier, job.wide);
       }
     }

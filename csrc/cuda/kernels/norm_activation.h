@@ -18,6 +18,7 @@ struct NormJob {
   int64_t columns;
   QuantizedRows target;  // where y is null
   bool is_rounded;       // to x_dtype before it is quantized, as by two ops
+  int64_t rotate;        // values of a block that is rotated before it is quantized, or 0
   void* y;               // [rows, columns] of x_dtype
 };
 

@@ -22,7 +22,7 @@ OptionalTensors all_contiguous(const OptionalTensors& tensors) {
 
 Tensor w8a8_experts_cuda(const Tensor& x_in, const Tensor& index_in, const Tensor& weights_in,
                          const std::vector<Tensor>& weight_in, const std::vector<Tensor>& weight_scale_in,
-                         const OptionalTensors& bias_in, const OpString& activation, int64_t rotate) {
+                         const OptionalTensors& bias_in, const OpString& activation, const Rotations& rotate) {
   constexpr const char* kOp = "w8a8_experts";
   const ExpertsShapes shapes =
       check_experts(kOp, x_in, index_in, weights_in, {weight_in, weight_scale_in, bias_in}, rotate);

@@ -51,7 +51,7 @@ std::vector<Tensor> w8a8_linear_group_cuda(const Tensor& x, const std::vector<Te
 
 Tensor w8a8_mlp_cuda(const Tensor& x, const std::vector<Tensor>& weight, const std::vector<Tensor>& weight_scale,
                      const OptionalTensors& bias, const OptionalTensors& input_scale, const OpString& activation,
-                     int64_t rotate) {
+                     const Rotations& rotate) {
   constexpr const char* kOp = "w8a8_mlp";
   const LayerLists layers{weight, weight_scale, bias};
   const std::vector<GemmShape> shapes = check_mlp(kOp, x, layers, input_scale, rotate);
@@ -63,11 +63,12 @@ Tensor w8a8_mlp_cuda(const Tensor& x, const std::vector<Tensor>& weight, const s
   const DeviceGuard guard(x.get_device_index());
   const ScalarType dtype = x.scalar_type();
   const size_t down = layers.size() - 1;
-  const auto [q, scale] = quantize_rows_cuda(kOp, as_contiguous(x), std::nullopt, x_scale, weight[0].scalar_type(), 0);
+  const auto [q, scale] =
+      quantize_rows_cuda(kOp, as_contiguous(x), std::nullopt, x_scale, weight[0].scalar_type(), element_of(rotate, 0));
   const std::vector<Tensor> first = multiply_joined_cuda(kOp, q, scale, layers, shapes.data(), 0, down, dtype);
   const OptionalTensor up = is_gated(layers) ? OptionalTensor(first[1]) : std::nullopt;
   const auto [hidden, hidden_scales] =
-      activate_quantize_cuda(kOp, kind, first[0], up, weight[down].scalar_type(), hidden_scale, rotate);
+      activate_quantize_cuda(kOp, kind, first[0], up, weight[down].scalar_type(), hidden_scale, element_of(rotate, 1));
   return multiply_cuda(kOp, hidden, hidden_scales, layers[down], shapes[down], dtype);
 }
 

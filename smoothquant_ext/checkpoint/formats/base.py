@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 CONVERT_AGAIN = "quantize the original model with smoothquant-ext instead"
 LAYERS, EXPERTS = "layers", "experts"
-"""What may be rotated at run time: the inputs of linear layers, and in experts what their last layer reads."""
+"""What may be rotated at run time: the inputs of linear layers, and of those of experts."""
 WITHOUT_ROTATION = "which --rotate residual,heads does without"
 
 

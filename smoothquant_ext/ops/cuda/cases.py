@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ... import reference
+from ...hadamard import block_size
 from ...reference.bounds import gemm_bound
 from ...reference.experts_bound import experts_bound, fit_tensor_cores
 from .decoder_layer_cases import decoder_layers
@@ -257,7 +258,7 @@ def _experts(dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
             "weight_scale": [scale for _, scale in layers],
             "bias": [_randn(experts, rows).to(x_dtype) for rows, _ in shapes] if turn % 3 else None,
             "activation": ("silu", "gelu", "gelu_tanh", "relu")[turn % 4],
-            "rotate": rotate,
+            "rotate": [block_size(k), rotate] if rotate else [],
         }
         yield Case("w8a8_experts", arguments)
         if turn in (1, 3):

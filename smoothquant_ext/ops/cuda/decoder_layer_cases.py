@@ -22,8 +22,13 @@ def decoder_layers() -> Iterator[dict[str, Any]]:
     alone = _layer(bf16, (3, 1), (8, 2, 64), past=0)
     yield alone
     yield _layer(f16, (1, 1), (3, 3, 10), past=0) | _head_norms(10)
-    yield _layer(f32, (3, 1), (3, 3, 10), past=0, inner=128) | {"rotate": 128}
-    yield _layer(bf16, (2, 1), (8, 2, 64), past=0, inner=256) | _head_norms(64) | _positions(0) | {"rotate": 256}
+    yield _layer(f32, (3, 1), (3, 3, 10), past=0, inner=128) | {"rotate": [128, 0, 64, 128]}
+    yield (
+        _layer(bf16, (2, 1), (8, 2, 64), past=0, inner=256)
+        | _head_norms(64)
+        | _positions(0)
+        | {"rotate": [64, 256, 128, 256]}
+    )
     for dtype, heads in ((f16, (4, 2, 128)), (bf16, (3, 3, 10)), (f32, (4, 1, 66))):
         for batch, time in ((2, 5), (2, 1)):
             layer = _layer(dtype, (batch, time), heads, PAST) | _head_norms(heads[-1])

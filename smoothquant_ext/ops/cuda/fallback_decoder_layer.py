@@ -46,7 +46,7 @@ def w8a8_decoder_layer_(
     k_norm: Tensor | None = None,
     head_eps: float = 0.0,
     positions: Tensor | None = None,
-    rotate: int = 0,
+    rotate: Sequence[int] = (),
 ) -> Tensor:
     """See ``ops.w8a8_decoder_layer_``. The other ops may be kernels.
 
@@ -57,10 +57,11 @@ def w8a8_decoder_layer_(
     check("decoder_layer", x, norm, post_norm, *layers, cos, sin, *caches, q_norm, k_norm, positions, rotate)
     biases = list(bias or [None] * 7)
     x_scale, o_scale, mlp_scale, down_scale = input_scale or [None] * 4
+    x_rotate, o_rotate, *mlp_rotate = rotate or [0] * 4
     normed = rms_norm(x, norm, eps, offset)
     q, k, v = (
         each.unflatten(-1, (-1, cos.shape[-1])).transpose(1, 2)
-        for each in w8a8_linear_group(normed, weight[:3], weight_scale[:3], biases[:3], x_scale)
+        for each in w8a8_linear_group(normed, weight[:3], weight_scale[:3], biases[:3], x_scale, rotate=x_rotate)
     )
     if q_norm is not None and k_norm is not None:
         q, k = rms_norm(q, q_norm, head_eps, offset), rms_norm(k, k_norm, head_eps, offset)
@@ -81,6 +82,6 @@ def w8a8_decoder_layer_(
     k, v = keys[:, :, :total], values[:, :, :total]
     k_scale, v_scale = (None if each is None else each[:, :, :total] for each in (keys_scale, values_scale))
     attended = attention(rotary(q, cos, sin), k, v, mask, scale=scale, causal=causal, k_scale=k_scale, v_scale=v_scale)
-    h = x + w8a8_linear(attended.flatten(2), weight[3], weight_scale[3], biases[3], o_scale)
+    h = x + w8a8_linear(attended.flatten(2), weight[3], weight_scale[3], biases[3], o_scale, rotate=o_rotate)
     mlp = weight[4:], weight_scale[4:], biases[4:], [mlp_scale, down_scale]
-    return h + w8a8_mlp(rms_norm(h, post_norm, post_eps, offset), *mlp, activation, rotate)
+    return h + w8a8_mlp(rms_norm(h, post_norm, post_eps, offset), *mlp, activation, mlp_rotate)

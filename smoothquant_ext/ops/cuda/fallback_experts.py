@@ -23,7 +23,7 @@ def w8a8_experts(
     weight_scale: Sequence[Tensor],
     bias: Sequence[Tensor | None] | None = None,
     activation: str = "silu",
-    rotate: int = 0,
+    rotate: Sequence[int] = (),
 ) -> Tensor:
     """See ``ops.w8a8_experts``. Made of other ops, which may be kernels; waits for the device, once."""
     check("experts", x, top_k_index, top_k_weights, weight, weight_scale, bias, activation, rotate)
@@ -38,7 +38,7 @@ def experts_one_by_one(
     weight_scale: Sequence[Tensor],
     bias: Sequence[Tensor | None] | None = None,
     activation: str = "silu",
-    rotate: int = 0,
+    rotate: Sequence[int] = (),
 ) -> Tensor:
     """``w8a8_experts`` of arguments that are checked already, expert by expert, with the same bits.
 
@@ -55,7 +55,8 @@ def experts_one_by_one(
     scales = [each.reshape(experts, -1) for each in weight_scale]
     biases = [None if each is None else each.reshape(experts, -1) for each in bias or [None] * len(weight)]
     order, ends = _by_expert(index.flatten(), experts)
-    q, q_scale = quantize_per_token(rows, weight[0].dtype)
+    x_rotate, down_rotate = rotate or (0, 0)
+    q, q_scale = quantize_per_token(rows, weight[0].dtype, rotate=x_rotate)
     token = order // max(1, slots)
     q, q_scale = q.view(torch.int8)[token].view(q.dtype), q_scale[token]
     outputs = rows.new_zeros((order.numel(), n), dtype=torch.float32)
@@ -69,7 +70,7 @@ def experts_one_by_one(
         own, own_scale = q[begin:end], q_scale[begin:end]
         inner = [w8a8_gemm(own, w, own_scale, scale, b, x.dtype) for w, scale, b in first]
         gate, up = inner if len(inner) == 2 else (inner[0], torch.ones_like(inner[0]))
-        hidden, hidden_scale = _GATED[activation](gate, up, last[0].dtype, rotate=rotate)
+        hidden, hidden_scale = _GATED[activation](gate, up, last[0].dtype, rotate=down_rotate)
         outputs[order[begin:end]] = w8a8_gemm(hidden, last[0], hidden_scale, *last[1:], torch.float32)
     shares = top_k_weights.reshape(index.shape).float()
     total = outputs.new_zeros(len(rows), n)

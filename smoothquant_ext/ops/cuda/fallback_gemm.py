@@ -249,13 +249,14 @@ def w8a8_mlp(
     bias: Sequence[Tensor | None] | None = None,
     input_scale: Sequence[Tensor | None] | None = None,
     activation: str = "silu",
-    rotate: int = 0,
+    rotate: Sequence[int] = (),
 ) -> Tensor:
     """See ``ops.w8a8_mlp``."""
     check("mlp", x, weight, weight_scale, bias, input_scale, activation, rotate)
     x_scale, down_scale = input_scale or (None, None)
+    x_rotate, down_rotate = rotate or (0, 0)
     *first, (down, down_weight_scale, down_bias) = zip(weight, weight_scale, bias or [None] * len(weight), strict=True)
-    q, scale = quantize_rows(x, weight[0].dtype, x_scale)
+    q, scale = quantize_rows(x, weight[0].dtype, x_scale, rotate=x_rotate)
     inner = [multiply(q, w, scale, w_scale, own, x.dtype) for w, w_scale, own in first]
-    hidden, hidden_scale = quantize_rows(activate(activation, *inner), down.dtype, down_scale, rotate=rotate)
+    hidden, hidden_scale = quantize_rows(activate(activation, *inner), down.dtype, down_scale, rotate=down_rotate)
     return multiply(hidden, down, hidden_scale, down_weight_scale, down_bias, x.dtype)

@@ -81,19 +81,19 @@ void expect_same(const Quantized& got, const Quantized& expected, int64_t offset
   for (int64_t i = 0; i < offset; ++i) CHECK(got.q[i] == kGuard, "%s: written before the beginning", what.c_str());
 }
 
-template <class T, bool kQuantize>
+template <class T, bool kQuantize, bool kRotates = false>
 void run_norm(const NormTask<T>& job) {
   const NormConfig config = norm_config(job.columns, job.wide);
   const auto kernel = [&] {
     switch (config.groups) {
       case 1:
-        return norm_rows_kernel<T, 1, kQuantize>;
+        return norm_rows_kernel<T, 1, kQuantize, kRotates>;
       case 2:
-        return norm_rows_kernel<T, 2, kQuantize>;
+        return norm_rows_kernel<T, 2, kQuantize, kRotates>;
       case 4:
-        return norm_rows_kernel<T, 4, kQuantize>;
+        return norm_rows_kernel<T, 4, kQuantize, kRotates>;
       default:
-        return norm_rows_kernel<T, 0, kQuantize>;
+        return norm_rows_kernel<T, 0, kQuantize, kRotates>;
     }
   }();
   const size_t bytes = config.groups == 0 ? 0 : static_cast<size_t>(job.columns) * sizeof(T);
@@ -158,6 +158,15 @@ void test_norm(Norm norm, int64_t columns, bool has_residual, bool has_bias, DTy
   job.is_rounded = true;
   run_norm<T, true>(job);
   expect_same(got, expected_rounded, offset, columns, what + ", rounded");
+  for (int64_t rotate = 16; rotate <= 256 && columns % rotate == 0; rotate *= 2) {
+    Buffer<float> turned(values.size());
+    for (int64_t i = 0; i < values.size(); ++i) turned[i] = values[i];
+    rotate_plainly(turned.data(), turned.size(), rotate);
+    job.rotation = rotation_of(rotate);
+    run_norm<T, true, true>(job);
+    expect_same(got, quantize_plainly(turned, columns, static_scale, dtype), offset, columns,
+                what + ", rounded, rotated by " + std::to_string(rotate));
+  }
   job.is_rounded = false;
 
   if (norm == Norm::kLayer || has_residual || dtype != DType::kInt8) return;
@@ -227,7 +236,7 @@ static_assert(activate_room(14336, 448) == 14336 * 4, "no thread idles at Llama'
 
 template <class T>
 void test_type() {
-  for (int64_t columns : {0, 1, 7, 8, 63, 64, 65, 100, 576, 1025, 4096, 8200, 16384, 16392}) {
+  for (int64_t columns : {0, 1, 7, 8, 63, 64, 65, 100, 576, 1025, 4096, 8200, 16384, 16392, 16896}) {
     const bool is_long = columns > 1100;  // slow here: fewer cases of them
     for (Norm norm : {Norm::kRms, Norm::kLayer}) {
       for (bool has_residual : {false, true}) {
