@@ -2,8 +2,9 @@
 //   h    = x, or x + residual rounded to T, which is also stored
 //   mean = 0 (RMS), or sum(h) / columns (layer norm)
 //   v    = (h - mean) * (1 / sqrt(sum((h - mean)^2) / columns + eps)) * (weight + offset), + bias
-// and then q and scale of v, or of v rounded to T, rotated or not, as in quantize.cuh, or v rounded to T itself. The sums have the order of cpu/kernels/norm_activation.h, 64 lanes
-// that each take every 64th element: so the bits are those of the CPU kernels.
+// and then q and scale of v, or of v rounded to T, rotated or not, as in quantize.cuh, or v rounded to T itself. The sums
+// have the order of cpu/kernels/norm_activation.h, 64 lanes that each take every 64th element: so the bits are those of
+// the CPU kernels.
 //
 // One block takes one row. Its threads keep groups of 8 elements in registers, so that x is read once, and a copy of h in
 // shared memory is what 64 threads sum. Bytes moved: rows * columns * (sizeof(T) + 1), with a residual
