@@ -207,7 +207,7 @@ def _rotation_lines(report: Report) -> list[Text]:
         names = [name for name, own in rotations.inputs.items() if own == size]
         lines.append(f"Rotated at run time, {size} channels together: the input of {collapse(names)}")
     if not rotations.inputs and "inputs" in kinds:
-        lines.append("No input is rotated at run time, because none has a multiple of 16 channels")
+        lines.append("No input is rotated at run time, because no layer of a block reads a multiple of 16 channels")
     elif not rotations.inputs and "down" in kinds:
         lines.append("No input is rotated at run time, because no layer reads a multiple of 16 channels of another one")
     return [Text(line) for line in lines]

@@ -64,9 +64,8 @@ def test_layers_behind_other_matrices_are_found(architecture: str) -> None:
         found |= find_online(structure.blocks[name], ())
     assert {name.rpartition(".")[2] for name in found} == BEHIND.get(architecture, {"o_proj", "down_proj"})
     for name, size in found.items():
-        width = (
-            48 if name.endswith("experts.down") else tiny.input_columns(model.get_submodule(name)).shape[0]
-        )  # or 112
+        of_experts = name.endswith("experts.down")  # 48 wide, or 112
+        width = 48 if of_experts else len(tiny.input_columns(model.get_submodule(name)))
         assert size == block_size(width) > 0
     assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())
 
@@ -78,9 +77,8 @@ def test_all_inputs_can_be_rotated(architecture: str) -> None:
     for name in structure.called:
         block = structure.blocks[name]
         found = find_all(block, ())
-        layers = {
-            local for local in block.linears if tiny.input_columns(block.module.get_submodule(local)).shape[0] % 16 == 0
-        }
+        widths = {local: len(tiny.input_columns(block.module.get_submodule(local))) for local in block.linears}
+        layers = {local for local, width in widths.items() if width % 16 == 0}
         experts = {local for each in block.experts for local in (each, f"{each}.down")}
         assert {block.local_name(each) for each in found} == layers | experts
         assert find_online(block, ()).items() <= found.items()
@@ -198,8 +196,8 @@ def test_all_inputs_are_rotated_and_nothing_else_changes(architecture: str) -> N
             assert module.rotate == (WIDTH, HEAD)
     assert not [group for group in model.smoothquant_report.groups if not group.producer.endswith("up")]
     assert model.smoothquant_report.fused == plain.smoothquant_report.fused
-    assert tiny.relative_error(model, expected, IDS) < max(0.1, 2 * tiny.relative_error(plain, expected, IDS))
-    assert tiny.relative_error(model, expected, IDS) < 0.1
+    # Without outliers there is nothing to gain, and nothing is lost but by chance.
+    assert tiny.relative_error(model, expected, IDS) < 1.5 * tiny.relative_error(plain, expected, IDS)
 
 
 def test_experts_pass_gradients_back_through_both_rotations() -> None:
@@ -211,10 +209,10 @@ def test_experts_pass_gradients_back_through_both_rotations() -> None:
     wide = in_floating_point(experts, x.detach(), index, weights)
     assert float((y.detach() - wide).norm() / wide.norm()) < 0.05
     (gradient,) = torch.autograd.grad(y.square().sum(), x)
-    step = torch.randn(5, WIDTH) * 1e-2
-    ahead, behind = (in_floating_point(experts, x.detach() + way * step, index, weights) for way in (1, -1))
-    expected = ((ahead - behind) / 2 * 2 * y.detach()).sum()
-    torch.testing.assert_close((gradient * step).sum(), expected, rtol=2e-2, atol=1e-3)
+    step, at = 1e-4 * torch.randn(5, WIDTH, dtype=torch.float64), x.detach().double()
+    ahead, behind = (in_floating_point(experts, at + way * step, index, weights) for way in (1, -1))
+    expected = ((ahead - behind) * y.detach()).sum()  # of the sum of squares, whose gradient to y is 2 y
+    torch.testing.assert_close((gradient * step).sum(), expected, rtol=1e-4, atol=0)
 
 
 def test_layers_outside_of_blocks_and_in_floating_point_are_left_alone() -> None:

@@ -12,7 +12,7 @@ struct ExpertsInputs {
   LayerLists layers;
   ExpertsShapes shapes;
   Activation activation;
-  const Rotations& rotate;
+  const Rotations& rotate;  // of x and of what down reads
 };
 
 // y [..., N]
