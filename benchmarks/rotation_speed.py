@@ -24,13 +24,13 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from smoothquant_ext import Recipe, quantize
-from smoothquant_ext.evaluation.speed import Speed, measure_speed
+from smoothquant_ext.evaluation.speed import measure_speed
 from smoothquant_ext.models import load_model
 
 SMOLLM2, LARGE = "SmolLM2-135M-Instruct", "tinyllama-1.1b"
 ROTATIONS = ("none", "heads,down", "inputs")
 
-out = Console()
+out = Console(width=120)
 
 
 def main(
@@ -51,8 +51,10 @@ def main(
         }
         del original
         speeds = measure_speed(models, rounds=rounds, progress=True)
+        plain = speeds["none"]
         for rotate, speed in speeds.items():
-            prefill, decode = over(speed.prefill_seconds, speeds), over(speed.decode_seconds, speeds, "decode_seconds")
+            prefill = over(speed.prefill_seconds, plain.prefill_seconds)
+            decode = over(speed.decode_seconds, plain.decode_seconds)
             table.add_row(name, rotate, f"{speed.prefill:.0f}", prefill, f"{speed.decode:.1f}", decode)
         results["models"][name] = {rotate: asdict(speed) for rotate, speed in speeds.items()}
     out.print(table)
@@ -66,10 +68,9 @@ def random_model(shape: dict[str, Any]) -> Any:
     return AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16).eval()
 
 
-def over(seconds: tuple[float, ...], speeds: dict[str, Speed], kind: str = "prefill_seconds") -> str:
-    """The median, and the quartiles, of the ratios to the model that rotates nothing."""
-    pairs = zip(seconds, getattr(speeds["none"], kind), strict=True)
-    low, middle, high = statistics.quantiles([one / other for one, other in pairs], n=4)
+def over(seconds: tuple[float, ...], plain: tuple[float, ...]) -> str:
+    """The median, and the quartiles, of the ratios to the model that rotates nothing, round by round."""
+    low, middle, high = statistics.quantiles([one / other for one, other in zip(seconds, plain, strict=True)], n=4)
     return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
