@@ -132,8 +132,10 @@ SQ_HOST_DEVICE inline void store_normalized(const NormTask<T>& job, int64_t row,
 }
 
 // Grid: a block per row; threads and kGroups from norm_config(columns, wide); shared memory for a row of T, unless kGroups is 0.
+// What rotates is content with one block a multiprocessor: compilers that are not told keep to so few registers that they
+// spill.
 template <typename T, int kGroups, bool kQuantize, bool kRotates>
-__global__ void __launch_bounds__(kMaxThreads) norm_rows_kernel(NormTask<T> job) {
+__global__ void __launch_bounds__(kMaxThreads, kRotates ? 1 : 0) norm_rows_kernel(NormTask<T> job) {
   SQ_DYNAMIC_SHARED(T, copy);
   const int64_t row = blockIdx.x, columns = job.columns;
   const int64_t step = static_cast<int64_t>(blockDim.x) * kGroup;
