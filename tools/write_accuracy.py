@@ -36,8 +36,10 @@ NOTES = """
   in blocks of 256 channels.
 - *every input rotated*: `--rotate inputs`. What every layer reads is rotated while it is quantized, and nothing is
   smoothed. The head shares its weight with the token embedding, as in the original.
-- *the default*: what `smoothquant quantize` does, `--rotate residual,heads,auto` and GPTQ. `auto` makes no checkpoint
-  larger, so with a head that shares its weight it tries the values of attention alone.
+  With *gptq* it is what `smoothquant quantize` does by default.
+- *the default for other engines*: what `smoothquant quantize --format compressed-tensors` does,
+  `--rotate residual,heads,auto` and GPTQ. `auto` makes no checkpoint larger, so with a head that shares its weight it
+  tries the values of attention alone.
 - *skip 5 %*: `--auto-skip 5%`. Each set of layers that share an input was quantized alone to measure its KL divergence.
   The worst layers, at most 5 % of all, stayed in floating point.
 - *int8-static, alpha auto*: an input gets a scale per token if its largest token is more than four times its median

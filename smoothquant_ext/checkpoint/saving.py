@@ -127,8 +127,9 @@ def save(
         directory: the directory to write: absent, empty, or a W8A8 checkpoint, which is replaced.
         tokenizer: the tokenizer to save with the model, if any.
         format: ``"compressed-tensors"`` (read by vLLM, SGLang, transformers), ``"lmdeploy"`` or ``"smoothquant-ext"``
-            (read by this package alone); ``None`` is the first of these that can store the model. Only the second
-            stores FP8 e5m2, only the third explicit smoothing.
+            (read by this package alone); ``None`` is the first of these that can store the model, and the third where
+            inputs are rotated at run time, because some readers of the first would not do that. Only the second stores
+            FP8 e5m2, only the third explicit smoothing.
         max_shard_size: the most bytes of a safetensors file, as a number or like ``"5GB"``.
         files_from: the directory that the model comes from, whose other files go along: licence, processors, code.
 

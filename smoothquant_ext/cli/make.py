@@ -14,6 +14,7 @@ from .options import (
     AsW8A8,
     AutoSkip,
     Calib,
+    CalibrationSamples,
     Clipping,
     Device,
     Drop,
@@ -25,7 +26,6 @@ from .options import (
     Only,
     Rotate,
     Rounding,
-    Samples,
     SchemeName,
     Seed,
     Seqlen,
@@ -69,7 +69,7 @@ def quantize(
     rotate: Rotate = None,
     fast: Fast = False,
     calib: Calib = CALIBRATION_TEXT,
-    samples: Samples = 128,
+    samples: CalibrationSamples = None,
     seqlen: Seqlen = 512,
     text_field: TextField = None,
     skip: Skip = None,
@@ -98,9 +98,11 @@ def quantize(
     """
     from ..checkpoint import saving
     from ..checkpoint.formats.base import EXPERTS, LAYERS
+    from ..checkpoint.formats.compressed_tensors import Smoothed
     from ..checkpoint.formats.registry import choose_format, written_formats
     from ..checkpoint.hf_names import cast_
     from ..probing.experts import looks_like_experts
+    from ..quantization.calibration import enough_windows
     from ..quantization.pipeline import quantize as quantize_
     from ..quantization.recipe import AUTO, Recipe
     from ..quantization.rotation_choice import ROTATED_DTYPES
@@ -110,7 +112,8 @@ def quantize(
         rounding = "gptq"
     named = choose("format", format, ("auto", *written_formats()))
     if rotate is None:
-        rotate = "none" if fast else f"residual,heads,{AUTO}"  # what needs nothing of an engine
+        is_ours = named in (None, Smoothed.name) and alpha is None and not explicit
+        rotate = "none" if fast else f"{'inputs' if is_ours else 'residual,heads'},{AUTO}"
     recipe = Recipe(
         scheme,
         alpha if alpha is None or alpha == AUTO else parse_number("alpha", alpha),
@@ -135,7 +138,8 @@ def quantize(
     if rotated and any(looks_like_experts(module) for module in network.modules()):
         choose_format(named, [recipe.resolved_scheme], explicit, [*rotated, EXPERTS])
     loaded = network, tokenizer
-    windows = read_windows(loaded, calib, samples, seqlen, seed, text_field)
+    count = enough_windows(network, seqlen) if samples is None else samples
+    windows = read_windows(loaded, calib, count, seqlen, seed, text_field)
     tests = None if test is None else read_windows(loaded, test, TEST_SAMPLES, seqlen, seed)
     quantize_(network, windows, recipe, journal=target.with_name(f".{target.name}.search"), device=where)
     cast_(network, stored_dtype(network.dtype, stored))
@@ -151,6 +155,12 @@ def quantize(
         measured = measure(model, network, output.name, tests, drop)
         show(measured, as_json=False)
         add_to_card(output, str(test), measured)
+    if named is None and network.smoothquant_report.rotations.inputs:
+        out.print(
+            "Its inputs are rotated at run time: only smoothquant-ext runs it. For vLLM, SGLang and transformers alone "
+            "add --format compressed-tensors, for LMDeploy --format lmdeploy.",
+            soft_wrap=True,
+        )
     out.print("Next:", style="bold")
     text = "" if calib == CALIBRATION_TEXT else f" --text {quoted(calib)}"
     text += "" if text_field is None else f" --text-field {quoted(text_field)}"

@@ -47,6 +47,14 @@ Calib = Annotated[
     ),
 ]
 Samples = Annotated[int, typer.Option(help="Number of windows, spread evenly over the text.", min=1)]
+CalibrationSamples = Annotated[
+    int | None,
+    typer.Option(
+        help="Number of windows, spread evenly over the text. Default: 4 tokens for each channel of the widest layer, "
+        "in 16 to 128 windows. More take longer, in proportion.",
+        min=1,
+    ),
+]
 TextField = Annotated[
     str | None,
     typer.Option(
@@ -118,7 +126,8 @@ Rotate = Annotated[
         "reads, in the place of smoothing) are done while activations are quantized; they are more accurate, but only "
         "this package and, by its source, vLLM run them. none: nothing. "
         "auto among them: only if that lowers the error of the blocks that are tried, and makes no checkpoint "
-        "larger; alone it stands for residual,heads,down. Default with INT8: residual,heads,auto.",
+        "larger; alone it stands for residual,heads,down. Default with INT8: inputs,auto; with --alpha, --explicit or "
+        "a --format of other engines residual,heads,auto.",
     ),
 ]
 Fast = Annotated[

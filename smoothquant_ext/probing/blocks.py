@@ -36,16 +36,23 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return blocks or {"": model}
 
 
-def run_model(model: nn.Module, batch: Batch) -> Any:
-    """One forward pass without a cache: ``batch`` is token ids [B, T], or the keyword arguments of ``forward``.
+def run_model(model: nn.Module, batch: Batch, all_logits: bool = True) -> Any:
+    """One forward pass without a cache.
+
+    Args:
+        model: the causal LM.
+        batch: token ids [B, T], or the keyword arguments of ``forward``.
+        all_logits: ``False`` computes the logits of the last token alone, where the model can leave out the others.
 
     Raises:
         SmoothQuantError: the model raises something, other than that memory is exhausted.
     """
     device = next(model.parameters()).device
     inputs = map_values(lambda tensor: tensor.to(device), {"input_ids": batch} if isinstance(batch, Tensor) else batch)
-    if _takes_use_cache(model):
+    if _takes(model, "use_cache", or_any=True):
         inputs = {"use_cache": False, **inputs}
+    if not all_logits and _takes(model, "logits_to_keep") and "labels" not in inputs:
+        inputs = {"logits_to_keep": 1, **inputs}
     try:
         with torch.no_grad(), uncompiled():
             return model(**inputs)
@@ -56,9 +63,10 @@ def run_model(model: nn.Module, batch: Batch) -> Any:
         raise SmoothQuantError(f"{type(model).__name__} fails on a batch of {shapes} ({in_words(error)})") from error
 
 
-def _takes_use_cache(model: nn.Module) -> bool:
+def _takes(model: nn.Module, argument: str, or_any: bool = False) -> bool:
+    """Whether a model's ``forward`` has an argument of this name, or one for any other."""
     parameters = inspect.signature(model.forward).parameters.values()
-    return any(each.name == "use_cache" or each.kind is each.VAR_KEYWORD for each in parameters)
+    return any(each.name == argument or (or_any and each.kind is each.VAR_KEYWORD) for each in parameters)
 
 
 def device_of(module: nn.Module) -> torch.device:

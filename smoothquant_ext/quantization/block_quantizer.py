@@ -33,6 +33,7 @@ from .resume import SearchState
 from .rounding import round_weight
 from .smoothing import Proof, by_block, gather_scale, group_modules, magnitudes, smooth_group_
 
+PAIR = ("weight", "weight_scale")
 MASSIVE_REPORTED = 50.0  # times the median token: worth telling
 # The same for a static scale, which has to fit both. INT8: at four times, the median token is left with 32 of the 127
 # steps. The steps of FP8 grow with the value.
@@ -152,6 +153,8 @@ class BlockQuantizer:
         linears: the 8-bit layers by model-wide name, after ``apply_``.
         experts: the 8-bit experts by model-wide name, after ``apply_``.
         folds: the scales that were folded, after ``apply_``.
+        rounded: the 8-bit weights and their scales, by model-wide name, after ``apply_``, or where an interrupted run
+            left them.
     """
 
     def __init__(self, run: Run, block: Block, calls: Sequence[BlockCall]) -> None:
@@ -170,7 +173,8 @@ class BlockQuantizer:
         self.test_calls = [calls[window] for window in sorted(held_out)]
         self.proof_call = block.call or calls[0]
         layers = {local: self._linear(block.full_name(local)) for local in self._quantized(block.linears)}
-        hessians = run.recipe.rounding != "nearest"
+        self.rounded = self._rounded_before(list(map(block.full_name, layers)))
+        hessians = run.recipe.rounding != "nearest" and not self.rounded
         rotated = {local: self.rotated.get(block.full_name(local), 0) for local in layers}
         self.statistics = collect_statistics(
             block.module, layers, calls, Windows(held_out, train), hessians, run.placement.keep, rotated
@@ -232,6 +236,9 @@ class BlockQuantizer:
                     report.layers[name].limit = limit / float(self.absmax[name].max())
                 if source.rows:  # an expert may not run in the held-out windows
                     report.layers[name].error = self._error(name, layer, source, smoothed.get(name))
+        if self.recipe.rounding != "nearest":
+            tensors = {f"{name}.{part}": t for name, pair in self.rounded.items() for part, t in zip(PAIR, pair)}
+            self.run.state.write(self._state_of_rounding, tensors, {})
         for local in self._quantized(self.block.experts):
             module, layout = self.block.module.get_submodule(local), self.block.experts[local]
             self.experts[self.block.full_name(local)] = quantize_experts(
@@ -331,9 +338,26 @@ class BlockQuantizer:
         rounding, scheme = self.recipe.rounding, self.schemes.get(name, self.scheme)
         assert rounding is not None
         rotate = self.rotated.get(name, 0)
-        rounded = round_weight(rotate_blocks(weight, rotate), scheme, rounding, hessian)
+        if name not in self.rounded:
+            self.rounded[name] = round_weight(rotate_blocks(weight, rotate), scheme, rounding, hessian)
+        rounded = self.rounded[name]
         absmax = self.absmax[name] if limit is None else torch.tensor(limit)
         return quantize_linear(linear, absmax, scheme, rounded, smooth, rotate)
+
+    @property
+    def _state_of_rounding(self) -> str:
+        return f"{self.block.name or 'model'}.rounded"
+
+    def _rounded_before(self, names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+        """What an interrupted run rounded of these layers by GPTQ or clipping: all of them, or nothing."""
+        stored = None if self.recipe.rounding == "nearest" else self.run.state.read(self._state_of_rounding)
+        tensors = {} if stored is None else stored[0]
+        if tensors.keys() != {f"{name}.{part}" for name in names for part in PAIR}:
+            return {}
+        device = device_of(self.block.module)
+        return {
+            name: (tensors[f"{name}.{PAIR[0]}"].to(device), tensors[f"{name}.{PAIR[1]}"].to(device)) for name in names
+        }
 
     def _error(self, name: str, layer: W8A8Linear, source: BlockInput, choice: Choice | None) -> float:
         """Squared error of a layer's output on held-out rows, relative to the output's square."""

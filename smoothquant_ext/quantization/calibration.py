@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
@@ -18,6 +19,7 @@ from ..hadamard import rotate_blocks
 from ..probing.batches import Batches
 from ..probing.blocks import Batch, count_tokens, run_model, token_ids
 from ..probing.hooks import hooked
+from ..probing.linears import find_linears, weight_nk
 from ..probing.lookups import find_limits
 from ..probing.values import first_argument
 from .block_inputs import BlockInputRecorder
@@ -25,6 +27,8 @@ from .expert_smoothing import HiddenRanges
 
 HELD_OUT_SHARE = 4  # every fourth batch at most
 HELD_OUT_TOKENS = 2048  # are enough to measure choices on
+TOKENS_PER_CHANNEL = 4  # of the widest input: GPTQ's Hessian would lack directions with fewer than one
+FEWEST_WINDOWS, MOST_WINDOWS = 16, 128
 NO_BATCH = "there is no calibration batch; pass at least one batch of token ids [B, T]"
 
 
@@ -64,11 +68,14 @@ def calibrate(
         largest = x.reshape(-1, x.shape[-1]).abs().amax(dim=0).float()
         absmax[name] = torch.maximum(absmax[name], largest) if name in absmax else largest
 
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = find_head() if find_head else None
+    is_watched = any(layer is head for layer in layers.values())
     count = 0
     with hooked(layers, before=measure), hidden.measuring() if hidden is not None else nullcontext():
         for batch in batches:
             with recorder.recording() if recorder is not None and records(count) else nullcontext():
-                run_model(model, batch)
+                run_model(model, batch, all_logits=is_watched)
             count += 1
             check_finite(absmax, count)
     if count == 0:
@@ -90,6 +97,14 @@ def check_finite(absmax: Mapping[str, Tensor], batch: int) -> None:
                 f"the input of {name} is not finite in {len(bad)} of {channels.numel()} channels "
                 f"(first: {bad[0]}) in calibration batch {batch}; the model overflows in its dtype or is damaged"
             )
+
+
+def enough_windows(model: nn.Module, seqlen: int) -> int:
+    """The number of windows of ``seqlen`` tokens that calibration needs: a few tokens for each channel of the widest
+    input of a linear layer, within limits.
+    """
+    widest = max((weight_nk(linear).shape[1] for linear in find_linears(model).values()), default=0)
+    return min(max(FEWEST_WINDOWS, math.ceil(TOKENS_PER_CHANNEL * widest / seqlen)), MOST_WINDOWS)
 
 
 class CalibrationData:

@@ -1,6 +1,7 @@
-"""Keeps the results of a long search on the disk, so that a run that was cut off resumes where it stopped.
+"""Keeps the results of long work on the disk, so that a run that was cut off resumes where it stopped.
 
-One small file per decoder block, written atomically, in a folder beside the output. The folder's name holds a
+A small file per decoder block for a search, and one with its 8-bit weights for GPTQ, written atomically, in a folder
+beside the output. The folder's name holds a
 fingerprint of everything that decides the result: another model, recipe or calibration text starts afresh.
 """
 
@@ -24,7 +25,7 @@ SAMPLED = 64  # numbers of each weight that go into the fingerprint
 
 
 class SearchState:
-    """Keeps the results of a search by name in a folder; ``None`` as the folder keeps nothing."""
+    """Keeps the results of long work by name in a folder; ``None`` as the folder keeps nothing."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder

@@ -6,7 +6,7 @@ import copy
 import pickle
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from smoothquant_ext.scheme import SCHEMES
 
 DOWN_0 = "model.layers.0.mlp.down_proj"
 MIXED = {"layers.0.mlp.down_proj": 128, "layers.1.mlp.down_proj": 64, r"layers.1.*o_proj": 16}
+ALL = {"down_proj": 128, r"layers": 64}
 
 
 @pytest.fixture(autouse=True)
@@ -172,7 +173,7 @@ def test_formats_without_rotations_refuse(write: str, tmp_path: Path) -> None:
     target = tmp_path / "other"
     message = (
         "format 'lmdeploy' has no place for rotations of layers at run time, which --rotate residual,heads does "
-        "without; use format 'compressed-tensors' or another recipe"
+        "without; use format 'smoothquant-ext' or another recipe"
     )
     if write == "convert":
         said = complaint("convert", tmp_path / "model", "-o", target, "--format", "lmdeploy")
@@ -311,7 +312,7 @@ def test_adapters_read_what_is_not_rotated(tmp_path: Path) -> None:
 
 
 def test_the_model_card_says_what_is_rotated(tmp_path: Path) -> None:
-    save(rotated(blocks=MIXED, intermediate_size=256), tmp_path / "model")
+    save(rotated(blocks=MIXED, intermediate_size=256), tmp_path / "model", format="compressed-tensors")
     card = (tmp_path / "model" / "README.md").read_text()
     assert (
         "Rotated at run time by a Hadamard matrix: the input of 1 layer in blocks of 16; the input of 1 layer in "
@@ -348,24 +349,27 @@ def loaded_by_transformers(directory: Path, **options: Any) -> tuple[PreTrainedM
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int8-static"])
-def test_transformers_with_compressed_tensors_own_transforms(scheme: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("blocks", [MIXED, ALL], ids=["down", "inputs"])
+def test_transformers_with_compressed_tensors_own_transforms(
+    blocks: Mapping[str, int], scheme: str, tmp_path: Path
+) -> None:
     """Theirs rounds inputs to 255 steps where ours has 254, so the outputs differ as two roundings do."""
-    model = rotated(scheme=scheme, blocks=MIXED, intermediate_size=256)
-    save(model, tmp_path / "model")
+    model = rotated(scheme=scheme, blocks=blocks, intermediate_size=256)
+    save(model, tmp_path / "model", format="compressed-tensors")
     theirs, wrong = loaded_by_transformers(tmp_path / "model")
     exact = logits(tiny.build("llama", intermediate_size=256))
     rounding = (logits(model) - exact).norm()
     assert (logits(theirs) - exact).norm() < 2 * rounding
     assert (wrong - exact).norm() > 10 * rounding
     matrices = {name: tensor for name, tensor in tensors_of(tmp_path / "model").items() if "R4" in name}
-    assert len(matrices) == 3
+    assert len(matrices) == len({layer.rotate for layer in layers_of(model).values()} - {0})
     assert all(torch.equal(matrix, theirs.get_parameter(name)) for name, matrix in matrices.items())
 
 
 @pytest.mark.parametrize("model_type", ["llama", "opt"])
 def test_their_transforms_undo_the_rotation_of_the_weights(model_type: str, tmp_path: Path) -> None:
     model = rotated(model_type)
-    save(model, tmp_path / "model")
+    save(model, tmp_path / "model", format="compressed-tensors")
     theirs, _ = loaded_by_transformers(tmp_path / "model", quantization_config=CompressedTensorsConfig(dequantize=True))
     expected = tiny.build(model_type)
     for name, layer in layers_of(model).items():

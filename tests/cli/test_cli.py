@@ -75,6 +75,40 @@ def test_quantize_follows_its_options(work, tmp_path):
     assert tensors["model.layers.0.mlp.down_proj.weight"].dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    ("options", "kinds"),
+    [
+        ((), ["inputs", "auto"]),
+        (("--format", "smoothquant-ext"), ["inputs", "auto"]),
+        (("--format", "compressed-tensors"), ["residual", "heads", "auto"]),
+        (("--format", "lmdeploy"), ["residual", "heads", "auto"]),
+        (("--alpha", "0.6"), ["residual", "heads", "auto"]),
+        (("--explicit",), ["residual", "heads", "auto"]),
+        (("--rotate", "inputs"), ["inputs"]),
+        (("--fast",), []),
+    ],
+    ids=lambda value: "_".join(value) or "none",
+)
+def test_other_engines_are_given_what_they_can_run(work, tmp_path, options, kinds):
+    quantize = ("quantize", work / "model", "-o", tmp_path / "out", "--calib", work / "text.txt")
+    result = smoothquant(*quantize, *SMALL, *options)
+    record = json.loads((tmp_path / "out" / "smoothquant.json").read_text())
+    assert record["recipe"]["rotate"] == kinds
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    rotates = "transform_config" in config
+    assert rotates or kinds != ["inputs"]
+    assert not rotates or config["quantization_status"] == "smoothed"
+    assert ("only smoothquant-ext runs it" in result.stdout) == (rotates and "--format" not in options)
+
+
+def test_enough_text_is_read_for_the_widest_layer(work, tmp_path):
+    quantize = ("quantize", work / "model", "-o", tmp_path / "out", "--calib", work / "text.txt", "--seqlen", "8")
+    smoothquant(*quantize)
+    record = json.loads((tmp_path / "out" / "smoothquant.json").read_text())
+    wide = load_file(work / "model" / "model.safetensors")["model.layers.0.mlp.down_proj.weight"].shape[1]
+    assert record["calibration"]["windows"] == 4 * wide / 8 > 16
+
+
 def test_quantize_searches_skips_and_says_so(work, tmp_path):
     result = smoothquant(
         *("quantize", work / "model", "-o", tmp_path / "auto", "--calib", work / "text.txt", *SMALL),

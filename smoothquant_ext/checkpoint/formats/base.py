@@ -66,6 +66,7 @@ class Format:
         weight_scale_is_per_channel: whether a weight's scale is [N, 1] even where the scheme has one scale per tensor.
         dtypes: the 8-bit dtypes it can store; empty for a format that is only read.
         rotates: what it can say is rotated at run time, of ``LAYERS`` and ``EXPERTS``.
+        rotations_ignored_by: the programs that read it without doing these rotations, so that their output is nonsense.
         read_by: the programs that read it, for ``--help``; of a format that is written.
         how_to_run: the paragraph of the model card that says what runs the checkpoint, Markdown, with ``{name}`` for
             the model's name; of a format that is written.
@@ -80,6 +81,7 @@ class Format:
     weight_scale_is_per_channel = False
     dtypes: tuple[torch.dtype, ...] = ()
     rotates: tuple[str, ...] = ()
+    rotations_ignored_by = ""
     read_by = ""
     how_to_run = how_to_run_rotated = ""
 

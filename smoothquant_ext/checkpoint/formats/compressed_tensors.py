@@ -65,6 +65,7 @@ class CompressedTensors(Format):
     dtypes = tuple(TYPES)
     # vLLM multiplies the inputs of linear layers; of experts' it knows nothing.
     rotates: tuple[str, ...] = (LAYERS,)
+    rotations_ignored_by = "SGLang, and transformers without smoothquant-ext"
     statuses: tuple[str, ...] = ("compressed", "frozen")
     suffix = ""
     read_by = "vLLM, SGLang and transformers"
@@ -75,7 +76,7 @@ class CompressedTensors(Format):
     )
     how_to_run_rotated = (
         "It is stored as compressed-tensors, whose `transform_config` says what is rotated at run time. vLLM\n"
-        "(`vllm serve {name}`) does that on an NVIDIA GPU. SGLang, and transformers without smoothquant-ext, do not\n"
+        f"(`vllm serve {{name}}`) does that on an NVIDIA GPU. {rotations_ignored_by}, do not\n"
         "read `transform_config`: their output is nonsense."
     )
 
@@ -152,8 +153,8 @@ class CompressedTensors(Format):
 
 
 class Smoothed(CompressedTensors):
-    """compressed-tensors and what no other program does at run time: the explicit smoothing scale, ``smooth`` fp32 [K],
-    and rotations in experts.
+    """compressed-tensors and what other programs do not do at run time: the explicit smoothing scale, ``smooth`` fp32
+    [K], and rotations.
 
     Without them the outputs would be wrong, so no other program may load the checkpoint: compressed-tensors, and
     transformers with it, stops at an unknown status, vLLM at an unknown format.
@@ -162,9 +163,10 @@ class Smoothed(CompressedTensors):
     name = "smoothquant-ext"
     tensors = replace(CompressedTensors.tensors, smooth="smooth")
     rotates = (LAYERS, EXPERTS)
+    rotations_ignored_by = ""
     statuses = ("smoothed",)
     suffix = "-smoothed"
-    read_by = "smoothquant-ext alone, for --explicit and for experts that are rotated at run time"
+    read_by = "smoothquant-ext alone, for --explicit and for inputs that are rotated at run time"
     how_to_run = (
         "Some of its inputs are smoothed at run time, by a tensor that only smoothquant-ext reads. "
         "Other engines refuse it."

@@ -118,7 +118,7 @@ def choose_format(
     """The format to write a model in, checked to be able to store it.
 
     Args:
-        name: of the format; ``None`` chooses the first that can store the model.
+        name: of the format; ``None`` chooses the first that can store the model, and that no reader misreads.
         schemes: the schemes of the model's layers.
         explicit: whether a layer has an explicit smoothing scale.
         rotated: what is rotated at run time, of ``base.LAYERS`` and ``base.EXPERTS``.
@@ -131,11 +131,12 @@ def choose_format(
         raise SmoothQuantError(f"unknown format {name!r}, expected one of {', '.join(written)}")
     reasons = {fmt.name: fmt.cannot_store(schemes, explicit, rotated) for fmt in written.values()}
     able = [fmt for fmt in written.values() if not reasons[fmt.name]]
-    if name is None and able:
-        return able[0]
+    best = next((fmt for fmt in able if not (rotated and fmt.rotations_ignored_by)), None)
+    if name is None and best:
+        return best
     if name is not None and not reasons[name]:
         return written[name]
     refused = [name] if name is not None else list(written)
     problem = ", ".join(f"format {each!r} {reasons[each]}" for each in refused)
-    advice = f"use format {able[0].name!r} or another recipe" if able else "use another recipe"
+    advice = f"use format {best.name!r} or another recipe" if best else "use another recipe"
     raise SmoothQuantError(f"{problem}; {advice}")

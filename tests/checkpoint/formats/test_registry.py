@@ -14,7 +14,7 @@ from tiny_w8a8 import assert_same_model, config_of, quantized
 
 from smoothquant_ext.checkpoint import loading, saving
 from smoothquant_ext.checkpoint.formats import registry
-from smoothquant_ext.checkpoint.formats.base import Format, QuantizationMap, TensorNames, all_linears
+from smoothquant_ext.checkpoint.formats.base import LAYERS, Format, QuantizationMap, TensorNames, all_linears
 from smoothquant_ext.checkpoint.formats.registry import choose_format, parse_quantization_config, written_formats
 from smoothquant_ext.checkpoint.model_card import CARD
 from smoothquant_ext.errors import SmoothQuantError
@@ -52,6 +52,7 @@ def test_the_first_format_that_can_store_the_model_is_chosen() -> None:
 
     assert chosen(None, "int8") == "compressed-tensors"
     assert chosen(None, "fp8-static", "int8") == "compressed-tensors"
+    assert choose_format(None, [SCHEMES["int8"]], rotated=[LAYERS]).name == "smoothquant-ext", "others may not rotate"
     assert chosen(None, "int8", explicit=True) == "smoothquant-ext"
     assert chosen(None, "fp8-e5m2") == "lmdeploy"
     assert chosen("lmdeploy", "int8") == "lmdeploy"
