@@ -237,7 +237,9 @@ class BlockQuantizer:
                 if source.rows:  # an expert may not run in the held-out windows
                     report.layers[name].error = self._error(name, layer, source, smoothed.get(name))
         if self.recipe.rounding != "nearest":
-            tensors = {f"{name}.{part}": t for name, pair in self.rounded.items() for part, t in zip(PAIR, pair)}
+            tensors = {
+                f"{name}.{part}": t for name, pair in self.rounded.items() for part, t in zip(PAIR, pair, strict=True)
+            }
             self.run.state.write(self._state_of_rounding, tensors, {})
         for local in self._quantized(self.block.experts):
             module, layout = self.block.module.get_submodule(local), self.block.experts[local]
