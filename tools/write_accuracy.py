@@ -36,7 +36,8 @@ NOTES = """
   in blocks of 256 channels.
 - *every input rotated*: `--rotate inputs`. What every layer reads is rotated while it is quantized, and nothing is
   smoothed. The head shares its weight with the token embedding, as in the original.
-  With *gptq* it is what `smoothquant quantize` does by default.
+- *the default*: what `smoothquant quantize` does, `--rotate inputs,auto` and GPTQ. Where `auto` rotates, it is *every
+  input rotated, gptq*.
 - *the default for other engines*: what `smoothquant quantize --format compressed-tensors` does,
   `--rotate residual,heads,auto` and GPTQ. `auto` makes no checkpoint larger, so with a head that shares its weight it
   tries the values of attention alone.
