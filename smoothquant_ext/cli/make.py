@@ -112,8 +112,11 @@ def quantize(
         rounding = "gptq"
     named = choose("format", format, ("auto", *written_formats()))
     if rotate is None:
-        is_ours = named in (None, Smoothed.name) and alpha is None and not explicit
-        rotate = "none" if fast else f"{'inputs' if is_ours else 'residual,heads'},{AUTO}"
+        is_ours = named in (None, Smoothed.name) and scheme == "int8" and not explicit
+        if fast:
+            rotate = "inputs" if is_ours else "none"
+        else:
+            rotate = f"{'inputs' if is_ours else 'residual,heads'},{AUTO}"
     recipe = Recipe(
         scheme,
         alpha if alpha is None or alpha == AUTO else parse_number("alpha", alpha),

@@ -120,19 +120,23 @@ Rotate = Annotated[
     str | None,
     typer.Option(
         metavar="KINDS",
-        help="Rotate activations before smoothing, which spreads outliers over all channels. residual (the residual "
+        help="Rotate activations, which spreads outliers over all channels. residual (the residual "
         "stream; a head that shares its weight with the token embedding is stored apart then) and heads (the "
         "values of attention) are folded into weights. down (what down_proj reads) and inputs (what every layer "
-        "reads, in the place of smoothing) are done while activations are quantized; they are more accurate, but only "
-        "this package and, by its source, vLLM run them. none: nothing. "
+        "reads) are done while activations are quantized, after smoothing where scales are per token; they are more "
+        "accurate, but only this package and, by its source, vLLM run them. none: nothing. "
         "auto among them: only if that lowers the error of the blocks that are tried, and makes no checkpoint "
-        "larger; alone it stands for residual,heads,down. Default with INT8: inputs,auto; with --alpha, --explicit or "
-        "a --format of other engines residual,heads,auto.",
+        "larger; alone it stands for residual,heads,down. Default with int8: inputs,auto; with int8-static, --explicit "
+        "or a --format of other engines residual,heads,auto.",
     ),
 ]
 Fast = Annotated[
     bool,
-    typer.Option("--fast", help="Rotate nothing, and round weights to nearest: takes less time, loses more."),
+    typer.Option(
+        "--fast",
+        help="Round weights to nearest, and try no rotation: with int8 the inputs of all layers are rotated, with a "
+        "--format of other engines nothing is. Takes half the time, loses a little more.",
+    ),
 ]
 AutoSkip = Annotated[
     str | None,

@@ -22,7 +22,7 @@ from ..probing.trying import NOT_OF_THE_MODULE, Failed, attempt, in_words
 from ..scheme import Scheme
 from .alpha_search import Choice, Trial, block_error, search_alphas_
 from .block_statistics import BlockInput, Windows, collect_statistics
-from .calibration import Calibration
+from .calibration import Calibration, rotated_ranges
 from .clipping import choose_clips_
 from .convert import quantize_experts, quantize_linear, rotation_of_experts
 from .expert_smoothing import smooth_experts_
@@ -163,6 +163,7 @@ class BlockQuantizer:
         self.absmax, self.scheme = run.calibration.absmax, run.recipe.resolved_scheme
         # The ranges of a repeated block's other runs were not recorded.
         self.rotated = run.report.rotations.inputs
+        self.unsmoothed = rotated_ranges(self.rotated, self.scheme)
         self.clips = run.recipe.clips and block.name not in run.calibration.recorder.repeated
         self.linears: dict[str, W8A8Linear] = {}
         self.experts: dict[str, W8A8Experts] = {}
@@ -175,7 +176,7 @@ class BlockQuantizer:
         layers = {local: self._linear(block.full_name(local)) for local in self._quantized(block.linears)}
         self.rounded = self._rounded_before(list(map(block.full_name, layers)))
         hessians = run.recipe.rounding != "nearest" and not self.rounded
-        rotated = {local: self.rotated.get(block.full_name(local), 0) for local in layers}
+        rotated = {local: self.unsmoothed.get(block.full_name(local), 0) for local in layers}
         self.statistics = collect_statistics(
             block.module, layers, calls, Windows(held_out, train), hessians, run.placement.keep, rotated
         )
@@ -186,7 +187,7 @@ class BlockQuantizer:
 
     def decide(self, groups: Sequence[Group]) -> Decision:
         """Chooses the scale of each group, those of explicit smoothing included, and the limits of static scales."""
-        groups = [group for group in groups if not self.rotated.keys() & group.consumers.keys()]
+        groups = [group for group in groups if not self.unsmoothed.keys() & group.consumers.keys()]
         groups = [*groups, *(self._explicit_groups(groups) if self.recipe.explicit else ())]
         is_searched = self.recipe.alpha == AUTO and bool(groups)
         if not is_searched and not self.clips:
@@ -341,6 +342,8 @@ class BlockQuantizer:
         assert rounding is not None
         rotate = self.rotated.get(name, 0)
         if name not in self.rounded:
+            if hessian is not None:
+                hessian = rotate_blocks(rotate_blocks(hessian, rotate).t(), rotate)
             self.rounded[name] = round_weight(rotate_blocks(weight, rotate), scheme, rounding, hessian)
         rounded = self.rounded[name]
         absmax = self.absmax[name] if limit is None else torch.tensor(limit)

@@ -37,8 +37,7 @@ class BlockInput:
 
     Attributes:
         consumers: names, within the block, of the layers that are handed it.
-        rotate: the size of the blocks of it that these layers rotate, or 0; absmax, Hessian and massive token are of
-            what they make of it.
+        rotate: the size of its blocks that are rotated before absmax and the massive token are taken, or 0.
         absmax: fp32 [K], largest magnitude of each channel over the windows that are not held out.
         rows: [R, K] each, up to ``MOST_ROWS`` rows of the held-out windows, spread evenly over them.
         hessian: fp32 [K, K], sum of ``x x^T`` over the other windows, or ``None`` if it was not asked for.
@@ -64,9 +63,9 @@ class BlockInput:
 
     def add(self, rows: Tensor, with_hessian: bool) -> None:
         """Adds rows [R, K] to the absmax, and to the Hessian if asked for."""
-        wide = rotate_blocks(rows.float(), self.rotate)
+        wide = rows.float()
         if len(rows):
-            largest = wide.abs().amax(dim=0)
+            largest = rotate_blocks(wide, self.rotate).abs().amax(dim=0)
             self.absmax = largest if self.absmax is None else torch.maximum(self.absmax, largest)
         if with_hessian:
             if self.hessian is None:
@@ -105,7 +104,8 @@ def collect_statistics(
         windows: which calls rows are kept of, and which absmax and Hessians are of.
         hessians: whether to sum these up.
         keep: moves an output to where it is to wait.
-        rotated: of layers that rotate their input the size of its blocks, by their names within the block.
+        rotated: of layers whose ranges are those of the rotated input the size of its blocks, by their names within the
+            block.
     """
     statistics = BlockStatistics()
     first_consumer: dict[str, str] = {}  # of each layer's input, decided in the layer's first run

@@ -22,6 +22,7 @@ from ..probing.hooks import hooked
 from ..probing.linears import find_linears, weight_nk
 from ..probing.lookups import find_limits
 from ..probing.values import first_argument
+from ..scheme import Scheme
 from .block_inputs import BlockInputRecorder
 from .expert_smoothing import HiddenRanges
 
@@ -81,6 +82,15 @@ def calibrate(
     if count == 0:
         raise SmoothQuantError(NO_BATCH)
     return absmax
+
+
+def rotated_ranges(rotated: Mapping[str, int], scheme: Scheme) -> Mapping[str, int]:
+    """Of layers whose input is rotated at run time those whose ranges are measured as it is rotated.
+
+    All of them with static scales, which come from the ranges. None with a scale per token: there ranges serve to
+    smooth the input, which is rotated after that.
+    """
+    return rotated if scheme.is_static else {}
 
 
 def check_finite(absmax: Mapping[str, Tensor], batch: int) -> None:

@@ -28,7 +28,7 @@ from ..probing.trying import Failed, attempt, untouched
 from ..progress import track
 from .block_inputs import BlockInputRecorder
 from .block_quantizer import QuantizedBlocks, Run, quantize_blocks
-from .calibration import Calibration, CalibrationData, calibrate
+from .calibration import Calibration, CalibrationData, calibrate, rotated_ranges
 from .convert import convert_, convert_experts_
 from .expert_smoothing import HiddenRanges
 from .folds import fold_rest_, for_unsmoothed
@@ -157,6 +157,7 @@ def _calibrate(
 ) -> Calibration:
     """Runs the model over the data: absmax of every selected layer, calls of every block, ranges within experts."""
     layers = selection.modules(structure.model)
+    rotated = rotated_ranges(rotated, recipe.resolved_scheme)
     recorder = BlockInputRecorder(structure.modules)
     smoothed = selection.experts if recipe.smooth else {}
     hidden = HiddenRanges(layers, {name: each for name, each in smoothed.items() if f"{name}.down" not in rotated})

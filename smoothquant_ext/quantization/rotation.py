@@ -15,7 +15,7 @@ the block in a higher precision, and dropped if the block then computes somethin
 - **R4, what else layers read**, such as the input of ``down_proj``, behind an activation function. No layer before them
   can be rotated, so the kernels rotate the input while they quantize it, and the weight is rotated alike. Nothing
   changes in the model in floating point: it is a property of the 8-bit layer. The input of any layer can be rotated so,
-  that of a norm's reader too (QuIP, Chee et al. 2023, rotates them all); smoothing is not folded into it then.
+  that of a norm's reader too (QuIP, Chee et al. 2023, rotates them all). With a scale per token it is smoothed before.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from ..probing.structure import Structure, find_structure
 from ..probing.trying import untouched
 from .block_inputs import BlockInputRecorder
 from .block_quantizer import Run, quantize_blocks
-from .calibration import Calibration, calibrate
+from .calibration import Calibration, calibrate, rotated_ranges
 from .expert_smoothing import HiddenRanges
 from .placement import Placement
 from .recipe import Recipe
@@ -94,7 +94,8 @@ def _mean_error(
     recorder = BlockInputRecorder({name: structure.modules[name] for name in trial.blocks})
     hidden = HiddenRanges({}, {})
     with placement.running(structure, unchanged=True), untouched(structure.model):
-        absmax = calibrate(structure.model, modules, [trial.batch], recorder, hidden=hidden, rotated=rotations.inputs)
+        rotated = rotated_ranges(rotations.inputs, recipe.resolved_scheme)
+        absmax = calibrate(structure.model, modules, [trial.batch], recorder, hidden=hidden, rotated=rotated)
     absmax = {name: channels.cpu() for name, channels in absmax.items()}
     report = Report(recipe, rotations=rotations)
     report.layers = {name: LayerReport(channels, channels) for name, channels in absmax.items()}
