@@ -34,8 +34,9 @@ NOTES = """
   this model and is stored apart then.
 - *rotated at run time too*: `--rotate residual,heads,down`. The input of `down_proj` is rotated while it is quantized,
   in blocks of 256 channels.
-- *every input rotated*: `--rotate inputs`. What every layer reads is rotated while it is quantized, and nothing is
-  smoothed. The head shares its weight with the token embedding, as in the original.
+- *every input rotated*: `--rotate inputs`. What every layer reads is rotated while it is quantized, in blocks of up to
+  256 channels, and with scales per token smoothed before. The head shares its weight with the token embedding, as in
+  the original.
 - *the default*: what `smoothquant quantize` does, `--rotate inputs,auto` and GPTQ. Where `auto` rotates, it is *every
   input rotated, gptq*.
 - *the default for other engines*: what `smoothquant quantize --format compressed-tensors` does,

@@ -113,10 +113,8 @@ def quantize(
     named = choose("format", format, ("auto", *written_formats()))
     if rotate is None:
         is_ours = named in (None, Smoothed.name) and scheme == "int8" and not explicit
-        if fast:
-            rotate = "inputs" if is_ours else "none"
-        else:
-            rotate = f"{'inputs' if is_ours else 'residual,heads'},{AUTO}"
+        kinds = "inputs" if is_ours else "none" if fast else "residual,heads"
+        rotate = kinds if fast else f"{kinds},{AUTO}"
     recipe = Recipe(
         scheme,
         alpha if alpha is None or alpha == AUTO else parse_number("alpha", alpha),

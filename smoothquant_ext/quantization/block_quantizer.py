@@ -342,7 +342,7 @@ class BlockQuantizer:
         assert rounding is not None
         rotate = self.rotated.get(name, 0)
         if name not in self.rounded:
-            if hessian is not None:
+            if hessian is not None and rotate:
                 hessian = rotate_blocks(rotate_blocks(hessian, rotate).t(), rotate)
             self.rounded[name] = round_weight(rotate_blocks(weight, rotate), scheme, rounding, hessian)
         rounded = self.rounded[name]
