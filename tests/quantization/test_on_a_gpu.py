@@ -115,7 +115,8 @@ def test_of_a_block_nothing_is_left_on_the_gpu_when_the_next_comes(monkeypatch: 
     monkeypatch.setattr(Placement, "copy", noted)
     with emulated_cuda(memory=SMALL):
         model = quantize(build(), DATA, RECIPES["static"], progress=False, device="cuda")
-    assert after_each == [0, 0]
+    assert len(after_each) >= 2
+    assert not any(after_each)
     assert cuda_bytes() == before
     assert model.device.type == "cpu"
 
