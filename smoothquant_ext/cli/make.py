@@ -158,8 +158,8 @@ def quantize(
         add_to_card(output, str(test), measured)
     if named is None and network.smoothquant_report.rotations.inputs:
         out.print(
-            "Its inputs are rotated at run time: only smoothquant-ext runs it. For vLLM, SGLang and transformers alone "
-            "add --format compressed-tensors, for LMDeploy --format lmdeploy.",
+            "Its inputs are rotated at run time, which only smoothquant-ext does. For vLLM, SGLang and transformers "
+            "alone quantize with --format compressed-tensors, for LMDeploy with --format lmdeploy.",
             soft_wrap=True,
         )
     out.print("Next:", style="bold")

@@ -69,14 +69,14 @@ def calibrate(
         largest = x.reshape(-1, x.shape[-1]).abs().amax(dim=0).float()
         absmax[name] = torch.maximum(absmax[name], largest) if name in absmax else largest
 
-    find_head = getattr(model, "get_output_embeddings", None)
-    head = find_head() if find_head else None
-    is_watched = any(layer is head for layer in layers.values())
+    base = getattr(model, "base_model", model)  # of transformers: the model without its head
+    before_head = set(base.modules()) if base is not model else set()
+    all_logits = not before_head.issuperset(layers.values())
     count = 0
     with hooked(layers, before=measure), hidden.measuring() if hidden is not None else nullcontext():
         for batch in batches:
             with recorder.recording() if recorder is not None and records(count) else nullcontext():
-                run_model(model, batch, all_logits=is_watched)
+                run_model(model, batch, all_logits)
             count += 1
             check_finite(absmax, count)
     if count == 0:

@@ -101,7 +101,7 @@ def test_other_engines_are_given_what_they_can_run(work, tmp_path, options, kind
     rotates = "transform_config" in config
     assert rotates or kinds != ["inputs"]
     assert not rotates or config["quantization_status"] == "smoothed"
-    assert ("only smoothquant-ext runs it" in result.stdout) == (rotates and "--format" not in options)
+    assert ("which only smoothquant-ext does" in result.stdout) == (rotates and "--format" not in options)
 
 
 def test_enough_text_is_read_for_the_widest_layer(work, tmp_path):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from smoothquant_ext.errors import SmoothQuantError
 from smoothquant_ext.probing.linears import find_linears
-from smoothquant_ext.quantization.calibration import calibrate
+from smoothquant_ext.quantization.calibration import calibrate, enough_windows
 
 
 def test_running_absmax_equals_that_of_all_inputs() -> None:
@@ -60,3 +60,27 @@ def test_a_non_finite_activation_is_named_with_the_first_layer_it_reaches(value:
     ):
         calibrate(model, find_linears(model), [tiny.token_ids()])
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("watched", ["all", "blocks"])
+def test_logits_are_computed_only_where_a_layer_of_the_head_is_watched(watched: str) -> None:
+    model = tiny.build("llama")
+    tokens: list[int] = []
+    model.lm_head.register_forward_hook(lambda _module, args, _output: tokens.append(args[0].shape[1]))
+    linears = find_linears(model)
+    tokens.clear()
+    layers = {name: linear for name, linear in linears.items() if watched == "all" or name != "lm_head"}
+    batch = tiny.token_ids()
+    absmax = calibrate(model, layers, [batch])
+    assert tokens == [batch.shape[1] if watched == "all" else 1]
+    assert absmax.keys() == layers.keys()
+    labelled = {"input_ids": batch, "labels": batch}  # whose loss takes all logits
+    assert all(torch.equal(values, absmax[name]) for name, values in calibrate(model, layers, [labelled]).items())
+
+
+def test_wide_layers_need_more_windows() -> None:
+    model = tiny.build("llama", intermediate_size=1024)
+    assert enough_windows(model, 512) == 16
+    assert enough_windows(model, 128) == 4 * 1024 / 128
+    assert enough_windows(model, 100) == 41
+    assert enough_windows(model, 8) == 128
