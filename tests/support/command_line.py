@@ -38,5 +38,6 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cli")
     write_tiny_model(path / "model")
     (path / "text.txt").write_text(some_text(2_000))
-    smoothquant("quantize", path / "model", "-o", path / "w8a8", "--calib", path / "text.txt", *SMALL)
+    portable = ("--format", "compressed-tensors")
+    smoothquant("quantize", path / "model", "-o", path / "w8a8", "--calib", path / "text.txt", *SMALL, *portable)
     return path
