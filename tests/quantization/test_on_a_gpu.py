@@ -27,6 +27,7 @@ RECIPES = {
     "searched": Recipe(alpha="auto", rounding="nearest"),
     "static": Recipe("int8-static", rounding="gptq", clipping="auto", auto_skip=3),
     "rotated": Recipe(alpha="auto", rotate=("residual", "heads")),
+    "inputs": Recipe(rounding="gptq", rotate="inputs"),
     "clip": Recipe("fp8", rounding="clip"),
     "fp8-static": Recipe("fp8-static", clipping="kl", max_ppl_increase=0.05),
     "fp8-e5m2": Recipe("fp8-e5m2", skip=("*.o_proj",)),
