@@ -68,7 +68,8 @@ VARIANTS = (
     Variant("W8A8 unsmoothed", "w8a8-unsmoothed", Recipe("int8", smooth=False)),
     Variant("SmoothQuant dynamic", "smoothquant-int8", Recipe("int8")),
     Variant("SmoothQuant static", "smoothquant-int8-static", Recipe("int8-static")),
-    Variant("rotated, GPTQ", "rotated-int8", Recipe("int8", rounding="gptq", rotate="inputs,auto")),  # the command's
+    # What the command does by default.
+    Variant("rotated, GPTQ", "rotated-int8", Recipe("int8", rounding="gptq", rotate="inputs,auto")),
 )
 BEST = VARIANTS[-1]
 

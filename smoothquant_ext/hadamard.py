@@ -16,9 +16,16 @@ BLOCKS = (256, 128, 64, 32, 16)
 def hadamard(n: int) -> Tensor | None:
     """A Hadamard matrix, int8 [n, n] of 1 and -1 with orthogonal rows; ``None`` where no construction is known here.
 
+    It is on the CPU, whatever device is torch's default: transformers builds models with ``meta`` as that.
+
     Constructions: Sylvester's product of smaller ones, and Paley's two for a prime q, of order q + 1 (q = 3 mod 4) and
     2 (q + 1) (q = 1 mod 4) (Paley 1933, "On orthogonal matrices").
     """
+    with torch.device("cpu"):
+        return _hadamard(n)
+
+
+def _hadamard(n: int) -> Tensor | None:
     if n == 1:
         return torch.ones(1, 1, dtype=torch.int8)
     if n == 2:

@@ -50,3 +50,12 @@ def test_the_seed_decides_the_signs() -> None:
     assert torch.equal(rotation(64, 1), rotation(64, 1))
     assert not torch.equal(rotation(64, 1), rotation(64, 2))
     assert torch.equal(rotation(7, 1), rotation(7, 1))
+
+
+def test_the_matrix_is_real_whatever_the_default_device() -> None:
+    hadamard.cache_clear()
+    with torch.device("meta"):
+        matrix = hadamard(64)
+    assert matrix is not None
+    assert matrix.device.type == "cpu"
+    assert hadamard(64) is matrix

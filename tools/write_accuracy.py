@@ -18,8 +18,8 @@ chance.
 
 All rows of a table have the same original and the same calibration windows (16 x 512 tokens of speeches of the 1990s).
 They run on the same 8-bit kernels, with everything else in float32, and on the same test windows of 512 tokens. Every
-linear layer of the decoder is in 8 bits, except where a row says that some were skipped. Peers that run in
-their own libraries are named [below](#what-the-rows-are).
+linear layer of the decoder is in 8 bits, except where a row says that some were skipped. Peers that run in their own
+libraries are named [below](#what-the-rows-are).
 
 `make accuracy` runs `benchmarks/accuracy.py`, which measures; `tools/write_accuracy.py` writes this page.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -142,12 +143,14 @@ def quantize(
     count = enough_windows(network, seqlen) if samples is None else samples
     windows = read_windows(loaded, calib, count, seqlen, seed, text_field)
     tests = None if test is None else read_windows(loaded, test, TEST_SAMPLES, seqlen, seed)
-    quantize_(network, windows, recipe, journal=target.with_name(f".{target.name}.search"), device=where)
+    journal = target.with_name(f".{target.name}.search")
+    quantize_(network, windows, recipe, journal=journal, device=where)
     cast_(network, stored_dtype(network.dtype, stored))
     network.smoothquant_record["calibration"]["text"] = name_of_text(calib)
     files_from = model if Path(model).is_dir() else None
     with step(f"Saving to {output}"):
         saving.save(network, output, tokenizer, chosen if named or explicit else None, files_from=files_from)
+    shutil.rmtree(journal, ignore_errors=True)  # what interrupted runs with other options left there
 
     out.print(render_report(network.smoothquant_report))
     files = sum(file.stat().st_size for file in output.glob("*.safetensors"))
@@ -158,8 +161,8 @@ def quantize(
         add_to_card(output, str(test), measured)
     if named is None and network.smoothquant_report.rotations.inputs:
         out.print(
-            "Its inputs are rotated at run time, which only smoothquant-ext does. For vLLM, SGLang and transformers "
-            "alone quantize with --format compressed-tensors, for LMDeploy with --format lmdeploy.",
+            "Its inputs are rotated at run time: this checkpoint is for smoothquant-ext alone. For vLLM, SGLang and "
+            "plain transformers quantize with --format compressed-tensors, for LMDeploy with --format lmdeploy.",
             soft_wrap=True,
         )
     out.print("Next:", style="bold")

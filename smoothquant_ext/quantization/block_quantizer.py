@@ -33,7 +33,7 @@ from .resume import SearchState
 from .rounding import round_weight
 from .smoothing import Proof, by_block, gather_scale, group_modules, magnitudes, smooth_group_
 
-PAIR = ("weight", "weight_scale")
+ROUNDED = ("weight", "weight_scale")
 MASSIVE_REPORTED = 50.0  # times the median token: worth telling
 # The same for a static scale, which has to fit both. INT8: at four times, the median token is left with 32 of the 127
 # steps. The steps of FP8 grow with the value.
@@ -161,9 +161,9 @@ class BlockQuantizer:
         """Runs the block on its recorded calls, one a window."""
         self.run, self.block, self.recipe = run, block, run.recipe
         self.absmax, self.scheme = run.calibration.absmax, run.recipe.resolved_scheme
-        # The ranges of a repeated block's other runs were not recorded.
         self.rotated = run.report.rotations.inputs
         self.unsmoothed = rotated_ranges(self.rotated, self.scheme)
+        # The ranges of a repeated block's other runs were not recorded.
         self.clips = run.recipe.clips and block.name not in run.calibration.recorder.repeated
         self.linears: dict[str, W8A8Linear] = {}
         self.experts: dict[str, W8A8Experts] = {}
@@ -239,7 +239,9 @@ class BlockQuantizer:
                     report.layers[name].error = self._error(name, layer, source, smoothed.get(name))
         if self.recipe.rounding != "nearest":
             tensors = {
-                f"{name}.{part}": t for name, pair in self.rounded.items() for part, t in zip(PAIR, pair, strict=True)
+                f"{name}.{part}": t
+                for name, pair in self.rounded.items()
+                for part, t in zip(ROUNDED, pair, strict=True)
             }
             self.run.state.write(self._state_of_rounding, tensors, {})
         for local in self._quantized(self.block.experts):
@@ -357,11 +359,12 @@ class BlockQuantizer:
         """What an interrupted run rounded of these layers by GPTQ or clipping: all of them, or nothing."""
         stored = None if self.recipe.rounding == "nearest" else self.run.state.read(self._state_of_rounding)
         tensors = {} if stored is None else stored[0]
-        if tensors.keys() != {f"{name}.{part}" for name in names for part in PAIR}:
+        if tensors.keys() != {f"{name}.{part}" for name in names for part in ROUNDED}:
             return {}
         device = device_of(self.block.module)
         return {
-            name: (tensors[f"{name}.{PAIR[0]}"].to(device), tensors[f"{name}.{PAIR[1]}"].to(device)) for name in names
+            name: (tensors[f"{name}.{ROUNDED[0]}"].to(device), tensors[f"{name}.{ROUNDED[1]}"].to(device))
+            for name in names
         }
 
     def _error(self, name: str, layer: W8A8Linear, source: BlockInput, choice: Choice | None) -> float:

@@ -101,7 +101,15 @@ def test_other_engines_are_given_what_they_can_run(work, tmp_path, options, kind
     rotates = "transform_config" in config
     assert rotates or kinds != ["inputs"]
     assert not rotates or config["quantization_status"] == "smoothed"
-    assert ("which only smoothquant-ext does" in result.stdout) == (rotates and "--format" not in options)
+    assert ("for smoothquant-ext alone" in result.stdout) == (rotates and "--format" not in options)
+
+
+def test_what_interrupted_runs_left_is_removed_once_the_output_is_there(work, tmp_path):
+    left = tmp_path / ".out.search" / "of-another-recipe"
+    left.mkdir(parents=True)
+    (left / "model.layers.0.rounded.safetensors").write_bytes(b"large")
+    smoothquant("quantize", work / "model", "-o", tmp_path / "out", "--calib", work / "text.txt", *SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_enough_text_is_read_for_the_widest_layer(work, tmp_path):

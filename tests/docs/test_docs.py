@@ -52,7 +52,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(folder / "original")
     (folder / "book.txt").write_text(some_text(12_000))
     (folder / "other.txt").write_text(some_text(9_000, seed=1))
-    smoothquant("quantize", folder / "original", "-o", folder / "smol-w8a8", "--calib", folder / "book.txt", *SMALL)
+    quantize = ("quantize", folder / "original", "--calib", folder / "book.txt", *SMALL)
+    smoothquant(*quantize, "-o", folder / "smol-w8a8")
+    smoothquant(*quantize, "-o", folder / "smol-r4", "--rotate", "inputs", "--format", "compressed-tensors")
     return folder
 
 
