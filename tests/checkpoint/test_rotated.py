@@ -164,6 +164,15 @@ def test_what_quantize_rotates_comes_back_to_the_bit(rotate: str, model_type: st
     assert config_of(tmp_path / "again") == config_of(tmp_path / "model")
 
 
+def test_the_first_model_of_a_process_may_be_a_rotated_one(tmp_path: Path) -> None:
+    """transformers builds it with ``meta`` as the default device, and the first Hadamard matrix is made then."""
+    model = rotated()
+    save(model, tmp_path / "model")
+    hadamard.cache_clear()
+    enable()
+    assert_same_model(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), model)
+
+
 # Other formats.
 
 
