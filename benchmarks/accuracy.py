@@ -79,7 +79,7 @@ VARIANTS = (
     ours("int8, rotated, not smoothed", smooth=False, rotate=FOLDED),
     ours("int8, rotated, alpha auto", alpha="auto", rotate=FOLDED),
     ours("int8-static, rotated, alpha auto", scheme="int8-static", alpha="auto", rotate=FOLDED),
-    ours("int8, the default", rounding="gptq", rotate=("inputs", AUTO)),
+    ours("int8, the default", rounding="gptq", rotate=("inputs", AUTO), head=AUTO),
     ours("int8, the default for other engines", rounding="gptq", rotate=(*FOLDED, AUTO)),
     ours("int8, rotated, gptq", rounding="gptq", rotate=FOLDED),
     ours("int8, rotated at run time too, not smoothed", smooth=False, rotate=ALSO_DOWN),

@@ -69,7 +69,7 @@ VARIANTS = (
     Variant("SmoothQuant dynamic", "smoothquant-int8", Recipe("int8")),
     Variant("SmoothQuant static", "smoothquant-int8-static", Recipe("int8-static")),
     # What the command does by default.
-    Variant("rotated, GPTQ", "rotated-int8", Recipe("int8", rounding="gptq", rotate="inputs,auto")),
+    Variant("rotated, GPTQ", "rotated-int8", Recipe("int8", rounding="gptq", rotate="inputs,auto", head="auto")),
 )
 BEST = VARIANTS[-1]
 
@@ -197,10 +197,10 @@ def products_check(model: Any, window: torch.Tensor) -> list[Check]:
     ran = ", ".join(f"{count} {op}" for op, count in products.eight_bit.items())
     passed = products.eight_bit.total() > 0 and not products.float_inside and not products.float_elsewhere
     found = f"found {products.float_inside or dict(products.float_elsewhere)}" if not passed else "none"
-    kept = ", ".join(products.float_linears)
+    kept = "".join(f"{name} and " for name in products.float_linears)
     what = (
         f"{products.quantized} quantized layers ran as {ran} in one forward pass; "
-        f"matrix products in floating point, besides {kept} and fused attention: {found}"
+        f"matrix products in floating point, besides {kept}fused attention: {found}"
     )
     return [(passed, what)]
 

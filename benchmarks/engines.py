@@ -140,10 +140,15 @@ def nudged(values: Tensor) -> Tensor:
 
 
 def ask_transformers(checkpoint: Path, windows: Tensor, dtype: str) -> Said:
-    """Runs plain transformers, which needs the package compressed-tensors."""
+    """Runs plain transformers, which needs the package compressed-tensors; that does what is rotated at run time."""
+    from compressed_tensors.transform import TransformConfig, apply_transform_config
     from transformers import AutoModelForCausalLM
 
-    return ask(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval(), windows)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
+    config = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
+    if transforms := config.get("transform_config"):
+        apply_transform_config(model, TransformConfig.model_validate(transforms))
+    return ask(model, windows)
 
 
 def in_another_python(python: Path, checkpoint: Path, windows: Tensor, dtype: str) -> Said:

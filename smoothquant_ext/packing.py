@@ -24,3 +24,10 @@ def unpack_weight(packed: Tensor, out_features: int, in_features: int) -> Tensor
     panels, rows4 = packed.shape[0], packed.shape[1] - 1
     plain = packed.view(torch.int8)[:, :rows4].transpose(1, 2).reshape(panels * PANEL, rows4 * 4)
     return plain[:out_features, :in_features].contiguous().view(packed.dtype)
+
+
+def unpack_rows(packed: Tensor, rows: Tensor, in_features: int) -> Tensor:
+    """Rows [..., in_features] of the weight that ``ops.prepack_weight`` packed, of indices [...] that it has."""
+    elements = packed.view(torch.int8)[:, :-1]
+    plain = elements[rows // PANEL, :, rows % PANEL].flatten(-2)[..., :in_features]
+    return plain.contiguous().view(packed.dtype)

@@ -115,6 +115,18 @@ def test_a_profile_tells_8_bit_products_from_floating_point_ones():
     assert not demo.products_check(model, TEST[:1])[0][0]
 
 
+def test_a_profile_of_a_model_whose_token_embedding_reads_its_head():
+    model: Any = build("llama", tie_word_embeddings=True)
+    quantize(model, CALIBRATION, Recipe(head="8bit"), progress=False)
+    assert model.get_input_embeddings().head.rotate == 64
+    products = profile_products(model, TEST[:1])
+    assert products.eight_bit["sq::w8a8_linear"] == 1
+    assert (products.float_linears, products.float_elsewhere) == ([], {})
+    (passed, what), *_ = demo.products_check(model, TEST[:1])
+    assert passed
+    assert what.endswith("matrix products in floating point, besides fused attention: none")
+
+
 def test_a_profile_finds_floating_point_products_outside_of_every_layer():
     model = quantize(llama_with_outliers(), CALIBRATION, progress=False)
     model.set_attn_implementation("eager")

@@ -37,8 +37,9 @@ NOTES = """
 - *every input rotated*: `--rotate inputs`. What every layer reads is rotated while it is quantized, in blocks of up to
   256 channels, and with scales per token smoothed before. The head shares its weight with the token embedding, as in
   the original.
-- *the default*: what `smoothquant quantize` does, `--rotate inputs,auto` and GPTQ. Where `auto` rotates, it is *every
-  input rotated, gptq*.
+- *the default*: what `smoothquant quantize` does, `--rotate inputs,auto`, `--head auto` and GPTQ. Where `auto` rotates,
+  it is *every input rotated, gptq*, and where `auto` takes the head, the head and the token embedding have 8 bits too,
+  in one weight. In the other rows both stay in floating point.
 - *the default for other engines*: what `smoothquant quantize --format compressed-tensors` does,
   `--rotate residual,heads,auto` and GPTQ. `auto` makes no checkpoint larger, so with a head that shares its weight it
   tries the values of attention alone.
@@ -58,7 +59,7 @@ NOTES = """
   which RMS norms do not undo: that alone, without quantization, has a KL of 0.0004 (1,022 tokens).
 - *llama.cpp, Q8_0*: blocks of 32 weights with a scale in float16, quantized by llama.cpp from the same GGUF file as the
   original, and run by its own kernels, which quantize activations in blocks of 32 too. The token embedding, which is
-  also the head, has 8 bits there and not in the other rows. It needs no calibration. *llama.cpp, f32* is the same file
+  also the head, has 8 bits there, as in *the default*. It needs no calibration. *llama.cpp, f32* is the same file
   without quantization: its KL is how far two implementations of float32 are apart.
 - *MB*: bytes of the checkpoint, with what is not in 8 bits in bfloat16.
 - *LMDeploy's rule*: its formula for s, in this package's pipeline.

@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..compat import first_line, quiet_transformers
 from ..errors import SmoothQuantError
+from ..nn.embedding import shares_head
 from ..nn.linear import W8A8Linear
 from ..scheme import Scheme
 from .atomic import check_free_space, replace_directory
@@ -136,7 +137,8 @@ def convert(
     schemes = [scheme for scheme, _ in Counter(map(source.scheme, checkpoint.layers)).most_common()]
     blocks = {name: layer.rotate for name, layer in checkpoint.layers.items()}
     explicit = any(layer.smooth for layer in checkpoint.layers.values())
-    fmt = choose_format(format, schemes, explicit, rotated_parts(blocks, source.experts))
+    rotated = rotated_parts(blocks, source.experts)
+    fmt = choose_format(format, schemes, explicit, rotated, shares_head(source.model))
     files = list(other_files(path, besides=frozenset({CONFIG, INDEX, *config_files(), *_weight_files(checkpoint)})))
     record = _record(path)
     written = (CARD,) if record is None else (CARD, RECORD)

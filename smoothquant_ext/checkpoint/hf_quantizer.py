@@ -23,8 +23,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import SmoothQuantError
 from ..fusion.fuse import fuse_
+from ..nn.embedding import W8A8Embedding
 from ..nn.experts import W8A8Experts
-from ..nn.finalize import finalize_
+from ..nn.finalize import finalize_, forget_ties_
 from ..nn.linear import W8A8Linear
 from ..probing.linears import Linear, weight_nk
 from .completeness import check_loaded
@@ -45,6 +46,7 @@ from .rotations import check_rotations
 from .scales import check_scales, describe, is_zero_point, unused_scales
 
 METHOD = "smoothquant_ext"
+UNTIE = "set tie_word_embeddings to false there"
 
 
 @register_quantization_config(METHOD)
@@ -114,13 +116,7 @@ class W8A8Quantizer(HfQuantizer):
             self.checkpoint = find_layers(self.checkpoint, self.experts.paths, names_of_layers(model, eight_bit))
         check_scales(self.checkpoint)
         layers = self.checkpoint.layers
-        head = model.get_output_embeddings()
-        paths = {name for name, module in model.named_modules() if module is head}
-        if getattr(model.config, "tie_word_embeddings", False) and paths & layers.keys():
-            raise SmoothQuantError(
-                f"{directory}: {min(paths & layers.keys())} is quantized, but config.json ties it to the "
-                "token embedding; set tie_word_embeddings to false there"
-            )
+        embedding = self._embedding_of_head(model)
         self._check_shapes(model)
         self._check_complete(model)
         check_rotations(model, self.checkpoint, stored)
@@ -139,10 +135,32 @@ class W8A8Quantizer(HfQuantizer):
                 )
             model.set_submodule(path, self._empty_layer(layers[name], linear.weight.dtype))
         swap_experts_(model, self.checkpoint, self.experts, self._empty_layer)
-        _untie_(model)
+        if embedding:
+            factor = torch.empty(1, dtype=model.get_submodule(embedding).weight.dtype, device="meta")
+            model.set_submodule(embedding, W8A8Embedding(model.get_output_embeddings(), factor))
+        forget_ties_(model)
         self._leave_out_scales(model)
         if self.quantization_config.directory is None:  # else the caller asks for it, and knows what may be dropped
             self._listen_(model)
+
+    def _embedding_of_head(self, model: PreTrainedModel) -> str:
+        """The path of the token embedding that reads the weight of the output embedding, which has 8 bits, or ''."""
+        head, modules = model.get_output_embeddings(), dict(model.named_modules())
+        linears = self._linears(model, self.checkpoint.layers)
+        quantized = [name for name, _, linear in linears if linear is not None and linear is head]
+        if not quantized:
+            return ""
+        stored = set(to_model_names(model, self.checkpoint.tensors).values())
+        shares = self.checkpoint.quantization.fmt.shares_head
+        embedding = next((path for path in modules if shares and f"{path}.factor" in stored), "")
+        if embedding and modules[embedding] is model.get_input_embeddings():
+            return embedding
+        if getattr(model.config, "tie_word_embeddings", False):
+            raise SmoothQuantError(
+                f"{self.checkpoint.directory}: {quantized[0]} is quantized, but config.json ties it to the token "
+                + (f"embedding, whose factor is missing; {COPY_AGAIN}" if shares else f"embedding; {UNTIE}")
+            )
+        return ""
 
     def _listen_(self, model: PreTrainedModel) -> None:
         """Keeps what transformers finds missing or unexpected, which it tells its caller but not a quantizer."""
@@ -348,13 +366,3 @@ def _rename_buffer(module: nn.Module, name: str, new_name: str, value: Tensor) -
     buffers = [(new_name, value) if key == name else (key, buffer) for key, buffer in module._buffers.items()]
     module._buffers.clear()
     module._buffers.update(buffers)
-
-
-def _untie_(model: PreTrainedModel) -> None:
-    """Forgets ties of weights that are 8-bit now, as blocks of hybrid models share them: each layer has its own."""
-    tied = getattr(model, "all_tied_weights_keys", None)
-    if tied:
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        model.all_tied_weights_keys = {
-            name: source for name, source in tied.items() if name in parameters and source in parameters
-        }

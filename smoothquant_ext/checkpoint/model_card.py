@@ -68,6 +68,7 @@ def model_card(
         calibration=record.get("calibration") or {},
         rotated=_rotated(record.get("rotations") or {}),
         at_run_time=[_at_run_time(block, count) for block, count in sorted(blocks.items())],
+        head=_head_in_8_bits(record),
         groups=len(record.get("groups") or ()),
         skipped={reason: len(names) for reason, names in by_reason(record.get("skipped") or {}).items()},
         is_static=any(scheme.is_static for scheme in schemes),
@@ -119,6 +120,11 @@ def add_measured(directory: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def _rotated(rotations: Mapping[str, Any]) -> list[str]:
     names = {"residual": "the residual stream", "heads": "the values of attention"}
     return [name for key, name in names.items() if rotations.get(key)]
+
+
+def _head_in_8_bits(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    head: Mapping[str, Any] = record.get("head") or {}
+    return head if head.get("name") in (record.get("quantized") or ()) else None
 
 
 def _at_run_time(block: int, count: int) -> str:

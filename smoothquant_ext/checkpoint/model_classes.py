@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ..errors import SmoothQuantError
+from ..nn.embedding import shares_head
 from ..nn.linear import W8A8Linear
 
 OWN_CODE = (
@@ -100,7 +101,7 @@ def check_loadable(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     path = next((f"{path}." for path, module in model.named_modules() if module is head), "")
     tied = [name for name in getattr(model, "all_tied_weights_keys", {}) if not name.startswith(path)]
-    if isinstance(head, W8A8Linear) and tied:
+    if isinstance(head, W8A8Linear) and tied and not shares_head(model):
         raise SmoothQuantError(
             f"{kind.__name__} cannot be saved with {path[:-1]} in 8 bits, because config.json would then untie "
             f"{tied[0]} too; leave {path[:-1]} in floating point"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..nn.embedding import shares_head
 from ..nn.experts import W8A8Experts
 from ..nn.linear import W8A8Linear
 from ..scheme import Scheme, dtype_name
@@ -51,6 +52,11 @@ def quantized_layers(model: nn.Module) -> dict[str, W8A8Linear]:
         elif isinstance(module, W8A8Experts):
             layers |= {f"{path}.{local}": layer for local, layer in module.layers()}
     return layers
+
+
+def has_untied_head(model: PreTrainedModel) -> bool:
+    """Whether the output embedding has an 8-bit weight that is not that of the token embedding."""
+    return isinstance(model.get_output_embeddings(), W8A8Linear) and not shares_head(model)
 
 
 def count_quantized(model: nn.Module) -> int:
@@ -166,21 +172,25 @@ def set_quantization_config_(model: PreTrainedModel) -> dict[str, str]:
 
     Returns:
         What ``finalize_`` has to refuse: ``save_pretrained``, where the only format that can store the model has other
-        names of tensors than the state dict.
+        names of tensors than the state dict, and another size of an 8-bit vocabulary.
     """
     layers = quantized_layers(model)
     if not layers:
         return {}
     explicit = any(layer.smooth is not None for layer in layers.values())
-    fmt = choose_format(None, [layer.scheme for layer in layers.values()], explicit, rotated_in(model, layers))
+    schemes, shared = [layer.scheme for layer in layers.values()], shares_head(model)
+    fmt = choose_format(None, schemes, explicit, rotated_in(model, layers), shared)
     names = checkpoint_names(model, layers, float_tensors(model))
-    if isinstance(model.get_output_embeddings(), W8A8Linear):
-        model.config.tie_word_embeddings = False  # the 8-bit weight is not that of the embedding
+    if has_untied_head(model):
+        model.config.tie_word_embeddings = False
     model.config.quantization_config = names.quantization_config(fmt)
+    refused = {}
+    if isinstance(model.get_output_embeddings(), W8A8Linear):
+        refused["resize_token_embeddings"] = "the output embedding has 8 bits; resize it before the model is quantized"
     if fmt.tensors.is_state_dict:
-        return {}
+        return refused
     dtypes = " and ".join(sorted({dtype_name(layer.scheme.dtype) for layer in layers.values()}))
-    return {
+    return refused | {
         "save_pretrained": f"{dtypes} is stored in format {fmt.name!r}, whose tensors have other names; use "
         "smoothquant_ext.save(model, directory)"
     }

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compat import first_line, quiet_transformers
 from ..errors import SmoothQuantError
+from ..nn.embedding import shares_head
 from ..nn.linear import W8A8Linear
 from ..scheme import dtype_name
 from .atomic import check_free_space, check_place, replace_directory
@@ -29,7 +30,14 @@ from .formats.base import Format
 from .formats.registry import choose_format, config_files, parse_quantization_config
 from .model_card import CARD, model_card
 from .model_classes import check_loadable
-from .naming import checkpoint_names, count_quantized, float_tensors, quantized_layers, rotated_in
+from .naming import (
+    checkpoint_names,
+    count_quantized,
+    float_tensors,
+    has_untied_head,
+    quantized_layers,
+    rotated_in,
+)
 from .other_files import copy_files, other_files
 from .reading import CONFIG, INDEX, find_quantization
 from .record import RECORD, read_record
@@ -141,7 +149,7 @@ def save(
     layers = _checked_layers(model)
     is_explicit = any(layer.smooth is not None for layer in layers.values())
     schemes = [scheme for scheme, _ in Counter(layer.scheme for layer in layers.values()).most_common()]
-    fmt = choose_format(format, schemes, is_explicit, rotated_in(model, layers))
+    fmt = choose_format(format, schemes, is_explicit, rotated_in(model, layers), shares_head(model))
     record = getattr(model, "smoothquant_record", None)
     others: list[Path] = []
     if files_from is not None:
@@ -294,8 +302,8 @@ def _write_configs(model: PreTrainedModel, quantization: dict[str, Any], directo
         if part is not None and part.dtype is None:
             part.dtype = config.dtype
     config.quantization_config = quantization
-    if isinstance(model.get_output_embeddings(), W8A8Linear):
-        config.tie_word_embeddings = False  # the 8-bit weight is not that of the embedding
+    if has_untied_head(model):
+        config.tie_word_embeddings = False
     config.to_json_file(directory / CONFIG)
     if model.can_generate():
         # Not save_pretrained: it refuses settings that many published models have (a temperature without sampling).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -21,6 +22,7 @@ from .options import (
     Drop,
     Explicit,
     Fast,
+    HeadBits,
     MaxPplIncrease,
     Model,
     NoSmooth,
@@ -68,6 +70,7 @@ def quantize(
     rounding: Rounding = None,
     clipping: Clipping = None,
     rotate: Rotate = None,
+    head: HeadBits = None,
     fast: Fast = False,
     calib: Calib = CALIBRATION_TEXT,
     samples: CalibrationSamples = None,
@@ -95,7 +98,7 @@ def quantize(
 
     Calibration needs a few thousand tokens of text. The command probes the
     model to find which layers can be smoothed, and undoes a change that alters
-    the output. Output embedding and expert routers stay in floating point.
+    the output. Expert routers stay in floating point.
     """
     from ..checkpoint import saving
     from ..checkpoint.formats.base import EXPERTS, LAYERS
@@ -105,7 +108,7 @@ def quantize(
     from ..probing.experts import looks_like_experts
     from ..quantization.calibration import enough_windows
     from ..quantization.pipeline import quantize as quantize_
-    from ..quantization.recipe import AUTO, Recipe
+    from ..quantization.recipe import AUTO, FLOAT, Recipe
     from ..quantization.rotation_choice import ROTATED_DTYPES
     from ..reporting.tables import render_report
 
@@ -126,12 +129,16 @@ def quantize(
         0 if auto_skip is None else parse_count_or_share("auto-skip", auto_skip),
         None if max_ppl_increase is None else parse_number("max-ppl-increase", max_ppl_increase),
         rotate,
+        cast(Any, FLOAT if head is None else head),
         tuple(skip or ()),
         tuple(only or ()),
     )
     is_tried = recipe.resolved_scheme.dtype in ROTATED_DTYPES or not recipe.chooses_rotation
     rotated = [LAYERS] if is_tried and {"down", "inputs"} & set(recipe.rotations) else []
-    chosen = choose_format(named, [recipe.resolved_scheme], explicit, rotated).name  # refuses now, not after the work
+    # Refuses now, not after the work.
+    chosen = choose_format(named, [recipe.resolved_scheme], explicit, rotated, shared=recipe.head != FLOAT).name
+    if head is None and chosen == Smoothed.name:
+        recipe = replace(recipe, head="auto")
     stored, where = parse_dtype(dtype), parse_device(device)
     target = saving.check_destination(output)
 
@@ -159,10 +166,10 @@ def quantize(
         measured = measure(model, network, output.name, tests, drop)
         show(measured, as_json=False)
         add_to_card(output, str(test), measured)
-    if named is None and network.smoothquant_report.rotations.inputs:
+    if named is None and Smoothed().recognizes(network.config.quantization_config):
         out.print(
-            "Its inputs are rotated at run time: this checkpoint is for smoothquant-ext alone. For vLLM, SGLang and "
-            "plain transformers quantize with --format compressed-tensors, for LMDeploy with --format lmdeploy.",
+            "It is for smoothquant-ext alone. For vLLM, SGLang and plain transformers quantize with "
+            "--format compressed-tensors, for LMDeploy with --format lmdeploy.",
             soft_wrap=True,
         )
     out.print("Next:", style="bold")
@@ -183,7 +190,7 @@ def convert(
 ) -> None:
     """Writes a W8A8 checkpoint from any tool in another format, without rounding again.
 
-    Example: [bold]smoothquant convert smol-w8a8 -o smol-lmdeploy --format lmdeploy[/bold]
+    Example: [bold]smoothquant convert smol-ct -o smol-lmdeploy --format lmdeploy[/bold]
 
     Reads compressed-tensors, the formats of LMDeploy, SGLang, Quark and Ascend, and the FP8 formats of vLLM,
     transformers, FBGEMM and ModelOpt. Tensors that the model's class does not know, such as layers for multi-token

@@ -130,6 +130,16 @@ Rotate = Annotated[
         "or a --format of other engines residual,heads,auto.",
     ),
 ]
+HeadBits = Annotated[
+    str | None,
+    typer.Option(
+        "--head",
+        metavar="float|8bit|auto",
+        help="Whether the output embedding has 8 bits, and with it the token embedding that shares its weight; its "
+        "input is smoothed and, with INT8, rotated at run time, which only this package does. auto: if that adds less "
+        "than 0.0005 nats a token to the KL divergence. Default: auto where the format is smoothquant-ext, else float.",
+    ),
+]
 Fast = Annotated[
     bool,
     typer.Option(

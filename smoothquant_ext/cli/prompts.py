@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 from ..errors import SmoothQuantError
+from ..nn.embedding import vocabulary_size
 
 COLDEST = 1e-6  # logits divided by less would overflow
 
@@ -40,7 +41,7 @@ def room_for(name: str, network: Any, input_ids: Any, answer: int) -> int:
     tokens = input_ids.shape[1]
     if tokens == 0:
         raise SmoothQuantError("the prompt is empty: give a text to continue")
-    known = network.get_input_embeddings().weight.shape[0]
+    known = vocabulary_size(network)
     highest = int(input_ids.max())
     if highest >= known:
         raise SmoothQuantError(

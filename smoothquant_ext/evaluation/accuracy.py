@@ -231,6 +231,11 @@ def _sum_kl(log_p: Tensor, log_q: Tensor) -> float:
 @torch.no_grad()
 def log_probabilities(model: nn.Module, batch: Batch) -> Tensor:
     """Log probabilities, fp32 [B, T, V], of every token at every position of a batch."""
+    return torch.log_softmax(logits_of(model, batch).float(), dim=-1)
+
+
+def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+    """The logits [B, T, V] of a batch, in the model's dtype."""
     output = run_model(model, batch)
     logits: Tensor = output if isinstance(output, Tensor) else output.logits
-    return torch.log_softmax(logits.float(), dim=-1)
+    return logits

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.cli.serve import Serve
 
+from ..nn.embedding import vocabulary_size
 from .generating import Batched, OneByOne, Room, sampling_of, shared_sampling
 from .guard import Guard
 from .request_checks import Served
@@ -32,7 +33,7 @@ class GuardedServer(Serve):
         model, processor = models.load_model_and_processor(name)
         batches = state.use_continuous_batching(model, models.get_model_modality(model, processor=processor))
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        known = model.get_input_embeddings().weight.shape[0]
+        known = vocabulary_size(model)
         sampling = shared_sampling(model.generation_config, self.temperature)
         self.served = Served(
             model=models.force_model,

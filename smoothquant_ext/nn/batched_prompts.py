@@ -11,6 +11,7 @@ from typing import Any
 from transformers import ContinuousBatchingConfig, PreTrainedModel
 
 from ..errors import SmoothQuantError
+from .embedding import vocabulary_size
 
 
 def generate_batch(
@@ -28,13 +29,13 @@ def generate_batch(
     config = generation_config or model.generation_config
     answer = options.get("max_new_tokens") or config.max_new_tokens or 1
     for index, prompt in enumerate(inputs):
-        check_prompt(prompt, answer, _vocabulary(model), _tokens(continuous_batching_config), f"prompt {index}")
+        check_prompt(prompt, answer, vocabulary_size(model), _tokens(continuous_batching_config), f"prompt {index}")
     return type(model).generate_batch(model, inputs, generation_config, continuous_batching_config, **options)
 
 
 def checked_(manager: Any, model: PreTrainedModel) -> Any:
     """A manager of continuous batching whose ``add_request`` refuses such prompts too; ``manager`` itself."""
-    manager.add_request = partial(_add_request, manager.add_request, manager, _vocabulary(model))
+    manager.add_request = partial(_add_request, manager.add_request, manager, vocabulary_size(model))
     return manager
 
 
@@ -74,10 +75,6 @@ def check_prompt(prompt: Sequence[int], answer: int, vocabulary: int, cache: int
             f"{name} has {len(prompt)} tokens and its answer up to {answer}, but the cache holds {cache}: give "
             f"ContinuousBatchingConfig more num_blocks"
         )
-
-
-def _vocabulary(model: PreTrainedModel) -> int:
-    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def _tokens(config: ContinuousBatchingConfig | None) -> int | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -25,9 +26,27 @@ def finalize_(model: nn.Module, refused: Mapping[str, str]) -> None:
     if not any(isinstance(module, W8A8Linear | W8A8Experts) for module in model.modules()):
         return
     model.requires_grad_(False)
+    forget_ties_(model)
     checkpointing = "an 8-bit model cannot use gradient checkpointing; train adapters without it"
     for method, reason in {"gradient_checkpointing_enable": checkpointing, **refused}.items():
         vars(model)[method] = partial(_refuse, reason)
+
+
+def forget_ties_(model: nn.Module) -> None:
+    """Makes transformers forget ties of weights that are 8-bit now: it ties parameters, which these are not."""
+    for module in model.modules():  # a model may hold others, which have ties of their own
+        # The second are the class's own, patterns, which it expands when it is asked to tie its weights.
+        for attribute in ("all_tied_weights_keys", "_tied_weights_keys"):
+            tied = getattr(module, attribute, None)
+            if isinstance(tied, Mapping) and tied:
+                names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+                kept = {key: source for key, source in tied.items() if _is_in(names, key) and _is_in(names, source)}
+                if len(kept) < len(tied):
+                    setattr(module, attribute, kept)
+
+
+def _is_in(names: Sequence[str], pattern: str) -> bool:
+    return pattern in names or any(re.match(pattern, name) for name in names)
 
 
 def _refuse(reason: str, *_args: Any, **_kwargs: Any) -> NoReturn:

@@ -8,7 +8,7 @@ The model is run once with stand-ins in all these places.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from .hooks import hooked, swapped
 
 # What every module has, and what an 8-bit one has besides; the values of the latter are looked at when they are used.
 COMMON = {*dir(nn.Module()), "in_features", "out_features", "num_experts", "weight", "bias"}
+COMMON |= {"num_embeddings", "embedding_dim"}
 INPUT = {"input", "x"}  # what a linear layer's argument is called
 # Questions whose answer is the same for an 8-bit weight, which may be packed: its shape is not among them.
 SAME_FOR_8_BITS = {
@@ -30,8 +31,15 @@ SAME_FOR_8_BITS = {
 
 
 @contextmanager
-def stand_ins(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[dict[str, str]]:
+def stand_ins(
+    model: nn.Module, modules: Mapping[str, nn.Module], harmless: Set[Any] = frozenset(SAME_FOR_8_BITS)
+) -> Iterator[dict[str, str]]:
     """Puts stand-ins in the places of modules until the ``with`` body ends, which runs the model.
+
+    Args:
+        model: the model.
+        modules: by name.
+        harmless: functions that a parameter may be given while none of its modules runs.
 
     Yields:
         For the name of each module that was used by something other than a call under its name, how.
@@ -50,7 +58,8 @@ def stand_ins(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[di
         if id(modules[name]) not in running:
             uses.setdefault(name, "it is called through another reference than its place in the model")
 
-    with swapped(model, places), hooked(modules, before=note), _Reads(model, modules, uses, running):
+    reads = _Reads(model, modules, uses, running, harmless)
+    with swapped(model, places), hooked(modules, before=note), reads:
         yield uses
 
 
@@ -82,33 +91,38 @@ class _StandIn(nn.Module):
 
 
 class _Reads(TorchFunctionMode):
-    """Notes functions that are given a parameter while its module does not run."""
+    """Notes functions that are given a parameter while none of its modules runs."""
 
     def __init__(
-        self, model: nn.Module, modules: Mapping[str, nn.Module], uses: dict[str, str], running: list[int]
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        uses: dict[str, str],
+        running: list[int],
+        harmless: Set[Any],
     ) -> None:
         super().__init__()
-        self.uses, self.running = uses, running
+        self.uses, self.running, self.harmless = uses, running, harmless
         names = {id(module): name for name, module in modules.items()}
         owners: dict[int, set[int]] = {}
         everything = [*model.modules(), *modules.values()]  # behind stand-ins
         for module in everything:
             for parameter in module._parameters.values():
                 owners.setdefault(id(parameter), set()).add(id(module))
-        # A parameter of two modules may be read by either; 8 bits in one leave the other its own.
-        self.owner = {
-            id(parameter): (id(module), names[id(module)], kind)
+        # A parameter of another module too may be read by that; 8 bits in one leave the other its own.
+        self.owners = {
+            id(parameter): (owners[id(parameter)], names[id(module)], kind)
             for module in modules.values()
             for kind, parameter in module._parameters.items()
-            if parameter is not None and len(owners[id(parameter)]) == 1
+            if parameter is not None and owners[id(parameter)] <= names.keys()
         }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in SAME_FOR_8_BITS:
+        if func not in self.harmless:
             for value in tree_leaves((args, kwargs)):
-                if isinstance(value, Tensor) and (owner := self.owner.get(id(value))) is not None:
-                    module, name, kind = owner
-                    if module not in self.running:
+                if isinstance(value, Tensor) and (owner := self.owners.get(id(value))) is not None:
+                    modules, name, kind = owner
+                    if not modules & set(self.running):
                         self.uses.setdefault(name, f"its {kind} is read by something other than its own forward pass")
         return func(*args, **kwargs)

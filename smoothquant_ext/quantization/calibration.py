@@ -125,6 +125,7 @@ class CalibrationData:
     Attributes:
         first: the first batch, which is always held out.
         held_out: the held-out batches, by their number.
+        last_is_held_out: whether the batch that was yielded last is one of them.
         windows: rows of all batches so far.
         tokens: tokens in them.
 
@@ -141,6 +142,7 @@ class CalibrationData:
             raise SmoothQuantError(NO_BATCH) from None
         self.held_out: dict[int, Batch] = {}
         self.windows = self.tokens = 0
+        self.last_is_held_out = True
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -156,6 +158,7 @@ class CalibrationData:
                 stride = max(HELD_OUT_SHARE, operator.length_hint(self._batches) // wanted)
             if index % stride == 0 and len(self.held_out) < wanted:
                 self.held_out[index] = batch
+            self.last_is_held_out = index in self.held_out
             yield batch
 
     def is_held_out(self, index: int) -> bool:

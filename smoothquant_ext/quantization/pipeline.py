@@ -32,6 +32,7 @@ from .calibration import Calibration, CalibrationData, calibrate, rotated_ranges
 from .convert import convert_, convert_experts_
 from .expert_smoothing import HiddenRanges
 from .folds import fold_rest_, for_unsmoothed
+from .head import HeadQuantizer
 from .placement import place_
 from .recipe import Recipe
 from .report import LayerReport, Report, UnitReport
@@ -41,7 +42,7 @@ from .rotation import rotate_
 from .rotation_choice import rotate_if_better_
 from .selection import Selection, check_finite_weights, select_linears
 from .sensitivity import Unit
-from .skipping import choose_skips, with_dynamic_scale
+from .skipping import choose_skips, first_tokens, with_dynamic_scale
 
 Model = TypeVar("Model", bound=nn.Module)
 Progress: TypeAlias = Callable[[Iterable[Any]], Iterable[Any]]
@@ -109,8 +110,10 @@ def _quantize(
     if recipe.rotate:
         structure = find_structure(model, data.first)  # its blocks' calls are rotated now
 
+    head = HeadQuantizer(structure, recipe, selection)
     with placement.running(structure, unchanged=True), untouched(model):
-        calibration = _calibrate(structure, selection, data, recipe, report.rotations.inputs, bar("Calibrating"))
+        rotated = report.rotations.inputs
+        calibration = _calibrate(structure, selection, data, recipe, rotated, head, bar("Calibrating"))
     report.calibration = {"windows": data.windows, "tokens": data.tokens}
     report.layers = {name: LayerReport(absmax, absmax) for name, absmax in calibration.absmax.items()}
     for name in selection.names:
@@ -119,6 +122,7 @@ def _quantize(
     measured = calibration.absmax | {f"held out {index}": token_ids(batch) for index, batch in data.held_out.items()}
     state = SearchState(Path(journal) / fingerprint(model, measured, repr(recipe)) if journal is not None else None)
     run = Run(recipe, structure, calibration, placement, state, report)
+    head.quantize(first_tokens(list(data.held_out.values())), placement, bar)
 
     discovery = Discovery()
     if recipe.smooth:
@@ -127,9 +131,10 @@ def _quantize(
     quantized = quantize_blocks(run, discovery.groups, bar("Quantizing blocks"))
     if recipe.skips:
         with placement.running(structure), untouched(model):
-            _leave_out_worst(run, selection, quantized, list(data.held_out.values()), bar("Measuring each layer"))
+            held_out = list(data.held_out.values())
+            _leave_out_worst(run, selection, quantized, head.modules, held_out, bar("Measuring each layer"))
 
-    _install_(run, selection, quantized)
+    _install_(run, selection, quantized, head.modules)
     report.fused = fuse_(model)
     outcome = attempt(lambda: run_model(model, structure.batch), model)
     if isinstance(outcome, Failed):
@@ -140,7 +145,12 @@ def _quantize(
         finalize_(model, refused=set_quantization_config_(model))
     state.remove()
 
-    report.quantized, report.experts, report.skipped = selection.names, list(selection.experts), selection.skipped
+    report.head = head.report
+    if head.report is not None and head.layer is not None:
+        report.layers[head.report.name] = head.layer
+    of_head = list(head.modules)[:1]  # the token embedding multiplies nothing
+    report.quantized = [*selection.names, *of_head]
+    report.experts, report.skipped = list(selection.experts), selection.skipped
     for name in selection.experts:
         report.layers[name].per_token = recipe.resolved_scheme.is_static
     model.smoothquant_report = report  # type: ignore[assignment]
@@ -153,27 +163,39 @@ def _calibrate(
     data: CalibrationData,
     recipe: Recipe,
     rotated: Mapping[str, int],
+    head: HeadQuantizer,
     progress: Progress,
 ) -> Calibration:
-    """Runs the model over the data: absmax of every selected layer, calls of every block, ranges within experts."""
+    """Runs the model over the data: absmax of every selected layer, calls of every block, ranges within experts, and
+    what the head reads.
+    """
     layers = selection.modules(structure.model)
     rotated = rotated_ranges(rotated, recipe.resolved_scheme)
     recorder = BlockInputRecorder(structure.modules)
     smoothed = selection.experts if recipe.smooth else {}
     hidden = HiddenRanges(layers, {name: each for name, each in smoothed.items() if f"{name}.down" not in rotated})
     records = (lambda _: True) if recipe.is_tuned else data.is_held_out
-    absmax = calibrate(structure.model, layers, progress(data), recorder, records, hidden, rotated)
+    watched = layers | head.watched  # so that it is given all tokens
+    with head.collecting(data):
+        absmax = calibrate(structure.model, watched, progress(data), recorder, records, hidden, rotated)
+    for name in head.watched:
+        absmax.pop(name, None)  # of those that it was left with
     held_out = data.held_out if recipe.is_tuned else range(recorder.windows)  # numbers of recorded windows
     absmax = {name: channels.cpu() for name, channels in absmax.items()}  # outlives the run, in the report
     return Calibration(absmax, recorder, frozenset(held_out), hidden)
 
 
 def _leave_out_worst(
-    run: Run, selection: Selection, quantized: QuantizedBlocks, batches: Sequence[Batch], progress: Progress
+    run: Run,
+    selection: Selection,
+    quantized: QuantizedBlocks,
+    head: Mapping[str, nn.Module],
+    batches: Sequence[Batch],
+    progress: Progress,
 ) -> None:
     """Leaves the layers out that the recipe's limits ask for, or gives them dynamic scales, in ``quantized`` too."""
     report, linears = run.report, quantized.linears
-    fitting = for_unsmoothed(run.structure, quantized.folds, linears)
+    fitting = {**for_unsmoothed(run.structure, quantized.folds, linears), **head}
     units = [Unit(name, layers) for name, block in report.blocks.items() for layers in block.inputs]
     skips = choose_skips(run.structure, fitting, units, batches, run.recipe, run.state, progress)
     report.sensitivity = [UnitReport(unit.layers, kl) for unit, kl in skips.sensitivity.items()]
@@ -185,7 +207,7 @@ def _leave_out_worst(
         del linears[name]
 
 
-def _install_(run: Run, selection: Selection, quantized: QuantizedBlocks) -> None:
+def _install_(run: Run, selection: Selection, quantized: QuantizedBlocks, head: Mapping[str, nn.Module]) -> None:
     """Puts the 8-bit modules in their places, smooths what stays in floating point, and converts the selected layers
     that are outside of all blocks.
     """
@@ -193,7 +215,7 @@ def _install_(run: Run, selection: Selection, quantized: QuantizedBlocks) -> Non
     int8_modules: dict[str, nn.Module] = {**quantized.linears, **quantized.experts}
     names = {name: expert_names(model, name, layout) for name, layout in selection.experts.items()}
     fold_rest_(run.structure, quantized.folds, int8_modules)
-    replace_(model, int8_modules)
+    replace_(model, {**int8_modules, **head})
     others = [name for name in selection.linears if name not in int8_modules]
     convert_(model, others, run.calibration.absmax, scheme, rotated)
     outside = {name: layout for name, layout in selection.experts.items() if name not in int8_modules}

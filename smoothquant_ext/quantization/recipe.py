@@ -12,11 +12,13 @@ from ..scheme import SCHEMES, Scheme
 
 Rounding: TypeAlias = Literal["nearest", "clip", "gptq"]
 Clipping: TypeAlias = Literal["absmax", "percentile", "mse", "kl", "auto"]
-AUTO = "auto"
+Heads: TypeAlias = Literal["float", "8bit", "auto"]
+AUTO, FLOAT = "auto", "float"
 ROTATIONS = ("residual", "heads", "down", "inputs")
 TRIED = ("residual", "heads", "down")  # by "auto" alone
 ROUNDINGS: tuple[Rounding, ...] = ("nearest", "clip", "gptq")
 CLIPPINGS: tuple[Clipping, ...] = ("absmax", "percentile", "mse", "kl", "auto")
+HEADS: tuple[Heads, ...] = ("float", "8bit", "auto")
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,14 @@ class Recipe:
         rotate: which activations are rotated, see ``rotation.rotate_``: some of ``ROTATIONS``, or their names in one
             text, ``"residual,heads"``; ``"none"`` or empty for none. With ``"auto"`` among them, they are made only if
             that is better, see ``rotation_choice.rotate_if_better_``; ``"auto"`` alone stands for ``TRIED``.
+        head: ``"8bit"`` if the output embedding has 8 bits too, and with it the token embedding that shares its weight;
+            ``"auto"`` if that costs the predictions next to nothing, see ``head.HeadQuantizer``; else ``"float"``. Its
+            input is smoothed and, with INT8, rotated at run time, so only this package reads the checkpoint.
         skip: glob patterns of module names to leave in floating point, besides the output embedding and MoE routers.
         only: glob patterns of the only module names to quantize; empty means all.
 
     Raises:
-        SmoothQuantError: for an unknown scheme, rounding or clipping, or a number out of its range.
+        SmoothQuantError: for an unknown scheme, rounding, clipping or head, or a number out of its range.
     """
 
     scheme: Scheme | str = "int8"
@@ -57,6 +62,7 @@ class Recipe:
     auto_skip: float = 0
     max_ppl_increase: float | None = None
     rotate: str | Sequence[str] = ()
+    head: Heads = "float"
     skip: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
 
@@ -78,6 +84,8 @@ class Recipe:
             elif chosen not in allowed:
                 raise SmoothQuantError(f"{name} is {chosen!r}, expected one of {', '.join(allowed)}")
         object.__setattr__(self, "rotate", _rotations(self.rotate))
+        if self.head not in HEADS:
+            raise SmoothQuantError(f"head is {self.head!r}, expected one of {', '.join(HEADS)}")
         if not 0 <= self.auto_skip < math.inf or (self.auto_skip >= 1 and self.auto_skip != int(self.auto_skip)):
             raise SmoothQuantError(f"auto_skip is {self.auto_skip}, expected a number of layers or a share below 1")
         if self.max_ppl_increase is not None and not self.max_ppl_increase > 0:

@@ -31,7 +31,7 @@ class LayerReport:
         massive: where one token of the input towers over the others: its absmax over the median token's, and its
             position. Of layers that share an input, the first has it.
         per_token: whether a layer of a static scheme has a scale per token, because one for all would not fit its
-            tokens; experts always have.
+            tokens; experts and the output embedding always have.
     """
 
     before: Tensor
@@ -121,6 +121,22 @@ class Rotations:
 
 
 @dataclass
+class HeadReport:
+    """Facts about the output embedding that was quantized, or might have been.
+
+    Attributes:
+        name: its name.
+        embedding: the name of the token embedding that shares its weight, or ''.
+        kl: KL divergence of the model's predictions, nats per token, with nothing but these in 8 bits (see
+            ``head_cost.added_kl``).
+    """
+
+    name: str
+    embedding: str
+    kl: float
+
+
+@dataclass
 class Report:
     """The facts of one run of ``quantize``.
 
@@ -138,6 +154,7 @@ class Report:
         seconds: wall-clock seconds of each step.
         base: where the model was loaded from: a hub id, or the last part of a path; empty if that is not known.
         rotations: what was rotated.
+        head: the output embedding, if it was to be quantized.
         calibration: ``windows`` and ``tokens`` of the calibration data, and the name of the ``text`` where it is known.
     """
 
@@ -155,6 +172,7 @@ class Report:
     base: str = ""
     calibration: dict[str, Any] = field(default_factory=dict)
     rotations: Rotations = field(default_factory=Rotations)
+    head: HeadReport | None = None
 
     @property
     def unsmoothed(self) -> list[str]:

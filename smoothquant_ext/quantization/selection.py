@@ -17,6 +17,7 @@ from ..probing.linears import Linear, values_of, weight_nk
 from ..probing.structure import Structure
 from .recipe import Recipe
 
+OUTPUT_EMBEDDING = "output embedding"  # a reason; ``head`` may decide otherwise
 # Configuration keys that hold the number of experts; a linear with that many outputs chooses among them.
 EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -145,7 +146,7 @@ def _default_skips(model: nn.Module, linears: Mapping[str, Linear]) -> dict[str,
     counts = {getattr(text_config, key, None) for key in EXPERT_COUNT_KEYS} - {None, 0, 1}
     for name, linear in linears.items():
         if linear is head:
-            reasons[name] = "output embedding"
+            reasons[name] = OUTPUT_EMBEDDING
         elif weight_nk(linear).shape[0] in counts:
             reasons[name] = "expert router"
         elif weight_nk(linear).shape[0] == 1:

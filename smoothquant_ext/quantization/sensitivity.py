@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..evaluation.accuracy import log_probabilities, mean_kl
-from ..nn.linear import W8A8Linear
 from ..probing.blocks import Batch
 from ..probing.hooks import hooked, swapped
 from ..probing.structure import Structure
@@ -51,7 +50,7 @@ class Sensitivity:
                 self.expected.append(log_probabilities(self.model, batch))
             self.remembered.append(outputs)
 
-    def kl(self, unit: Unit, layers: Mapping[str, W8A8Linear]) -> float:
+    def kl(self, unit: Unit, layers: Mapping[str, nn.Module]) -> float:
         """Mean KL(original || with the unit's layers in 8 bits), nats per token."""
         with swapped(self.model, {name: layers[name] for name in unit.layers}):
             total = 0.0

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -50,7 +50,7 @@ class Skips:
 
 def choose_skips(
     structure: Structure,
-    layers: Mapping[str, W8A8Linear],
+    layers: Mapping[str, nn.Module],
     units: Sequence[Unit],
     batches: Sequence[Batch],
     recipe: Recipe,
@@ -61,7 +61,7 @@ def choose_skips(
 
     Args:
         structure: of the causal LM in floating point, smoothed.
-        layers: its 8-bit layers by name, not in the model.
+        layers: its 8-bit layers by name, not in the model; those that are in no unit stay whatever is chosen.
         units: the sets of layers that are left out together.
         batches: held-out calibration data.
         recipe: how many to leave out, or how good the model has to be.
@@ -69,7 +69,7 @@ def choose_skips(
         progress: wraps the iterable of units.
     """
     model, skips = structure.model, Skips()
-    sensitivity = Sensitivity(structure, _first_tokens(batches))
+    sensitivity = Sensitivity(structure, first_tokens(batches))
     _, measured = state.read(MEASUREMENTS) or ({}, {})
     for unit in progress(units):
         key = unit.layers[0]
@@ -88,7 +88,7 @@ def choose_skips(
     recovered_by_dynamic: list[Unit] = []
     for unit in chosen:
         static = unit.layers if recipe.resolved_scheme.is_static else ()
-        dynamic = {name: with_dynamic_scale(layers[name]) for name in static}
+        dynamic = {name: with_dynamic_scale(cast(W8A8Linear, layers[name])) for name in static}
         if dynamic and sensitivity.kl(unit, dynamic) <= LEFT_BY_DYNAMIC * skips.sensitivity[unit]:
             skips.dynamic |= dynamic
             recovered_by_dynamic.append(unit)
@@ -103,7 +103,7 @@ def choose_skips(
 
 
 def _enough_for_perplexity(
-    model: nn.Module, layers: Mapping[str, W8A8Linear], order: Sequence[Unit], batches: Sequence[Batch], limit: float
+    model: nn.Module, layers: Mapping[str, nn.Module], order: Sequence[Unit], batches: Sequence[Batch], limit: float
 ) -> int:
     """The number of units, the first of ``order``, that have to stay in floating point, with the rest of ``layers`` in
     8 bits, for the perplexity to rise by ``limit`` at most.
@@ -127,7 +127,7 @@ def with_dynamic_scale(layer: W8A8Linear) -> W8A8Linear:
     return other
 
 
-def _first_tokens(batches: Sequence[Batch]) -> list[Batch]:
+def first_tokens(batches: Sequence[Batch]) -> list[Batch]:
     """The first batches, up to ``MOST_TOKENS``, one at least."""
     chosen: list[Batch] = []
     tokens = 0

@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ..checkpoint.naming import count_quantized
+from ..nn.embedding import W8A8Embedding
 from ..nn.experts import W8A8Experts
 from ..nn.linear import W8A8Linear
 from ..probing.linears import is_linear
@@ -22,7 +23,7 @@ from ..probing.linears import is_linear
 FLOAT_PRODUCTS = frozenset(
     f"aten::{op}" for op in ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "linear", "matmul", "einsum", "_scaled_mm")
 ) | {"mkldnn::_linear_pointwise", "aten::mkldnn_linear", "aten::_addmm_activation"}
-_QUANTIZED, _FLOAT = "W8A8Linear ", "float linear "
+_QUANTIZED, _FLOAT, _EMBEDDING = "W8A8Linear ", "float linear ", "W8A8Embedding "
 
 
 @dataclass
@@ -34,7 +35,8 @@ class ProductProfile:
         eight_bit: calls of each op that multiplies in 8 bits, by name. One op may be the products of several layers.
         float_inside: floating-point products executed inside 8-bit layers, by layer; empty if all is well.
         float_linears: linear layers that the model keeps in floating point and that ran (the output embedding).
-        float_elsewhere: floating-point products in no linear layer at all, by name: attention, when it is not fused.
+        float_elsewhere: floating-point products in no linear layer at all, by name: attention, when it is not fused. An
+            8-bit token embedding multiplies rows by 1 and -1 to undo a rotation, which is not counted.
     """
 
     quantized: int = 0
@@ -65,6 +67,8 @@ def _scopes(model: nn.Module) -> Iterator[None]:
         is_quantized = isinstance(module, W8A8Linear | W8A8Experts)
         if is_quantized or is_linear(module):
             labels[module] = (_QUANTIZED if is_quantized else _FLOAT) + name
+        elif isinstance(module, W8A8Embedding):
+            labels[module] = _EMBEDDING + name
     open_scopes: list[Any] = []
 
     def enter(module: nn.Module, _args: Any) -> None:
@@ -98,7 +102,7 @@ def _quiet_profiler() -> Iterator[None]:
 def _sort(event: Any, scope: str, result: ProductProfile) -> None:
     """Counts an event and what it calls, given the label of the linear layer it runs in, or ''."""
     name = event.name
-    if name.startswith((_QUANTIZED, _FLOAT)):
+    if name.startswith((_QUANTIZED, _FLOAT, _EMBEDDING)):
         scope = name
         if name.startswith(_FLOAT):
             result.float_linears.append(name.removeprefix(_FLOAT))

@@ -17,7 +17,7 @@ from ..evaluation.speed import Speed
 from ..layer_names import by_reason, collapse
 from ..ops import OpInfo
 from ..ops.cuda.records import Record
-from ..quantization.report import Report, SmoothedGroup
+from ..quantization.report import HeadReport, Report, SmoothedGroup
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,8 @@ def render_report(report: Report) -> Group:
     parts: list[Any] = [Text(f"{count} run in {recipe.resolved_scheme.name} ({took:.0f} s)", style="bold")]
     if recipe.rotate:
         parts += _rotation_lines(report)
+    if report.head is not None and report.head.name in report.quantized:
+        parts.append(Text(_head_line(report.head)))
     if report.groups:
         parts.append(_groups_table(report.groups))
     for heading, reasons in (
@@ -173,9 +175,10 @@ def render_report(report: Report) -> Group:
         parts += [Text(f"{heading} {reason}: {collapse(names)}") for reason, names in by_reason(reasons).items()]
     if recipe.smooth and report.unsmoothed:
         parts.append(Text(f"In 8 bits without smoothing: {collapse(report.unsmoothed)}"))
+    always = {*report.experts, report.head.name if report.head is not None else ""}
     for reason, names in (
-        ("since one does not fit all tokens", [name for name in report.per_token if name not in report.experts]),
-        ("as experts always have", [name for name in report.per_token if name in report.experts]),
+        ("since one does not fit all tokens", [name for name in report.per_token if name not in always]),
+        ("as experts and the output embedding always have", [name for name in report.per_token if name in always]),
     ):
         if names:
             parts.append(Text(f"With a scale per token, {reason}: {collapse(names)}"))
@@ -211,6 +214,12 @@ def _rotation_lines(report: Report) -> list[Text]:
     elif not rotations.inputs and "down" in kinds:
         lines.append("No input is rotated at run time, because no layer reads a multiple of 16 channels of another one")
     return [Text(line) for line in lines]
+
+
+def _head_line(head: HeadReport) -> str:
+    reader = f", and {head.embedding} reads its weight" if head.embedding else ""
+    cost = f"it alone costs a KL divergence of {head.kl:.2g} nats a token"
+    return f"In 8 bits outside of the blocks: {head.name}{reader}; {cost}"
 
 
 def _groups_table(groups: Iterable[SmoothedGroup]) -> Table:

@@ -51,7 +51,8 @@ def test_without_arguments_it_shows_its_help():
 def test_quantize_saves_a_model_and_says_what_it_did(work, tmp_path):
     target = tmp_path / "new" / "w8a8"
     result = smoothquant("quantize", work / "model", "-o", target, "--calib", work / "text.txt", *SMALL)
-    assert "14 linear layers run in int8" in result.stdout
+    assert "15 linear layers run in int8" in result.stdout
+    assert "In 8 bits outside of the blocks: lm_head; it alone costs" in result.stdout
     assert "input_layernorm → q_proj, k_proj, v_proj" in result.stdout
     assert f"smoothquant compare {work / 'model'} {target} --text {work / 'text.txt'}" in result.stdout
     assert f'smoothquant generate {target} "' in result.stdout
@@ -102,6 +103,42 @@ def test_other_engines_are_given_what_they_can_run(work, tmp_path, options, kind
     assert rotates or kinds != ["inputs"]
     assert not rotates or config["quantization_status"] == "smoothed"
     assert ("for smoothquant-ext alone" in result.stdout) == (rotates and "--format" not in options)
+
+
+@pytest.mark.parametrize("fast", [(), ("--fast",)], ids=["", "fast"])
+@pytest.mark.parametrize(
+    ("options", "bits"),
+    [
+        ((), "auto"),
+        (("--rotate", "inputs"), "auto"),
+        (("--explicit",), "auto"),
+        (("--head", "float"), "float"),
+        (("--head", "8bit", "--scheme", "fp8"), "8bit"),
+        (("--rotate", "none"), "float"),
+        (("--scheme", "fp8"), "float"),
+        (("--scheme", "int8-static"), "float"),
+        (("--format", "compressed-tensors"), "float"),
+    ],
+    ids=lambda value: "_".join(value) if isinstance(value, tuple) else value,
+)
+def test_the_head_has_8_bits_where_nobody_else_reads_the_checkpoint(work, tmp_path, options, bits, fast):
+    quantize = ("quantize", work / "model", "-o", tmp_path / "out", "--calib", work / "text.txt")
+    result = smoothquant(*quantize, *SMALL, *options, *fast)
+    assert json.loads((tmp_path / "out" / "smoothquant.json").read_text())["recipe"]["head"] == bits
+    has_8_bits = load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"].dtype.itemsize == 1
+    assert has_8_bits == (bits != "float")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (config["quantization_status"] == "smoothed") or not has_8_bits
+    assert ("for smoothquant-ext alone" in result.stdout) or not has_8_bits
+
+
+@pytest.mark.parametrize("bits", ["8bit", "auto"])
+@pytest.mark.parametrize("name", ["compressed-tensors", "lmdeploy"])
+def test_a_head_that_the_format_has_no_place_for(work, tmp_path, name, bits):
+    quantize = ("quantize", work / "model", "-o", tmp_path / "out", "--calib", work / "text.txt")
+    said = complaint(*quantize, *SMALL, "--format", name, "--head", bits)
+    assert f"format '{name}' cannot store a token embedding in 8 bits, which --head float avoids" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_interrupted_runs_left_is_removed_once_the_output_is_there(work, tmp_path):

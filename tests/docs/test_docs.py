@@ -54,6 +54,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "other.txt").write_text(some_text(9_000, seed=1))
     quantize = ("quantize", folder / "original", "--calib", folder / "book.txt", *SMALL)
     smoothquant(*quantize, "-o", folder / "smol-w8a8")
+    smoothquant(*quantize, "-o", folder / "smol-ct", "--format", "compressed-tensors")
     smoothquant(*quantize, "-o", folder / "smol-r4", "--rotate", "inputs", "--format", "compressed-tensors")
     return folder
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import smoothquant_ext
 from smoothquant_ext.errors import SmoothQuantError
+from smoothquant_ext.nn.embedding import vocabulary_size
 from smoothquant_ext.quantization.convert import quantize_linear
 from smoothquant_ext.scheme import SCHEMES
 
@@ -60,6 +61,25 @@ def test_an_adapter_learns_and_comes_back(scheme: str, tmp_path: Path) -> None:
     assert torch.equal(again.generate(input_ids=IDS, max_new_tokens=4, do_sample=False), ids)
     with pytest.raises(SmoothQuantError, match="cannot be merged into 8-bit weights"):
         model.merge_and_unload()
+
+
+def test_a_model_whose_token_embedding_reads_its_head(tmp_path: Path) -> None:
+    def base() -> Any:
+        model = tiny.build("llama", tie_word_embeddings=True)
+        return smoothquant_ext.quantize(model, IDS, smoothquant_ext.Recipe(head="8bit"), progress=False)
+
+    for targets in (["q_proj"], ["q_proj", "lm_head"]):
+        model = peft.get_peft_model(base(), peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+        assert not torch.equal(logits(model), logits(base()))
+        model(IDS, labels=IDS).loss.backward()
+        model.save_pretrained(tmp_path / "adapter")
+        again = peft.PeftModel.from_pretrained(base(), tmp_path / "adapter")
+        assert torch.equal(logits(again), logits(model.eval()))
+
+
+def test_an_adapter_on_the_token_embedding_leaves_the_vocabulary_known() -> None:
+    model = peft.get_peft_model(quantized("llama"), peft.LoraConfig(r=2, target_modules=["embed_tokens"]))
+    assert vocabulary_size(model) == tiny.VOCAB
 
 
 def test_float_layers_are_adapted_as_ever() -> None:

@@ -13,6 +13,7 @@ from emulated_cuda import emulated_cuda
 from torch import nn
 
 from smoothquant_ext.errors import SmoothQuantError
+from smoothquant_ext.nn.embedding import shares_head
 from smoothquant_ext.probing.smoothing_groups import discover
 from smoothquant_ext.quantization import pipeline, placement
 from smoothquant_ext.quantization.pipeline import quantize
@@ -28,6 +29,7 @@ RECIPES = {
     "static": Recipe("int8-static", rounding="gptq", clipping="auto", auto_skip=3),
     "rotated": Recipe(alpha="auto", rotate=("residual", "heads")),
     "inputs": Recipe(rounding="gptq", rotate="inputs"),
+    "head": Recipe(rotate="inputs", head="8bit"),
     "clip": Recipe("fp8", rounding="clip"),
     "fp8-static": Recipe("fp8-static", clipping="kl", max_ppl_increase=0.05),
     "fp8-e5m2": Recipe("fp8-e5m2", skip=("*.o_proj",)),
@@ -85,6 +87,22 @@ def test_every_recipe_gives_what_the_cpu_gives(recipe: str, place: str) -> None:
 def test_every_architecture_gives_what_the_cpu_gives(architecture: str, place: str) -> None:
     expected = quantize(build(architecture), DATA, progress=False)
     assert_same(on_gpu(build(architecture), place, Recipe()), expected)
+
+
+def test_a_head_that_the_token_embedding_reads(place: str) -> None:
+    def tied() -> nn.Module:
+        model = tiny.build("gemma3_text", tie_word_embeddings=True)
+        model.set_attn_implementation("eager")
+        return model
+
+    recipe = Recipe(head="8bit")
+    expected = quantize(tied(), DATA, recipe, progress=False)
+    model = on_gpu(tied(), place, recipe)
+    assert_same(model, expected)
+    assert shares_head(model)
+    with torch.no_grad():
+        ids = DATA[0].to(model.device)
+        assert torch.equal(model.get_input_embeddings()(ids).cpu(), expected.get_input_embeddings()(DATA[0]))
 
 
 @pytest.mark.usefixtures("discover_once")

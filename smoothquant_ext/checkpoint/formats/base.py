@@ -66,6 +66,7 @@ class Format:
         weight_scale_is_per_channel: whether a weight's scale is [N, 1] even where the scheme has one scale per tensor.
         dtypes: the 8-bit dtypes it can store; empty for a format that is only read.
         rotates: what it can say is rotated at run time, of ``LAYERS`` and ``EXPERTS``.
+        shares_head: whether a token embedding can read the weight of an 8-bit output embedding.
         rotations_ignored_by: the programs that read it without doing these rotations, so that their output is nonsense.
         read_by: the programs that read it, for ``--help``; of a format that is written.
         how_to_run: the paragraph of the model card that says what runs the checkpoint, Markdown, with ``{name}`` for
@@ -81,6 +82,7 @@ class Format:
     weight_scale_is_per_channel = False
     dtypes: tuple[torch.dtype, ...] = ()
     rotates: tuple[str, ...] = ()
+    shares_head = False
     rotations_ignored_by = ""
     read_by = ""
     how_to_run = how_to_run_rotated = ""
@@ -109,14 +111,19 @@ class Format:
         """
         return self
 
-    def cannot_store(self, schemes: Sequence[Scheme], explicit: bool, rotated: Collection[str] = ()) -> str:
+    def cannot_store(
+        self, schemes: Sequence[Scheme], explicit: bool, rotated: Collection[str] = (), shared: bool = False
+    ) -> str:
         """Why the format cannot store a model, to follow its name in a sentence; ``""`` if it can.
 
         Args:
             schemes: the schemes of the model's layers.
             explicit: whether a layer has an explicit smoothing scale.
             rotated: what is rotated at run time, of ``LAYERS`` and ``EXPERTS``.
+            shared: whether the token embedding reads the weight of an 8-bit output embedding.
         """
+        if shared and not self.shares_head:
+            return "cannot store a token embedding in 8 bits, which --head float avoids"
         if explicit and self.tensors.smooth is None:
             return "has no place for explicit smoothing scales"
         for scheme in schemes:

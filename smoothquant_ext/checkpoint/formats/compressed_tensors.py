@@ -154,7 +154,8 @@ class CompressedTensors(Format):
 
 class Smoothed(CompressedTensors):
     """compressed-tensors and what other programs do not do at run time: the explicit smoothing scale, ``smooth`` fp32
-    [K], and rotations.
+    [K], rotations, and a token embedding that reads the 8-bit output embedding. In place of its weight the latter has
+    ``factor`` [1], what it multiplies rows by.
 
     Without them the outputs would be wrong, so no other program may load the checkpoint: compressed-tensors, and
     transformers with it, stops at an unknown status, vLLM at an unknown format.
@@ -163,10 +164,11 @@ class Smoothed(CompressedTensors):
     name = "smoothquant-ext"
     tensors = replace(CompressedTensors.tensors, smooth="smooth")
     rotates = (LAYERS, EXPERTS)
+    shares_head = True
     rotations_ignored_by = ""
     statuses = ("smoothed",)
     suffix = "-smoothed"
-    read_by = "smoothquant-ext alone, for --explicit and for inputs that are rotated at run time"
+    read_by = "smoothquant-ext alone, for --explicit, inputs rotated at run time and --head 8bit"
     how_to_run = (
         "Some of its inputs are smoothed at run time, by a tensor that only smoothquant-ext reads. "
         "Other engines refuse it."

@@ -40,8 +40,10 @@ class LMDeploy(Format):
         ignore = parse_targets(config.get("modules_to_not_convert"), f"{where}: modules_to_not_convert")
         return QuantizationMap(self, all_linears(scheme_of(dtype, "channel", "token")), ignore)
 
-    def cannot_store(self, schemes: Sequence[Scheme], explicit: bool, rotated: Collection[str] = ()) -> str:
-        if reason := super().cannot_store(schemes, explicit, rotated):
+    def cannot_store(
+        self, schemes: Sequence[Scheme], explicit: bool, rotated: Collection[str] = (), shared: bool = False
+    ) -> str:
+        if reason := super().cannot_store(schemes, explicit, rotated, shared):
             return reason
         dtypes = sorted({dtype_name(scheme.dtype) for scheme in schemes})
         return f"has one quant_dtype for all layers, and these have {' and '.join(dtypes)}" if len(dtypes) > 1 else ""

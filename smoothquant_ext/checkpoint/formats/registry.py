@@ -113,7 +113,11 @@ def _recognized(config: Mapping[str, Any]) -> Format | None:
 
 
 def choose_format(
-    name: str | None, schemes: Sequence[Scheme], explicit: bool = False, rotated: Collection[str] = ()
+    name: str | None,
+    schemes: Sequence[Scheme],
+    explicit: bool = False,
+    rotated: Collection[str] = (),
+    shared: bool = False,
 ) -> Format:
     """The format to write a model in, checked to be able to store it.
 
@@ -122,6 +126,7 @@ def choose_format(
         schemes: the schemes of the model's layers.
         explicit: whether a layer has an explicit smoothing scale.
         rotated: what is rotated at run time, of ``base.LAYERS`` and ``base.EXPERTS``.
+        shared: whether the token embedding reads the weight of an 8-bit output embedding.
 
     Raises:
         SmoothQuantError: the format is unknown, or cannot store the model.
@@ -129,7 +134,7 @@ def choose_format(
     written = written_formats()
     if name is not None and name not in written:
         raise SmoothQuantError(f"unknown format {name!r}, expected one of {', '.join(written)}")
-    reasons = {fmt.name: fmt.cannot_store(schemes, explicit, rotated) for fmt in written.values()}
+    reasons = {fmt.name: fmt.cannot_store(schemes, explicit, rotated, shared) for fmt in written.values()}
     able = [fmt for fmt in written.values() if not reasons[fmt.name]]
     best = next((fmt for fmt in able if not (rotated and fmt.rotations_ignored_by)), None)
     if name is None and best:
