@@ -175,10 +175,12 @@ def render_report(report: Report) -> Group:
         parts += [Text(f"{heading} {reason}: {collapse(names)}") for reason, names in by_reason(reasons).items()]
     if recipe.smooth and report.unsmoothed:
         parts.append(Text(f"In 8 bits without smoothing: {collapse(report.unsmoothed)}"))
-    always = {*report.experts, report.head.name if report.head is not None else ""}
+    head = [] if report.head is None else [report.head.name]
+    others = [name for name in report.per_token if name not in (*report.experts, *head)]
     for reason, names in (
-        ("since one does not fit all tokens", [name for name in report.per_token if name not in always]),
-        ("as experts and the output embedding always have", [name for name in report.per_token if name in always]),
+        ("since one does not fit all tokens", others),
+        ("as experts always have", [name for name in report.per_token if name in report.experts]),
+        ("as the output embedding always has", [name for name in report.per_token if name in head]),
     ):
         if names:
             parts.append(Text(f"With a scale per token, {reason}: {collapse(names)}"))

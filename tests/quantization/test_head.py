@@ -253,7 +253,7 @@ def test_the_report_says_that_its_scales_are_dynamic() -> None:
     report = made(recipe=Recipe("int8-static", head="8bit")).smoothquant_report
     assert report.per_token == ["lm_head"]
     text = "\n".join(str(part) for part in render_report(report).renderables)
-    assert "With a scale per token, as experts and the output embedding always have: lm_head" in text
+    assert "With a scale per token, as the output embedding always has: lm_head" in text
 
 
 def test_an_unknown_choice() -> None:
