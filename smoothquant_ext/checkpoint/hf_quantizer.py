@@ -41,6 +41,7 @@ from .reading import (
     find_layers,
     names_of_8_bit_weights,
     open_checkpoint,
+    read_tensors,
 )
 from .rotations import check_rotations
 from .scales import check_scales, describe, is_zero_point, unused_scales
@@ -150,10 +151,11 @@ class W8A8Quantizer(HfQuantizer):
         quantized = [name for name, _, linear in linears if linear is not None and linear is head]
         if not quantized:
             return ""
-        stored = set(to_model_names(model, self.checkpoint.tensors).values())
+        stored = {place: name for name, place in to_model_names(model, self.checkpoint.tensors).items()}
         shares = self.checkpoint.quantization.fmt.shares_head
         embedding = next((path for path in modules if shares and f"{path}.factor" in stored), "")
         if embedding and modules[embedding] is model.get_input_embeddings():
+            self._check_factor(stored[f"{embedding}.factor"])
             return embedding
         if getattr(model.config, "tie_word_embeddings", False):
             raise SmoothQuantError(
@@ -161,6 +163,16 @@ class W8A8Quantizer(HfQuantizer):
                 + (f"embedding, whose factor is missing; {COPY_AGAIN}" if shares else f"embedding; {UNTIE}")
             )
         return ""
+
+    def _check_factor(self, name: str) -> None:
+        """Refuses what is no number that embeddings can be multiplied by."""
+        tensor = self.checkpoint.tensors[name]
+        values = [value for _, value in read_tensors(self.checkpoint.tensors, [name])] if tensor.shape == (1,) else []
+        if not all(value.isfinite() and value != 0 for value in values) or not values:
+            raise SmoothQuantError(
+                f"{tensor.file}: {name} is {tensor}{f' {values[0].tolist()}' if values else ''}, expected one finite "
+                f"number other than 0; {COPY_AGAIN}"
+            )
 
     def _listen_(self, model: PreTrainedModel) -> None:
         """Keeps what transformers finds missing or unexpected, which it tells its caller but not a quantizer."""

@@ -86,11 +86,6 @@ class W8A8Embedding(nn.Module):
         return f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}"
 
 
-def shared_embeddings(model: nn.Module) -> dict[str, W8A8Embedding]:
-    """The token embeddings of a model that read an 8-bit output embedding, by path: one, or none."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, W8A8Embedding)}
-
-
 def vocabulary_size(model: Any) -> int:
     """The number of tokens that a model's token embedding knows."""
     tokens = model.get_input_embeddings()
@@ -98,6 +93,6 @@ def vocabulary_size(model: Any) -> int:
     return int(tokens.weight.shape[0] if size is None else size)
 
 
-def shares_head(model: Any) -> bool:
+def shares_head(model: nn.Module) -> bool:
     """Whether a model's token embedding reads its 8-bit output embedding."""
-    return bool(shared_embeddings(model))
+    return any(isinstance(module, W8A8Embedding) for module in model.modules())

@@ -8,6 +8,7 @@ pays is measured by the predictions themselves.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -139,11 +140,14 @@ class HeadQuantizer:
         except SmoothQuantError as error:
             self._leave(f"with it {error}")
             return
+        if not math.isfinite(kl):
+            self._leave("with it the predictions are not finite")
+            return
         self.report = HeadReport(head.name, head.embedding, kl)
         alpha = scheme.alpha if self.recipe.smooth else None
         is_static = self.recipe.resolved_scheme.is_static
         self.layer = LayerReport(absmax.cpu(), (absmax / smooth).cpu(), alpha, per_token=is_static)
-        if self.recipe.head == AUTO and not kl <= MOST_ADDED_KL:
+        if self.recipe.head == AUTO and kl > MOST_ADDED_KL:
             self._leave(f"in 8 bits it alone costs a KL divergence of {kl:.2g} nats a token")
             return
         self.modules = modules

@@ -31,7 +31,7 @@ def added_kl(
 
     All heads give fp32 here, because the rounding of logits to 16 bits would cost more than the head. So would that
     of all other layers, once the embeddings have changed. What embeddings cost that are off by one rounding is
-    therefore taken off, and the head alone is measured besides.
+    therefore taken off, and the head alone is measured besides. Infinite if something is not finite.
     """
     original = _Wide(as_linear(model.get_submodule(head.name)))
     eight_bit = _Wide(cast(W8A8Linear, modules[head.name]))
@@ -49,7 +49,8 @@ def added_kl(
             with swapped(model, {**modules, head.name: eight_bit}):
                 total["both"] += _sum_kl(expected, logits_of(model, batch))
         count += len(expected)
-    return max(total["head"], total["both"] - total["rounding"]) / count if count else math.inf
+    costs = total["head"], total["both"] - total["rounding"]
+    return max(costs) / count if count and all(map(math.isfinite, costs)) else math.inf
 
 
 def _sum_kl(expected: Tensor, logits: Tensor) -> float:

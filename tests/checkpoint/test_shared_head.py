@@ -100,11 +100,24 @@ def test_a_checkpoint_without_its_factor(saved: tuple[PreTrainedModel, Path]) ->
         load(directory)
 
 
-def test_a_factor_of_another_shape(saved: tuple[PreTrainedModel, Path]) -> None:
+@pytest.mark.parametrize(
+    ("factor", "said"),
+    [
+        (torch.ones(64), "F32 [64]"),
+        (torch.ones(0), "F32 [0]"),
+        (torch.tensor([torch.nan]), "F32 [1] [nan]"),
+        (torch.tensor([torch.inf]), "F32 [1] [inf]"),
+        (torch.zeros(1), "F32 [1] [0.0]"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_factor_that_is_no_number(saved: tuple[PreTrainedModel, Path], factor: torch.Tensor, said: str) -> None:
     _, directory = saved
-    change_tensors(directory, lambda tensors: tensors.update({f"{EMBEDDING}.factor": torch.ones(64)}))
-    with pytest.raises(SmoothQuantError, match=rf"{EMBEDDING}\.factor is \[64\]"):
-        load(directory)
+    change_tensors(directory, lambda tensors: tensors.update({f"{EMBEDDING}.factor": factor}))
+    for action in (lambda: load(directory), lambda: convert(directory, directory.with_name("converted"))):
+        with pytest.raises(SmoothQuantError) as error:
+            action()
+        assert f"{EMBEDDING}.factor is {said}, expected one finite number other than 0; copy or" in str(error.value)
 
 
 def test_an_embedding_besides(saved: tuple[PreTrainedModel, Path]) -> None:

@@ -233,6 +233,21 @@ def test_the_embedding_is_measured_too() -> None:
         assert bad.smoothquant_report.head.kl > 10 * good.smoothquant_report.head.kl
 
 
+def test_an_embedding_that_gives_no_numbers_is_not_taken() -> None:
+    def broken(*args: Any, **kwargs: Any) -> W8A8Embedding:
+        embedding = W8A8Embedding(*args, **kwargs)
+        embedding.factor.data *= math.nan
+        return embedding
+
+    with patch.object(head_module, "W8A8Embedding", broken):
+        model = made(recipe=Recipe(head="auto"), tie_word_embeddings=True)
+    assert not shares_head(model)
+    assert model.smoothquant_report.head is None
+    assert model.smoothquant_report.skipped == {"lm_head": "output embedding: with it the predictions are not finite"}
+    with patch.object(head_module, "W8A8Embedding", broken), pytest.raises(SmoothQuantError, match="are not finite"):
+        made(tie_word_embeddings=True)
+
+
 def test_a_head_that_cannot_be_measured_or_never_ran() -> None:
     def fail(*_args: Any) -> Tensor:
         raise SmoothQuantError("the model fails on a batch")

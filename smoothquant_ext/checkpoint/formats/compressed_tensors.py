@@ -154,8 +154,8 @@ class CompressedTensors(Format):
 
 class Smoothed(CompressedTensors):
     """compressed-tensors and what other programs do not do at run time: the explicit smoothing scale, ``smooth`` fp32
-    [K], rotations, and a token embedding that reads the 8-bit output embedding. In place of its weight the latter has
-    ``factor`` [1], what it multiplies rows by.
+    [K], rotations, and a token embedding that reads the 8-bit output embedding. In place of a weight that
+    embedding has ``factor`` [1], what it multiplies rows by.
 
     Without them the outputs would be wrong, so no other program may load the checkpoint: compressed-tensors, and
     transformers with it, stops at an unknown status, vLLM at an unknown format.
