@@ -145,7 +145,7 @@ Fast = Annotated[
     typer.Option(
         "--fast",
         help="Round weights to nearest, and try no rotation: with int8 the inputs of all layers are rotated, with a "
-        "--format of other engines nothing is. Takes half the time, loses a little more.",
+        "--format of other engines nothing is. Takes a little over half the time, loses a little more.",
     ),
 ]
 AutoSkip = Annotated[

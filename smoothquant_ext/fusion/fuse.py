@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from .. import ops
 from ..nn.attention import use_attention_
+from ..nn.embedding import W8A8Embedding
 from ..nn.kv_cache import use_growing_cache_
 from .decoder_layer import fuse_layers_
 from .linear import FusedLinear
@@ -49,6 +50,8 @@ def fuse_(model: nn.Module) -> list[str]:
 def _fuse_module_(module: nn.Module) -> bool:
     """Makes one module an instance of its fused class; whether there is one for it."""
     mixin: type
+    if isinstance(module, W8A8Embedding):
+        return False  # it computes its weight, all of it, for whoever asks for it
     if (attributes := rms_norm_attributes(module)) is not None:
         mixin = FusedRMSNorm
     elif (attributes := mlp_attributes(module)) is not None:

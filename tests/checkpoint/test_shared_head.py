@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import tiny
@@ -16,6 +17,7 @@ from smoothquant_ext import Recipe, disable, enable, load, quantize, save
 from smoothquant_ext.checkpoint.converting import convert
 from smoothquant_ext.errors import SmoothQuantError
 from smoothquant_ext.evaluation.size import model_bytes
+from smoothquant_ext.nn import embedding
 from smoothquant_ext.nn.embedding import shares_head
 
 EMBEDDING = "model.embed_tokens"
@@ -125,6 +127,20 @@ def test_an_embedding_besides(saved: tuple[PreTrainedModel, Path]) -> None:
     change_tensors(directory, lambda tensors: tensors.update({f"{EMBEDDING}.weight": torch.ones(tiny.VOCAB, 64)}))
     with pytest.raises(SmoothQuantError, match=rf"{EMBEDDING}\.weight"):
         load(directory)
+
+
+def test_loading_computes_no_table_of_embeddings(saved: tuple[PreTrainedModel, Path]) -> None:
+    _, directory = saved
+    rows: list[int] = []
+    unpack = embedding.unpack_rows
+
+    def noted(packed: torch.Tensor, tokens: torch.Tensor, width: int) -> torch.Tensor:
+        rows.append(tokens.numel())
+        return unpack(packed, tokens, width)
+
+    with patch.object(embedding, "unpack_rows", noted):
+        load(directory)
+    assert max(rows, default=0) < tiny.VOCAB, "it would take the memory of the floating-point weight, twice"
 
 
 def test_a_language_model_within_another_model(tmp_path: Path) -> None:
