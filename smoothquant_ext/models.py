@@ -8,7 +8,7 @@ import re
 import socket
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,15 @@ from urllib.request import getproxies
 
 import torch
 from huggingface_hub import constants, snapshot_download
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import cached_file
 
 from .checkpoint import loading
@@ -29,12 +37,14 @@ from .checkpoint.completeness import (
     unexpected_tensors,
 )
 from .checkpoint.formats.registry import config_files
-from .checkpoint.model_classes import OWN_CODE, is_multimodal, model_class
+from .checkpoint.model_classes import EMBEDDING, OWN_CODE, check_continues_text, model_class, reads_text_alone
+from .checkpoint.other_files import MODULES, folders_of_modules
 from .checkpoint.reading import COPY_AGAIN, INDEX, find_quantization, read_json
 from .checkpoint.source_files import check_directory, check_experts, gguf_names, stored_names, superfluous_blocks
 from .compat import first_line, quiet_transformers
 from .devices import loaded_on, move_
 from .errors import SmoothQuantError
+from .traits import embedding_of
 
 # What some errors of transformers and torch mean for a user, by a part of their text.
 _REASONS = {
@@ -42,8 +52,8 @@ _REASONS = {
     "Weights only load failed": "has .bin files that hold more than tensors, and such pickles are never run; take the "
     "model in safetensors",
 }
-OTHER_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx*"]
-CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+OTHER_WEIGHTS = ["consolidated*", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx*"]
+CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.spm", "*.codes"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,7 @@ class _Request:
     device: torch.device | str | None
     drop: Sequence[str]
     as_w8a8: bool = False
+    task: str | None = None
 
 
 def load_model(
@@ -63,8 +74,9 @@ def load_model(
     device: torch.device | str | None = None,
     drop: Sequence[str] = (),
     as_w8a8: bool = False,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a causal LM and its tokenizer.
+    task: str | None = None,
+) -> tuple[PreTrainedModel, Any]:
+    """Loads a model of transformers, and what prepares its input: a tokenizer, or the processor of images or sound.
 
     The files must hold exactly the tensors that the model needs: transformers would fill in random numbers.
 
@@ -77,16 +89,19 @@ def load_model(
         drop: shell patterns like ``"mtp.*"`` for names of tensors that the model has no place for and that may be left
             out.
         as_w8a8: as in ``checkpoint.loading.load``.
+        task: what the model is to do, by the name of transformers' pipeline, such as ``"text-generation"`` or
+            ``"feature-extraction"``; ``None`` takes the class that config.json names.
 
     Returns:
-        The model in evaluation mode, with ``W8A8Linear`` layers if the source is a W8A8 checkpoint, and the tokenizer.
+        The model in evaluation mode, with ``W8A8Linear`` layers if the source is a W8A8 checkpoint; and the tokenizer
+        of a model that reads text, the processor of another.
 
     Raises:
-        SmoothQuantError: the model does not exist, is no causal LM, lacks tensors, holds others than it needs, cannot
-            be loaded by transformers, or has no tokenizer.
+        SmoothQuantError: the model does not exist, has no class for the task, lacks tensors, holds others than it
+            needs, cannot be loaded by transformers, or has no tokenizer or processor.
     """
     path = Path(source)
-    request = _Request(str(source) if not path.is_dir() else str(path), dtype, device, tuple(drop), as_w8a8)
+    request = _Request(str(source) if not path.is_dir() else str(path), dtype, device, tuple(drop), as_w8a8, task)
     with quiet_transformers():
         if path.suffix.lower() == ".gguf" and not path.is_dir():
             return _load_gguf(path, request)
@@ -98,22 +113,25 @@ def load_model(
         return _load_from_hub(request)
 
 
-def _load(
-    request: _Request, source: Path | str, quantized: bool, **kwargs: Any
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(request: _Request, source: Path | str, quantized: bool, **kwargs: Any) -> tuple[PreTrainedModel, Any]:
     unloadable = f"{request.name}: transformers cannot load this model"
     # The configuration is loaded first: an error in it would otherwise appear as one of the tokenizer. It is passed on
     # because a GGUF file takes seconds to parse.
     config = _call(unloadable, AutoConfig, source, **kwargs)
     if getattr(config, "quantization_config", None) == {}:  # transformers would miss its quant_method
         del config.quantization_config
-    loader = None if quantized else model_class(config, request.name, causal=True)
-    no_tokenizer = f"{request.name} has no tokenizer that transformers can load"
-    tokenizer = _call(no_tokenizer, AutoTokenizer, source, config=config, **kwargs)
+    if (
+        request.task is None
+        and not quantized
+        and "gguf_file" not in kwargs
+        and _is_sentence_transformer(source, **kwargs)
+    ):
+        request = replace(request, task=EMBEDDING)  # as sentence-transformers loads it, whatever architectures says
+    loader = model_class(config, request.name, request.task)
+    reads_text = reads_text_alone(loader)
+    processor = _processor(request.name, source, config, loader, **kwargs)
     if quantized:
-        model = loading.load_as(
-            source, request.device, request.dtype, request.drop, causal=True, as_w8a8=request.as_w8a8
-        )
+        model = loading.load_as(source, request.device, request.dtype, request.drop, request.task, request.as_w8a8)
     else:
         stored: Collection[str] = ()
         if "gguf_file" in kwargs:
@@ -127,8 +145,28 @@ def _load(
         load = partial(_load_float, request, loader, source, stored, {"config": config, **kwargs})
         model = load({}) if "gguf_file" in kwargs else loaded_on(request.device, load)
         move_(model, request.device)
-    _check_vocabulary(request.name, model, tokenizer)
-    return model, tokenizer
+    if reads_text:
+        _check_vocabulary(request.name, model, processor)
+    return model, processor
+
+
+def _is_sentence_transformer(source: Path | str, **kwargs: Any) -> bool:
+    return (source / MODULES).is_file() if isinstance(source, Path) else _cached(source, MODULES, **kwargs) is not None
+
+
+def _processor(name: str, source: Path | str, config: Any, kind: Any, **kwargs: Any) -> Any:
+    """What prepares the input of a class of models: a tokenizer, or what transformers has for images and sound."""
+    if reads_text_alone(kind):
+        no_tokenizer = f"{name} has no tokenizer that transformers can load"
+        return _call(no_tokenizer, AutoTokenizer, source, config=config, **kwargs)
+    try:
+        return _call(f"{name} has no processor that transformers can load", AutoProcessor, source, **kwargs)
+    except SmoothQuantError:  # it may have a part of one: of a model that reads text and images the tokenizer will do
+        is_text = getattr(kind, "main_input_name", "input_ids") == "input_ids"
+        for auto_class in (AutoTokenizer,) if is_text else (AutoImageProcessor, AutoFeatureExtractor):
+            with suppress(SmoothQuantError):
+                return _call(name, auto_class, source, **kwargs)
+        raise
 
 
 def _without_superfluous_blocks(request: _Request, names: Collection[str], config: Any) -> _Request:
@@ -166,7 +204,7 @@ def _load_float(
     return model.eval()
 
 
-def _load_gguf(path: Path, request: _Request) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_gguf(path: Path, request: _Request) -> tuple[PreTrainedModel, Any]:
     if not path.is_file():
         raise SmoothQuantError(f"{path} does not exist; name an existing .gguf file")
     for package in ("gguf", "accelerate"):
@@ -181,7 +219,7 @@ def _load_gguf(path: Path, request: _Request) -> tuple[PreTrainedModel, PreTrain
     return model, tokenizer
 
 
-def _load_from_hub(request: _Request) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_from_hub(request: _Request) -> tuple[PreTrainedModel, Any]:
     name = request.name
     config, offline = _config_from_hub(name)
     if not _is_quantized(name, config, offline):
@@ -218,7 +256,7 @@ def loads_as_here(source: str, drop: Sequence[str] = ()) -> Iterator[None]:
         drop: as for ``load_model``.
 
     Raises:
-        SmoothQuantError: as ``load_model``.
+        SmoothQuantError: as ``load_model``, or the model does not continue texts.
     """
     path = Path(source)
     with quiet_transformers():
@@ -228,15 +266,14 @@ def loads_as_here(source: str, drop: Sequence[str] = ()) -> Iterator[None]:
             config = _call(f"{path}: transformers cannot load this model", AutoConfig, path)
         else:
             config, _ = _config_from_hub(source)
-    if not is_multimodal(config):
-        model_class(config, source, causal=True)
+    check_continues_text(config, source)
     with only_complete_models(drop):
         yield
 
 
 def _check_vocabulary(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Says if the tokenizer makes ids that the model has no embedding for."""
-    embedding = model.get_input_embeddings()
+    embedding = embedding_of(model, "input")
     rows = getattr(embedding, "num_embeddings", None)
     largest = max(tokenizer.get_vocab().values(), default=0)
     if rows is not None and largest >= rows:
@@ -274,7 +311,11 @@ def local_directory(source: str) -> Path:
         raise SmoothQuantError(f"{path} is not a directory; name the directory of a saved model")
     _, offline = _config_from_hub(source)
     try:
-        return Path(snapshot_download(source, ignore_patterns=OTHER_WEIGHTS, local_files_only=offline))
+        directory = Path(snapshot_download(source, ignore_patterns=OTHER_WEIGHTS, local_files_only=offline))
+        if folders := folders_of_modules(directory):  # of sentence-transformers, whose weights may be in any format
+            patterns = [f"{folder}/*" for folder in folders]
+            snapshot_download(source, allow_patterns=patterns, local_files_only=offline)
+        return directory
     except (OSError, ValueError) as error:
         raise SmoothQuantError(f"{source} cannot be downloaded from the hub ({first_line(error)})") from error
 

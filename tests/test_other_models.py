@@ -1,4 +1,4 @@
-"""Directories that hold no causal LM, or no model: each is called what it is."""
+"""Directories that hold another model than a causal LM, or none: each is called what it is."""
 
 from __future__ import annotations
 
@@ -10,26 +10,47 @@ import torch
 from model_files import change_config, said, write
 from safetensors.torch import load_file
 from tiny_others import build_other
-from tiny_w8a8 import assert_same_model
+from tiny_w8a8 import assert_same_model, same_bits
 
 from smoothquant_ext.models import load_model
 
-OTHER_KINDS = {
-    "BertModel": " is BertModel, an encoder; name a causal language model",
-    "BertForMaskedLM": " is BertForMaskedLM, an encoder; name a causal language model",
-    "RobertaForTokenClassification": " is RobertaForTokenClassification, an encoder; name",
-    "BartForConditionalGeneration": " is BartForConditionalGeneration, an encoder-decoder; name",
-    "T5ForConditionalGeneration": " is T5ForConditionalGeneration, an encoder-decoder; name",
-    "LlamaForSequenceClassification": " is LlamaForSequenceClassification; name a causal language model",
-    "ViTForImageClassification": " is ViTForImageClassification; name a causal language model",
-    "LlavaForConditionalGeneration": " is LlavaForConditionalGeneration; name a causal language model",
-}
+
+@pytest.mark.parametrize("name", ["BertModel", "T5ForConditionalGeneration", "LlamaModel"])
+def test_models_are_loaded_as_what_they_are(name: str, tmp_path: Path) -> None:
+    model = build_other(name)
+    loaded, _ = load_model(write(model, tmp_path / "model"))
+    assert type(loaded) is type(model)
+    expected, state = model.state_dict(), loaded.state_dict()
+    assert [key for key in expected if not same_bits(state[key], expected[key])] == []
 
 
-@pytest.mark.parametrize("name", OTHER_KINDS)
-def test_models_that_are_no_causal_lm(name: str, tmp_path: Path) -> None:
-    directory = write(build_other(name), tmp_path / "model")
-    assert said(lambda: load_model(directory)).startswith(f"{directory}{OTHER_KINDS[name]}")
+def test_a_configuration_that_names_no_class(tmp_path: Path) -> None:
+    """An encoder is its base model, a decoder a language model; a task says otherwise."""
+    directory = write(build_other("BertForMaskedLM"), tmp_path / "bert")
+    change_config(directory, architectures=None)
+    assert type(load_model(directory, task="fill-mask")[0]).__name__ == "BertForMaskedLM"
+    base = write(build_other("BertModel"), tmp_path / "base")
+    change_config(base, architectures=None)
+    assert type(load_model(base)[0]).__name__ == "BertModel"
+    llama = write(tiny.build("llama"), tmp_path / "llama")
+    change_config(llama, architectures=None)
+    assert type(load_model(llama)[0]).__name__ == "LlamaForCausalLM"
+
+
+def test_tasks_that_a_model_is_not_for(tmp_path: Path) -> None:
+    directory = write(build_other("ViTForImageClassification"), tmp_path / "model")
+    assert said(lambda: load_model(directory, task="fill-mask")) == (
+        f"{directory} is ViTForImageClassification: transformers has no class of its type for the task fill-mask; "
+        "it has one for image-classification, feature-extraction"
+    )
+    assert said(lambda: load_model(directory, task="poetry")).startswith(
+        "there is no task 'poetry', expected one of text-generation, image-text-to-text, "
+    )
+    bert = write(build_other("BertModel"), tmp_path / "bert")
+    with pytest.warns(UserWarning, match="is BertModel: read as BertForMaskedLM"):
+        assert " lacks 6 tensors that its configuration calls for: cls.predictions" in said(
+            lambda: load_model(bert, task="fill-mask")
+        )
 
 
 @pytest.mark.parametrize("name", ["BertLMHeadModel", "BartForCausalLM"])
@@ -45,11 +66,11 @@ def test_a_model_without_its_output_embedding(tmp_path: Path) -> None:
     write(tied.transformer, tmp_path / "tied")
     write(untied.model, tmp_path / "untied")
     with pytest.warns(UserWarning, match="is GPT2Model: read as GPT2LMHeadModel, which takes the token embedding as"):
-        loaded, _ = load_model(tmp_path / "tied")
+        loaded, _ = load_model(tmp_path / "tied", task="text-generation")
     assert_same_model(loaded, tied)
     with pytest.warns(UserWarning, match="is LlamaModel"):
         assert " lacks 1 tensor that its configuration calls for: lm_head.weight" in said(
-            lambda: load_model(tmp_path / "untied")
+            lambda: load_model(tmp_path / "untied", task="text-generation")
         )
 
 

@@ -144,7 +144,8 @@ def convert(
     written = (CARD,) if record is None else (CARD, RECORD)
     copied = [file for file, is_part in files if is_part and str(file) not in written]
     layers = len({all_experts(name) if name in source.experts else name for name in checkpoint.layers})
-    card = model_card(place.name, fmt, schemes, layers, record, Counter(filter(None, blocks.values())))
+    kind = type(source.model).__name__
+    card = model_card(place.name, fmt, schemes, layers, record, Counter(filter(None, blocks.values())), kind)
     with ExitStack() as stack:
         tensors = _Tensors(source, fmt, stack)
         check_free_space(place, sum(tensors.sizes.values()) + sum((path / file).stat().st_size for file in copied))
@@ -191,7 +192,7 @@ def _skeleton(path: Path) -> PreTrainedModel:
     """The model of a directory on the meta device, of the class that its configuration names."""
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        kind = model_class(config, str(path), causal=False)
+        kind = model_class(config, str(path))
         config.quantization_config = None
         with torch.device("meta"):
             model = kind._from_config(config) if hasattr(kind, "_from_config") else kind.from_config(config)

@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key, revert_weight_conversion
 
+from ..errors import SmoothQuantError
 from ..nn.experts import NAMES
 from ..probing.experts import ExpertsLayout
+from ..probing.trying import in_words
 
 
 def plain_tensors(model: nn.Module, besides: tuple[type[nn.Module], ...]) -> dict[str, Tensor]:
@@ -70,8 +72,18 @@ def cast_(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def to_checkpoint_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Converts tensors from a model's names and shapes to those of its checkpoints: renames, splits and merges them."""
-    converted: dict[str, Tensor] = revert_weight_conversion(model, dict(tensors))
+    """Converts tensors from a model's names and shapes to those of its checkpoints: renames, splits and merges them.
+
+    Raises:
+        SmoothQuantError: transformers fails at that.
+    """
+    try:
+        converted: dict[str, Tensor] = revert_weight_conversion(model, dict(tensors))
+    except (IndexError, KeyError, ValueError, RuntimeError, TypeError) as error:
+        raise SmoothQuantError(
+            f"transformers cannot say how {type(model).__name__} is stored ({in_words(error)}): quantize fewer of its "
+            "layers with --only or --skip"
+        ) from error
     return converted
 
 

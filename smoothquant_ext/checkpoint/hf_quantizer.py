@@ -28,6 +28,7 @@ from ..nn.experts import W8A8Experts
 from ..nn.finalize import finalize_, forget_ties_
 from ..nn.linear import W8A8Linear
 from ..probing.linears import Linear, weight_nk
+from ..traits import embedding_of
 from .completeness import check_loaded
 from .formats.base import not_read
 from .hf_names import expert_key, renamed_alone, to_model_names
@@ -138,7 +139,7 @@ class W8A8Quantizer(HfQuantizer):
         swap_experts_(model, self.checkpoint, self.experts, self._empty_layer)
         if embedding:
             factor = torch.empty(1, dtype=model.get_submodule(embedding).weight.dtype, device="meta")
-            model.set_submodule(embedding, W8A8Embedding(model.get_output_embeddings(), factor))
+            model.set_submodule(embedding, W8A8Embedding(embedding_of(model, "output"), factor))
         forget_ties_(model)
         self._leave_out_scales(model)
         if self.quantization_config.directory is None:  # else the caller asks for it, and knows what may be dropped
@@ -146,7 +147,7 @@ class W8A8Quantizer(HfQuantizer):
 
     def _embedding_of_head(self, model: PreTrainedModel) -> str:
         """The path of the token embedding that reads the weight of the output embedding, which has 8 bits, or ''."""
-        head, modules = model.get_output_embeddings(), dict(model.named_modules())
+        head, modules = embedding_of(model, "output"), dict(model.named_modules())
         linears = self._linears(model, self.checkpoint.layers)
         quantized = [name for name, _, linear in linears if linear is not None and linear is head]
         if not quantized:
@@ -154,7 +155,7 @@ class W8A8Quantizer(HfQuantizer):
         stored = {place: name for name, place in to_model_names(model, self.checkpoint.tensors).items()}
         shares = self.checkpoint.quantization.fmt.shares_head
         embedding = next((path for path in modules if shares and f"{path}.factor" in stored), "")
-        if embedding and modules[embedding] is model.get_input_embeddings():
+        if embedding and modules[embedding] is embedding_of(model, "input"):
             self._check_factor(stored[f"{embedding}.factor"])
             return embedding
         if getattr(model.config, "tie_word_embeddings", False):

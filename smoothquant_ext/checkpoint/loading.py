@@ -52,7 +52,7 @@ def load(
         SmoothQuantError: the checkpoint is incomplete, damaged, inconsistent, or not W8A8, or holds tensors that the
             model has no place for.
     """
-    return load_as(directory, device, dtype, drop, causal=False, as_w8a8=as_w8a8)
+    return load_as(directory, device, dtype, drop, as_w8a8=as_w8a8)
 
 
 def load_as(
@@ -60,16 +60,16 @@ def load_as(
     device: torch.device | str | None,
     dtype: torch.dtype | None,
     drop: Sequence[str],
-    causal: bool,
+    task: str | None = None,
     as_w8a8: bool = False,
 ) -> PreTrainedModel:
-    """``load``; with ``causal`` it is a causal language model or an error."""
+    """``load``, as the class for a task (see ``model_class``)."""
     check_cpu_isa()
     path = Path(directory)
     check_directory(path)  # says what is missing before transformers does
     on_cpu = device is None or torch.device(device).type == "cpu"
     with quiet_transformers():
-        model = loaded_on(device, partial(_load, path, dtype, on_cpu, drop, causal, as_w8a8))
+        model = loaded_on(device, partial(_load, path, dtype, on_cpu, drop, task, as_w8a8))
     _attach_record(model, path)
     model.eval()
     if move_(model, device):
@@ -82,7 +82,7 @@ def _load(
     dtype: torch.dtype | None,
     on_cpu: bool,
     drop: Sequence[str],
-    causal: bool,
+    task: str | None,
     as_w8a8: bool,
     options: Mapping[str, Any],
 ) -> PreTrainedModel:
@@ -97,7 +97,7 @@ def _load(
             "as_w8a8": as_w8a8,
         }
         return load_complete(
-            model_class(config, str(path), causal),
+            model_class(config, str(path), task),
             path,
             drop,
             read_headers(path),

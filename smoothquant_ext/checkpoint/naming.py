@@ -16,6 +16,7 @@ from ..nn.embedding import shares_head
 from ..nn.experts import W8A8Experts
 from ..nn.linear import W8A8Linear
 from ..scheme import Scheme, dtype_name
+from ..traits import embedding_of
 from .formats.base import EXPERTS, LAYERS, Format
 from .formats.registry import choose_format
 from .hf_names import plain_tensors, renamed_alone, to_checkpoint_modules, to_checkpoint_tensors, to_model_names
@@ -56,7 +57,7 @@ def quantized_layers(model: nn.Module) -> dict[str, W8A8Linear]:
 
 def has_untied_head(model: PreTrainedModel) -> bool:
     """Whether the output embedding has an 8-bit weight that is not that of the token embedding."""
-    return isinstance(model.get_output_embeddings(), W8A8Linear) and not shares_head(model)
+    return isinstance(embedding_of(model, "output"), W8A8Linear) and not shares_head(model)
 
 
 def count_quantized(model: nn.Module) -> int:
@@ -87,7 +88,7 @@ def _merged_with_8_bits(
     shapes: dict[str, Sequence[int]] = {name: tensor.shape for name, tensor in plain.items()}
     shapes |= {f"{path}.weight": (layer.out_features, layer.in_features) for path, layer in layers.items()}
     try:
-        whole = to_checkpoint_tensors(model, {name: torch.empty(*shapes[name], device="meta") for name in shapes})
+        whole = to_checkpoint_tensors(model, {name: torch.empty(shapes[name], device="meta") for name in shapes})
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, ValueError):
         return {}  # a conversion that needs the values
     partial = {name for name, tensor in stored.items() if name in whole and whole[name].shape != tensor.shape}
@@ -185,7 +186,7 @@ def set_quantization_config_(model: PreTrainedModel) -> dict[str, str]:
         model.config.tie_word_embeddings = False
     model.config.quantization_config = names.quantization_config(fmt)
     refused = {}
-    if isinstance(model.get_output_embeddings(), W8A8Linear):
+    if isinstance(embedding_of(model, "output"), W8A8Linear):
         refused["resize_token_embeddings"] = "the output embedding has 8 bits; resize it before the model is quantized"
     if fmt.tensors.is_state_dict:
         return refused

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ _WEIGHTS = frozenset(
     for suffix in "safetensors bin pt pth ckpt gguf ggml onnx onnx_data h5 msgpack tflite ot npz pkl pickle".split()  # noqa: SIM905
 )
 _WEIGHT_INDEX = ".index.json"
+MODULES = "modules.json"  # of sentence-transformers: what follows the model, each with a folder of its own
 _OF_TOOLS = frozenset((".git", ".cache", ".huggingface", "__pycache__"))
 
 
@@ -31,6 +33,7 @@ def other_files(directory: Path, besides: frozenset[str] = frozenset()) -> Itera
     Raises:
         SmoothQuantError: a link leads nowhere.
     """
+    of_modules = folders_of_modules(directory)
     for folder, folders, files in os.walk(directory):
         place = Path(folder).relative_to(directory)
         for name in sorted(folders):
@@ -45,9 +48,18 @@ def other_files(directory: Path, besides: frozenset[str] = frozenset()) -> Itera
             path = Path(folder) / name
             if not path.exists():
                 raise SmoothQuantError(f"{path} is a link that leads nowhere; copy or download the model again")
-            is_part = not is_top and path.suffix == ".safetensors"
+            is_part = not is_top and (path.suffix == ".safetensors" or place.parts[0] in of_modules)
             is_weight = path.suffix in _WEIGHTS or name.endswith(_WEIGHT_INDEX)
             yield place / name, path.is_file() and (is_part or not is_weight)
+
+
+def folders_of_modules(directory: Path) -> frozenset[str]:
+    """The folders of a sentence-transformer's modules, besides the model: their weights may be in any format."""
+    try:
+        modules = json.loads((directory / MODULES).read_text(encoding="utf-8"))
+        return frozenset(str(module["path"]).split("/")[0] for module in modules) - {""}
+    except (OSError, ValueError, TypeError, KeyError):
+        return frozenset()
 
 
 def copy_files(source: Path, target: Path, files: list[Path]) -> None:

@@ -18,7 +18,7 @@ from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ..compat import first_line, quiet_transformers
 from ..errors import SmoothQuantError
@@ -60,6 +60,12 @@ _OUR_FILES = (
     "merges.txt",
     "*.model",
     "chat_template.*",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "normalizer.json",
+    "target_vocab.json",
+    "*.spm",
     "additional_chat_templates",
     RECORD,
     CARD,
@@ -118,7 +124,7 @@ def _check_replaceable(target: Path) -> None:
 def save(
     model: PreTrainedModel,
     directory: str | os.PathLike[str],
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Any = None,
     format: str | None = None,  # noqa: A002
     max_shard_size: int | str = "5GB",
     files_from: str | os.PathLike[str] | None = None,
@@ -133,7 +139,7 @@ def save(
     Args:
         model: a model of transformers, of any of its classes, with ``W8A8Linear`` layers, on any device.
         directory: the directory to write: absent, empty, or a W8A8 checkpoint, which is replaced.
-        tokenizer: the tokenizer to save with the model, if any.
+        tokenizer: the tokenizer or processor to save with the model, if any.
         format: ``"compressed-tensors"`` (read by vLLM, SGLang, transformers), ``"lmdeploy"`` or ``"smoothquant-ext"``
             (read by this package alone); ``None`` is the first of these that can store the model, and the third where
             inputs are rotated at run time, because some readers of the first would not do that. Only the second stores
@@ -158,7 +164,7 @@ def save(
     if record is not None:
         record = with_files(record, others)
     blocks = Counter(layer.rotate for layer in layers.values() if layer.rotate)
-    card = model_card(target.name, fmt, schemes, count_quantized(model), record, blocks)
+    card = model_card(target.name, fmt, schemes, count_quantized(model), record, blocks, type(model).__name__)
     with quiet_transformers():
         tensors = _Tensors(model, layers, fmt)
         check_free_space(target, sum(tensors.sizes.values()))

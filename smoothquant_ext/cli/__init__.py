@@ -37,7 +37,7 @@ for command in (
 def smoothquant(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
-    """Quantizes language models to 8 bits, weights and activations, and runs them on INT8 and FP8 kernels.
+    """Quantizes models to 8 bits, weights and activations, and runs them on INT8 and FP8 kernels.
 
     First [bold]smoothquant quantize MODEL -o DIR[/bold], then [bold]smoothquant compare MODEL DIR[/bold] and
     [bold]smoothquant generate DIR "Once upon a time"[/bold].

@@ -35,6 +35,7 @@ from .options import (
     Skip,
     StoredDtype,
     StoredFormat,
+    Task,
     TextField,
 )
 from .support import (
@@ -43,14 +44,14 @@ from .support import (
     add_to_card,
     choose,
     load,
-    measure,
+    measure_all,
     name_of_text,
     parse_count_or_share,
     parse_device,
     parse_dtype,
     parse_number,
     quoted,
-    read_windows,
+    read_data,
     show,
     stored_dtype,
 )
@@ -76,6 +77,7 @@ def quantize(
     samples: CalibrationSamples = None,
     seqlen: Seqlen = 512,
     text_field: TextField = None,
+    task: Task = None,
     skip: Skip = None,
     only: Only = None,
     device: Device = "auto",
@@ -105,12 +107,14 @@ def quantize(
     from ..checkpoint.formats.compressed_tensors import Smoothed
     from ..checkpoint.formats.registry import choose_format, written_formats
     from ..checkpoint.hf_names import cast_
+    from ..inputs import enough_samples
+    from ..models import local_directory
     from ..probing.experts import looks_like_experts
-    from ..quantization.calibration import enough_windows
     from ..quantization.pipeline import quantize as quantize_
     from ..quantization.recipe import AUTO, FLOAT, Recipe
     from ..quantization.rotation_choice import ROTATED_DTYPES
     from ..reporting.tables import render_report
+    from ..traits import predicts_next_token
 
     if rounding is None and scheme.startswith("int8") and not fast:
         rounding = "gptq"
@@ -137,36 +141,36 @@ def quantize(
     rotated = [LAYERS] if is_tried and {"down", "inputs"} & set(recipe.rotations) else []
     # Refuses now, not after the work.
     chosen = choose_format(named, [recipe.resolved_scheme], explicit, rotated, shared=recipe.head != FLOAT).name
-    if head is None and chosen == Smoothed.name:
-        recipe = replace(recipe, head="auto")
     stored, where = parse_dtype(dtype), parse_device(device)
     target = saving.check_destination(output)
 
     start = time.perf_counter()
-    network, tokenizer = load(model, drop=drop)
+    loaded = network, processor = load(model, drop=drop, task=task)
+    files_from = None if Path(model).is_file() else local_directory(model)
     if rotated and any(looks_like_experts(module) for module in network.modules()):
         choose_format(named, [recipe.resolved_scheme], explicit, [*rotated, EXPERTS])
-    loaded = network, tokenizer
-    count = enough_windows(network, seqlen) if samples is None else samples
-    windows = read_windows(loaded, calib, count, seqlen, seed, text_field)
-    tests = None if test is None else read_windows(loaded, test, TEST_SAMPLES, seqlen, seed)
+    if head is None and chosen == Smoothed.name and predicts_next_token(network):
+        recipe = replace(recipe, head="auto")
+    count = enough_samples(network, seqlen) if samples is None else samples
+    data = read_data(loaded, calib, count, seqlen, seed, text_field)
+    tests = None if test is None else read_data(loaded, test, TEST_SAMPLES, seqlen, seed)
     journal = target.with_name(f".{target.name}.search")
-    quantize_(network, windows, recipe, journal=journal, device=where)
-    cast_(network, stored_dtype(network.dtype, stored))
+    quantize_(network, data, recipe, journal=journal, device=where)
+    cast_(network, stored_dtype(network, stored))
     network.smoothquant_record["calibration"]["text"] = name_of_text(calib)
-    files_from = model if Path(model).is_dir() else None
     with step(f"Saving to {output}"):
-        saving.save(network, output, tokenizer, chosen if named or explicit else None, files_from=files_from)
+        saving.save(network, output, processor, chosen if named or explicit else None, files_from=files_from)
     shutil.rmtree(journal, ignore_errors=True)  # what interrupted runs with other options left there
 
     out.print(render_report(network.smoothquant_report))
     files = sum(file.stat().st_size for file in output.glob("*.safetensors"))
     out.print(f"Saved to {output}: {files / 1e6:.1f} MB of weights, {time.perf_counter() - start:.0f} s in total.")
     if tests is not None:
-        measured = measure(model, network, output.name, tests, drop)
+        original, _ = load(model, network.dtype, network.device, drop, task)
+        measured = measure_all({model: original, output.name: network}, tests, original)
         show(measured, as_json=False)
         add_to_card(output, str(test), measured)
-    if named is None and Smoothed().recognizes(network.config.quantization_config):
+    if named is None and predicts_next_token(network) and Smoothed().recognizes(network.config.quantization_config):
         out.print(
             "It is for smoothquant-ext alone. For vLLM, SGLang and plain transformers quantize with "
             "--format compressed-tensors, for LMDeploy with --format lmdeploy.",
@@ -176,7 +180,8 @@ def quantize(
     text = "" if calib == CALIBRATION_TEXT else f" --text {quoted(calib)}"
     text += "" if text_field is None else f" --text-field {quoted(text_field)}"
     out.print(f"  smoothquant compare {quoted(model)} {quoted(output)}{text}", soft_wrap=True, highlight=False)
-    out.print(f'  smoothquant generate {quoted(output)} "Once upon a time"', soft_wrap=True, highlight=False)
+    if predicts_next_token(network):
+        out.print(f'  smoothquant generate {quoted(output)} "Once upon a time"', soft_wrap=True, highlight=False)
 
 
 def convert(

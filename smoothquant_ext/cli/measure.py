@@ -9,11 +9,25 @@ import typer
 
 from ..errors import SmoothQuantError
 from .console import out
-from .options import Alpha, Calib, Device, Drop, Dtype, Json, Model, Samples, Seed, Seqlen, Text, TextField
-from .support import CALIBRATION_TEXT, TEST_TEXT, add_to_card, load, parse_device, parse_dtype, read_windows, show
+from .options import Alpha, Calib, Device, Drop, Dtype, Json, Model, Samples, Seed, Seqlen, Task, Text, TextField
+from .support import (
+    CALIBRATION_TEXT,
+    TEST_TEXT,
+    Speeds,
+    add_to_card,
+    load,
+    measure_all,
+    only_compared,
+    parse_device,
+    parse_dtype,
+    read_data,
+    show,
+)
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from ..reporting.tables import Measured
 
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -27,6 +41,7 @@ def eval(  # noqa: A001
     samples: Samples = 64,
     seqlen: Seqlen = 512,
     text_field: TextField = None,
+    task: Task = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     drop: Drop = None,
@@ -36,20 +51,25 @@ def eval(  # noqa: A001
     """Measures the perplexity of a model on a text and, with --reference, how closely it follows another model.
 
     Example: [bold]smoothquant eval smol-w8a8 --text book.txt --reference HuggingFaceTB/SmolLM2-135M[/bold]
+
+    A model that does not continue texts (an encoder, a classifier, a model that reads images or sound) is compared with
+    --reference: by its predictions, or by the embeddings that it computes.
     """
-    from ..evaluation.accuracy import evaluate_all
-    from ..evaluation.size import model_bytes
-    from ..reporting.tables import Measured
+    from ..traits import predicts_next_token
 
     wanted, where = parse_dtype(dtype), parse_device(device)
-    network, tokenizer = load(model, wanted, where, drop)
-    windows = read_windows((network, tokenizer), text, samples, seqlen, seed, text_field)
-    models, base = {model: network}, None
+    loaded = load(model, wanted, where, drop, task)
+    models, base = {model: loaded[0]}, None
     if reference is not None:
-        base, _ = load(reference, wanted, where, drop)
+        original = load(reference, wanted, where, drop, task)
+        base = original[0]
         models = {reference: base} | models
-    results = evaluate_all(models, windows, base, progress=True)
-    show([Measured(name, results[name], model_bytes(models[name])) for name in models], json_)
+        if base.config.is_encoder_decoder:
+            loaded = original  # both decoders read what it answers
+    elif not predicts_next_token(loaded[0]):
+        raise SmoothQuantError(only_compared(loaded[0]))
+    data = read_data(loaded, text, samples, seqlen, seed, text_field)
+    show(measure_all(models, data, base), json_)
 
 
 def compare(
@@ -65,6 +85,7 @@ def compare(
     decode: Annotated[int, typer.Option(help="Tokens generated after it in the speed measurement.", min=1)] = 32,
     rounds: Annotated[int, typer.Option(help="Rounds of the speed measurement (median); 0: none.", min=0)] = 5,
     batch: Annotated[int, typer.Option(help="Prompts answered together in the speed measurement.", min=1)] = 1,
+    task: Task = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     drop: Drop = None,
@@ -79,22 +100,16 @@ def compare(
     Example: [bold]smoothquant compare HuggingFaceTB/SmolLM2-135M smol-w8a8 --text book.txt --dtype bfloat16[/bold]
 
     All models read the same windows of text. They take turns in the
-    measurement of speed. OMP_NUM_THREADS sets the number of threads.
+    measurement of speed. OMP_NUM_THREADS sets the number of threads. Of models
+    that do not continue texts, the outputs are compared and inputs timed.
     """
-    from ..evaluation.accuracy import evaluate_all
-    from ..evaluation.size import model_bytes
-    from ..evaluation.speed import measure_speed
-    from ..reporting.tables import Measured
-
     wanted, where = parse_dtype(dtype), parse_device(device)
     models: dict[str, nn.Module] = {}
     for name in dict.fromkeys([base, *quantized]):
-        models[name], tokenizer = load(name, wanted, where, drop)
+        models[name], processor = load(name, wanted, where, drop, task)
         if name == base:
-            windows = read_windows((models[name], tokenizer), text, samples, seqlen, seed, text_field)
-    results = evaluate_all(models, windows, models[base], progress=True)
-    speeds = measure_speed(models, prefill, decode, rounds, batch, progress=True) if rounds else {}
-    measured = [Measured(name, results[name], model_bytes(models[name]), speeds.get(name)) for name in models]
+            data = read_data((models[name], processor), text, samples, seqlen, seed, text_field)
+    measured = measure_all(models, data, models[base], Speeds(rounds, prefill, decode, batch))
     show(measured, json_)
     for model in measured[1:] if card else ():
         add_to_card(Path(model.name), text, [measured[0], model])
@@ -111,6 +126,7 @@ def inspect(
     plot: Annotated[
         Path | None, typer.Option(help="Also draw the outliers into this .png, .svg or .pdf file (needs matplotlib).")
     ] = None,
+    task: Task = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     drop: Drop = None,
@@ -130,9 +146,9 @@ def inspect(
         raise SmoothQuantError(f"--plot is {plot}, expected a file that ends in {', '.join(PICTURES)}")
     if plot is not None and not plot.absolute().parent.is_dir():
         raise SmoothQuantError(f"{plot} cannot be written: {plot.absolute().parent} does not exist, make it first")
-    network, tokenizer = load(model, parse_dtype(dtype), drop=drop)
-    windows = read_windows((network, tokenizer), calib, samples, seqlen, seed, text_field)
-    inputs = measure_outliers(network, windows, recipe, progress=True, device=where)
+    loaded = load(model, parse_dtype(dtype), drop=drop, task=task)
+    data = read_data(loaded, calib, samples, seqlen, seed, text_field)
+    inputs = measure_outliers(loaded[0], data, recipe, progress=True, device=where)
     out.print(outlier_table(inputs))
     if plot is not None:
         plot_outliers(inputs, plot, f"{Path(model).name}, alpha {recipe.migration:g}")
@@ -169,12 +185,9 @@ def report(
     with --base.
     """
     from ..checkpoint.record import read_record
-    from ..evaluation.accuracy import evaluate_all
-    from ..evaluation.size import model_bytes
-    from ..evaluation.speed import measure_speed
     from ..reporting.figures import Pictures
     from ..reporting.page import write_page
-    from ..reporting.tables import Measured
+    from ..traits import predicts_next_token
 
     wanted, where = parse_dtype(dtype), parse_device(device)
     record = read_record(directory)
@@ -184,13 +197,15 @@ def report(
     Pictures()  # raises before any long work if matplotlib is missing
     measured: list[Measured] = []
     if base is not None:
-        models: dict[str, nn.Module] = {}
-        models[base], tokenizer = load(base, wanted, where, drop)
-        windows = read_windows((models[base], tokenizer), text, samples, seqlen, seed, text_field)
-        models[str(directory)], _ = load(str(directory), wanted, where, drop)
-        results = evaluate_all(models, windows, models[base], progress=True)
-        speeds = measure_speed(models, rounds=rounds, progress=True) if rounds else {}
-        measured = [Measured(name, results[name], model_bytes(models[name]), speeds.get(name)) for name in models]
+        original, tokenizer = load(base, wanted, where, drop)
+        if not predicts_next_token(original):
+            raise SmoothQuantError(
+                f"{type(original).__name__} does not continue texts, which the page's measurements are of: leave out "
+                "--base, and run smoothquant compare"
+            )
+        windows = read_data((original, tokenizer), text, samples, seqlen, seed, text_field)
+        models = {base: original, str(directory): load(str(directory), wanted, where, drop)[0]}
+        measured = measure_all(models, windows, original, Speeds(rounds))
     weights = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     write_page(record, path, directory.resolve().name, measured, weights)
     out.print(f"Report: {path}", soft_wrap=True, highlight=False)

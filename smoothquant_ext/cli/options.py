@@ -29,12 +29,20 @@ Device = Annotated[
         help="Where the model runs: cpu, cuda, or one GPU of several as in cuda:1. auto: a GPU if torch sees one.",
     ),
 ]
+Task = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="What the model is to do, where config.json names no class or another one: text-generation, "
+        "feature-extraction, fill-mask, text-classification, automatic-speech-recognition, image-classification ...",
+    ),
+]
 Text = Annotated[
     str,
     typer.Option(
         "--text",
         help="Text to test on: a file of text or of rows (json, jsonl, csv, parquet), a folder of them, or a dataset "
-        "as NAME\\[/CONFIG]\\[:SPLIT].",
+        "as NAME\\[/CONFIG]\\[:SPLIT]. For a model that reads images or sound: a folder of these.",
     ),
 ]
 Calib = Annotated[
@@ -43,7 +51,7 @@ Calib = Annotated[
         "--calib",
         help="Text to calibrate on: a file of text or of rows (json, jsonl, csv, parquet), a folder of them, or a "
         "dataset as NAME\\[/CONFIG]\\[:SPLIT]. Conversations go through the model's chat template. Text like the text "
-        "the model will read later works best.",
+        "the model will read later works best. For a model that reads images or sound: a folder of these.",
     ),
 ]
 Samples = Annotated[int, typer.Option(help="Number of windows, spread evenly over the text.", min=1)]
@@ -51,7 +59,7 @@ CalibrationSamples = Annotated[
     int | None,
     typer.Option(
         help="Number of windows, spread evenly over the text. Default: 4 tokens for each channel of the widest layer, "
-        "in 16 to 128 windows. More take longer, in proportion.",
+        "in 16 to 128 windows; 128 images or 32 sounds. More take longer, in proportion.",
         min=1,
     ),
 ]
@@ -190,7 +198,7 @@ StoredDtype = Annotated[
     typer.Option(
         metavar="NAME",
         help="Dtype of embeddings, norms and everything else in floating point: float32, float16 or bfloat16. auto: "
-        "the checkpoint's dtype if that has 16 bits, else bfloat16.",
+        "the checkpoint's dtype; of a language model that has 32 bits bfloat16.",
     ),
 ]
 StoredFormat = Annotated[

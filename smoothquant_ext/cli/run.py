@@ -41,12 +41,18 @@ def generate(
     from jinja2 import TemplateError
     from transformers import TextStreamer
 
+    from ..checkpoint.model_classes import does_not_continue
     from ..compat import first_line
+    from ..inputs import tokenizer_of
+    from ..traits import predicts_next_token
 
     wants_int8_cache = choose("kv-cache", kv_cache, KV_CACHES) == "int8"
     check_temperature(temperature)
     check_text("PROMPT", prompt)
-    network, tokenizer = load(model, parse_dtype(dtype), parse_device(device), drop)
+    network, processor = load(model, parse_dtype(dtype), parse_device(device), drop)
+    if not predicts_next_token(network):
+        raise SmoothQuantError(does_not_continue(model, type(network).__name__))
+    tokenizer = tokenizer_of(processor)
     if wants_int8_cache:
         from ..nn.int8_kv_cache import use_int8_cache_
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..devices import memory_explained
 from ..errors import SmoothQuantError
 from ..probing.batches import Batches
-from ..probing.blocks import Batch, run_model, token_ids
+from ..probing.blocks import Batch, device_of, run_model, token_ids
 from ..probing.lookups import Limits, find_limits
 from ..progress import track
 
@@ -176,12 +176,8 @@ class Tally:
 @torch.no_grad()
 def _logits(model: nn.Module, window: Tensor) -> Tensor:
     """Logits [T - 1, V] that predict tokens 1 .. T - 1 of a window [1, T]."""
-    logits: Tensor = model(input_ids=window.to(_device(model)), use_cache=False).logits
+    logits: Tensor = model(input_ids=window.to(device_of(model)), use_cache=False).logits
     return logits[0, :-1]
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 def _mean_and_error(values: list[float], weights: list[int]) -> tuple[float, float | None]:
@@ -235,7 +231,13 @@ def log_probabilities(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
-    """The logits [B, T, V] of a batch, in the model's dtype."""
+    """The logits [..., V] of a batch, in the model's dtype.
+
+    Raises:
+        SmoothQuantError: the model returns none, because it predicts no classes.
+    """
     output = run_model(model, batch)
-    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise SmoothQuantError(f"{type(model).__name__} returns no logits, which its predictions would be seen by")
     return logits

@@ -6,7 +6,7 @@ import inspect
 import statistics
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SmoothQuantError
+from ..probing.blocks import Batch, device_of, run_model, token_ids
 from ..probing.lookups import Limits, find_limits
 from ..progress import track
-from .accuracy import _device
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,46 @@ def measure_speed(
     }
 
 
+@dataclass(frozen=True)
+class Throughput:
+    """Seconds per round for one pass over ``rows`` inputs."""
+
+    rows: int
+    seconds: tuple[float, ...]
+
+    @property
+    def rows_per_second(self) -> float:
+        """Inputs per second, median over rounds."""
+        return self.rows / statistics.median(self.seconds)
+
+
+def measure_throughput(
+    models: Mapping[str, nn.Module], batches: Sequence[Batch], rounds: int = 5, progress: bool = False
+) -> dict[str, Throughput]:
+    """Times models of any class on batches of inputs; they take turns as in ``measure_speed``.
+
+    Args:
+        models: by name, on any device.
+        batches: token ids [B, T] or the arguments of ``forward``.
+        rounds: number of rounds, besides a first one that warms up.
+        progress: whether to show a progress bar on stderr.
+
+    Raises:
+        SmoothQuantError: a model fails on a batch.
+    """
+    names, rows = list(models), sum(len(token_ids(batch)) for batch in batches)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in track(range(rounds + 1), "Measuring speed", progress):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            device = device_of(models[name])
+            start = _now(device)
+            for batch in batches:
+                run_model(models[name], batch)
+            if turn > 0:
+                seconds[name].append(_now(device) - start)
+    return {name: Throughput(rows, tuple(seconds[name])) for name in names}
+
+
 def _fitting_prompt(limits: Limits, prefill: int, decode: int) -> int:
     """The tokens of a prompt that leave room for the answer."""
     positions, trained = limits.positions, limits.trained
@@ -105,7 +145,7 @@ def _fitting_prompt(limits: Limits, prefill: int, decode: int) -> int:
 @torch.no_grad()
 def _time_generation(model: nn.Module, prompt: Tensor, decode: int) -> tuple[float, float]:
     """Seconds for the prompts [B, T] and seconds for the generated tokens."""
-    device = _device(model)
+    device = device_of(model)
     prompt = prompt.to(device)
     parameters = inspect.signature(model.forward).parameters
     last_only = "logits_to_keep" in parameters

@@ -9,6 +9,7 @@ multiplies them as one.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from transformers import PreTrainedModel
 from .. import ops
 from ..nn.linear import W8A8Linear, have_one_input_scale, join_
 from ..nn.placement import has_ops
+from ..probing.blocks import Batch, run_model
+from ..probing.example_inputs import example_inputs
 from ..probing.hooks import hooked
 from ..probing.trying import Failed, attempt
 from ..probing.values import first_argument, version_of
@@ -87,12 +90,13 @@ def _same_inputs(model: PreTrainedModel, layers: dict[str, W8A8Linear]) -> list[
         else:
             inputs.append((x, [name]))
 
-    def run() -> None:
+    def run(inputs_of_model: Batch) -> None:
+        inputs.clear()
         with hooked(layers, before=note):
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+            run_model(model, inputs_of_model)
 
-    if isinstance(attempt(run, model), Failed):  # a model that wants other inputs runs its layers one by one
-        return []
+    if all(isinstance(attempt(partial(run, each), model), Failed) for each in example_inputs(model)):
+        return []  # a model that wants other inputs runs its layers one by one
     calls = [name for _, names in inputs for name in names]
     groups = [[name for name in names if calls.count(name) == 1] for _, names in inputs]
     return [group for group in groups if len(group) > 1 and _fit_together([layers[name] for name in group])]

@@ -12,6 +12,7 @@ from torch.nn import functional
 from ..errors import SmoothQuantError
 from ..hadamard import hadamard
 from ..packing import unpack_rows
+from ..traits import embedding_of
 from .linear import W8A8Linear
 
 
@@ -88,7 +89,7 @@ class W8A8Embedding(nn.Module):
 
 def vocabulary_size(model: Any) -> int:
     """The number of tokens that a model's token embedding knows."""
-    tokens = model.get_input_embeddings()
+    tokens = embedding_of(model, "input")
     size = getattr(tokens, "num_embeddings", None)  # not of one that PEFT has wrapped
     return int(tokens.weight.shape[0] if size is None else size)
 

@@ -19,6 +19,12 @@ from .values import map_values, tensors_in, version_of
 
 Batch = Tensor | Mapping[str, Tensor]
 
+# Arguments of ``forward`` with a value for each token of each row, of which the first tokens are a shorter text.
+SEQUENCES = (
+    *("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids"),
+    *("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "labels"),
+)
+
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The decoder blocks by name: children, with linear layers, of the outermost ``ModuleList``s.
@@ -40,16 +46,22 @@ def run_model(model: nn.Module, batch: Batch, all_logits: bool = True) -> Any:
     """One forward pass without a cache.
 
     Args:
-        model: the causal LM.
-        batch: token ids [B, T], or the keyword arguments of ``forward``.
+        model: any model.
+        batch: token ids [B, T], or the keyword arguments of ``forward``, floating-point ones in any dtype.
         all_logits: ``False`` computes the logits of the last token alone, where the model can leave out the others.
 
     Raises:
         SmoothQuantError: the model raises something, other than that memory is exhausted.
     """
-    device = next(model.parameters()).device
-    inputs = map_values(lambda tensor: tensor.to(device), {"input_ids": batch} if isinstance(batch, Tensor) else batch)
-    if _takes(model, "use_cache", or_any=True):
+    device = device_of(model)
+    dtype = getattr(model, "dtype", None)
+
+    def placed(tensor: Tensor) -> Tensor:
+        is_cast = tensor.is_floating_point() and isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        return tensor.to(device, dtype if is_cast else None)
+
+    inputs = map_values(placed, {"input_ids": batch} if isinstance(batch, Tensor) else batch)
+    if _takes(model, "use_cache", or_any=hasattr(model, "config")):
         inputs = {"use_cache": False, **inputs}
     if not all_logits and _takes(model, "logits_to_keep") and "labels" not in inputs:
         inputs = {"logits_to_keep": 1, **inputs}
@@ -70,8 +82,8 @@ def _takes(model: nn.Module, argument: str, or_any: bool = False) -> bool:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """The device of a module that is on one device."""
-    return next(itertools.chain(module.parameters(), module.buffers())).device
+    """The device of a module that is on one device; the CPU of one without tensors."""
+    return next(itertools.chain(module.parameters(), module.buffers()), torch.empty(0)).device
 
 
 def token_ids(batch: Batch) -> Tensor:
@@ -80,7 +92,9 @@ def token_ids(batch: Batch) -> Tensor:
 
 
 def count_tokens(batch: Batch) -> int:
-    """How many tokens of a batch are attended to."""
+    """How many tokens of a batch are attended to; of images and sounds, how many there are."""
+    if not isinstance(batch, Tensor) and not any(name in batch for name in SEQUENCES[:2]):
+        return len(token_ids(batch))
     mask = None if isinstance(batch, Tensor) else batch.get("attention_mask")
     if mask is not None and mask.dim() == 2:
         return int(mask.count_nonzero())
@@ -135,7 +149,9 @@ def probe_batch(batch: Batch, rows: int = 2, tokens: int = 12) -> Batch:
     """The first few tokens of a batch: enough to show how a block is wired, cheap enough to run hundreds of times."""
     if isinstance(batch, Tensor):
         return batch[:rows, :tokens]
-    main = next((batch[name] for name in ("input_ids", "inputs_embeds") if name in batch), None)
-    if main is None or any(value.shape[:2] != main.shape[:2] for value in batch.values()):
+    main = next((batch[name] for name in SEQUENCES[:2] if name in batch), None)
+    if main is None or any(
+        name not in SEQUENCES or value.dim() < 2 or len(value) != len(main) for name, value in batch.items()
+    ):
         return batch  # images, of which ids among the tokens speak, or masks and positions of other shapes
     return {name: value[:rows, :tokens] for name, value in batch.items()}

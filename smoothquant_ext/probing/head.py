@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..traits import embedding_of
 from .blocks import run_model
 from .linears import values_of
 from .structure import Structure
@@ -86,8 +86,7 @@ def _check_uses(structure: Structure, modules: Mapping[str, nn.Module]) -> None:
 
 
 def _part(model: nn.Module, kind: str) -> nn.Module | None:
-    find: Any = getattr(model, f"get_{kind}_embeddings", None)
-    outcome = attempt(find, model) if find is not None else None
+    outcome = attempt(lambda: embedding_of(model, kind), model)
     return outcome if isinstance(outcome, nn.Module) else None
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..traits import embedding_of
 from .blocks import find_blocks
 from .hooks import hooked
 from .trying import attempt
@@ -134,10 +135,7 @@ _READS: dict[Any, Any] = {
 
 
 def _token_table(model: nn.Module) -> nn.Module | None:
-    try:
-        table: nn.Module | None = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return None
+    table: nn.Module | None = embedding_of(model, "input")
     return table
 
 

@@ -92,7 +92,7 @@ def discover(
     """Probes every decoder block for smoothing groups.
 
     Args:
-        structure: of any causal LM; its parameters are left as they are.
+        structure: of any model; its parameters are left as they are.
         progress: wraps the iterable of blocks, to show how far it is.
         running: layers that are known to run. Where one of them does not run on the probe batch (an expert), the norms
             of its block are left alone: it may consume their output.

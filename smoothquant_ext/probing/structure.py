@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from .blocks import Batch, BlockCall, capture_calls, find_blocks, probe_batch
+from .blocks import Batch, BlockCall, capture_calls, find_blocks, probe_batch, run_model
 from .consumers import find_consumers
 from .experts import ExpertsLayout
+from .hooks import hooked
 from .linears import Linear, find_experts, find_linears
 from .trying import Failed, attempt
 from .usage import stand_ins
+from .values import tensors_in
+
+# By so many rows or values of what a model returns the layer that computed them is recognized. Fewer than the last of
+# values may agree by chance.
+ROWS, SAMPLED, FEWEST = 4, 64, 16
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,8 @@ class Structure:
         tied: names of modules whose parameters are used under more than one name.
         misused: linear layers and experts that no other module can take the place of, by name, with the reason.
         batch: what the model was run with.
+        answers: names of linear layers outside of all blocks whose output is, as it is, among what the model returns:
+            the output embedding, the head of a classifier.
     """
 
     model: nn.Module
@@ -77,6 +87,7 @@ class Structure:
     tied: frozenset[str]
     misused: Mapping[str, str] = field(default_factory=dict)
     batch: Batch = field(default_factory=dict)
+    answers: frozenset[str] = frozenset()
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -88,7 +99,7 @@ def find_structure(model: nn.Module, batch: Batch) -> Structure:
     """Finds the structure of a model, and runs it once on the first few tokens of a batch.
 
     Args:
-        model: a causal LM in floating point; left as it is.
+        model: a model in floating point; left as it is.
         batch: token ids [B, T], or the keyword arguments of ``forward``.
 
     Raises:
@@ -100,7 +111,42 @@ def find_structure(model: nn.Module, batch: Batch) -> Structure:
     calls, misused, probed = _watch(model, modules, replaceable, batch) if replaceable else ({}, {}, batch)
     layouts = {name: layout for name, layout in experts.items() if layout is not None}
     blocks = {name: _examine(name, module, layouts, calls.get(name)) for name, module in modules.items()}
-    return Structure(model, linears, experts, blocks, tuple(calls), frozenset(tied_modules(model)), misused, probed)
+    outside = {
+        name: layer for name, layer in linears.items() if not any(block.holds(name) for block in blocks.values())
+    }
+    tied, answers = frozenset(tied_modules(model)), find_answers(model, outside, probed)
+    return Structure(model, linears, experts, blocks, tuple(calls), tied, misused, probed, answers)
+
+
+def find_answers(model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch) -> frozenset[str]:
+    """The names of those layers whose output a model returns, or a selection of it, such as the last token's."""
+    outputs: dict[str, list[Tensor]] = {}
+
+    def note(name: str, _args: Any, _kwargs: Any, output: Any) -> None:
+        outputs.setdefault(name, []).extend(tensors_in(output))
+
+    def run() -> list[Tensor]:
+        with hooked(layers, after=note):
+            return tensors_in(run_model(model, batch))
+
+    returned = attempt(run, model) if layers else []
+    if isinstance(returned, Failed):
+        return frozenset()
+    floats = [tensor for tensor in returned if tensor.is_floating_point() and tensor.dim() and tensor.numel()]
+
+    def is_answer(output: Tensor) -> bool:
+        return any(_is_selection(tensor, output.to(tensor.device)) for tensor in floats)
+
+    return frozenset(name for name, tensors in outputs.items() if any(map(is_answer, tensors)))
+
+
+def _is_selection(tensor: Tensor, output: Tensor) -> bool:
+    """Whether a tensor [..., C] has rows of an output [..., C], or as one of its channels many of its values."""
+    if tensor.shape[-1] == output.shape[-1]:
+        rows, choice = tensor.reshape(-1, tensor.shape[-1])[:ROWS], output.reshape(-1, output.shape[-1])
+        return bool((rows[:, None] == choice).all(-1).any(1).all())
+    values = tensor.flatten()[:SAMPLED]
+    return len(values) >= FEWEST and bool(torch.isin(values, output).all())
 
 
 def _watch(

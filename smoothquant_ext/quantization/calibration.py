@@ -45,7 +45,7 @@ def calibrate(
     """Runs the model over the batches and keeps a running absmax per input channel: O(features) memory.
 
     Args:
-        model: the causal LM, in floating point.
+        model: the model, in floating point.
         layers: the linear layers, and experts of mixtures, to watch, by name.
         batches: token ids [B, T] or forward arguments, as ``Batches`` gives them; any iterable, consumed once.
         recorder: also records the calls of the blocks, in the batches for whose number ``records`` is true.

@@ -28,7 +28,7 @@ def convert_(
     """Replaces the named linear layers of ``model`` by ``W8A8Linear``, rounded to nearest, freeing each float weight.
 
     Args:
-        model: the causal LM, smoothed or not.
+        model: the model, smoothed or not.
         names: the layers to convert, one at a time.
         absmax: fp32 [K] per layer: its calibrated (and smoothed) input. Layers that share an input have the same
             absmax and so the same static scale, as fused kernels and other engines require of q/k/v and gate/up.

@@ -42,7 +42,7 @@ from .rotation import rotate_
 from .rotation_choice import rotate_if_better_
 from .selection import Selection, check_finite_weights, select_linears
 from .sensitivity import Unit
-from .skipping import choose_skips, first_tokens, with_dynamic_scale
+from .skipping import check_measurable, choose_skips, first_tokens, with_dynamic_scale
 
 Model = TypeVar("Model", bound=nn.Module)
 Progress: TypeAlias = Callable[[Iterable[Any]], Iterable[Any]]
@@ -56,10 +56,12 @@ def quantize(
     journal: str | os.PathLike[str] | None = None,
     device: torch.device | str | None = None,
 ) -> Model:
-    """Smooths and quantizes a causal LM in place, and returns it ready to run on 8-bit kernels.
+    """Smooths and quantizes a model in place, and returns it ready to run on 8-bit kernels.
 
     Args:
-        model: a transformers causal LM in floating point, whose linear layers are ``nn.Linear`` or ``Conv1D``.
+        model: a model in floating point, of any class of transformers or of your own, whose linear layers are
+            ``nn.Linear`` or ``Conv1D``. What computes its answer (an output embedding, the head of a classifier) stays
+            in floating point.
         batches: calibration data: one tensor of token windows [samples, T], or any iterable of token ids [B, T] or of
             dicts of forward arguments, as tensors, arrays or lists, consumed once. A batch with padding, by its
             ``attention_mask`` or because its rows are of different lengths, is cut into rows without: padding counts
@@ -101,6 +103,7 @@ def _quantize(
     model.eval()
     placement = place_(model, device, progress)
     structure = find_structure(model, data.first)
+    check_measurable(structure, recipe)
     selection = select_linears(structure, recipe)
     check_finite_weights(selection.modules(model))
     if recipe.chooses_rotation:

@@ -117,7 +117,7 @@ def place_(model: nn.Module, device: torch.device | str | None, show: bool) -> P
     """Moves a model to a device if it fits there with all that quantization needs; else its blocks come one by one.
 
     Args:
-        model: a causal LM in floating point.
+        model: a model in floating point.
         device: where to compute; see ``named_device``. ``None``: where the model is.
         show: whether to say on stderr which of the two it is.
 

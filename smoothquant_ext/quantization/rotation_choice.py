@@ -15,6 +15,7 @@ from ..probing.smoothing_groups import discover
 from ..probing.state import State
 from ..probing.structure import Structure, find_structure
 from ..probing.trying import untouched
+from ..traits import embedding_of
 from .block_inputs import BlockInputRecorder
 from .block_quantizer import Run, quantize_blocks
 from .calibration import Calibration, calibrate, rotated_ranges
@@ -110,10 +111,7 @@ def _mean_error(
 
 def _shared_head(model: nn.Module) -> str:
     """Why a rotation of the residual stream would make a model larger, or ''."""
-    weights: list[Any] = []
-    for kind in ("output", "input"):
-        find = getattr(model, f"get_{kind}_embeddings", None)
-        weights.append(getattr(find() if find else None, "weight", None))
+    weights: list[Any] = [getattr(embedding_of(model, kind), "weight", None) for kind in ("output", "input")]
     head, embedding = weights
     if not isinstance(head, Tensor) or head is not embedding:
         return ""

@@ -15,6 +15,7 @@ from ..nn.linear import W8A8Linear
 from ..probing.experts import ExpertsLayout
 from ..probing.linears import Linear, values_of, weight_nk
 from ..probing.structure import Structure
+from ..traits import embedding_of
 from .recipe import Recipe
 
 OUTPUT_EMBEDDING = "output embedding"  # a reason; ``head`` may decide otherwise
@@ -68,7 +69,7 @@ def select_linears(structure: Structure, recipe: Recipe) -> Selection:
                 raise SmoothQuantError(
                     f"--{option} pattern {pattern!r} matches no linear layer; names look like {_examples(linears)}"
                 )
-    reasons = _default_skips(model, linears)
+    reasons = dict.fromkeys(structure.answers, "computes what the model returns") | _default_skips(model, linears)
     misused = {name: f"{reason}, so nothing can take its place" for name, reason in structure.misused.items()}
     reasons = misused | reasons
     selection = Selection(skipped=_unsupported_weights(model, {*linears, *experts}))
@@ -92,7 +93,7 @@ def select_linears(structure: Structure, recipe: Recipe) -> Selection:
         kinds = sorted({type(module).__name__ for module in model.modules() if not list(module.children())})
         raise SmoothQuantError(
             f"{type(model).__name__} has no linear layer to quantize"
-            + (f" that the patterns leave over, of {len(linears)}" if linears else f"; its leaf modules are {kinds}")
+            + (f" that is left over, of {len(linears)}" if linears else f"; its leaf modules are {kinds}")
         )
     return selection
 
@@ -138,8 +139,7 @@ def _unsupported_weights(model: nn.Module, known: set[str]) -> dict[str, str]:
 
 def _default_skips(model: nn.Module, linears: Mapping[str, Linear]) -> dict[str, str]:
     reasons: dict[str, str] = {}
-    find_head = getattr(model, "get_output_embeddings", None)
-    head = find_head() if find_head else None
+    head = embedding_of(model, "output")
     config = getattr(model, "config", None)
     find_text = getattr(config, "get_text_config", None)
     text_config = find_text() if find_text else config

@@ -10,11 +10,13 @@ from typing import Any, cast
 
 from torch import nn
 
-from ..evaluation.accuracy import log_likelihood
+from ..errors import SmoothQuantError
+from ..evaluation.accuracy import log_likelihood, logits_of
 from ..nn.linear import W8A8Linear
 from ..probing.blocks import Batch, count_tokens
 from ..probing.hooks import swapped
 from ..probing.structure import Structure
+from ..traits import predicts_next_token
 from .recipe import Recipe
 from .resume import SearchState
 from .sensitivity import Sensitivity, Unit, fewest, worst, worst_first
@@ -48,6 +50,26 @@ class Skips:
             self.dynamic.pop(name, None)
 
 
+def check_measurable(structure: Structure, recipe: Recipe) -> None:
+    """Refuses a recipe that chooses layers by predictions for a model that makes none.
+
+    Raises:
+        SmoothQuantError: as said, or a limit of perplexity for a model that is no causal language model.
+    """
+    kind = type(structure.model).__name__
+    if recipe.max_ppl_increase is not None and not predicts_next_token(structure.model):
+        raise SmoothQuantError(
+            f"{kind} does not continue texts, so it has no perplexity for --max-ppl-increase: give --auto-skip"
+        )
+    if recipe.skips:
+        try:
+            logits_of(structure.model, structure.batch)
+        except SmoothQuantError as error:
+            raise SmoothQuantError(
+                f"{error}: without them --auto-skip cannot choose, name layers with --skip"
+            ) from None
+
+
 def choose_skips(
     structure: Structure,
     layers: Mapping[str, nn.Module],
@@ -60,7 +82,7 @@ def choose_skips(
     """Measures every unit and chooses by the recipe's ``auto_skip`` and ``max_ppl_increase``.
 
     Args:
-        structure: of the causal LM in floating point, smoothed.
+        structure: of the model in floating point, smoothed.
         layers: its 8-bit layers by name, not in the model; those that are in no unit stay whatever is chosen.
         units: the sets of layers that are left out together.
         batches: held-out calibration data.

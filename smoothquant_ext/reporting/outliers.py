@@ -71,10 +71,10 @@ def measure_outliers(
     progress: bool = False,
     device: torch.device | str | None = None,
 ) -> list[LayerInput]:
-    """Calibrates a causal LM, smooths it in place, and measures the inputs of its linear layers before and after.
+    """Calibrates a model, smooths it in place, and measures the inputs of its linear layers before and after.
 
     Args:
-        model: a transformers causal LM in floating point; its function stays the same.
+        model: a transformers model in floating point; its function stays the same.
         batches: calibration data, as in ``quantize``.
         recipe: which layers and which alpha; ``Recipe()`` by default.
         progress: whether to show progress bars on stderr.

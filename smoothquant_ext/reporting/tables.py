@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich import box
@@ -11,9 +11,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ..evaluation.accuracy import Evaluation
+from ..evaluation.agreement import Agreement
 from ..evaluation.size import ModelBytes
-from ..evaluation.speed import Speed
+from ..evaluation.speed import Speed, Throughput
 from ..layer_names import by_reason, collapse
 from ..ops import OpInfo
 from ..ops.cuda.records import Record
@@ -25,9 +25,9 @@ class Measured:
     """The measurements of one model; the others of several are compared with the first."""
 
     name: str
-    evaluation: Evaluation
+    evaluation: Any  # an Evaluation of a causal language model, an Agreement of another
     size: ModelBytes
-    speed: Speed | None = None
+    speed: Speed | Throughput | None = None
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,13 @@ class Column:
 
     heading: str
     cell: Callable[[Measured, Measured], str]
-    error: Callable[[Evaluation], str] = lambda _: ""
+    error: Callable[[Any], str] = lambda _: ""
 
 
+_SIZES = (
+    Column("size MB", lambda model, _: f"{model.size.total / 1e6:.1f}"),
+    Column("decoder", lambda model, first: _ratio(model.size.decoder, first.size.decoder)),
+)
 COLUMNS = (
     Column("perplexity", lambda model, _: f"{model.evaluation.perplexity:.3f}"),
     Column(
@@ -56,10 +60,19 @@ COLUMNS = (
         lambda model, _: _number(model.evaluation.top1, ".1f", 100),
         lambda evaluation: _error(evaluation.top1_error, ".1f", 100),
     ),
-    Column("size MB", lambda model, _: f"{model.size.total / 1e6:.1f}"),
-    Column("decoder", lambda model, first: f"{model.size.decoder / first.size.decoder:.3f}x"),
-    Column("prefill tok/s", lambda model, _: f"{model.speed.prefill:.0f}" if model.speed else "–"),
-    Column("decode tok/s", lambda model, _: f"{model.speed.decode:.1f}" if model.speed else "–"),
+    *_SIZES,
+    Column("prefill tok/s", lambda model, _: f"{model.speed.prefill:.0f}" if isinstance(model.speed, Speed) else "–"),
+    Column("decode tok/s", lambda model, _: f"{model.speed.decode:.1f}" if isinstance(model.speed, Speed) else "–"),
+)
+# Of models that do not continue texts; a column without a number for any of them is left out.
+AGREEMENT_COLUMNS = (
+    Column("error %", lambda model, _: _number(model.evaluation.error, ".2f", 100)),
+    Column("cosine", lambda model, _: _number(model.evaluation.cosine, ".5f")),
+    Column("lowest cosine", lambda model, _: _number(model.evaluation.worst_cosine, ".5f")),
+    Column("KL", lambda model, _: _number(model.evaluation.kl, ".5f")),
+    Column("top-1 %", lambda model, _: _number(model.evaluation.top1, ".1f", 100)),
+    *(replace(column, heading=column.heading.replace("decoder", "blocks")) for column in _SIZES),
+    Column("inputs /s", lambda model, _: _rate(model.speed)),
 )
 WIDE = 110  # columns of a terminal that has room for standard errors
 
@@ -69,7 +82,7 @@ def comparison_table(models: Sequence[Measured], title: str = "", errors: bool =
     padding = (0, 1) if errors else (0, 0)  # all of it fits 80 characters
     table = Table(title=title or None, box=box.SIMPLE, padding=padding, show_edge=False, title_justify="left")
     table.add_column("model", overflow="fold")
-    for column in COLUMNS:
+    for column in columns_of(models):
         table.add_column(column.heading.replace(" ", "\n"), justify="right", no_wrap=True)
     for cells in comparison_cells(models, errors):
         table.add_row(*cells)
@@ -78,39 +91,59 @@ def comparison_table(models: Sequence[Measured], title: str = "", errors: bool =
 
 def comparison_markdown(models: Sequence[Measured]) -> str:
     """The same as a markdown table, with standard errors."""
-    lines = [["model", *(column.heading for column in COLUMNS)], ["---", *("---:" for _ in COLUMNS)]]
+    columns = columns_of(models)
+    lines = [["model", *(column.heading for column in columns)], ["---", *("---:" for _ in columns)]]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines + comparison_cells(models, errors=True))
 
 
 def comparison_cells(models: Sequence[Measured], errors: bool) -> list[list[str]]:
-    """A row of cells for each model: its name and its cells of ``COLUMNS``, with standard errors if asked for."""
+    """A row of cells for each model: its name and those of ``columns_of``, with standard errors if asked for."""
+    columns = columns_of(models)
     return [
         [model.name]
         + [
             column.cell(model, models[0])
             + (column.error(model.evaluation) if errors and model is not models[0] else "")
-            for column in COLUMNS
+            for column in columns
         ]
         for model in models
     ]
 
 
+def columns_of(models: Sequence[Measured]) -> Sequence[Column]:
+    """The columns of a comparison of these models."""
+    if not any(isinstance(model.evaluation, Agreement) for model in models):
+        return COLUMNS
+    return [column for column in AGREEMENT_COLUMNS if any(column.cell(model, models[0]) != "–" for model in models)]
+
+
 def measured_dict(model: Measured) -> dict[str, Any]:
     """The same as plain numbers, for JSON."""
     speed = model.speed
+    sizes = {"decoder_bytes": model.size.decoder, "total_bytes": model.size.total}
+    if isinstance(model.evaluation, Agreement):
+        rate = speed.rows_per_second if isinstance(speed, Throughput) else None
+        return {"name": model.name, **asdict(model.evaluation), **sizes, "inputs_per_second": rate}
+    speed = speed if isinstance(speed, Speed) else None
     return {
         "name": model.name,
         **asdict(model.evaluation),
-        "decoder_bytes": model.size.decoder,
-        "total_bytes": model.size.total,
+        **sizes,
         "prefill_tokens_per_second": speed.prefill if speed else None,
         "decode_tokens_per_second": speed.decode if speed else None,
         "speed": asdict(speed) if speed else None,
     }
 
 
-def legend() -> Text:
+def legend(models: Sequence[Measured] = ()) -> Text:
     """The meaning of a comparison's columns."""
+    if any(isinstance(model.evaluation, Agreement) for model in models):
+        return Text(
+            "error: of the outputs, relative to the first model's. cosine: of the embeddings of an input. KL: how far "
+            "the predictions drift from the first model's, nats each. top-1: how often both find the same class "
+            "likeliest. blocks: their bytes, relative to the first model.",
+            style="dim",
+        )
     return Text(
         "change: of perplexity, against the first model on the same windows. KL: how far the predictions drift from "
         "the first model's, nats a token. top-1: how often both find the same token likeliest. ±: standard error over "
@@ -245,6 +278,14 @@ def _groups_table(groups: Iterable[SmoothedGroup]) -> Table:
         after = max(group.outlier_after for group in members)
         table.add_row(fold, str(len(members)), alpha, f"{before:.1f}", f"{after:.1f}")
     return table
+
+
+def _ratio(size: int, first: int) -> str:
+    return f"{size / first:.3f}x" if first else "–"
+
+
+def _rate(speed: Speed | Throughput | None) -> str:
+    return f"{speed.rows_per_second:.1f}" if isinstance(speed, Throughput) else "–"
 
 
 def _last(name: str) -> str:

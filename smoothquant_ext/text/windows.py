@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import SmoothQuantError
 from ..probing.lookups import find_limits
+from ..traits import predicts_next_token
 from .documents import Source, read_documents, to_documents
 from .rows import joined
 
@@ -33,7 +34,8 @@ def token_windows(
     """Draws contiguous windows of tokens, one from each of ``samples`` equal stretches of the text.
 
     The same arguments give the same windows. If the tokenizer puts special tokens before a text (Llama's and Gemma's
-    BOS), every window starts with them, once, because these models misbehave without. A text with fewer whole windows
+    BOS), every window starts with them, once, because these models misbehave without; for a ``model`` that does not
+    continue texts, such as an encoder, it also ends with those that come after a text. A text with fewer whole windows
     than ``samples`` gives those, and a model with fewer positions than ``seqlen`` shorter windows, with a warning each.
     Documents and conversations follow one another.
 
@@ -55,17 +57,19 @@ def token_windows(
     """
     if samples < 1:
         raise SmoothQuantError(f"samples is {samples}, expected at least 1")
-    prefix = _prefix(tokenizer)
+    prefix, suffix = _frame(tokenizer)
+    if model is None or predicts_next_token(model):
+        suffix = []
     seqlen = _fitting(seqlen, tokenizer, model)
-    if seqlen < 2 + len(prefix):
-        raise SmoothQuantError(f"seqlen is {seqlen}, expected at least {2 + len(prefix)}")
+    if seqlen < 2 + len(prefix) + len(suffix):
+        raise SmoothQuantError(f"seqlen is {seqlen}, expected at least {2 + len(prefix) + len(suffix)}")
     wanted = samples * seqlen * CHARACTERS_PER_TOKEN
     if isinstance(source, (str, os.PathLike)):
         name, documents = str(source), read_documents(source, 2 * wanted, tokenizer, field)
     else:
         name, documents = "the text", to_documents(source, tokenizer, field)
     text = joined(documents)
-    length = seqlen - len(prefix)
+    length = seqlen - len(prefix) - len(suffix)
     stretches = _stretches(tokenizer, text, samples, length)
     if not stretches:
         tokens = len(_tokenize(tokenizer, text))
@@ -80,7 +84,7 @@ def token_windows(
     draw = random.Random(seed)
     starts = [draw.randint(0, len(stretch) - length) for stretch in stretches]
     windows = [_window(stretch, start, length, prefix) for stretch, start in zip(stretches, starts, strict=True)]
-    return torch.tensor(windows, dtype=torch.int64)
+    return torch.tensor([window + suffix for window in windows], dtype=torch.int64)
 
 
 def _fitting(seqlen: int, tokenizer: Any, model: nn.Module | None) -> int:
@@ -133,10 +137,10 @@ def _tokenize(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def _prefix(tokenizer: Any) -> list[int]:
-    """The special tokens that the tokenizer puts before a text."""
+def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before and after a text."""
     plain, special = _tokenize(tokenizer, "a"), tokenizer("a").input_ids
     for start in range(len(special) - len(plain) + 1):
         if special[start : start + len(plain)] == plain:
-            return list(special[:start])
-    return []
+            return list(special[:start]), list(special[start + len(plain) :])
+    return [], []

@@ -187,5 +187,4 @@ def test_a_save_over_a_save_of_another_class(tmp_path: Path) -> None:
     for name in ("BertModel", "LlamaModel", "BertModel"):
         saving.save(quantize_other_(build_other(name)), tmp_path / "model")
         assert type(loading.load(tmp_path / "model")).__name__ == name
-    with pytest.raises(SmoothQuantError, match="is BertModel, an encoder; name a causal language model"):
-        load_model(tmp_path / "model")
+    assert type(load_model(tmp_path / "model", task="feature-extraction")[0]).__name__ == "BertModel"

@@ -269,7 +269,7 @@ def test_generate_runs_where_it_is_told_to(work, monkeypatch):
 
     seen = []
     load = models.load_model
-    monkeypatch.setattr(models, "load_model", lambda *a: seen.append(load(*a)) or seen[-1])
+    monkeypatch.setattr(models, "load_model", lambda *a, **k: seen.append(load(*a, **k)) or seen[-1])
     for model in ("model", "w8a8"):
         arguments = ("generate", work / model, "once upon", "--max-new-tokens", 4)
         expected = smoothquant(*arguments).stdout

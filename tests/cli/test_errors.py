@@ -139,7 +139,7 @@ def test_wrong_usage_exits_with_2(arguments):
 
 
 def test_what_nobody_foresaw_keeps_its_traceback(monkeypatch):
-    def break_down(*_: object) -> None:
+    def break_down(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr("smoothquant_ext.models.load_model", break_down)

@@ -22,9 +22,17 @@ from emulated_cuda import emulated_cuda
 from op_cases import public_ops
 from pages import ROOT, blocks, ops_example
 from server import TEMPLATE, served
+from tiny_media import minilm_directory, write_images, write_other, write_sounds
 from tiny_text import some_text, tiny_tokenizer
 
-HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# What takes the place of each model on the hub.
+HUB = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "original",
+    "sentence-transformers/all-MiniLM-L6-v2": "minilm",
+    "openai/whisper-tiny": "whisper",
+    "google/vit-base-patch16-224": "vit",
+    "openai/clip-vit-base-patch32": "clip",
+}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PORT = "8000"
 
@@ -56,6 +64,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     smoothquant(*quantize, "-o", folder / "smol-w8a8")
     smoothquant(*quantize, "-o", folder / "smol-ct", "--format", "compressed-tensors")
     smoothquant(*quantize, "-o", folder / "smol-r4", "--rotate", "inputs", "--format", "compressed-tensors")
+    (folder / "minilm").symlink_to(minilm_directory())
+    write_other("WhisperForConditionalGeneration", folder / "whisper")
+    write_other("ViTForImageClassification", folder / "vit")
+    write_other("CLIPModel", folder / "clip")
+    write_sounds(folder / "recordings")
+    write_images(folder / "photos")
+    smoothquant("quantize", folder / "minilm", "--calib", folder / "book.txt", *SMALL, "-o", folder / "minilm-w8a8")
     return folder
 
 
@@ -77,6 +92,13 @@ def commands(page: Path) -> list[str]:
     return [re.sub(r"\s+# .*", "", line[2:]) for line in lines]
 
 
+def local(text: str) -> str:
+    """With the models of the hub replaced by those in the folder."""
+    for model, directory in HUB.items():
+        text = text.replace(model, directory)
+    return text
+
+
 def cases(what: Any) -> list[Any]:
     return [
         pytest.param(page, each, id=f"{page.stem}-{index}") for page in PAGES for index, each in enumerate(what(page))
@@ -85,7 +107,7 @@ def cases(what: Any) -> list[Any]:
 
 @pytest.mark.parametrize(("page", "command"), cases(commands))
 def test_command(page: Path, command: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name, *arguments = shlex.split(command.replace(HUB_ID, "original").replace("MODEL", "original"))
+    name, *arguments = shlex.split(local(command).replace("MODEL", "original"))
     if any(command.startswith(known) for known in ELSEWHERE):
         if name == "make":
             assert re.search(rf"^{arguments[0]}:.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -103,7 +125,7 @@ def test_command(page: Path, command: str, here: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(("page", "code"), cases(lambda page: blocks(page, "python")))
 def test_python(page: Path, code: str, here: Path) -> None:
-    code = code.replace(HUB_ID, "original").replace("samples=128, seqlen=512", "samples=4, seqlen=48")
+    code = local(code).replace("samples=128, seqlen=512", "samples=4, seqlen=48")
     if f":{PORT}/" in code:
         with served(here / "smol-w8a8") as (client, _, _):
             exec(code.replace(f":{PORT}/", f":{client.base_url.port}/"), {})

@@ -157,6 +157,19 @@ def test_any_number_of_threads_gives_the_same_bits(t: int) -> None:
     assert all(torch.equal(y, outputs[0]) for y in outputs)
 
 
+@pytest.mark.parametrize("padding", [1, 9, 200])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_padding_changes_no_bit(dtype: torch.dtype, padding: int) -> None:
+    """A text is attended to alike alone and beside longer ones, whichever way of the kernels takes so many tokens."""
+    for tokens in (1, 2, 7, 15, 16, 17, 33, 130, 401):
+        total = tokens + padding
+        q, k, v = inputs((2, 4, 2, total, total, 40, 24), dtype)
+        mask = torch.arange(total).expand(2, 1, total, total) < tokens
+        padded = ops.attention(q, k, v, mask, scale=0.2)[:, :tokens]
+        alone = ops.attention(*(each[:, :, :tokens] for each in (q, k, v)), scale=0.2)
+        assert torch.equal(alone, padded), tokens
+
+
 @pytest.mark.parametrize("t", [1, 50])
 def test_any_strides(t: int) -> None:
     q, k, v = inputs((2, 6, 2, t, 90, 32, 48), torch.float32)

@@ -29,7 +29,7 @@ inline void parallel_attention(const Kernels& kernels, const AttentionArgs& args
   const Attend attend = kernels.attention.run;
   const int64_t kv_heads = args.heads / args.group, q_len = args.q_len;
   const int64_t rows = q_len * args.group, work = args.kv_len * (args.d + args.v_d);
-  const int64_t parts = rows <= kAttentionDirectRows ? div_up(args.kv_len, kAttentionChunk) : 1;
+  const int64_t parts = is_direct(args, rows) ? div_up(args.kv_len, kAttentionChunk) : 1;
   if (parts <= 1) {
     const int64_t block = std::min(q_len, std::max<int64_t>(1, kAttentionRows / args.group));
     const int64_t blocks = div_up(q_len, block);

@@ -9,7 +9,8 @@
 // (Online softmax: Milakov and Gimelshein, arXiv:1805.02867; blocks: FlashAttention, arXiv:2205.14135.)
 //
 // Few rows of q (decoding) read k and v as they lie, each once: the cost is the bytes. Many rows pack blocks of kKeys keys
-// first, as the operands of register-blocked products.
+// first, as the operands of register-blocked products. So does a whole text, however short, that no cache precedes: what
+// padding adds to it are keys whose p is 0, and it has the same bits alone and in a batch with longer ones.
 #pragma once
 
 #include <cstdint>
@@ -66,5 +67,10 @@ void merge_attention(const AttentionArgs& args, const AttentionTask& task, const
 constexpr int64_t kAttentionRows = 384;       // rows of a task that packs keys: packing then costs a few percent
 constexpr int64_t kAttentionDirectRows = 16;  // up to here k and v are read as they lie
 constexpr int64_t kAttentionChunk = 256;      // keys of a task with few rows, for more tasks than heads
+
+// Whether a task of so many rows reads k and v as they lie.
+inline bool is_direct(const AttentionArgs& args, int64_t rows) {
+  return rows <= kAttentionDirectRows && args.q_len < args.kv_len;
+}
 
 }  // namespace sq

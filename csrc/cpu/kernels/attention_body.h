@@ -20,7 +20,7 @@ namespace {
 // E: the elements of k and v.
 template <class Simd, class Packed, class T, class E>
 SQ_ATTENTION_TARGET void attend_elements(const AttentionArgs& args, const AttentionTask& task) {
-  if ((task.queries.end - task.queries.begin) * args.group <= kAttentionDirectRows) {
+  if (is_direct(args, (task.queries.end - task.queries.begin) * args.group)) {
     attend_direct<Simd, T, E>(args, task);
   } else {
     attend_packed<Simd, Packed, T, E>(args, task);
