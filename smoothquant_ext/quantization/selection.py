@@ -91,9 +91,10 @@ def select_linears(structure: Structure, recipe: Recipe) -> Selection:
         if any(isinstance(module, W8A8Linear) for module in model.modules()):
             raise SmoothQuantError(f"{type(model).__name__} is in 8 bits already; take the model that it was made of")
         kinds = sorted({type(module).__name__ for module in model.modules() if not list(module.children())})
+        left_out = "".join(f"; {name}: {reason}" for name, reason in list(selection.skipped.items())[:1])
         raise SmoothQuantError(
             f"{type(model).__name__} has no linear layer to quantize"
-            + (f" that is left over, of {len(linears)}" if linears else f"; its leaf modules are {kinds}")
+            + (f": all {len(linears)} are left out{left_out}" if linears else f"; its leaf modules are {kinds}")
         )
     return selection
 

@@ -44,7 +44,7 @@ def test_quantize_on_a_gpu_and_block_by_block(work: Path, tmp_path: Path) -> Non
 def devices(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The devices that models are run on."""
     seen = set()
-    for module, name in ((accuracy, "_device"), (blocks, "device_of")):
+    for module, name in ((accuracy, "device_of"), (blocks, "device_of")):
         original = getattr(module, name)
 
         def noted(model: object, original: object = original) -> object:
